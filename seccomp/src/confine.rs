@@ -1,0 +1,160 @@
+//! The order of confinement, as types: what is not yet locked down cannot be sealed, and only
+//! what is sealed may read.
+//!
+//! Called once by each process's main thread:
+//!
+//! ```no_run
+//! use bulkhead_seccomp::{confine::Confinement, policy, privileges::Rlimits};
+//! # fn main() -> Result<(), bulkhead_seccomp::confine::ConfineError> {
+//! let locked = Confinement::new(Rlimits::new().nofile(64)).lock_down()?;
+//! // Here: create rings and threads; read nothing yet.
+//! let confined = locked.seal(&policy::BULKHEAD_BLK)?;
+//! // From here on: read.
+//! println!("{}", confined.report());
+//! # Ok(())
+//! # }
+//! ```
+
+use crate::filter::{self, FilterError};
+use crate::landlock_empty::{self, LandlockError, LandlockStatus};
+use crate::policy::Policy;
+use crate::privileges::{self, CapabilityStatus, PrivilegeError, Rlimits};
+use std::fmt;
+use thiserror::Error;
+
+/// Why a process is not confined. It must end.
+#[derive(Debug, Error)]
+pub enum ConfineError {
+    /// A privilege is still held.
+    #[error("confinement: {0}")]
+    Privilege(#[from] PrivilegeError),
+    /// The kernel has Landlock and refused it.
+    #[error("confinement: {0}")]
+    Landlock(#[from] LandlockError),
+    /// No filter.
+    #[error("confinement: {0}")]
+    Filter(#[from] FilterError),
+}
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Confinement {
+    rlimits: Rlimits,
+    landlock: bool,
+}
+
+impl Confinement {
+    /// Everything, with these limits.
+    #[must_use]
+    pub fn new(rlimits: Rlimits) -> Self {
+        Self {
+            rlimits,
+            landlock: true,
+        }
+    }
+
+    /// For the launcher, which opens files for others: no Landlock.
+    #[must_use]
+    pub fn without_landlock(mut self) -> Self {
+        self.landlock = false;
+        self
+    }
+
+    /// Step one, while the process has one thread: capabilities, securebits, no_new_privs,
+    /// dumpable off, rlimits, Landlock.
+    ///
+    /// # Errors
+    /// Something is still open; end the process.
+    pub fn lock_down(&self) -> Result<LockedDown, ConfineError> {
+        let capabilities = privileges::drop_capabilities()?;
+        privileges::no_new_privs()?;
+        privileges::not_dumpable()?;
+        let landlock = if self.landlock {
+            landlock_empty::deny_everything()?
+        } else {
+            LandlockStatus { abi: 0 }
+        };
+        self.rlimits.apply()?;
+        Ok(LockedDown {
+            capabilities,
+            landlock,
+        })
+    }
+}
+
+/// Between the steps: make rings and threads now, read nothing yet.
+#[derive(Debug)]
+#[must_use = "the filter is not in force yet: call seal()"]
+pub struct LockedDown {
+    capabilities: CapabilityStatus,
+    landlock: LandlockStatus,
+}
+
+impl LockedDown {
+    /// Landlock as it is in force.
+    #[must_use]
+    pub fn landlock(&self) -> LandlockStatus {
+        self.landlock
+    }
+
+    /// Step two, when every ring and thread is there: the filter, on all threads.
+    ///
+    /// # Errors
+    /// No filter is in force; end the process.
+    pub fn seal(self, policy: &'static Policy) -> Result<Confined, ConfineError> {
+        filter::apply_filter_all_threads(policy)?;
+        Ok(Confined {
+            report: Report {
+                policy: policy.name,
+                capabilities: self.capabilities,
+                landlock: self.landlock,
+            },
+        })
+    }
+}
+
+/// Proof that this process is confined. What reads from a channel takes one by reference.
+#[derive(Debug)]
+pub struct Confined {
+    report: Report,
+}
+
+impl Confined {
+    /// What confinement came to.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        self.report
+    }
+}
+
+/// What confinement came to, for the log and for the audit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Name of the seccomp policy.
+    pub policy: &'static str,
+    /// Capabilities.
+    pub capabilities: CapabilityStatus,
+    /// Landlock.
+    pub landlock: LandlockStatus,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "seccomp {}, Landlock {}, capabilities none{}{}",
+            self.policy,
+            self.landlock,
+            if self.capabilities.bounding_empty {
+                ""
+            } else {
+                " (bounding set not empty)"
+            },
+            if self.capabilities.securebits_locked {
+                ""
+            } else {
+                " (securebits not locked)"
+            },
+        )
+    }
+}

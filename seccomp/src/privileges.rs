@@ -1,0 +1,246 @@
+//! Giving up privileges: capabilities(7), no_new_privs, dumpable, rlimits.
+//!
+//! Called by every process's main thread while it is alone: capabilities, securebits and
+//! no_new_privs are attributes of a thread and are inherited by the threads made later.
+#![allow(unsafe_code)] // prctl(2), capset(2) and setrlimit(2).
+
+use std::io;
+use thiserror::Error;
+
+/// Why a privilege is still held.
+#[derive(Debug, Error)]
+#[error("{what}: {source}")]
+pub struct PrivilegeError {
+    /// What was attempted.
+    pub what: &'static str,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+/// What dropping capabilities came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CapabilityStatus {
+    /// The bounding set is empty. An ordinary user outside a user namespace cannot empty it;
+    /// with no_new_privs set it gives nothing either.
+    pub bounding_empty: bool,
+    /// The securebits are set and locked (the same holds).
+    pub securebits_locked: bool,
+}
+
+// linux/securebits.h: NOROOT, NO_SETUID_FIXUP, KEEP_CAPS (off), NO_CAP_AMBIENT_RAISE, and the
+// lock of each.
+const SECUREBITS: libc::c_ulong = 0b1110_1111;
+
+fn prctl(
+    what: &'static str,
+    option: libc::c_int,
+    a: libc::c_ulong,
+    b: libc::c_ulong,
+) -> Result<libc::c_int, PrivilegeError> {
+    // SAFETY: the options used here take integers only; the kernel reads and writes no memory
+    // of ours.
+    let answer = unsafe { libc::prctl(option, a, b, 0 as libc::c_ulong, 0 as libc::c_ulong) };
+    if answer < 0 {
+        return Err(PrivilegeError {
+            what,
+            source: io::Error::last_os_error(),
+        });
+    }
+    Ok(answer)
+}
+
+/// Empties every capability set (ambient, bounding, inheritable, permitted, effective) and locks
+/// the securebits.
+///
+/// # Errors
+/// A set that could be used is not empty. The bounding set and the securebits are not to be
+/// used and need CAP_SETPCAP to change: the status says whether they are.
+pub fn drop_capabilities() -> Result<CapabilityStatus, PrivilegeError> {
+    // While there is CAP_SETPCAP: first the securebits, then the bounding set.
+    let _ = prctl("securebits", libc::PR_SET_SECUREBITS, SECUREBITS, 0);
+    let mut bounding_empty = true;
+    for capability in 0..64 {
+        match prctl("bounding set", libc::PR_CAPBSET_READ, capability, 0) {
+            Ok(0) => {}
+            Ok(_) => {
+                if prctl("bounding set", libc::PR_CAPBSET_DROP, capability, 0).is_err() {
+                    bounding_empty = false;
+                }
+            }
+            // The kernel has no more capabilities.
+            Err(_) => break,
+        }
+    }
+    prctl(
+        "emptying the ambient capabilities",
+        libc::PR_CAP_AMBIENT,
+        libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong,
+        0,
+    )?;
+    set_no_capabilities()?;
+    let now = prctl("reading the securebits", libc::PR_GET_SECUREBITS, 0, 0)?;
+    Ok(CapabilityStatus {
+        bounding_empty,
+        securebits_locked: libc::c_ulong::from(now.unsigned_abs()) & SECUREBITS == SECUREBITS,
+    })
+}
+
+fn set_no_capabilities() -> Result<(), PrivilegeError> {
+    // linux/capability.h: _LINUX_CAPABILITY_VERSION_3 takes two sets of 32 each.
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: libc::c_int,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Set {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let header = Header {
+        version: 0x2008_0522,
+        pid: 0,
+    };
+    let none = [Set {
+        effective: 0,
+        permitted: 0,
+        inheritable: 0,
+    }; 2];
+    // SAFETY: version 3 of capset(2) reads one header and two sets; both are as the kernel
+    // lays them out and outlive the call. The header is written only when the version is not
+    // known, and version 3 has been known since Linux 2.6.26.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_capset, std::ptr::from_ref(&header), none.as_ptr()) };
+    if answer != 0 {
+        return Err(PrivilegeError {
+            what: "emptying the capability sets",
+            source: io::Error::last_os_error(),
+        });
+    }
+    Ok(())
+}
+
+/// No exec gives more rights than there are now.
+///
+/// # Errors
+/// The kernel refused.
+pub fn no_new_privs() -> Result<(), PrivilegeError> {
+    prctl("no_new_privs", libc::PR_SET_NO_NEW_PRIVS, 1, 0).map(drop)
+}
+
+/// No core dump, no ptrace by others of the same user, /proc entries owned by root.
+///
+/// # Errors
+/// The kernel refused.
+pub fn not_dumpable() -> Result<(), PrivilegeError> {
+    prctl("dumpable off", libc::PR_SET_DUMPABLE, 0, 0).map(drop)
+}
+
+/// Resource limits to set, soft and hard alike. A limit already lower stays as it is.
+#[derive(Clone, Debug, Default)]
+pub struct Rlimits {
+    nofile: Option<u64>,
+    core: Option<u64>,
+    fsize: Option<u64>,
+    nproc: Option<u64>,
+    address_space: Option<u64>,
+    memlock: Option<u64>,
+}
+
+impl Rlimits {
+    /// No core files, and nothing else yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            core: Some(0),
+            ..Self::default()
+        }
+    }
+
+    /// One more than the highest descriptor number.
+    #[must_use]
+    pub fn nofile(mut self, limit: u64) -> Self {
+        self.nofile = Some(limit);
+        self
+    }
+
+    /// Size of a core file, in bytes.
+    #[must_use]
+    pub fn core(mut self, limit: u64) -> Self {
+        self.core = Some(limit);
+        self
+    }
+
+    /// How far a file may grow, in bytes. A process that serves a disk needs the disk's size:
+    /// a write beyond ends it with SIGXFSZ.
+    #[must_use]
+    pub fn fsize(mut self, limit: u64) -> Self {
+        self.fsize = Some(limit);
+        self
+    }
+
+    /// Processes and threads of this user. They are counted for all processes of the user (in
+    /// the user namespace), so it says something only where the uid is the process's own.
+    #[must_use]
+    pub fn nproc(mut self, limit: u64) -> Self {
+        self.nproc = Some(limit);
+        self
+    }
+
+    /// Bytes of address space, guest memory included.
+    #[must_use]
+    pub fn address_space(mut self, limit: u64) -> Self {
+        self.address_space = Some(limit);
+        self
+    }
+
+    /// Bytes of locked memory.
+    #[must_use]
+    pub fn memlock(mut self, limit: u64) -> Self {
+        self.memlock = Some(limit);
+        self
+    }
+
+    /// Sets them.
+    ///
+    /// # Errors
+    /// The kernel refused one.
+    pub fn apply(&self) -> Result<(), PrivilegeError> {
+        for (what, resource, limit) in [
+            ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE, self.nofile),
+            ("RLIMIT_CORE", libc::RLIMIT_CORE, self.core),
+            ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE, self.fsize),
+            ("RLIMIT_NPROC", libc::RLIMIT_NPROC, self.nproc),
+            ("RLIMIT_AS", libc::RLIMIT_AS, self.address_space),
+            ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK, self.memlock),
+        ] {
+            if let Some(limit) = limit {
+                lower(resource, limit).map_err(|source| PrivilegeError { what, source })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lower(resource: libc::__rlimit_resource_t, limit: u64) -> io::Result<()> {
+    let mut now = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: getrlimit(2) writes one rlimit structure, and `now` is one.
+    if unsafe { libc::getrlimit(resource, &raw mut now) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let limit = limit.min(now.rlim_max);
+    let wanted = libc::rlimit {
+        rlim_cur: limit,
+        rlim_max: limit,
+    };
+    // SAFETY: setrlimit(2) reads one rlimit structure, and `wanted` is one.
+    if unsafe { libc::setrlimit(resource, &raw const wanted) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
