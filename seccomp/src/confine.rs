@@ -103,28 +103,61 @@ impl LockedDown {
     /// No filter is in force; end the process.
     pub fn seal(self, policy: &'static Policy) -> Result<Confined, ConfineError> {
         filter::apply_filter_all_threads(policy)?;
-        Ok(Confined {
+        Ok(self.confined(policy))
+    }
+
+    /// Step two for a process that is told what to set up only after it is confined (`bulkhead
+    /// serve`): the filter of the set-up stage, on all threads. [`Confined::narrow`] follows when
+    /// set-up is over.
+    ///
+    /// # Errors
+    /// No filter is in force; end the process.
+    pub fn seal_for_setup(self, policy: &'static Policy) -> Result<Confined, ConfineError> {
+        filter::apply_setup_filter_all_threads(policy)?;
+        Ok(self.confined(policy))
+    }
+
+    fn confined(self, policy: &'static Policy) -> Confined {
+        Confined {
+            policy,
             report: Report {
                 policy: policy.name,
                 capabilities: self.capabilities,
                 landlock: self.landlock,
             },
-        })
+        }
     }
 }
 
 /// Proof that this process is confined. What reads from a channel takes one by reference.
 #[derive(Debug)]
 pub struct Confined {
+    policy: &'static Policy,
     report: Report,
 }
 
 impl Confined {
+    /// From the set-up stage to the steady one, on all threads, before any of them takes a
+    /// filter of its own.
+    ///
+    /// # Errors
+    /// The set-up filter is still in force alone.
+    pub fn narrow(&self) -> Result<(), FilterError> {
+        filter::apply_filter_all_threads(self.policy)
+    }
+
     /// What confinement came to.
     #[must_use]
     pub fn report(&self) -> Report {
         self.report
     }
+}
+
+/// Ends the process at once: no destructors, no handlers, no flushing. A confined device ends
+/// this way, because Rust's own exit gives back the main thread's signal stack first, by a call
+/// that no device policy has.
+pub fn exit(code: i32) -> ! {
+    filter::exit_group(code)
 }
 
 /// What confinement came to, for the log and for the audit.

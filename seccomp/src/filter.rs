@@ -3,7 +3,7 @@
 //! Called last of all confinement, by a process's main thread for all its threads
 //! ([`apply_filter_all_threads`]) or by a vCPU thread for itself on top of the process's
 //! filter ([`apply_filter_this_thread`]); by the launcher between clone and exec.
-#![allow(unsafe_code)] // One system call that libc does not wrap.
+#![allow(unsafe_code)] // seccomp(2), which libc does not wrap, and _exit(2).
 
 use crate::policy::{Policy, Stage, sock_filter};
 use std::io;
@@ -66,6 +66,20 @@ pub fn apply_filter_this_thread(policy: &Policy) -> Result<(), FilterError> {
 /// The kernel refused.
 pub fn apply_setup_filter_this_thread(policy: &Policy) -> Result<(), FilterError> {
     apply(policy, Stage::Setup, 0)
+}
+
+/// Installs the filter of the policy's set-up stage on every thread of the process.
+///
+/// # Errors
+/// The kernel refused; no thread is filtered then.
+pub fn apply_setup_filter_all_threads(policy: &Policy) -> Result<(), FilterError> {
+    apply(policy, Stage::Setup, libc::SECCOMP_FILTER_FLAG_TSYNC)
+}
+
+/// `_exit(2)`.
+pub(crate) fn exit_group(code: i32) -> ! {
+    // SAFETY: it takes an integer and does not return.
+    unsafe { libc::_exit(code) }
 }
 
 fn apply(policy: &Policy, stage: Stage, flags: libc::c_ulong) -> Result<(), FilterError> {
