@@ -25,16 +25,15 @@ pub enum Interest {
 /// The system call's.
 pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     loop {
-        // SAFETY: the pointer and the length are those of a live, exclusively borrowed
-        // slice, and the descriptor is borrowed for the whole call.
-        let got = unsafe {
-            libc::recv(
-                socket.as_raw_fd(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-                libc::MSG_DONTWAIT,
-            )
-        };
+        let (mut iov, mut message) = (vector(buffer.as_mut_ptr(), buffer.len()), header());
+        message.msg_iov = &raw mut iov;
+        message.msg_iovlen = 1;
+        // recvmsg and not recv, so that a device process's policy, which needs recvmsg for
+        // vhost-user, can do without recvfrom.
+        // SAFETY: the message names one vector, over a live, exclusively borrowed slice;
+        // the descriptor is borrowed for the whole call.
+        let got =
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
         if let Some(done) = outcome(got)? {
             return Ok(done);
         }
@@ -48,13 +47,15 @@ pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<usiz
 /// The system call's.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<Option<usize>> {
     loop {
-        // SAFETY: the pointer and the length are those of a live slice, which the kernel
-        // only reads, and the descriptor is borrowed for the whole call.
+        let (mut iov, mut message) = (vector(bytes.as_ptr().cast_mut(), bytes.len()), header());
+        message.msg_iov = &raw mut iov;
+        message.msg_iovlen = 1;
+        // SAFETY: the message names one vector, over a live slice that the kernel only
+        // reads; the descriptor is borrowed for the whole call.
         let sent = unsafe {
-            libc::send(
+            libc::sendmsg(
                 socket.as_raw_fd(),
-                bytes.as_ptr().cast(),
-                bytes.len(),
+                &raw const message,
                 libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             )
         };
@@ -62,6 +63,19 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<Option<usize>> {
             return Ok(done);
         }
     }
+}
+
+fn vector(base: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: base.cast(),
+        iov_len: len,
+    }
+}
+
+/// A message without a name, without control data.
+fn header() -> libc::msghdr {
+    // SAFETY: all fields are integers and pointers, for which zero is a valid value.
+    unsafe { std::mem::zeroed() }
 }
 
 /// `None`: interrupted, try again. `Some(None)`: it would block.
