@@ -24,21 +24,7 @@ fn run() -> Result<(), Error> {
     let env = |name: &str| std::env::var(name).map_err(|e| Error(format!("{name}: {e}")));
     let arch = env("CARGO_CFG_TARGET_ARCH")?;
     let policies = read_all(Path::new("policies"), &arch)?;
-    for policy in &policies {
-        let Some(outer) = &policy.outer else { continue };
-        let outer = policies.iter().find(|p| p.name == *outer).ok_or_else(|| {
-            Error(format!(
-                "policies/{}.toml: there is no policies/{outer}.toml",
-                policy.name
-            ))
-        })?;
-        if let Some(rule) = compiler::uncovered(policy, outer).first() {
-            return Err(Error(format!(
-                "policies/{}.toml: `{}` ({}) would be killed by the filter beneath it: allow as much in policies/{}.toml",
-                policy.name, rule.syscall, rule.shown, outer.name
-            )));
-        }
-    }
+    compiler::check_outers(&policies)?;
     let source = compiler::generate(&policies, &arch)?;
     let out = Path::new(&env("OUT_DIR")?).join("policies.rs");
     std::fs::write(&out, source).map_err(|e| Error(format!("{}: {e}", out.display())))

@@ -5,22 +5,37 @@
 //! vCPU threads run under the VMM's filter too. So the outer policy must cover the inner one,
 //! rule by rule, and the build says where it does not.
 
-use super::{Masked, Policy, Rule, Stage, Test};
+use super::{Error, Masked, Policy, Rule, Stage, Test};
 
-/// Rules of `inner` that `outer`, in its steady stage, does not admit whole.
-#[must_use]
-pub fn uncovered<'a>(inner: &'a Policy, outer: &Policy) -> Vec<&'a Rule> {
-    inner
-        .rules
-        .iter()
-        .filter(|rule| rule.errno.is_none())
-        .filter(|rule| {
-            !outer
-                .rules
-                .iter()
-                .any(|o| o.errno.is_none() && o.stage == Stage::Steady && implies(rule, o))
-        })
-        .collect()
+/// Checks every policy against the one that it names as `outer`, in its steady stage.
+///
+/// # Errors
+/// There is no such policy, or it would kill what the inner one allows.
+pub fn check_outers(policies: &[Policy]) -> Result<(), Error> {
+    for inner in policies {
+        let Some(name) = &inner.outer else { continue };
+        let outer = policies.iter().find(|p| p.name == *name).ok_or_else(|| {
+            Error(format!(
+                "policies/{}.toml: there is no policies/{name}.toml",
+                inner.name
+            ))
+        })?;
+        if let Some(rule) = inner.rules.iter().find(|rule| !admits(outer, rule)) {
+            return Err(Error(format!(
+                "policies/{}.toml: `{}` {} would be killed by the filter beneath it: allow as much in policies/{name}.toml",
+                inner.name, rule.syscall, rule.shown
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn admits(outer: &Policy, rule: &Rule) -> bool {
+    rule.errno.is_some()
+        || outer
+            .rules
+            .iter()
+            .any(|o| o.errno.is_none() && o.stage == Stage::Steady && implies(rule, o))
 }
 
 /// Everything that matches `narrow` matches `wide`.

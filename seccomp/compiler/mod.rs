@@ -13,7 +13,7 @@ mod source;
 #[path = "../src/syscalls.rs"]
 mod syscalls;
 
-pub use coverage::uncovered;
+pub use coverage::check_outers;
 
 use arguments::Width;
 use seccompiler::{

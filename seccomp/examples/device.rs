@@ -1,9 +1,9 @@
 //! The smallest device process: what every one does between exec and its first byte.
 //!
-//! `device uring|plain FILE`: confines itself, then for each byte on standard input reads the
-//! first bytes of FILE through the engine and writes them to standard output. The tests run it
+//! `device uring|plain FD`: confines itself, then for each byte on standard input reads the
+//! first bytes of the file it inherited as FD through the engine and writes them to standard output. The tests run it
 //! under the launcher's outer filter; `strace -f` on it shows what a static Rust program calls.
-#![allow(unsafe_code)] // ppoll(2), mallopt(3), and the ring's submission.
+#![allow(unsafe_code)] // ppoll(2), mallopt(3), an inherited fd, and the ring's submission.
 #![allow(missing_docs)]
 
 use bulkhead_seccomp::confine::{self, Confinement};
@@ -14,7 +14,7 @@ use io_uring::{opcode, squeue, types};
 use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::mpsc;
 
 enum Engine {
@@ -28,15 +28,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     // SAFETY: mallopt(3) takes two integers; no other thread allocates yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let mut args = std::env::args().skip(1);
-    let (Some(engine), Some(path)) = (args.next(), args.next()) else {
-        return Err("usage: device uring|plain FILE".into());
+    let (Some(engine), Some(fd)) = (args.next(), args.next()) else {
+        return Err("usage: device uring|plain FD".into());
     };
     let uring = engine == "uring";
-    let file = File::open(path)?;
+    let fd: RawFd = fd.parse()?;
+    // SAFETY: the parent passed the descriptor to this process, which uses it nowhere else.
+    let file = unsafe { File::from_raw_fd(fd) };
     let size = file.metadata()?.len();
 
     let locked = Confinement::new(Rlimits::new().nofile(64).fsize(size)).lock_down()?;
-    let fd = file.as_raw_fd();
     let (commands, orders) = mpsc::channel::<()>();
     let (answers, replies) = mpsc::channel::<Result<Vec<u8>, String>>();
     std::thread::Builder::new()

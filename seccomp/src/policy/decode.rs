@@ -7,8 +7,8 @@
 //! that no argument decides, and "some arguments pass" for the others.
 //!
 //! The instructions are those of linux/bpf_common.h that seccomp(2) accepts. An untrusted
-//! filter (one read from another process) costs at most [`MAX_INSTRUCTIONS`] steps for each
-//! number tried.
+//! filter (one read from another process) costs a bounded number of steps: instructions times
+//! accumulator values followed apart times numbers tried.
 
 use libc::sock_filter;
 use thiserror::Error;
