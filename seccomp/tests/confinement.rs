@@ -1,6 +1,7 @@
 //! Confinement, tried from inside: each attempt runs in a process of its own
 //! (`examples/attempt.rs`), which confines itself and then tries something.
 #![allow(unsafe_code)] // What a launcher's child does between fork and exec.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test says so by panicking.
 
 use bulkhead_seccomp::policy::{self, Policy, Stage};
 use bulkhead_seccomp::{filter, privileges};

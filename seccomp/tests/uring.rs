@@ -4,6 +4,7 @@
 //! On a host without io_uring there is nothing to try: the tests say so and pass, and
 //! `unavailability_is_told` is the one that looks at the fallback.
 #![allow(unsafe_code)] // Entries are submitted bare.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test says so by panicking.
 
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{opcode, squeue, types};
