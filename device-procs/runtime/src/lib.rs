@@ -1,1 +1,32 @@
-//! (under construction)
+//! What every Bulkhead device process shares: its channels, its confinement, the
+//! vhost-user back-end, split rings, and the orders between main thread and queue workers.
+//!
+//! ```text
+//!   VMM ── control (ttrpc) ──┐
+//!   VMM ── vhost-user ───────┤ main thread            queue-N thread, one per queue
+//!                            │  serve: poll loop       sleeps in io_uring or ppoll on
+//!                            │  control: Device        its kick and its mailbox
+//!                            │  link+backend: messages ── Order ──▶  ActiveRing
+//!                            │                         ◀─ Answer ──  Ring, Chain
+//!                            └─ QueueStatus (counters) ◀───────────  Memory (snapshot)
+//! ```
+//!
+//! A device kind implements [`device::Device`] and calls [`serve()`]; everything that a
+//! guest writes goes through [`ring`], [`chain`] and [`memory`], which trust none of it.
+
+pub mod active;
+mod backend;
+pub mod chain;
+pub mod channels;
+pub mod control;
+pub mod device;
+mod link;
+pub mod logger;
+pub mod mailbox;
+pub mod memory;
+pub mod ring;
+pub mod serve;
+pub mod status;
+pub mod sys;
+
+pub use serve::{ServeError, ServeOptions, serve};

@@ -1,0 +1,232 @@
+//! A ring together with what is signalled for it: the part of a worker that does not
+//! depend on the device kind or on how the worker sleeps.
+//!
+//! Owned by the queue's worker thread.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::chain::Chain;
+use crate::mailbox::RingSetup;
+use crate::memory::Memory;
+use crate::ring::{Ring, RingError};
+use crate::status::QueueStatus;
+use crate::sys;
+
+/// A ring that is being served.
+#[derive(Debug)]
+pub struct ActiveRing {
+    ring: Ring,
+    kick: Arc<File>,
+    call: Option<Arc<File>>,
+    err: Option<Arc<File>>,
+    status: Arc<QueueStatus>,
+    features: u64,
+    broken: bool,
+    queue: u16,
+}
+
+impl ActiveRing {
+    /// Takes a ring into service, or says why it cannot be: then it counts as broken, and
+    /// its error eventfd has been signalled.
+    pub fn start(
+        setup: RingSetup,
+        queue: u16,
+        status: &Arc<QueueStatus>,
+    ) -> Result<Self, RingError> {
+        status.broken.store(false, Ordering::Relaxed);
+        status.in_flight.set(0);
+        match Ring::new(setup.memory, setup.layout, setup.ring_features, setup.base) {
+            Ok(ring) => {
+                status.started.store(true, Ordering::Relaxed);
+                Ok(Self {
+                    ring,
+                    kick: setup.kick,
+                    call: setup.call,
+                    err: setup.err,
+                    status: Arc::clone(status),
+                    features: setup.features,
+                    broken: false,
+                    queue,
+                })
+            }
+            Err(e) => {
+                status.broken.store(true, Ordering::Relaxed);
+                if let Some(err) = &setup.err {
+                    sys::signal(err);
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// The next request, if there is one and the ring is sound. The head names the request
+    /// until it is completed.
+    #[inline]
+    pub fn pop(&mut self, chain: &mut Chain) -> Option<u16> {
+        if self.broken {
+            return None;
+        }
+        match self.ring.pop(chain) {
+            Ok(head) => {
+                if head.is_some() {
+                    self.status.in_flight.set(u64::from(self.ring.in_flight()));
+                }
+                head
+            }
+            Err(e) => {
+                self.break_with(&e);
+                None
+            }
+        }
+    }
+
+    /// Puts a completion into the used ring, unseen by the driver until [`Self::flush`].
+    #[inline]
+    pub fn complete(&mut self, head: u16, written: u32) {
+        if let Err(e) = self.ring.complete(head, written) {
+            self.break_with(&e);
+        }
+        self.status.in_flight.set(u64::from(self.ring.in_flight()));
+    }
+
+    /// Shows the driver all completions since the last call, with at most one interrupt.
+    pub fn flush(&mut self) {
+        match self.ring.publish() {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Some(call) = &self.call {
+                    sys::signal(call);
+                    self.status.interrupts.add(1);
+                    self.status.syscalls.add(1);
+                }
+            }
+            Err(e) => self.break_with(&e),
+        }
+    }
+
+    /// Wants kicks again; true if the caller must look for requests before it sleeps.
+    pub fn enable_kicks(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        self.ring.enable_kicks().unwrap_or_else(|e| {
+            self.break_with(&e);
+            false
+        })
+    }
+
+    /// Needs no kicks for now.
+    pub fn disable_kicks(&mut self) {
+        if self.broken {
+            return;
+        }
+        if let Err(e) = self.ring.disable_kicks() {
+            self.break_with(&e);
+        }
+    }
+
+    /// Stops the ring for good, because what was found in it breaks the rules: no more
+    /// requests are taken until it is set up anew; those in flight still complete. Also for
+    /// device kinds whose requests are malformed beyond an error status.
+    pub fn break_because(&mut self, why: &dyn std::fmt::Display) {
+        if self.broken {
+            return;
+        }
+        self.broken = true;
+        self.status.broken.store(true, Ordering::Relaxed);
+        log::warn!(
+            "queue {}: malformed ring, stopped until the guest resets the device: {why}",
+            self.queue
+        );
+        if let Some(err) = &self.err {
+            sys::signal(err);
+        }
+    }
+
+    fn break_with(&mut self, why: &RingError) {
+        self.break_because(why);
+    }
+
+    /// Whether the ring was found malformed.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Requests popped and not completed.
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        self.ring.in_flight()
+    }
+
+    /// Ring size.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// The memory that the ring's buffers live in. It stays mapped at least until
+    /// [`Self::swap_memory`] or the end of this ring, both of which need nothing in flight.
+    #[inline]
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.ring.memory()
+    }
+
+    /// Features that the driver accepted.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The kick eventfd.
+    pub fn kick(&self) -> &Arc<File> {
+        &self.kick
+    }
+
+    /// Replaces the call eventfd. Completions that were signalled on the old one may have
+    /// been lost on the way, so the new one is signalled once.
+    pub fn set_call(&mut self, call: Option<Arc<File>>) {
+        if let Some(call) = &call {
+            sys::signal(call);
+        }
+        self.call = call;
+    }
+
+    /// Replaces the error eventfd.
+    pub fn set_err(&mut self, err: Option<Arc<File>>) {
+        if self.broken
+            && let Some(err) = &err
+        {
+            sys::signal(err);
+        }
+        self.err = err;
+    }
+
+    /// Goes on in another snapshot. Must not be called with requests in flight; those
+    /// would point into the old one.
+    pub fn swap_memory(&mut self, memory: Arc<Memory>) -> Result<(), RingError> {
+        debug_assert_eq!(self.ring.in_flight(), 0);
+        self.flush();
+        match Ring::new(
+            memory,
+            self.ring.layout(),
+            self.ring.features(),
+            self.ring.next_avail(),
+        ) {
+            Ok(ring) => {
+                self.ring = ring;
+                Ok(())
+            }
+            Err(e) => {
+                self.break_with(&e);
+                Err(e)
+            }
+        }
+    }
+
+    /// Ends service; the available index at which a successor goes on.
+    pub fn stop(mut self) -> u16 {
+        self.flush();
+        self.status.started.store(false, Ordering::Relaxed);
+        self.ring.next_avail()
+    }
+}

@@ -1,0 +1,178 @@
+//! The control channel: service bulkhead.device.v1.Device (proto/proto/device.proto).
+//!
+//! Runs on the main thread, from its poll loop or while that waits for a worker. Touches
+//! only shared counters, so it is always answered.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bulkhead_proto::device::{
+    Confinement, HealthRequest, HealthResponse, HelloRequest, HelloResponse, QueueStats,
+    RingHealth, ShutdownRequest, ShutdownResponse, StatsRequest, StatsResponse,
+};
+use bulkhead_proto::protobuf::MessageField;
+use bulkhead_proto::server::{CONTROL_MAX_FRAME, Closed, decode, encode};
+use bulkhead_proto::{ControlServer, DEVICE_SERVICE, RpcStatus};
+
+use crate::backend::Meanwhile;
+use crate::device::Device;
+use crate::status::QueueStatus;
+use crate::sys::PollFd;
+
+/// Version of the Device protocol that this runtime speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What confined the process, for Hello.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ConfinementReport {
+    pub(crate) landlock_abi: u32,
+    pub(crate) policy: String,
+}
+
+struct Service {
+    device: Arc<dyn Device>,
+    queues: Vec<Arc<QueueStatus>>,
+    confinement: ConfinementReport,
+    shutdown: bool,
+}
+
+/// The control channel and the state of its service. Without a channel (stand-alone mode)
+/// it does nothing.
+pub(crate) struct Control {
+    server: Option<ControlServer>,
+    service: Service,
+    closed: bool,
+}
+
+impl Control {
+    pub(crate) fn new(
+        channel: Option<OwnedFd>,
+        device: Arc<dyn Device>,
+        queues: Vec<Arc<QueueStatus>>,
+        confinement: ConfinementReport,
+    ) -> Self {
+        Self {
+            server: channel.map(|fd| ControlServer::new(fd, CONTROL_MAX_FRAME)),
+            service: Service {
+                device,
+                queues,
+                confinement,
+                shutdown: false,
+            },
+            closed: false,
+        }
+    }
+
+    /// Shutdown was called, or the VMM is gone.
+    pub(crate) fn wants_exit(&self) -> bool {
+        self.closed || self.service.shutdown
+    }
+}
+
+impl Meanwhile for Control {
+    fn poll_fd(&self) -> PollFd {
+        match &self.server {
+            Some(server) => {
+                let mut events = 0;
+                if server.wants_read() {
+                    events |= libc::POLLIN;
+                }
+                if server.wants_write() {
+                    events |= libc::POLLOUT;
+                }
+                PollFd::new(server.as_fd(), events)
+            }
+            None => PollFd::none(),
+        }
+    }
+
+    fn serve(&mut self) {
+        let Some(server) = &mut self.server else {
+            return;
+        };
+        let service = &mut self.service;
+        if let Err(why) = server
+            .on_readable(&mut |service_name, method, body| service.call(service_name, method, body))
+        {
+            if !matches!(why, Closed::Eof) {
+                log::error!("control channel: {why}");
+            }
+            self.server = None;
+            self.closed = true;
+        }
+    }
+}
+
+impl Service {
+    fn call(&mut self, service: &str, method: &str, body: &[u8]) -> Result<Vec<u8>, RpcStatus> {
+        match (service, method) {
+            (DEVICE_SERVICE, "Hello") => encode(&self.hello(&decode::<HelloRequest>(body)?)),
+            (DEVICE_SERVICE, "Health") => {
+                decode::<HealthRequest>(body)?;
+                encode(&self.health())
+            }
+            (DEVICE_SERVICE, "Stats") => {
+                decode::<StatsRequest>(body)?;
+                encode(&self.stats())
+            }
+            (DEVICE_SERVICE, "Shutdown") => {
+                decode::<ShutdownRequest>(body)?;
+                self.shutdown = true;
+                encode(&ShutdownResponse::new())
+            }
+            _ => Err(RpcStatus::unimplemented(service, method)),
+        }
+    }
+
+    fn hello(&self, request: &HelloRequest) -> HelloResponse {
+        let mut confinement = Confinement::new();
+        confinement.landlock_abi = self.confinement.landlock_abi;
+        confinement.policy.clone_from(&self.confinement.policy);
+        confinement.io_engine = self.device.io_engine().into();
+        let mut reply = HelloResponse::new();
+        reply.kind = self.device.kind().into();
+        reply.version = self.device.version().into();
+        reply.protocol = PROTOCOL_VERSION;
+        reply.incarnation = request.incarnation;
+        reply.confinement = MessageField::some(confinement);
+        reply
+    }
+
+    fn health(&self) -> HealthResponse {
+        let mut reply = HealthResponse::new();
+        reply.rings = (0..)
+            .zip(&self.queues)
+            .map(|(index, q)| {
+                let mut ring = RingHealth::new();
+                ring.index = index;
+                ring.started = q.started.load(Ordering::Relaxed);
+                ring.broken = q.broken.load(Ordering::Relaxed);
+                ring.in_flight = q.in_flight.get();
+                ring
+            })
+            .collect();
+        reply
+    }
+
+    fn stats(&self) -> StatsResponse {
+        let mut reply = StatsResponse::new();
+        reply.queues = (0..)
+            .zip(&self.queues)
+            .map(|(index, q)| {
+                let mut stats = QueueStats::new();
+                stats.index = index;
+                stats.requests = q.requests.get();
+                stats.read_bytes = q.read_bytes.get();
+                stats.written_bytes = q.written_bytes.get();
+                stats.flushes = q.flushes.get();
+                stats.errors = q.errors.get();
+                stats.kicks = q.kicks.get();
+                stats.interrupts = q.interrupts.get();
+                stats.syscalls = q.syscalls.get();
+                stats
+            })
+            .collect();
+        reply
+    }
+}

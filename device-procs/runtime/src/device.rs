@@ -1,0 +1,75 @@
+//! What a device kind is to the runtime. A new kind is one crate that implements
+//! [`Device`] and calls [`crate::serve`].
+
+use std::io;
+use std::sync::Arc;
+
+use crate::mailbox::WorkerPort;
+
+/// VIRTIO_F_INDIRECT_DESC
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_VERSION_1
+pub const F_VERSION_1: u64 = 1 << 32;
+/// VHOST_USER_F_PROTOCOL_FEATURES
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// What a worker thread runs. It prepares all that needs system calls which confinement
+/// will forbid, says "prepared" by the given call, and serves until it is told to exit.
+pub type Worker = Box<dyn FnOnce(Prepared) + Send>;
+
+/// How a worker tells the main thread that its preparations are over.
+#[derive(Debug)]
+pub struct Prepared(pub(crate) std::sync::mpsc::Sender<Result<(), String>>);
+
+impl Prepared {
+    /// Everything is in place; the process may be confined now.
+    pub fn ready(self) {
+        // The receiver is gone only if the start has failed already.
+        let _ = self.0.send(Ok(()));
+    }
+
+    /// Nothing can be served; the process ends with this line.
+    pub fn failed(self, why: String) {
+        let _ = self.0.send(Err(why));
+    }
+}
+
+/// A kind of virtio device, as one process serves it.
+///
+/// The main thread calls all methods, before any guest is connected or on behalf of the
+/// front-end; workers share nothing with it but what they take along in [`Worker`].
+pub trait Device: Send + Sync {
+    /// "blk", "net", …
+    fn kind(&self) -> &'static str;
+
+    /// Version of the binary.
+    fn version(&self) -> &'static str;
+
+    /// "io_uring" or "preadv2".
+    fn io_engine(&self) -> &'static str;
+
+    /// The kind's own feature bits. The runtime adds what rings need: VERSION_1,
+    /// INDIRECT_DESC, EVENT_IDX and vhost-user's protocol features.
+    fn features(&self) -> u64;
+
+    /// Number of queues.
+    fn queues(&self) -> u16;
+
+    /// The configuration space. Reads beyond its end are zeros.
+    fn config(&self) -> &[u8];
+
+    /// The driver wrote to the configuration space; false if it may not.
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> bool {
+        false
+    }
+
+    /// The worker of one queue; runs on a thread of its own.
+    fn worker(&self, port: WorkerPort) -> io::Result<Worker>;
+}
+
+/// All that the runtime offers to a driver of this device.
+pub(crate) fn offered_features(device: &Arc<dyn Device>) -> u64 {
+    device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_PROTOCOL_FEATURES
+}

@@ -1,0 +1,190 @@
+//! The life of a device process: confine, make the workers, seal, serve, drain, end.
+//!
+//! [`serve`] runs on the main thread and returns when the process should exit.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bulkhead_seccomp::confine::{ConfineError, Confinement};
+use bulkhead_seccomp::policy::Policy;
+use bulkhead_seccomp::privileges::Rlimits;
+
+use crate::backend::{Backend, Meanwhile};
+use crate::channels::Channels;
+use crate::control::{ConfinementReport, Control};
+use crate::device::{Device, Prepared};
+use crate::link::{Link, LinkError};
+use crate::mailbox::{WorkerHandle, mailbox};
+use crate::sys::{self, PollFd};
+
+/// Stack of a worker thread: its frames are small and it never recurses.
+const WORKER_STACK: usize = 128 * 1024;
+/// Time for a worker to make its ring.
+const PREPARE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a device process ends with a failure.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The process could not give up what it must not have.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
+    /// A thread or eventfd could not be made.
+    #[error("cannot start the worker of queue {queue}: {source}")]
+    Worker {
+        /// Its queue.
+        queue: u16,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// A worker's own preparations failed.
+    #[error("queue {queue}: {why}")]
+    Prepare {
+        /// Its queue.
+        queue: u16,
+        /// What it said.
+        why: String,
+    },
+    /// The VMM broke the vhost-user protocol, or its socket failed.
+    #[error("vhost-user channel: {0}")]
+    Channel(String),
+    /// Requests wait for the host and did not end.
+    #[error("requests still wait for the host; see the kernel's log for the disk's errors")]
+    Stuck,
+    /// Waiting failed.
+    #[error("poll: {0}")]
+    Poll(#[from] std::io::Error),
+}
+
+/// How to serve.
+pub struct ServeOptions {
+    /// Where the front-end and the VMM are.
+    pub channels: Channels,
+    /// The system calls that stay allowed.
+    pub policy: &'static Policy,
+    /// Limits to set on this process.
+    pub rlimits: Rlimits,
+}
+
+/// Serves `device` until its channels close, then returns; the process should exit then.
+/// Nothing is read from any channel before the process is confined.
+pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), ServeError> {
+    let locked = Confinement::new(options.rlimits).lock_down()?;
+    let workers = start_workers(&device)?;
+    let landlock_abi = locked.landlock().abi;
+    let confined = locked.seal(options.policy)?;
+    log::debug!("{}", confined.report());
+
+    let report = ConfinementReport {
+        landlock_abi: u32::try_from(landlock_abi).unwrap_or(0),
+        policy: options.policy.name.into(),
+    };
+    let queues = workers.iter().map(|w| Arc::clone(w.status())).collect();
+    let (control, vhost, listener) = match options.channels {
+        Channels::Inherited { control, vhost } => (Some(control), Some(vhost), None),
+        Channels::Listener(listener) => (None, None, Some(listener)),
+    };
+    let control = Control::new(control, Arc::clone(&device), queues, report);
+    let backend = Arc::new(Mutex::new(Backend::new(device, workers, control)));
+    let link = vhost.map(|socket| Link::new(socket, Arc::clone(&backend)));
+    let ended = run(&backend, link, listener.as_ref());
+    let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
+    match ended {
+        Ok(()) if backend.disconnect() => Ok(()),
+        Ok(()) => Err(ServeError::Stuck),
+        Err(e) => Err(e),
+    }
+}
+
+fn start_workers(device: &Arc<dyn Device>) -> Result<Vec<WorkerHandle>, ServeError> {
+    let mut handles = Vec::new();
+    let mut prepared = Vec::new();
+    for queue in 0..device.queues() {
+        let fail = |source| ServeError::Worker { queue, source };
+        let (handle, port) = mailbox(queue).map_err(fail)?;
+        let worker = device.worker(port).map_err(fail)?;
+        let (sender, receiver) = channel();
+        std::thread::Builder::new()
+            .name(format!("queue-{queue}"))
+            .stack_size(WORKER_STACK)
+            .spawn(move || worker(Prepared(sender)))
+            .map_err(fail)?;
+        handles.push(handle);
+        prepared.push((queue, receiver));
+    }
+    for (queue, receiver) in prepared {
+        let why = match receiver.recv_timeout(PREPARE_DEADLINE) {
+            Ok(Ok(())) => continue,
+            Ok(Err(why)) => why,
+            Err(RecvTimeoutError::Timeout) => "the worker does not get ready".into(),
+            Err(RecvTimeoutError::Disconnected) => "the worker ended".into(),
+        };
+        return Err(ServeError::Prepare { queue, why });
+    }
+    Ok(handles)
+}
+
+type Shared = Arc<Mutex<Backend<Control>>>;
+
+fn run(
+    backend: &Shared,
+    mut link: Option<Link<Backend<Control>>>,
+    listener: Option<&UnixListener>,
+) -> Result<(), ServeError> {
+    let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let (channel, timeout) = match (&link, listener) {
+            (Some(link), _) => (link.poll_fd(), link.timeout_ms()),
+            (None, Some(listener)) => (PollFd::new(listener.as_fd(), libc::POLLIN), -1),
+            // The VMM has closed the vhost-user channel.
+            (None, None) => return Ok(()),
+        };
+        let mut fds = [lock().meanwhile().poll_fd(), channel];
+        sys::poll(&mut fds, timeout)?;
+        let [control, channel] = fds;
+
+        if control.revents() != 0 {
+            lock().meanwhile().serve();
+        }
+        if lock().meanwhile().wants_exit() {
+            return Ok(());
+        }
+        if channel.revents() == 0 && timeout < 0 {
+            continue;
+        }
+        let Some(open) = &mut link else {
+            link = listener
+                .and_then(accept)
+                .map(|socket| Link::new(socket, Arc::clone(backend)));
+            continue;
+        };
+        // The handler locks the back-end itself.
+        let Err(why) = open.serve() else {
+            continue;
+        };
+        link = None;
+        let mut backend = lock();
+        let stopped = backend.disconnect();
+        if backend.gave_up() || !stopped {
+            return Err(ServeError::Stuck);
+        }
+        match (why, listener) {
+            (LinkError::Closed, _) => log::debug!("vhost-user connection closed"),
+            (why, Some(_)) => log::warn!("vhost-user connection dropped: {why}"),
+            (why, None) => return Err(ServeError::Channel(why.to_string())),
+        }
+    }
+}
+
+fn accept(listener: &UnixListener) -> Option<std::os::unix::net::UnixStream> {
+    match listener.accept() {
+        Ok((socket, _)) => Some(socket),
+        Err(e) => {
+            // Gone again, or this process is short of descriptors: the next one may do.
+            log::debug!("accept: {e}");
+            None
+        }
+    }
+}

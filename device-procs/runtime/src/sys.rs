@@ -1,0 +1,244 @@
+//! The few system calls that the standard library does not wrap, as safe functions.
+//!
+//! Called by the main thread, except [`poll`], which the fallback engines' workers use too.
+
+#![allow(unsafe_code)] // thin wrappers; each checks its result and owns what it returns
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use vhost::vhost_user::{BackendReqHandler, VhostUserBackendReqHandler};
+
+fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
+}
+
+/// One descriptor to wait for.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct PollFd(libc::pollfd);
+
+impl PollFd {
+    /// Waits for `events` (`libc::POLLIN` …) on `fd`.
+    pub fn new(fd: BorrowedFd<'_>, events: i16) -> Self {
+        Self(libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events,
+            revents: 0,
+        })
+    }
+
+    /// Waits for nothing.
+    pub fn none() -> Self {
+        Self(libc::pollfd {
+            fd: -1,
+            events: 0,
+            revents: 0,
+        })
+    }
+
+    /// What happened on the descriptor during the last [`poll`].
+    pub fn revents(&self) -> i16 {
+        self.0.revents
+    }
+}
+
+/// Waits until something happens on one of `fds`, or `timeout_ms` have passed (negative:
+/// for ever). A signal counts as "nothing happened".
+pub fn poll(fds: &mut [PollFd], timeout_ms: i32) -> io::Result<usize> {
+    let timeout = u32::try_from(timeout_ms).ok().map(|ms| libc::timespec {
+        tv_sec: libc::time_t::from(ms / 1000),
+        tv_nsec: libc::c_long::from(ms % 1000) * 1_000_000,
+    });
+    let timeout = timeout
+        .as_ref()
+        .map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: PollFd is a transparent pollfd, the length is the slice's own, the time-out
+    // is null or lives through the call. A stale descriptor number would be a wrong
+    // answer, not a memory error.
+    let n = unsafe {
+        libc::ppoll(
+            fds.as_mut_ptr().cast(),
+            fds.len() as libc::nfds_t,
+            timeout,
+            std::ptr::null(),
+        )
+    };
+    match check(n) {
+        Ok(n) => Ok(n as usize),
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+            for f in fds {
+                f.0.revents = 0;
+            }
+            Ok(0)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// A new eventfd, close-on-exec and non-blocking: only for use within this process.
+pub fn eventfd() -> io::Result<File> {
+    // SAFETY: no pointers are involved.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: the descriptor is fresh and owned by nobody else.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// An anonymous memory file.
+pub fn memfd(name: &str) -> io::Result<File> {
+    let name = std::ffi::CString::new(name)?;
+    // SAFETY: the name is a live C string.
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })?;
+    // SAFETY: the descriptor is fresh and owned by nobody else.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Takes ownership of an inherited descriptor, after checking that it is open, and makes
+/// it close-on-exec. To be called once per number, before anything else opens files.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD takes an integer; a number that is not open gives EBADF.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the descriptor is open (fcntl succeeded), and by this function's contract
+    // nothing else in the process owns that number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The file status flags (O_DIRECT, O_RDWR, …) of an open file.
+pub fn status_flags(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: F_GETFL takes no argument.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })
+}
+
+/// Makes writes to this descriptor fail rather than wait.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = status_flags(fd)?;
+    // SAFETY: F_SETFL takes an integer.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })?;
+    Ok(())
+}
+
+fn socket_option(fd: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and len are live, and len is value's size.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(value)
+}
+
+/// Whether this is a unix stream socket; `listening` tells which kind is wanted.
+pub fn is_unix_stream(fd: BorrowedFd<'_>, listening: bool) -> bool {
+    socket_option(fd, libc::SO_DOMAIN).ok() == Some(libc::AF_UNIX)
+        && socket_option(fd, libc::SO_TYPE).ok() == Some(libc::SOCK_STREAM)
+        && socket_option(fd, libc::SO_ACCEPTCONN).ok() == Some(i32::from(listening))
+}
+
+/// Looks at the first bytes of a socket's receive queue without taking them, and without
+/// waiting; descriptors that travel with them stay in the queue. None: nothing there yet.
+pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    let mut iov = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: an all-zero msghdr is valid: no name, no buffers, no control data.
+    let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    // SAFETY: msg points at one iovec over the live buffer, and at nothing else.
+    let n = unsafe {
+        libc::recvmsg(
+            fd.as_raw_fd(),
+            &raw mut msg,
+            libc::MSG_PEEK | libc::MSG_DONTWAIT,
+        )
+    };
+    match usize::try_from(n) {
+        Ok(n) => Ok(Some(n)),
+        Err(_) => match io::Error::last_os_error() {
+            e if matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) =>
+            {
+                Ok(None)
+            }
+            e => Err(e),
+        },
+    }
+}
+
+/// Size and preferred block size of an open file, by fstat(2) itself: the C library's
+/// wrapper makes a call that takes a path, which no policy need allow.
+pub fn file_size(file: &File) -> io::Result<(u64, u64)> {
+    // SAFETY: an all-zero stat is valid, and only a place to write to.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: st is live and is the structure that the kernel fills on this architecture.
+    let r = unsafe { libc::syscall(libc::SYS_fstat, file.as_raw_fd(), &raw mut st) };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((
+        u64::try_from(st.st_size).unwrap_or(0),
+        u64::try_from(st.st_blksize).unwrap_or(0),
+    ))
+}
+
+/// One malloc arena for all threads, and small blocks never by mmap: a device process
+/// allocates at start and hardly afterwards, so arenas per thread are only memory.
+pub fn frugal_malloc() {
+    // SAFETY: mallopt takes integers; called before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
+    }
+}
+
+/// Adds one to an eventfd. Failure is not reported: the counter is full, which means that
+/// the other side has been told already, or the other side gave something that is no
+/// eventfd, which harms only itself.
+#[inline]
+pub fn signal(eventfd: &File) {
+    use std::io::Write;
+    let _ = (&*eventfd).write(&1u64.to_ne_bytes());
+}
+
+/// Empties a non-blocking eventfd of this process.
+pub fn drain(eventfd: &File) {
+    use std::io::Read;
+    let mut buf = [0; 8];
+    let _ = (&*eventfd).read(&mut buf);
+}
+
+/// Waits for input on one descriptor; true if there is some (or its end).
+pub fn wait_readable(fd: &impl AsFd, timeout_ms: i32) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd.as_fd(), libc::POLLIN)];
+    poll(&mut fds, timeout_ms)?;
+    Ok(fds.iter().any(|f| f.revents() != 0))
+}
+
+/// Sets the file mode creation mask; returns the one before.
+pub fn umask(mask: u32) -> u32 {
+    // SAFETY: umask takes an integer and cannot fail.
+    unsafe { libc::umask(mask) }
+}
+
+/// The socket of a vhost-user request handler, which it lends only as a number.
+pub(crate) fn handler_fd<S: VhostUserBackendReqHandler>(
+    handler: &BackendReqHandler<S>,
+) -> BorrowedFd<'_> {
+    // SAFETY: the handler owns the socket and never closes it before it is dropped, which
+    // the borrow prevents.
+    unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) }
+}
