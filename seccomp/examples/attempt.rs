@@ -134,6 +134,7 @@ fn call_by_name(name: &str) -> i64 {
         "accept4" => (libc::SYS_accept4, [0, 0, 0, 0o2_000_000, 0, 0]),
         "socketpair" => (libc::SYS_socketpair, [1, 1, 0, 0, 0, 0]),
         "x32 read" => (0x4000_0000, [0; 6]),
+        "restart_syscall" => (libc::SYS_restart_syscall, [0; 6]),
         "mremap" => (libc::SYS_mremap, [0; 6]),
         "clock_gettime" => (libc::SYS_clock_gettime, [-1, 0, 0, 0, 0, 0]),
         _ => panic!("unknown call {name}"),
