@@ -182,7 +182,8 @@ impl Rlimits {
     }
 
     /// Processes and threads of this user. They are counted for all processes of the user (in
-    /// the user namespace), so it says something only where the uid is the process's own.
+    /// the user namespace), so it says something only where the uid is the process's own. The
+    /// kernel's worker threads of io_uring count too.
     #[must_use]
     pub fn nproc(mut self, limit: u64) -> Self {
         self.nproc = Some(limit);
