@@ -22,6 +22,7 @@ pub struct Test {
 /// Runs those of `tests` whose subject or name contains `filter`, the long ones only if
 /// `long`; prints verdicts and the count.
 pub fn run(tests: &[Test], filter: Option<&str>, long: bool) -> ExitCode {
+    crate::vmm::remember_processes();
     let (mut passed, mut failed) = (0, Vec::new());
     for test in tests {
         if filter.is_some_and(|f| test.subject != f && !test.name.contains(f)) {

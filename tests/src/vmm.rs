@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Directory of the binaries under test (`BULKHEAD_BIN`).
@@ -302,15 +302,30 @@ pub fn ctl(socket: &str, args: &[&str]) -> Result<serde_json::Value, String> {
     serde_json::from_str(&text).map_err(|e| format!("{e} in {text:?}"))
 }
 
-/// Pids whose comm starts with `bulkhead`.
+/// Processes that were there before the first test, which are none of ours.
+static BEFORE: OnceLock<Vec<i32>> = OnceLock::new();
+
+/// Notes what runs before the first test.
+pub fn remember_processes() {
+    BEFORE.get_or_init(|| all_processes().into_iter().map(|(pid, _)| pid).collect());
+}
+
+/// Processes of the VMs under test.
 pub fn bulkhead_processes() -> Vec<(i32, String)> {
+    let before = BEFORE.get_or_init(Vec::new);
+    let mut found = all_processes();
+    found.retain(|(pid, _)| !before.contains(pid));
+    found
+}
+
+fn all_processes() -> Vec<(i32, String)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
         };
         let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if comm.starts_with("bulkhead") && comm.trim() != "bulkhead-e2e" {
+        if comm.starts_with("bulkhead") {
             found.push((pid, comm.trim().to_string()));
         }
     }

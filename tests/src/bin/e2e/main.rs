@@ -1,0 +1,41 @@
+//! The end-to-end tests: real guests under KVM. Runs inside the nested host (or on a
+//! machine whose own KVM runs Linux guests); `tests/e2e` starts it.
+//!
+//! usage: e2e [--long] [--native] [SUBJECT]
+
+use std::process::ExitCode;
+
+use bulkhead_tests::runner::{self, Test};
+
+mod api;
+mod audit;
+mod bad_input;
+mod block;
+mod boot;
+mod death;
+//mod hostile_guest;
+
+fn main() -> ExitCode {
+    let (mut long, mut native, mut filter) = (false, false, None);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--long" => long = true,
+            // Only the tests that need no guest.
+            "--native" => native = true,
+            _ => filter = Some(argument),
+        }
+    }
+    let mut tests: Vec<Test> = Vec::new();
+    if native {
+        tests.extend(bad_input::native());
+    } else {
+        tests.extend(boot::tests());
+        tests.extend(block::tests());
+        tests.extend(api::tests());
+        tests.extend(audit::tests());
+        tests.extend(death::tests());
+//        tests.extend(hostile_guest::tests());
+        tests.extend(bad_input::tests());
+    }
+    runner::run(&tests, filter.as_deref(), long)
+}
