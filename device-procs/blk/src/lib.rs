@@ -1,1 +1,17 @@
-//! (under construction)
+//! virtio-blk (virtio 1.2, 5.2) as a process of its own, over vhost-user.
+//!
+//! `main` opens or inherits the disk ([`disk`]), chooses an engine and hands a
+//! [`device::Block`] to the runtime. Each queue's worker takes chains from its ring, reads
+//! them as requests ([`request`]), and moves data by [`transfer`]s that its engine
+//! ([`engine_uring`], [`engine_plain`]) carries out.
+
+pub mod cli;
+pub mod config;
+pub mod device;
+pub mod disk;
+pub mod engine_plain;
+pub mod engine_uring;
+pub mod queue;
+pub mod request;
+pub mod transfer;
+pub mod vectored;

@@ -1,1 +1,118 @@
-fn main() {}
+//! bulkhead-blk: see `--help`, and the library beside this file.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bulkhead_blk::cli::{self, Command, Endpoint, EngineChoice, HELP, Options};
+use bulkhead_blk::device::{Block, EngineKind};
+use bulkhead_blk::disk::{Disk, DiskError};
+use bulkhead_runtime::channels::{ChannelError, Channels};
+use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
+use bulkhead_seccomp::policy::{self, Policy};
+use bulkhead_seccomp::privileges::Rlimits;
+use bulkhead_seccomp::uring::{self, UringError};
+use log::LevelFilter;
+
+/// Descriptors of the process itself, and those that come and go with messages.
+const BASE_FDS: u64 = 80;
+/// Descriptors of a queue: kick, call, err, their successors, two eventfds, a ring.
+const FDS_PER_QUEUE: u64 = 10;
+
+#[derive(Debug, thiserror::Error)]
+enum MainError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("{0}; use --io-engine preadv2")]
+    Uring(#[from] UringError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+fn main() -> ExitCode {
+    sys::frugal_malloc();
+    let options = match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Serve(options)) => options,
+        Ok(Command::Help) => return print(HELP),
+        Ok(Command::Version) => {
+            return print(concat!("bulkhead-blk ", env!("CARGO_PKG_VERSION"), "\n"));
+        }
+        Err(e) => {
+            complain(&e);
+            return ExitCode::from(2);
+        }
+    };
+    logger::init(if options.verbose {
+        LevelFilter::Debug
+    } else {
+        LevelFilter::Info
+    });
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            complain(&e);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn complain(e: &dyn std::error::Error) {
+    let _ = writeln!(std::io::stderr(), "bulkhead-blk: {e}");
+}
+
+fn run(options: &Options) -> Result<(), MainError> {
+    // Inherited numbers first, before anything else can take them.
+    let (disk, channels) = match &options.endpoint {
+        Endpoint::Inherited { control, vhost } => {
+            let channels = Channels::inherit(*control, *vhost)?;
+            (Disk::open(&options.disk)?, channels)
+        }
+        Endpoint::Socket(path) => {
+            let disk = Disk::open(&options.disk)?;
+            (disk, Channels::listen(path)?)
+        }
+    };
+    let engine = match options.engine {
+        EngineChoice::Plain => EngineKind::Plain,
+        EngineChoice::IoUring => {
+            uring::available()?;
+            EngineKind::IoUring
+        }
+        EngineChoice::Auto => match uring::available() {
+            Ok(()) => EngineKind::IoUring,
+            Err(e) => {
+                log::info!("{e}; the preadv2 engine serves instead");
+                EngineKind::Plain
+            }
+        },
+    };
+    let policy: &'static Policy = match (&options.endpoint, engine) {
+        (Endpoint::Socket(_), _) => &policy::BULKHEAD_BLK_SOCKET,
+        (_, EngineKind::IoUring) => &policy::BULKHEAD_BLK,
+        (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,
+    };
+    let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
+    if disk.regular {
+        // The process writes to no other file, and never beyond the disk's end.
+        rlimits = rlimits.fsize(disk.geometry.sectors.saturating_mul(512));
+    }
+    let device = Arc::new(Block::new(disk, options.queues, engine));
+    serve(
+        device,
+        ServeOptions {
+            channels,
+            policy,
+            rlimits,
+        },
+    )?;
+    Ok(())
+}

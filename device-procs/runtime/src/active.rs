@@ -37,6 +37,7 @@ impl ActiveRing {
     ) -> Result<Self, RingError> {
         status.broken.store(false, Ordering::Relaxed);
         status.in_flight.set(0);
+        let err = setup.err;
         match Ring::new(setup.memory, setup.layout, setup.ring_features, setup.base) {
             Ok(ring) => {
                 status.started.store(true, Ordering::Relaxed);
@@ -44,7 +45,7 @@ impl ActiveRing {
                     ring,
                     kick: setup.kick,
                     call: setup.call,
-                    err: setup.err,
+                    err,
                     status: Arc::clone(status),
                     features: setup.features,
                     broken: false,
@@ -53,7 +54,7 @@ impl ActiveRing {
             }
             Err(e) => {
                 status.broken.store(true, Ordering::Relaxed);
-                if let Some(err) = &setup.err {
+                if let Some(err) = &err {
                     sys::signal(err);
                 }
                 Err(e)
@@ -127,9 +128,16 @@ impl ActiveRing {
         }
     }
 
+    /// Stops the ring because the chain at `head` is no request of this device kind at all;
+    /// it is not completed.
+    pub fn reject(&mut self, head: u16, why: &dyn std::fmt::Display) {
+        self.ring.forget(head);
+        self.status.in_flight.set(u64::from(self.ring.in_flight()));
+        self.break_because(why);
+    }
+
     /// Stops the ring for good, because what was found in it breaks the rules: no more
-    /// requests are taken until it is set up anew; those in flight still complete. Also for
-    /// device kinds whose requests are malformed beyond an error status.
+    /// requests are taken until it is set up anew; those in flight still complete.
     pub fn break_because(&mut self, why: &dyn std::fmt::Display) {
         if self.broken {
             return;

@@ -286,6 +286,17 @@ impl Ring {
         Ok(())
     }
 
+    /// Gives up a popped chain without completing it: its ring is malformed and stops.
+    pub fn forget(&mut self, head: u16) {
+        let bit = 1u64 << (head % 64);
+        if let Some(bits) = self.outstanding.get_mut(usize::from(head / 64))
+            && *bits & bit != 0
+        {
+            *bits &= !bit;
+            self.in_flight = self.in_flight.saturating_sub(1);
+        }
+    }
+
     /// Shows the driver everything completed so far; true if it wants an interrupt for
     /// it. One call per batch.
     pub fn publish(&mut self) -> Result<bool, RingError> {
