@@ -2,6 +2,25 @@
 //! map and never touches a device's data, and the launcher that starts every device in
 //! a process of its own.
 
+pub mod api;
 pub mod arch;
 pub mod bus;
+pub mod cli;
+pub mod confine;
+pub mod events;
+pub mod ged;
 pub mod hypervisor;
+pub mod kvm;
+pub mod launcher;
+pub mod logger;
+pub mod machine;
+pub mod memory;
+pub mod pci;
+pub mod power;
+pub mod serial;
+pub mod signals;
+pub mod terminal;
+pub mod threads;
+pub mod vcpu;
+pub mod vhost_user;
+pub mod virtio;

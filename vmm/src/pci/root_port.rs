@@ -1,0 +1,275 @@
+//! A root port: a type 1 function on bus 0 with one slot below it (PCI-to-PCI Bridge
+//! Architecture 1.2 section 3.2, PCI Express Base 5.0 section 7.5.3).
+//!
+//! The slot is declared without the hot-plug capable bit: hot-plug is signalled through
+//! ACPI, and a guest that takes native hot-plug over would wait for events that never
+//! come. There is no I/O window (base and limit are hard-wired to zero). vCPU threads
+//! access the registers; the manager thread fills and empties the slot.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::bar::AddressRange;
+use super::config::{ConfigSpace, Identity, reg};
+use super::{BarKind, PciError, PciFunction};
+
+/// Red Hat's identity for a generic PCI Express root port: no quirks in any guest.
+const VENDOR: u16 = 0x1b36;
+const DEVICE: u16 = 0x000c;
+const CLASS_BRIDGE_PCI: u32 = 0x06_0400;
+
+const PRIMARY_BUS: u16 = 0x18;
+const MEMORY_BASE: u16 = 0x20;
+const MEMORY_LIMIT: u16 = 0x22;
+const PREFETCH_BASE: u16 = 0x24;
+const PREFETCH_LIMIT: u16 = 0x26;
+const PREFETCH_BASE_UPPER: u16 = 0x28;
+const PREFETCH_LIMIT_UPPER: u16 = 0x2c;
+const BRIDGE_CONTROL: u16 = 0x3e;
+const SECONDARY_BUS_RESET: u16 = 1 << 6;
+const COMMAND_MASK: u16 = 0x0546;
+const COMMAND_MEMORY_AND_MASTER: u16 = 0x0006;
+
+const CAPABILITY_PCIE: u8 = 0x10;
+/// Offsets inside the PCI Express capability.
+const LINK_STATUS: u16 = 0x12;
+const SLOT_STATUS: u16 = 0x1a;
+const LINK_X1_2GT5: u16 = 0x0011;
+const LINK_ACTIVE: u16 = 1 << 13;
+const PRESENCE: u16 = 1 << 6;
+
+/// A root port to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// The name by which the API addresses it.
+    pub name: String,
+    /// Device number on bus 0, 1 to 31.
+    pub device: u8,
+    /// Physical slot number, unique in the machine, below 8192.
+    pub slot: u16,
+}
+
+/// What is programmed into a port before the guest starts.
+pub(super) struct PortResources {
+    pub secondary_bus: u8,
+    pub memory: AddressRange,
+    pub prefetchable: AddressRange,
+}
+
+/// A root port and what is plugged into it.
+pub(super) struct RootPort {
+    pub config: PortConfig,
+    /// Secondary bus number, a copy of the register that routing reads without a lock.
+    secondary: AtomicU8,
+    registers: Mutex<ConfigSpace>,
+    express: u16,
+    function: RwLock<Option<Arc<dyn PciFunction>>>,
+}
+
+impl RootPort {
+    pub fn new(config: PortConfig, resources: &PortResources) -> Result<Self, PciError> {
+        let identity = Identity {
+            vendor: VENDOR,
+            device: DEVICE,
+            revision: 0,
+            class: CLASS_BRIDGE_PCI,
+            header_type: 1,
+        };
+        let mut space = ConfigSpace::new(identity, COMMAND_MASK);
+        let express = space.add_capability(
+            CAPABILITY_PCIE,
+            &express_capability(config.device, config.slot),
+            &express_mask(),
+        )?;
+        let bus = resources.secondary_bus;
+        space.set(PRIMARY_BUS, &[0, bus, bus]);
+        space.allow(PRIMARY_BUS, &[0xff, 0xff, 0xff]);
+        program_window(&mut space, MEMORY_BASE, resources.memory, 0);
+        program_window(&mut space, PREFETCH_BASE, resources.prefetchable, 1);
+        space.allow(MEMORY_BASE, &0xfff0_fff0_u32.to_le_bytes());
+        space.allow(PREFETCH_BASE, &0xfff0_fff0_u32.to_le_bytes());
+        space.allow(PREFETCH_BASE_UPPER, &[0xff; 8]);
+        space.allow(
+            BRIDGE_CONTROL,
+            &(0x0003 | SECONDARY_BUS_RESET).to_le_bytes(),
+        );
+        space.set(reg::COMMAND, &COMMAND_MEMORY_AND_MASTER.to_le_bytes());
+        Ok(Self {
+            config,
+            secondary: AtomicU8::new(bus),
+            registers: Mutex::new(space),
+            express,
+            function: RwLock::new(None),
+        })
+    }
+
+    pub fn secondary_bus(&self) -> u8 {
+        self.secondary.load(Ordering::Relaxed)
+    }
+
+    pub fn function(&self) -> Option<Arc<dyn PciFunction>> {
+        self.function
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub fn plug(&self, function: &Arc<dyn PciFunction>) -> Result<(), PciError> {
+        let mut slot = self
+            .function
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot.is_some() {
+            return Err(PciError::Occupied(self.config.name.clone()));
+        }
+        let (mut memory, mut prefetchable) = self.windows();
+        function.place_bars(&mut |kind, size| match kind {
+            BarKind::Memory32 => take(&mut memory, size),
+            BarKind::Prefetchable64 => take(&mut prefetchable, size),
+        });
+        *slot = Some(Arc::clone(function));
+        self.show_presence(true);
+        Ok(())
+    }
+
+    pub fn unplug(&self) -> Result<Arc<dyn PciFunction>, PciError> {
+        let function = self
+            .function
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .ok_or_else(|| PciError::Empty(self.config.name.clone()))?;
+        self.show_presence(false);
+        function.unplug();
+        Ok(function)
+    }
+
+    pub fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.lock().read(offset, data);
+    }
+
+    pub fn config_write(&self, offset: u16, data: &[u8]) {
+        let reset = {
+            let mut registers = self.lock();
+            let before = registers.read_u16(BRIDGE_CONTROL);
+            registers.write(offset, data);
+            let [_, secondary] = registers.read_u16(PRIMARY_BUS).to_le_bytes();
+            self.secondary.store(secondary, Ordering::Relaxed);
+            registers.read_u16(BRIDGE_CONTROL) & !before & SECONDARY_BUS_RESET != 0
+        };
+        if reset && let Some(function) = self.function() {
+            function.bus_reset();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show_presence(&self, present: bool) {
+        let (link, slot) = if present {
+            (LINK_ACTIVE, PRESENCE)
+        } else {
+            (0, 0)
+        };
+        let mut registers = self.lock();
+        registers.set(
+            self.express + LINK_STATUS,
+            &(LINK_X1_2GT5 | link).to_le_bytes(),
+        );
+        registers.set(self.express + SLOT_STATUS, &slot.to_le_bytes());
+    }
+
+    /// The windows as they are programmed now; empty when closed.
+    fn windows(&self) -> (AddressRange, AddressRange) {
+        let registers = self.lock();
+        let memory = (
+            u64::from(registers.read_u16(MEMORY_BASE) & 0xfff0) << 16,
+            u64::from(registers.read_u16(MEMORY_LIMIT) & 0xfff0) << 16,
+        );
+        let upper = |low: u16, high: u16| {
+            u64::from(registers.read_u32(high)) << 32
+                | u64::from(registers.read_u16(low) & 0xfff0) << 16
+        };
+        let prefetchable = (
+            upper(PREFETCH_BASE, PREFETCH_BASE_UPPER),
+            upper(PREFETCH_LIMIT, PREFETCH_LIMIT_UPPER),
+        );
+        (range(memory), range(prefetchable))
+    }
+}
+
+/// A bridge window's range: the limit register names the last MiB.
+fn range((base, limit): (u64, u64)) -> AddressRange {
+    let size = (limit | 0xf_ffff)
+        .checked_sub(base)
+        .map_or(0, |last| last.saturating_add(1));
+    AddressRange { start: base, size }
+}
+
+/// Takes `size` bytes, aligned to their size, from the front of `window`.
+fn take(window: &mut AddressRange, size: u64) -> Option<u64> {
+    let base = window.start.checked_next_multiple_of(size)?;
+    if size == 0 || !window.contains(base, size) {
+        return None;
+    }
+    let end = base.checked_add(size)?;
+    window.size = window.size.checked_sub(end.checked_sub(window.start)?)?;
+    window.start = end;
+    Some(base)
+}
+
+fn program_window(space: &mut ConfigSpace, base_register: u16, window: AddressRange, kind: u16) {
+    let last = window.start.saturating_add(window.size.saturating_sub(1));
+    let field = |address: u64| ((address >> 16) & 0xfff0) as u16 | kind;
+    space.set(base_register, &field(window.start).to_le_bytes());
+    space.set(base_register + 2, &field(last).to_le_bytes());
+    if kind == 1 {
+        space.set(
+            base_register + 4,
+            &((window.start >> 32) as u32).to_le_bytes(),
+        );
+        space.set(base_register + 8, &((last >> 32) as u32).to_le_bytes());
+    }
+}
+
+const EXPRESS_BODY: usize = 0x3a;
+
+/// The PCI Express capability after its two header bytes.
+fn express_capability(port: u8, slot: u16) -> [u8; EXPRESS_BODY] {
+    let mut body = [0; EXPRESS_BODY];
+    // Version 2, root port, slot implemented.
+    put(&mut body, 0x02, &0x0142_u16.to_le_bytes());
+    // Device: role-based error reporting, 128 byte payload.
+    put(&mut body, 0x04, &0x8000_u32.to_le_bytes());
+    // Link: 2.5 GT/s, x1, reports data link layer active.
+    let link = 0x0000_0011 | 1 << 20 | u32::from(port) << 24;
+    put(&mut body, 0x0c, &link.to_le_bytes());
+    put(&mut body, LINK_STATUS, &LINK_X1_2GT5.to_le_bytes());
+    // Slot: its number, no command completed notification.
+    put(
+        &mut body,
+        0x14,
+        &(u32::from(slot) << 19 | 1 << 18).to_le_bytes(),
+    );
+    // Link 2: 2.5 GT/s in the supported speeds vector.
+    put(&mut body, 0x2c, &2_u32.to_le_bytes());
+    body
+}
+
+fn express_mask() -> [u8; EXPRESS_BODY] {
+    let mut mask = [0; EXPRESS_BODY];
+    put(&mut mask, 0x08, &0x78ff_u16.to_le_bytes());
+    put(&mut mask, 0x10, &0x00c3_u16.to_le_bytes());
+    put(&mut mask, 0x1c, &0x001f_u16.to_le_bytes());
+    mask
+}
+
+fn put(body: &mut [u8], offset: u16, bytes: &[u8]) {
+    let start = usize::from(offset).saturating_sub(2);
+    for (to, from) in body.iter_mut().skip(start).zip(bytes) {
+        *to = *from;
+    }
+}
