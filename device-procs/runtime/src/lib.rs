@@ -20,6 +20,8 @@ pub mod chain;
 pub mod channels;
 pub mod control;
 pub mod device;
+#[cfg(any(test, feature = "testing"))]
+pub mod driver;
 mod link;
 pub mod logger;
 pub mod mailbox;
