@@ -1,0 +1,119 @@
+//! The launcher's command line: written by the VMM (`to_argv`), read by the launcher
+//! (`parse`). Nobody else starts the launcher, so there is no help and no convenience.
+
+use std::ffi::{CString, OsString};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use super::identity::Rights;
+
+/// Descriptor of the control socket in the launcher.
+pub const CONTROL_FD: RawFd = 3;
+/// Descriptor of the VMM's pidfd in the launcher.
+pub const VMM_FD: RawFd = 4;
+/// Descriptor of the first device binary in the launcher; the others follow.
+pub const FIRST_BINARY_FD: RawFd = 5;
+
+/// What the launcher is told at its start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Args {
+    /// How it was cloned.
+    pub rights: Rights,
+    /// First host id of its devices, where they have ids of their own.
+    pub host_ids: Option<u32>,
+    /// Names of the device binaries, at FIRST_BINARY_FD and on.
+    pub binaries: Vec<String>,
+    /// Prefixes that every path of a request must lie under; none: no restriction.
+    pub allow_paths: Vec<PathBuf>,
+}
+
+impl Args {
+    /// argv for the launcher; `None` when a string holds a zero byte.
+    pub fn to_argv(&self) -> Option<Vec<CString>> {
+        let mut argv = vec![c"bulkhead-launcher".to_owned()];
+        let mut push = |key: &str, value: &[u8]| -> Option<()> {
+            argv.push(CString::new([key.as_bytes(), b"=", value].concat()).ok()?);
+            Some(())
+        };
+        push("--rights", self.rights.word().as_bytes())?;
+        if let Some(ids) = self.host_ids {
+            push("--host-ids", ids.to_string().as_bytes())?;
+        }
+        for binary in &self.binaries {
+            push("--binary", binary.as_bytes())?;
+        }
+        for path in &self.allow_paths {
+            push("--allow-path", path.as_os_str().as_bytes())?;
+        }
+        Some(argv)
+    }
+
+    /// Reads the arguments after argv[0].
+    pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, String> {
+        let (mut rights, mut host_ids) = (None, None);
+        let (mut binaries, mut allow_paths) = (Vec::new(), Vec::new());
+        for arg in args {
+            let bytes = arg.as_bytes();
+            let bad = || {
+                format!(
+                    "{}: not an argument of the launcher, which only bulkhead starts",
+                    super::printable(&arg.to_string_lossy())
+                )
+            };
+            let equals = bytes.iter().position(|b| *b == b'=').ok_or_else(bad)?;
+            let (key, value) = bytes.split_at(equals);
+            let value = value.get(1..).unwrap_or_default();
+            let text = std::str::from_utf8(value);
+            match key {
+                b"--rights" => {
+                    rights = Some(text.ok().and_then(Rights::from_word).ok_or_else(bad)?);
+                }
+                b"--host-ids" => {
+                    host_ids = Some(text.ok().and_then(|t| t.parse().ok()).ok_or_else(bad)?);
+                }
+                b"--binary" => binaries.push(text.map_err(|_| bad())?.to_owned()),
+                b"--allow-path" => {
+                    allow_paths.push(PathBuf::from(OsString::from_vec(value.to_owned())));
+                }
+                _ => return Err(bad()),
+            }
+        }
+        let rights =
+            rights.ok_or("--rights is missing: bulkhead-launcher is started by bulkhead only")?;
+        Ok(Self {
+            rights,
+            host_ids,
+            binaries,
+            allow_paths,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_vmm_writes_the_launcher_reads() {
+        let args = Args {
+            rights: Rights::User,
+            host_ids: Some(0x7000_0040),
+            binaries: vec!["bulkhead-blk".into(), "bulkhead-net".into()],
+            allow_paths: vec!["/srv/a=b".into(), "".into()],
+        };
+        let argv = args.to_argv().unwrap();
+        let read = argv
+            .iter()
+            .skip(1)
+            .map(|a| OsString::from_vec(a.as_bytes().to_vec()));
+        assert_eq!(Args::parse(read), Ok(args));
+        for wrong in ["--rights", "--rights=king", "--host-ids=x", "--help=1", "x"] {
+            assert!(
+                Args::parse([OsString::from(wrong)].into_iter()).is_err(),
+                "{wrong}"
+            );
+        }
+        assert!(Args::parse(std::iter::empty()).is_err());
+    }
+}

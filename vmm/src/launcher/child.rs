@@ -1,0 +1,119 @@
+//! The child between clone and exec: a copy of the launcher that confines itself step by
+//! step and becomes a device binary. It has one thread (the launcher has), so ordinary code
+//! may run; it leaves by exec or by `_exit`, never by returning into the launcher.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use bulkhead_seccomp::{filter, policy};
+
+use super::identity::{INNER_ID, Rights};
+use super::{confine, sys};
+
+/// Everything the child needs.
+pub struct Child<'a> {
+    /// How the launcher was cloned.
+    pub rights: Rights,
+    /// Its uid and gid after all is done: inside its own user namespace, or the host's where
+    /// it has none.
+    pub id: u32,
+    /// The device binary.
+    pub program: BorrowedFd<'a>,
+    /// argv.
+    pub argv: &'a [CString],
+    /// What become 0, 1, 2, …
+    pub fds: &'a [RawFd],
+    /// The child's end: waits for a byte, reports a failure as a line, ends by exec.
+    pub sync: BorrowedFd<'a>,
+}
+
+type Step<T> = Result<T, String>;
+
+fn step<T>(what: &'static str, result: io::Result<T>) -> Step<T> {
+    result.map_err(|error| format!("{what}: {error}"))
+}
+
+impl Child<'_> {
+    /// Runs the child to its exec or its end.
+    pub fn run(&self) -> ! {
+        let mut report = self.sync.as_raw_fd();
+        let line = match self.become_device(&mut report) {
+            Ok(never) => match never {},
+            Err(line) => line,
+        };
+        let _ = sys::write(sys::kept_fd(report), line.as_bytes());
+        sys::exit_now(126)
+    }
+
+    fn become_device(&self, report: &mut RawFd) -> Step<std::convert::Infallible> {
+        // The launcher writes this namespace's id maps first.
+        let mut go = [0];
+        if step("waiting for the launcher", sys::read(self.sync, &mut go))? != 1 {
+            return Err("the launcher has ended".into());
+        }
+        step("dumpable", sys::dumpable(false))?;
+        step("signals", sys::reset_signals())?;
+        step("a new session", sys::setsid())?;
+        sys::umask(0o077);
+        step("host name", sys::set_host_name("device"))?;
+        // In its own user namespace it becomes 1000 first, so that the mounts are 1000's, and
+        // loses no capability by it; without one, capabilities for the mounts go with uid 0.
+        if self.rights != Rights::Root {
+            self.become_ids()?;
+        }
+        self.enter_empty_root()?;
+        if self.rights == Rights::Root {
+            self.become_ids()?;
+        }
+        let kept = step(
+            "descriptors",
+            sys::arrange_fds(self.fds, &[self.program, self.sync]),
+        )?;
+        let [program, sync] = kept.as_slice() else {
+            return Err("descriptors: lost".into());
+        };
+        *report = *sync;
+        step("limits", confine::device_limits())?;
+        step("bounding set", sys::bar_capabilities())?;
+        step("capabilities", sys::keep_capabilities(&[]))?;
+        step("no_new_privs", sys::no_new_privs())?;
+        filter::apply_filter_this_thread(&policy::DEVICE_OUTER)
+            .map_err(|e| format!("filter: {e}"))?;
+        let error = sys::execveat(sys::kept_fd(*program), self.argv);
+        let remedy = match error.raw_os_error() {
+            Some(libc::EACCES) => "; the binary must be executable by everybody (chmod 0755)",
+            Some(libc::ENOEXEC) => "; is it a program of this machine?",
+            Some(libc::ENOENT) => "; the binary must be static: it wants an interpreter",
+            _ => "",
+        };
+        Err(format!("exec: {error}{remedy}"))
+    }
+
+    fn become_ids(&self) -> Step<()> {
+        // A user's namespace forbids setgroups: those groups stay, and name nothing in an
+        // empty root.
+        let drop_groups = self.rights != Rights::User;
+        step("uid", sys::become_ids(self.id, self.id, drop_groups))
+    }
+
+    fn enter_empty_root(&self) -> Step<()> {
+        // One inode, the root itself; a page is the smallest limit that tmpfs takes.
+        let options = [
+            (c"mode", c"0555"),
+            (c"size", c"4096"),
+            (c"nr_inodes", c"2"),
+            (c"source", c"empty"),
+        ];
+        let root = step("an empty root", sys::empty_tmpfs(&options))?;
+        step("entering the empty root", sys::enter_root(root.as_fd()))
+    }
+}
+
+/// The id of a device inside: see `Child::id`.
+pub fn inner_id(rights: Rights, host_id: u32) -> u32 {
+    match rights {
+        Rights::Root => host_id,
+        Rights::RootNamespace | Rights::User => INNER_ID,
+    }
+}

@@ -1,0 +1,613 @@
+//! The VMM's side of the launcher: one request at a time, each with a deadline for the
+//! whole exchange; events (a device ended) are kept until `poll_events` takes them.
+//!
+//! Any thread of the VMM may call it: a mutex makes requests take turns. After `start` it
+//! opens, connects and executes nothing: every descriptor comes from the launcher, or is
+//! made by socketpair(2).
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::launcher as wire;
+use bulkhead_proto::protobuf::Message;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::packet::{self, MAX_FDS, Packet, PacketSocket};
+use super::start::{Started, start};
+use super::sys::{self, ExitOutcome};
+use super::{MAX_ARG, MAX_ARGS, MAX_PATH, printable, valid_id};
+
+/// How long opening or binding may take: the path may lie on a network file system.
+const PATH_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the launcher may take for the rest.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// How long the launcher has to end itself once its socket is closed.
+const END_DEADLINE: Duration = Duration::from_secs(3);
+/// Most events kept: one per spawn, and there are only so many devices.
+const MAX_EVENTS: usize = 1024;
+
+/// What the launcher is to be started with.
+#[derive(Clone, Debug)]
+pub struct LauncherConfig {
+    /// Directory of `bulkhead-launcher` and of the device binaries.
+    pub libexec: PathBuf,
+    /// Device binaries that may be spawned, by file name.
+    pub devices: Vec<String>,
+    /// Prefixes that every path must lie under; none: no restriction.
+    pub allow_paths: Vec<PathBuf>,
+}
+
+impl LauncherConfig {
+    /// The binaries lie where this program lies, and every path is allowed.
+    pub fn new(devices: Vec<String>) -> io::Result<Self> {
+        let exe = std::fs::read_link("/proc/self/exe")?;
+        let libexec = exe.parent().unwrap_or(Path::new("/")).to_owned();
+        Ok(Self {
+            libexec,
+            devices,
+            allow_paths: Vec::new(),
+        })
+    }
+}
+
+/// Why something that the launcher was to do did not happen. One line each.
+#[derive(Debug, thiserror::Error)]
+pub enum LauncherError {
+    /// It could not be started.
+    #[error("{0}")]
+    Start(String),
+    /// It refused, or what it tried failed: the launcher's own line.
+    #[error("{0}")]
+    Refused(String),
+    /// It has ended, and every device process with it.
+    #[error(
+        "the launcher has ended, and every device process with it; its last lines on stderr say why"
+    )]
+    Gone,
+    /// It did not answer in time.
+    #[error("launcher: no answer to {0} in time; is the host overloaded or its file system stuck?")]
+    Deadline(&'static str),
+    /// It said something that makes no sense.
+    #[error("launcher: {0}")]
+    Protocol(&'static str),
+    /// A system call on this side failed.
+    #[error("launcher: {0}: {1}")]
+    Io(&'static str, io::Error),
+}
+
+impl LauncherError {
+    /// Whether the launcher is lost, so that the VM must stop.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone | Self::Protocol(_))
+    }
+}
+
+/// How a path is to be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// For reading.
+    Read,
+    /// For reading and writing.
+    ReadWrite,
+    /// For appending; created where it is absent.
+    Append,
+}
+
+/// What was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenedInfo {
+    /// O_DIRECT is in force.
+    pub direct: bool,
+    /// Size in bytes, of a block device too; 0 for other devices.
+    pub size: u64,
+    /// It is a block device.
+    pub block_device: bool,
+}
+
+/// A device process to start.
+#[derive(Debug)]
+pub struct SpawnSpec {
+    /// Its id: 1 to 64 of letters, digits, '.', '_', '-'.
+    pub device_id: String,
+    /// File name of its binary, one of `LauncherConfig::devices`.
+    pub binary: String,
+    /// Arguments after argv[0].
+    pub args: Vec<String>,
+    /// Tells it apart from its predecessors of the same id.
+    pub incarnation: u64,
+    /// Descriptors of its own, which it finds from 5 on.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A device process that has been executed. It ends when it is killed or the launcher
+/// ends; dropping this closes its channels only.
+#[derive(Debug)]
+pub struct SpawnedDevice {
+    /// Its pid as the VMM sees it.
+    pub pid: i32,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+    /// Our end of its fd 3 (blocking).
+    pub control: UnixStream,
+    /// Our end of its fd 4 (blocking).
+    pub vhost: UnixStream,
+    /// From request to exec in the launcher, microseconds.
+    pub spawn_us: u64,
+}
+
+/// What the launcher reports unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LauncherEvent {
+    /// A device process has ended.
+    Exited {
+        /// Its id.
+        device_id: String,
+        /// Its incarnation.
+        incarnation: u64,
+        /// How.
+        outcome: ExitOutcome,
+    },
+}
+
+struct Inner {
+    /// None once the launcher is given up.
+    socket: Option<PacketSocket>,
+    last_id: u64,
+    events: VecDeque<LauncherEvent>,
+}
+
+/// The launcher, seen from the VMM. Dropping it ends the launcher and every device process.
+pub struct Launcher {
+    inner: Mutex<Inner>,
+    pid: i32,
+    pidfd: OwnedFd,
+    /// Of `socket` and `pending`.
+    epoll: Epoll,
+    /// Readable while events are kept that arrived beside a reply.
+    pending: EventFd,
+}
+
+impl Launcher {
+    /// Starts the launcher. To be called before this process confines itself and before it
+    /// has threads that take part in anything (the clone itself is safe with threads).
+    pub fn start(config: &LauncherConfig) -> Result<Self, LauncherError> {
+        let io = |what| move |error| LauncherError::Io(what, error);
+        let epoll = Epoll::new().map_err(io("epoll_create1"))?;
+        let pending = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io("eventfd"))?;
+        let Started { socket, pid, pidfd } = start(config)?;
+        let launcher = Self {
+            inner: Mutex::new(Inner {
+                socket: Some(socket),
+                last_id: 0,
+                events: VecDeque::new(),
+            }),
+            pid,
+            pidfd,
+            epoll,
+            pending,
+        };
+        launcher.greet()?;
+        Ok(launcher)
+    }
+
+    /// Waits until the launcher has confined itself, and begins to watch it.
+    fn greet(&self) -> Result<(), LauncherError> {
+        use std::os::fd::AsRawFd;
+        let io = |what| move |error| LauncherError::Io(what, error);
+        let mut inner = self.lock();
+        let Inner { socket, events, .. } = &mut *inner;
+        let socket = socket.as_ref().ok_or(LauncherError::Gone)?;
+        for fd in [socket.as_fd().as_raw_fd(), self.pending.as_raw_fd()] {
+            let event = EpollEvent::new(EventSet::IN, 0);
+            self.epoll
+                .ctl(ControlOperation::Add, fd, event)
+                .map_err(io("epoll_ctl"))?;
+        }
+        let hello = receive(socket, events, 0, Instant::now() + DEADLINE, "its start")?.0;
+        match hello.error.as_str() {
+            "" => Ok(()),
+            error => Err(LauncherError::Start(format!(
+                "launcher: {}",
+                printable(error)
+            ))),
+        }
+    }
+
+    /// Opens a path. `role` says in an error what it is ("disk", "kernel").
+    pub fn open_path(
+        &self,
+        path: &Path,
+        role: &str,
+        access: Access,
+        direct: bool,
+    ) -> Result<(File, OpenedInfo), LauncherError> {
+        let access = match access {
+            Access::Read => wire::open_path::Access::READ,
+            Access::ReadWrite => wire::open_path::Access::READ_WRITE,
+            Access::Append => wire::open_path::Access::APPEND,
+        };
+        let op = wire::OpenPath {
+            path: path_text(path, role)?,
+            role: role.to_owned(),
+            access: access.into(),
+            direct,
+            ..Default::default()
+        };
+        let (reply, mut fds, _) =
+            self.call(wire::request::Op::OpenPath(op), &[], PATH_DEADLINE, "open")?;
+        match (reply.result, fds.pop(), fds.pop()) {
+            (Some(wire::reply::Result::Opened(opened)), Some(fd), None) => {
+                let info = OpenedInfo {
+                    direct: opened.direct,
+                    size: opened.size,
+                    block_device: opened.block_device,
+                };
+                Ok((fd.into(), info))
+            }
+            _ => Err(LauncherError::Protocol(
+                "an open was answered with something else",
+            )),
+        }
+    }
+
+    /// Binds a unix socket, mode 0600, and listens; it does not block. The path is removed
+    /// when the VM ends.
+    pub fn bind_unix(&self, path: &Path, role: &str) -> Result<UnixListener, LauncherError> {
+        let op = wire::BindUnix {
+            path: path_text(path, role)?,
+            role: role.to_owned(),
+            ..Default::default()
+        };
+        let (reply, mut fds, _) =
+            self.call(wire::request::Op::BindUnix(op), &[], PATH_DEADLINE, "bind")?;
+        match (reply.result, fds.pop(), fds.pop()) {
+            (Some(wire::reply::Result::Bound(_)), Some(fd), None) => {
+                // So that SO_PEERCRED names this process and not the launcher to clients.
+                packet::listen(fd.as_fd()).map_err(|e| LauncherError::Io("listen", e))?;
+                Ok(fd.into())
+            }
+            _ => Err(LauncherError::Protocol(
+                "a bind was answered with something else",
+            )),
+        }
+    }
+
+    /// Removes a path that `bind_unix` made.
+    pub fn forget(&self, path: &Path) -> Result<(), LauncherError> {
+        let op = wire::Forget {
+            path: path_text(path, "socket")?,
+            ..Default::default()
+        };
+        self.call(wire::request::Op::Forget(op), &[], PATH_DEADLINE, "removal")
+            .map(|_| ())
+    }
+
+    /// Starts a device process and returns once its program runs.
+    pub fn spawn(&self, spec: SpawnSpec) -> Result<SpawnedDevice, LauncherError> {
+        let SpawnSpec {
+            device_id,
+            binary,
+            args,
+            incarnation,
+            fds,
+        } = spec;
+        let refused = |why: &str| {
+            Err(LauncherError::Refused(format!(
+                "device {}: {why}",
+                printable(&device_id)
+            )))
+        };
+        if !valid_id(&device_id) {
+            return refused("an id is 1 to 64 of letters, digits, '.', '_' and '-'");
+        }
+        if args.len() > MAX_ARGS || args.iter().any(|a| a.len() > MAX_ARG) {
+            return refused("too many or too long arguments");
+        }
+        if fds.len().saturating_add(2) > MAX_FDS {
+            return refused("too many descriptors");
+        }
+        let pair = || UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e));
+        let (control, control_end) = pair()?;
+        let (vhost, vhost_end) = pair()?;
+        let mut passed = vec![control_end.as_fd(), vhost_end.as_fd()];
+        passed.extend(fds.iter().map(AsFd::as_fd));
+        let op = wire::Spawn {
+            device_id: device_id.clone(),
+            binary,
+            args,
+            incarnation,
+            ..Default::default()
+        };
+        let called = self.call(wire::request::Op::Spawn(op), &passed, DEADLINE, "spawn");
+        let (reply, mut fds, pid) = match called {
+            Err(error @ LauncherError::Deadline(_)) => {
+                // Should it come up later, nobody would know it.
+                let _ = self.kill(&device_id, incarnation);
+                return Err(error);
+            }
+            other => other?,
+        };
+        match (reply.result, fds.pop(), fds.pop(), pid) {
+            (Some(wire::reply::Result::Spawned(spawned)), Some(pidfd), None, Some(pid)) => {
+                Ok(SpawnedDevice {
+                    pid,
+                    pidfd,
+                    control,
+                    vhost,
+                    spawn_us: spawned.spawn_us,
+                })
+            }
+            _ => Err(LauncherError::Protocol(
+                "a spawn was answered with something else",
+            )),
+        }
+    }
+
+    /// Kills a device process; no error when it has ended already. `Exited` follows.
+    pub fn kill(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        let op = wire::Kill {
+            device_id: device_id.to_owned(),
+            incarnation,
+            ..Default::default()
+        };
+        self.call(wire::request::Op::Kill(op), &[], DEADLINE, "kill")
+            .map(|_| ())
+    }
+
+    /// Events that have arrived; never blocks. To be called when `as_fd` is readable.
+    /// `Gone` once the launcher has ended and every event has been taken.
+    pub fn poll_events(&self) -> Result<Vec<LauncherEvent>, LauncherError> {
+        let mut inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // A request is under way; what it finds beside its reply it keeps and signals.
+            Err(TryLockError::WouldBlock) => return Ok(Vec::new()),
+        };
+        // WouldBlock only says that nothing was pending.
+        let _ = self.pending.read();
+        let mut lost = inner.socket.is_none().then_some(LauncherError::Gone);
+        if let Inner {
+            socket: Some(socket),
+            events,
+            ..
+        } = &mut *inner
+        {
+            loop {
+                match socket.receive() {
+                    Ok(Some(packet)) => {
+                        // A reply here answers a request that was given up; its descriptors close.
+                        if let Err(error) = take(packet, events, 0) {
+                            lost = Some(error);
+                            break;
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Ok(None) | Err(_) => {
+                        lost = Some(LauncherError::Gone);
+                        break;
+                    }
+                }
+            }
+        }
+        if lost.is_some() {
+            inner.socket = None;
+        }
+        match lost {
+            Some(error) if inner.events.is_empty() => {
+                // The socket has left the epoll: stay readable.
+                let _ = self.pending.write(1);
+                Err(error)
+            }
+            lost => {
+                if lost.is_some() {
+                    let _ = self.pending.write(1);
+                }
+                Ok(inner.events.drain(..).collect())
+            }
+        }
+    }
+
+    /// The launcher's pid as this process sees it.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Readable when the launcher has died.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Ends the launcher and every device process and waits for it; so does dropping.
+    pub fn shutdown(self) {
+        drop(self);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One request and its reply.
+    fn call(
+        &self,
+        op: wire::request::Op,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+        what: &'static str,
+    ) -> Result<(wire::Reply, Vec<OwnedFd>, Option<i32>), LauncherError> {
+        let deadline = Instant::now() + limit;
+        let mut inner = self.lock();
+        inner.last_id = inner.last_id.wrapping_add(1).max(1);
+        let request = wire::Request {
+            id: inner.last_id,
+            op: Some(op),
+            ..Default::default()
+        };
+        let bytes = request
+            .write_to_bytes()
+            .map_err(|_| LauncherError::Protocol("a request that cannot be encoded"))?;
+        let Inner { socket, events, .. } = &mut *inner;
+        let result = match socket {
+            Some(socket) => send(socket, &bytes, fds, deadline, what)
+                .and_then(|()| receive(socket, events, request.id, deadline, what)),
+            None => Err(LauncherError::Gone),
+        };
+        if !inner.events.is_empty() {
+            let _ = self.pending.write(1);
+        }
+        match result {
+            Ok((reply, ..)) if !reply.error.is_empty() => {
+                Err(LauncherError::Refused(printable(&reply.error)))
+            }
+            Err(error) if error.is_gone() => {
+                inner.socket = None;
+                let _ = self.pending.write(1);
+                Err(error)
+            }
+            other => other,
+        }
+    }
+}
+
+impl AsFd for Launcher {
+    /// For the VMM's epoll: readable while `poll_events` has something to say.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        sys::epoll_fd(&self.epoll)
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        // The end of its socket tells the launcher to end everything. A confined VMM may
+        // neither signal nor reap it; it watches the VMM's pidfd besides, and this process is
+        // about to end.
+        self.lock().socket = None;
+        let deadline = Instant::now() + END_DEADLINE;
+        let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
+    }
+}
+
+/// A path as it goes into a request.
+fn path_text(path: &Path, role: &str) -> Result<String, LauncherError> {
+    let refused = |why: &str| {
+        LauncherError::Refused(format!(
+            "{role} {}: {why}",
+            printable(&path.to_string_lossy())
+        ))
+    };
+    match path.to_str() {
+        Some("") => Err(LauncherError::Refused(format!(
+            "{role}: an empty path; name a file"
+        ))),
+        Some(text) if text.len() > MAX_PATH => Err(refused("longer than 4095 bytes")),
+        Some(text) => Ok(text.to_owned()),
+        None => Err(refused("not UTF-8; rename it or use a link")),
+    }
+}
+
+fn wait(
+    socket: &PacketSocket,
+    events: i16,
+    deadline: Instant,
+    what: &'static str,
+) -> Result<(), LauncherError> {
+    let revents = sys::poll(&[(socket.as_fd(), events)], Some(deadline))
+        .map_err(|e| LauncherError::Io("poll", e))?;
+    if revents.iter().all(|r| *r == 0) {
+        return Err(LauncherError::Deadline(what));
+    }
+    Ok(())
+}
+
+fn send(
+    socket: &PacketSocket,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+    deadline: Instant,
+    what: &'static str,
+) -> Result<(), LauncherError> {
+    loop {
+        match socket.send(bytes, fds, None) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wait(socket, libc::POLLOUT, deadline, what)?;
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                return Err(LauncherError::Refused(format!(
+                    "launcher: a {what} request larger than a packet"
+                )));
+            }
+            Err(_) => return Err(LauncherError::Gone),
+        }
+    }
+}
+
+/// Waits for the reply to `id`; events on the way are kept, replies to requests that were
+/// given up are dropped with their descriptors.
+fn receive(
+    socket: &PacketSocket,
+    events: &mut VecDeque<LauncherEvent>,
+    id: u64,
+    deadline: Instant,
+    what: &'static str,
+) -> Result<(wire::Reply, Vec<OwnedFd>, Option<i32>), LauncherError> {
+    loop {
+        match socket.receive() {
+            Ok(Some(packet)) => {
+                if let Some(answer) = take(packet, events, id)? {
+                    return Ok(answer);
+                }
+                if Instant::now() > deadline {
+                    return Err(LauncherError::Deadline(what));
+                }
+            }
+            Ok(None) => return Err(LauncherError::Gone),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wait(socket, libc::POLLIN, deadline, what)?;
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                return Err(LauncherError::Protocol("a packet beyond the bounds"));
+            }
+            Err(_) => return Err(LauncherError::Gone),
+        }
+    }
+}
+
+type Answer = (wire::Reply, Vec<OwnedFd>, Option<i32>);
+
+/// Sorts one packet: the reply to `id` comes back, an event is kept, the rest is dropped.
+/// The launcher's greeting is the one reply with id 0 and no event in it.
+fn take(
+    packet: Packet,
+    events: &mut VecDeque<LauncherEvent>,
+    id: u64,
+) -> Result<Option<Answer>, LauncherError> {
+    let Packet { bytes, fds, pid } = packet;
+    let reply = wire::Reply::parse_from_bytes(&bytes)
+        .map_err(|_| LauncherError::Protocol("a packet that is no message"))?;
+    match (reply.id, &reply.result) {
+        (0, Some(wire::reply::Result::Exited(exited))) => {
+            if events.len() >= MAX_EVENTS || !valid_id(&exited.device_id) {
+                return Err(LauncherError::Protocol("a flood of events"));
+            }
+            let outcome = match exited.signal {
+                0 => ExitOutcome::Status(exited.status),
+                signal => ExitOutcome::Signal(signal),
+            };
+            events.push_back(LauncherEvent::Exited {
+                device_id: exited.device_id.clone(),
+                incarnation: exited.incarnation,
+                outcome,
+            });
+            Ok(None)
+        }
+        (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
+        _ => Ok(None),
+    }
+}

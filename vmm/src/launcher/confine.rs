@@ -1,0 +1,49 @@
+//! How the launcher confines itself, and the limits of a device process.
+//!
+//! No Landlock here: it forbids mount(2) and pivot_root(2) to the process and its children,
+//! and a device's empty root is made with them. Each device applies its own after exec.
+//! The seccomp filter is inherited by every device, so that it admits what devices need.
+
+use bulkhead_seccomp::{filter, policy};
+
+use super::args::Args;
+use super::sys;
+
+/// Descriptors of the launcher: two or three per device, sockets, binaries.
+const LAUNCHER_NOFILE: u64 = 1024;
+/// Descriptors of a device: its own, eventfds of its queues, guest memory. A device lowers
+/// it to what it needs.
+const DEVICE_NOFILE: u64 = 256;
+/// Threads of a device, io_uring's workers included.
+const DEVICE_NPROC: u64 = 64;
+
+/// Confines the launcher: capabilities, limits, no_new_privs, not dumpable, filter.
+pub fn launcher(args: &Args) -> Result<(), String> {
+    let say =
+        |what: &'static str| move |error: std::io::Error| format!("confinement: {what}: {error}");
+    sys::umask(0o077);
+    sys::limit_at_most(libc::RLIMIT_CORE, 0).map_err(say("RLIMIT_CORE"))?;
+    sys::limit_at_most(libc::RLIMIT_NOFILE, LAUNCHER_NOFILE).map_err(say("RLIMIT_NOFILE"))?;
+    sys::bar_capabilities().map_err(say("bounding set"))?;
+    sys::keep_capabilities(&args.rights.launcher_capabilities(args.host_ids.is_some()))
+        .map_err(say("capabilities"))?;
+    sys::no_new_privs().map_err(say("no_new_privs"))?;
+    sys::dumpable(false).map_err(say("dumpable"))?;
+    filter::apply_filter_this_thread(&policy::BULKHEAD_LAUNCHER)
+        .map_err(|error| format!("confinement: {error}"))
+}
+
+/// Lowers the limits of what is about to become a device.
+pub fn device_limits() -> std::io::Result<()> {
+    for (resource, most) in [
+        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_NOFILE, DEVICE_NOFILE),
+        (libc::RLIMIT_NPROC, DEVICE_NPROC),
+        (libc::RLIMIT_MSGQUEUE, 0),
+        (libc::RLIMIT_RTPRIO, 0),
+        (libc::RLIMIT_NICE, 0),
+    ] {
+        sys::limit_at_most(resource, most)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! A device process, from the launcher's side: its clone into fresh namespaces, its id
+//! map, and the wait for its exec. What the child does meanwhile is in `child`.
+
+use std::ffi::CString;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::args::Args;
+use super::child::{Child, inner_id};
+use super::identity::{Maps, Rights, namespace_remedy};
+use super::log::LogSource;
+use super::packet::MAX_FDS;
+use super::sys::{self, Cloned};
+use super::{FIRST_OWN_FD, MAX_ARG, MAX_ARGS, MAX_DEVICES, printable, valid_id};
+
+/// How long clone, confinement and exec may take together.
+const DEADLINE: Duration = Duration::from_secs(4);
+
+/// A device to start: a Spawn request, and what came beside it.
+pub struct Order {
+    /// Its id.
+    pub id: String,
+    /// Tells it apart from others of the same id.
+    pub incarnation: u64,
+    /// Name of its binary.
+    pub binary: String,
+    /// Arguments after argv[0].
+    pub args: Vec<String>,
+    /// Control end, vhost-user end, its own.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A device process that runs or has not been reaped.
+pub struct Device {
+    /// Its id.
+    pub id: String,
+    /// And incarnation.
+    pub incarnation: u64,
+    /// Which of the VM's host ids is its.
+    pub slot: usize,
+    /// In the launcher's pid namespace.
+    pub pid: i32,
+    /// Its process.
+    pub pidfd: OwnedFd,
+    /// Its stderr.
+    pub log: LogSource,
+}
+
+/// Starts a device process. `devices` are those that live; a free slot is chosen.
+pub fn spawn(
+    order: Order,
+    args: &Args,
+    binaries: &[OwnedFd],
+    devices: &[Device],
+) -> Result<Device, String> {
+    let fail = |why: String| format!("device {}: {why}", printable(&order.id));
+    spawn_checked(&order, args, binaries, devices).map_err(fail)
+}
+
+fn spawn_checked(
+    order: &Order,
+    args: &Args,
+    binaries: &[OwnedFd],
+    devices: &[Device],
+) -> Result<Device, String> {
+    if !valid_id(&order.id) {
+        return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
+    }
+    if devices
+        .iter()
+        .any(|d| d.id == order.id && d.incarnation == order.incarnation)
+    {
+        return Err(format!("incarnation {} is running", order.incarnation));
+    }
+    let slot = (0..MAX_DEVICES)
+        .find(|slot| devices.iter().all(|d| d.slot != *slot))
+        .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
+    let program = args
+        .binaries
+        .iter()
+        .position(|name| *name == order.binary)
+        .and_then(|index| binaries.get(index))
+        .ok_or_else(|| {
+            format!(
+                "{}: not a device binary of this VM",
+                printable(&order.binary)
+            )
+        })?;
+    if order.fds.len() < 2 || order.fds.len() > MAX_FDS {
+        return Err("a spawn needs its two channels and at most 30 descriptors more".into());
+    }
+    if order.args.len() > MAX_ARGS || order.args.iter().any(|a| a.len() > MAX_ARG) {
+        return Err("too many or too long arguments".into());
+    }
+    let argv = std::iter::once(&order.binary)
+        .chain(&order.args)
+        .map(|arg| CString::new(arg.as_str()).map_err(|_| "a zero byte in an argument".to_owned()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
+
+    let (log, log_end) = sys::pipe().map_err(io("log pipe"))?;
+    let log = LogSource::new(&order.id, log).map_err(io("log pipe"))?;
+    let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
+    // /dev/null, opened by the VMM: nothing is opened for a device.
+    let null = sys::standard_fd(0).as_raw_fd();
+    let mut fds: Vec<RawFd> = vec![null, null, log_end.as_raw_fd()];
+    fds.extend(order.fds.iter().map(AsRawFd::as_raw_fd));
+    debug_assert!(fds.len() >= FIRST_OWN_FD);
+
+    let host_id = u32::try_from(slot)
+        .ok()
+        .and_then(|slot| args.host_ids?.checked_add(slot));
+    let child = Child {
+        rights: args.rights,
+        id: inner_id(args.rights, host_id.unwrap_or_default()),
+        program: program.as_fd(),
+        argv: &argv,
+        fds: &fds,
+        sync: child_sync.as_fd(),
+    };
+    // The child's entries in /proc must be ours to write its maps, and it has this flag of
+    // ours at its clone. It turns it off itself.
+    sys::dumpable(true).map_err(io("dumpable"))?;
+    let cloned = sys::clone_single_threaded(args.rights.device_flags());
+    if let Ok(Cloned::Child) = cloned {
+        // Else the end of the launcher would not end the wait for its byte.
+        drop(sync);
+        child.run();
+    }
+    sys::dumpable(false).map_err(io("dumpable"))?;
+    let (pid, pidfd) = match cloned {
+        Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
+        Ok(Cloned::Child) => sys::exit_now(126),
+        Err(error) => {
+            return Err(format!(
+                "namespaces are not permitted (clone: {error}): {}",
+                namespace_remedy(args.rights != Rights::User)
+            ));
+        }
+    };
+    drop(child_sync);
+    drop(log_end);
+    let device = Device {
+        id: order.id.clone(),
+        incarnation: order.incarnation,
+        slot,
+        pid,
+        pidfd,
+        log,
+    };
+    let started = device
+        .map_ids(args, host_id)
+        .and_then(|()| await_exec(&mut sync));
+    match started {
+        Ok(()) => Ok(device),
+        Err(why) => {
+            device.end_and_reap();
+            let hint = match args.rights {
+                Rights::User if why.contains("denied") || why.contains("permitted") => {
+                    format!(" ({})", namespace_remedy(false))
+                }
+                _ => String::new(),
+            };
+            Err(format!("{why}{hint}"))
+        }
+    }
+}
+
+impl Device {
+    fn map_ids(&self, args: &Args, host_id: Option<u32>) -> Result<(), String> {
+        let inner = inner_id(args.rights, 0);
+        let maps = match (args.rights, host_id) {
+            (Rights::Root, _) => return Ok(()),
+            (Rights::RootNamespace, Some(id)) => Maps::single((inner, inner), (id, id), false),
+            // The launcher's own ids are the only ones it may hand on.
+            (Rights::RootNamespace | Rights::User, _) => {
+                let own = sys::effective_ids();
+                // setgroups is denied already where the launcher is a user's.
+                Maps::single((inner, inner), own, false)
+            }
+        };
+        maps.write(self.pidfd.as_fd())
+            .map_err(|error| format!("id map: {error}"))
+    }
+
+    /// SIGKILL; no error when it has ended.
+    pub fn kill(&self) {
+        let _ = sys::pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL);
+    }
+
+    /// Ends a child that did not become a device.
+    fn end_and_reap(&self) {
+        self.kill();
+        let deadline = Instant::now() + DEADLINE;
+        let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
+        let _ = sys::reap(Some(self.pidfd.as_fd()));
+    }
+}
+
+/// Lets the child go and waits until its end closes (by exec) or says why not.
+fn await_exec(sync: &mut UnixStream) -> Result<(), String> {
+    let lost = |error: std::io::Error| format!("while it starts: {error}");
+    sync.write_all(&[1]).map_err(lost)?;
+    let deadline = Instant::now() + DEADLINE;
+    let mut line = Vec::new();
+    // The child is our own code and writes one line at most; after exec nobody holds it.
+    while line.len() < 512 {
+        let revents = sys::poll(&[(sync.as_fd(), libc::POLLIN)], Some(deadline)).map_err(lost)?;
+        if revents.iter().all(|r| *r == 0) {
+            return Err("it was not executed in time; is the host overloaded?".into());
+        }
+        let mut buffer = [0; 512];
+        match sync.read(&mut buffer).map_err(lost)? {
+            0 => break,
+            count => line.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+        }
+    }
+    if line.is_empty() {
+        Ok(())
+    } else {
+        Err(String::from_utf8_lossy(&line).into_owned())
+    }
+}
+
+/// Takes over the binaries that the launcher inherited.
+pub fn inherited_binaries(count: usize, first: RawFd) -> std::io::Result<Vec<OwnedFd>> {
+    (first..).take(count).map(sys::take_inherited).collect()
+}

@@ -1,0 +1,74 @@
+//! The launcher: the one process of a VM that may open paths and start programs, and its
+//! client in the VMM.
+//!
+//! ```text
+//!  VMM ──clone3, execveat──▶ bulkhead-launcher (PID 1 of a pid namespace)
+//!   │  SOCK_SEQPACKET: launcher.proto     │ clone3 into fresh namespaces, empty root,
+//!   │  ◀── fds, pidfds, exits             ▼ no capabilities, outer filter, execveat
+//!   └── control, vhost-user socketpairs ─▶ bulkhead-blk …
+//! ```
+//!
+//! - In the VMM: [`Launcher`] (module `client`) over `start` (the clone and exec). Any
+//!   thread may call it; calls take turns.
+//! - In the launcher process, all on its only thread: `args` (its command line), `server`
+//!   (the loop), `paths` (what it opens and binds), `device` (starting one), `log` (what
+//!   devices say).
+//! - Between clone and exec, in the process that becomes a device: `child`.
+//! - `sys` and `packet` hold the system calls and all the `unsafe` there is.
+//!
+//! The launcher holds no guest memory, no KVM handle and no API connection; it trusts the
+//! VMM's requests no further than its allowed paths and its table of binaries go.
+
+mod args;
+mod child;
+mod client;
+mod confine;
+mod device;
+mod identity;
+mod log;
+mod packet;
+mod paths;
+mod server;
+mod start;
+pub(crate) mod sys;
+
+pub use client::{
+    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, OpenedInfo, SpawnSpec,
+    SpawnedDevice,
+};
+pub use server::main as launcher_main;
+pub use sys::ExitOutcome;
+
+/// Most device processes of one VM at a time; each has a slot, and with it a uid.
+pub const MAX_DEVICES: usize = 64;
+/// Most arguments of a device process.
+const MAX_ARGS: usize = 64;
+/// Longest argument of a device process, bytes.
+const MAX_ARG: usize = 4096;
+/// Longest path of a request, bytes (PATH_MAX without its end).
+const MAX_PATH: usize = 4095;
+/// Descriptors of a device below its own: stdin, stdout, log, control, vhost-user.
+const FIRST_OWN_FD: usize = 5;
+
+/// A device id as it may stand in a request, a log line and a uid table: 1 to 64 of
+/// letters, digits, '.', '_' and '-'.
+fn valid_id(id: &str) -> bool {
+    (1..=64).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+/// Text that is not ours (a path, a name) as it may stand in a line for the user.
+fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let plain = !c.is_control();
+            let escaped = (!plain).then(|| c.escape_default());
+            plain
+                .then_some(c)
+                .into_iter()
+                .chain(escaped.into_iter().flatten())
+        })
+        .collect()
+}

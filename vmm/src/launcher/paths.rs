@@ -1,0 +1,611 @@
+//! What the launcher opens and binds for the VMM: paths that the API named. Every refusal
+//! is one line that names the role, the path and the remedy.
+//!
+//! A path is first resolved with O_PATH, which touches nothing (a FIFO does not hang, a
+//! tape does not rewind); kind and allowed prefix are checked on what was found, and that
+//! same inode is then opened through /proc/self/fd. Runs on the launcher's only thread.
+
+use std::ffi::OsString;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
+use super::{MAX_PATH, printable, sys};
+
+/// Smallest disk: one sector.
+const SECTOR: u64 = 512;
+/// Most sockets bound at a time.
+const MAX_SOCKETS: usize = 64;
+
+/// How to open; mirrors the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// O_RDONLY.
+    Read,
+    /// O_RDWR.
+    ReadWrite,
+    /// O_WRONLY, O_APPEND, O_CREAT.
+    Append,
+}
+
+/// A path that was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// It.
+    pub file: File,
+    /// O_DIRECT holds.
+    pub direct: bool,
+    /// In bytes.
+    pub size: u64,
+    /// It is a block device.
+    pub block_device: bool,
+}
+
+/// A socket that was bound, to be removed when the VM ends.
+struct Bound {
+    /// As the request named it.
+    path: PathBuf,
+    /// Its directory (O_PATH), whatever becomes of the names above it.
+    directory: File,
+    name: OsString,
+    device: u64,
+    inode: u64,
+}
+
+/// The launcher's view of the file system.
+pub struct Paths {
+    allowed: Vec<PathBuf>,
+    bound: Vec<Bound>,
+}
+
+/// A line that says what failed, on which path, and the remedy.
+fn refuse<T>(role: &str, path: &Path, why: &str) -> Result<T, String> {
+    Err(format!(
+        "{role} {}: {why}",
+        printable(&path.to_string_lossy())
+    ))
+}
+
+/// What std prints for an error, without the "(os error N)".
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error")
+        .next()
+        .unwrap_or(&text)
+        .to_lowercase()
+}
+
+/// The name of a descriptor in /proc, which opens the very inode behind it.
+fn by_fd(fd: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+}
+
+fn resolve(path: &Path, flags: i32) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | flags)
+        .open(path)
+}
+
+impl Paths {
+    /// `allowed`: canonical prefixes; none: no restriction.
+    pub fn new(allowed: Vec<PathBuf>) -> Self {
+        Self {
+            allowed,
+            bound: Vec::new(),
+        }
+    }
+
+    fn check_text(role: &str, path: &Path) -> Result<(), String> {
+        let length = path.as_os_str().len();
+        if length == 0 || length > MAX_PATH {
+            return refuse(role, path, "empty or longer than 4095 bytes; name a file");
+        }
+        Ok(())
+    }
+
+    /// Whether what a descriptor stands for (plus `name` in it) lies under a prefix.
+    fn check_allowed(
+        &self,
+        role: &str,
+        path: &Path,
+        at: &File,
+        name: Option<&Path>,
+    ) -> Result<(), String> {
+        if self.allowed.is_empty() {
+            return Ok(());
+        }
+        match fs::read_link(by_fd(at)) {
+            Ok(real) => {
+                let real = name.map_or_else(|| real.clone(), |name| real.join(name));
+                if self.allowed.iter().any(|prefix| real.starts_with(prefix)) {
+                    return Ok(());
+                }
+                refuse(
+                    role,
+                    path,
+                    "not under an allowed path; start bulkhead with --allow-path for it",
+                )
+            }
+            Err(error) => refuse(
+                role,
+                path,
+                &format!("where it lies: {}; mount /proc", reason(&error)),
+            ),
+        }
+    }
+
+    /// Opens a path for a role.
+    pub fn open(
+        &self,
+        path: &Path,
+        role: &str,
+        mode: Mode,
+        direct: bool,
+    ) -> Result<Opened, String> {
+        Self::check_text(role, path)?;
+        let found = match resolve(path, 0) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && mode == Mode::Append => {
+                return self.create(path, role);
+            }
+            Err(error) => {
+                let remedy = match error.kind() {
+                    io::ErrorKind::NotFound => "check the path",
+                    io::ErrorKind::PermissionDenied => {
+                        "every directory above it must be searchable for bulkhead's user"
+                    }
+                    _ => "check the path",
+                };
+                return refuse(role, path, &format!("{}; {remedy}", reason(&error)));
+            }
+        };
+        let metadata = match found.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) => return refuse(role, path, &reason(&error)),
+        };
+        check_kind(role, path, mode, &metadata)?;
+        self.check_allowed(role, path, &found, None)?;
+        let (file, direct) = reopen(&found, mode, direct, &metadata)
+            .or_else(|error| refuse(role, path, &explain_open(&found, mode, &error)))?;
+        let block_device = metadata.file_type().is_block_device();
+        let size = if block_device {
+            // Not in st_size; the position goes back to where a fresh descriptor has it.
+            let mut file = &file;
+            match file
+                .seek(SeekFrom::End(0))
+                .and_then(|n| file.rewind().map(|()| n))
+            {
+                Ok(size) => size,
+                Err(error) => return refuse(role, path, &format!("its size: {}", reason(&error))),
+            }
+        } else {
+            metadata.len()
+        };
+        match (role, size) {
+            ("disk", 0..SECTOR) => refuse(
+                role,
+                path,
+                &format!(
+                    "{size} bytes are less than a sector of {SECTOR}; give a disk image or a block device"
+                ),
+            ),
+            ("kernel" | "initrd", 0) => refuse(role, path, "is empty; give another file"),
+            _ => Ok(Opened {
+                file,
+                direct,
+                size,
+                block_device,
+            }),
+        }
+    }
+
+    /// Creates a file to append to. A dangling link is not followed.
+    fn create(&self, path: &Path, role: &str) -> Result<Opened, String> {
+        let (directory, name) = self.directory_of(path, role)?;
+        let made = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NOCTTY | libc::O_NONBLOCK)
+            .open(by_fd(&directory).join(&name));
+        match made {
+            Ok(file) => Ok(Opened {
+                file,
+                direct: false,
+                size: 0,
+                block_device: false,
+            }),
+            Err(error) => refuse(
+                role,
+                path,
+                &format!("cannot be created: {}; choose another path", reason(&error)),
+            ),
+        }
+    }
+
+    /// The directory that a path to be made lies in, checked, and the path's last name.
+    fn directory_of(&self, path: &Path, role: &str) -> Result<(File, OsString), String> {
+        let Some(name) = path.file_name() else {
+            return refuse(role, path, "does not end with a file name");
+        };
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let directory = resolve(parent, libc::O_DIRECTORY).or_else(|error| {
+            refuse(
+                role,
+                path,
+                &format!(
+                    "its directory: {}; create the directory or choose another path",
+                    reason(&error)
+                ),
+            )
+        })?;
+        self.check_allowed(role, path, &directory, Some(Path::new(name)))?;
+        Ok((directory, name.to_owned()))
+    }
+
+    /// Binds a unix socket, mode 0600, and listens. A socket nobody listens on is replaced.
+    pub fn bind(&mut self, path: &Path, role: &str) -> Result<UnixListener, String> {
+        Self::check_text(role, path)?;
+        if self.bound.len() >= MAX_SOCKETS {
+            return refuse(role, path, "too many sockets");
+        }
+        let (directory, name) = self.directory_of(path, role)?;
+        let place = by_fd(&directory).join(&name);
+        // The plain path where it fits and need not be the checked one: it is what ss(8)
+        // and /proc/net/unix show.
+        let address = if self.allowed.is_empty() && path.as_os_str().len() <= MAX_SOCKET_PATH {
+            path.to_owned()
+        } else {
+            place.clone()
+        };
+        if address.as_os_str().len() > MAX_SOCKET_PATH {
+            return refuse(
+                role,
+                path,
+                "its file name is too long for a socket; choose a shorter one",
+            );
+        }
+        match fs::symlink_metadata(&place) {
+            Ok(old) if old.file_type().is_socket() => match somebody_listens(&address) {
+                Ok(true) => {
+                    return refuse(
+                        role,
+                        path,
+                        "in use: another process listens on it; stop it or choose another path",
+                    );
+                }
+                Ok(false) => {
+                    if let Err(error) = fs::remove_file(&place) {
+                        return refuse(
+                            role,
+                            path,
+                            &format!("a stale socket that cannot be removed: {}", reason(&error)),
+                        );
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    return refuse(
+                        role,
+                        path,
+                        &format!("a socket is there: {}; choose another path", reason(&error)),
+                    );
+                }
+            },
+            Ok(_) => {
+                return refuse(
+                    role,
+                    path,
+                    "exists and is not a socket; remove it or choose another path",
+                );
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return refuse(
+                    role,
+                    path,
+                    &format!("{}; choose another path", reason(&error)),
+                );
+            }
+        }
+        // This process has one thread: nothing else is created under this mask.
+        let mask = sys::umask(0o177);
+        let listener = bind_listen(&address);
+        sys::umask(mask);
+        let listener = listener.or_else(|error| {
+            refuse(role, path, &format!("cannot be bound: {}; choose a path in a directory that bulkhead's user may write", reason(&error)))
+        })?;
+        let made = fs::symlink_metadata(&place)
+            .or_else(|error| refuse(role, path, &format!("vanished: {}", reason(&error))))?;
+        self.bound.push(Bound {
+            path: path.to_owned(),
+            directory,
+            name,
+            device: made.dev(),
+            inode: made.ino(),
+        });
+        Ok(listener)
+    }
+
+    /// Removes a socket that `bind` made.
+    pub fn forget(&mut self, path: &Path) -> Result<(), String> {
+        match self.bound.iter().position(|bound| bound.path == path) {
+            Some(index) => {
+                self.bound.swap_remove(index).remove();
+                Ok(())
+            }
+            None => refuse("socket", path, "was not bound by this VM"),
+        }
+    }
+
+    /// Removes every socket that was bound.
+    pub fn remove_all(&mut self) {
+        for bound in self.bound.drain(..) {
+            bound.remove();
+        }
+    }
+}
+
+impl Bound {
+    /// Unlinks the path if it is still the socket that was bound.
+    fn remove(&self) {
+        let place = by_fd(&self.directory).join(&self.name);
+        let ours = fs::symlink_metadata(&place)
+            .is_ok_and(|m| m.dev() == self.device && m.ino() == self.inode);
+        if ours {
+            // A directory that has become read-only leaves a stale socket, which the next
+            // start replaces.
+            let _ = fs::remove_file(&place);
+        }
+    }
+}
+
+fn check_kind(role: &str, path: &Path, mode: Mode, metadata: &Metadata) -> Result<(), String> {
+    let kind = metadata.file_type();
+    let why = if kind.is_file() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "is a directory; name a file"
+    } else if kind.is_block_device() {
+        if role == "disk" {
+            return Ok(());
+        }
+        "is a block device; name a file"
+    } else if kind.is_char_device() {
+        if mode == Mode::Append {
+            return Ok(());
+        }
+        "is a character device; name a file"
+    } else if kind.is_fifo() {
+        "is a FIFO; name a file"
+    } else if kind.is_socket() {
+        "is a socket; name a file"
+    } else {
+        "is no file; name a file"
+    };
+    refuse(role, path, why)
+}
+
+/// Opens what O_PATH found. O_DIRECT is tried where it is wanted.
+fn reopen(found: &File, mode: Mode, direct: bool, metadata: &Metadata) -> io::Result<(File, bool)> {
+    let open = |extra: i32| {
+        let mut options = OpenOptions::new();
+        match mode {
+            Mode::Read => options.read(true),
+            Mode::ReadWrite => options.read(true).write(true),
+            Mode::Append => options.append(true),
+        };
+        options
+            .custom_flags(libc::O_NOCTTY | extra)
+            .open(by_fd(found))
+    };
+    if metadata.file_type().is_char_device() {
+        // A terminal line may wait for its carrier.
+        return open(libc::O_NONBLOCK).map(|file| (file, false));
+    }
+    if direct {
+        match open(libc::O_DIRECT) {
+            Ok(file) => return Ok((file, true)),
+            // The file system has no direct I/O.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    open(0).map(|file| (file, false))
+}
+
+fn explain_open(found: &File, mode: Mode, error: &io::Error) -> String {
+    let why = reason(error);
+    let readable = || {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(by_fd(found))
+            .is_ok()
+    };
+    match (error.raw_os_error(), mode) {
+        (Some(libc::EACCES | libc::EPERM | libc::EROFS), Mode::ReadWrite) if readable() => {
+            format!("read-only ({why}); make it writable for bulkhead's user or add readonly=on")
+        }
+        (Some(libc::EACCES | libc::EPERM), _) => {
+            format!("{why}; give bulkhead's user access to it")
+        }
+        (Some(libc::ETXTBSY), _) => format!("{why}; it is a program that runs"),
+        _ => format!("cannot be opened: {why}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    /// A directory of one test's own, removed at its end.
+    struct Scratch(PathBuf);
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("bh-paths-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir(&path).unwrap();
+            Self(path.canonicalize().unwrap())
+        }
+        fn file(&self, name: &str, bytes: usize) -> PathBuf {
+            let path = self.0.join(name);
+            fs::write(&path, vec![0; bytes]).unwrap();
+            path
+        }
+    }
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn refusal(paths: &Paths, path: &Path, role: &str, mode: Mode) -> String {
+        let line = paths.open(path, role, mode, false).unwrap_err();
+        assert_eq!(line.lines().count(), 1, "{line}");
+        assert!(line.starts_with(role), "{line}");
+        line
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_in_one_line_with_a_remedy() {
+        let scratch = Scratch::new("refused");
+        let paths = Paths::new(Vec::new());
+        let at = |name: &str| scratch.0.join(name);
+        fs::create_dir(at("dir")).unwrap();
+        let _socket = UnixListener::bind(at("sock")).unwrap();
+        symlink(at("nowhere"), at("dangling")).unwrap();
+        scratch.file("short", 511);
+        scratch.file("plain", 512);
+        for (name, says) in [
+            ("absent", "no such file"),
+            ("dangling", "no such file"),
+            ("dir", "is a directory"),
+            ("sock", "is a socket"),
+            ("short", "511 bytes are less than a sector"),
+            ("plain/x", "not a directory"),
+        ] {
+            let line = refusal(&paths, &at(name), "disk", Mode::Read);
+            assert!(line.contains(says), "{line}");
+        }
+        assert!(
+            refusal(&paths, Path::new("/dev/zero"), "disk", Mode::ReadWrite)
+                .contains("character device")
+        );
+        assert!(refusal(&paths, Path::new(""), "disk", Mode::Read).contains("empty"));
+        let line = refusal(&paths, Path::new("/no\nsuch"), "disk", Mode::Read);
+        assert!(line.contains("\\n"), "{line}");
+        scratch.file("empty", 0);
+        assert!(refusal(&paths, &at("empty"), "kernel", Mode::Read).contains("is empty"));
+    }
+
+    #[test]
+    fn a_file_opens_with_its_size_and_a_log_is_created_private() {
+        let scratch = Scratch::new("opened");
+        let paths = Paths::new(Vec::new());
+        let disk = paths
+            .open(&scratch.file("disk", 4096), "disk", Mode::ReadWrite, true)
+            .unwrap();
+        assert_eq!((disk.size, disk.block_device), (4096, false));
+        let log = scratch.0.join("log");
+        for size in [0, 3] {
+            use std::io::Write;
+            let opened = paths.open(&log, "serial", Mode::Append, false).unwrap();
+            assert_eq!(opened.size, size);
+            (&opened.file).write_all(b"abc").unwrap();
+        }
+        assert_eq!(fs::read(&log).unwrap(), b"abcabc");
+        assert_eq!(fs::metadata(&log).unwrap().permissions().mode() & 0o077, 0);
+    }
+
+    #[test]
+    fn a_link_does_not_lead_out_of_the_allowed_paths() {
+        let scratch = Scratch::new("allowed");
+        let inside = scratch.0.join("inside");
+        fs::create_dir(&inside).unwrap();
+        let outside = scratch.file("outside", 512);
+        symlink(&outside, inside.join("link")).unwrap();
+        fs::write(inside.join("disk"), [0; 512]).unwrap();
+        let mut paths = Paths::new(vec![inside.clone()]);
+        assert!(
+            paths
+                .open(&inside.join("disk"), "disk", Mode::Read, false)
+                .is_ok()
+        );
+        for path in [inside.join("link"), outside, inside.join("../outside")] {
+            assert!(refusal(&paths, &path, "disk", Mode::Read).contains("--allow-path"));
+        }
+        assert!(
+            refusal(&paths, &scratch.0.join("log"), "serial", Mode::Append)
+                .contains("--allow-path")
+        );
+        assert!(
+            paths
+                .bind(&scratch.0.join("s"), "API socket")
+                .unwrap_err()
+                .contains("--allow-path")
+        );
+        assert!(paths.bind(&inside.join("s"), "API socket").is_ok());
+        paths.remove_all();
+        assert!(!inside.join("s").exists());
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone_a_stale_one_replaced_and_only_our_own_removed() {
+        let scratch = Scratch::new("bind");
+        let mut paths = Paths::new(Vec::new());
+        let path = scratch.0.join("api");
+        let live = UnixListener::bind(&path).unwrap();
+        assert!(
+            paths
+                .bind(&path, "API socket")
+                .unwrap_err()
+                .contains("in use")
+        );
+        drop(live);
+        let ours = paths.bind(&path, "API socket").unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
+            0o600
+        );
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
+        drop(ours);
+        // Somebody else's socket has taken the name.
+        fs::remove_file(&path).unwrap();
+        let _theirs = UnixListener::bind(&path).unwrap();
+        paths.remove_all();
+        assert!(path.exists());
+
+        let plain = scratch.file("plain", 1);
+        assert!(
+            paths
+                .bind(&plain, "API socket")
+                .unwrap_err()
+                .contains("not a socket")
+        );
+        let deep = scratch.0.join("x".repeat(80)).join("y".repeat(60));
+        assert!(
+            paths
+                .bind(&deep.join("s"), "API socket")
+                .unwrap_err()
+                .contains("directory")
+        );
+        fs::create_dir_all(&deep).unwrap();
+        let _deep = paths.bind(&deep.join("s"), "API socket").unwrap();
+        assert!(std::os::unix::fs::FileTypeExt::is_socket(
+            &fs::metadata(deep.join("s")).unwrap().file_type()
+        ));
+        paths.forget(&deep.join("s")).unwrap();
+        assert!(!deep.join("s").exists());
+        assert!(paths.forget(&deep.join("s")).is_err());
+    }
+}

@@ -1,0 +1,366 @@
+//! The launcher process: PID 1 of the VM's pid namespace, one thread, one loop.
+//!
+//! It serves the VMM's requests one by one, passes on what devices say, and reaps and
+//! reports them. When its control socket ends or the VMM's pidfd fires it kills every
+//! device, removes the sockets it bound, and exits; should it be killed itself, the kernel
+//! ends every process in its namespace. As PID 1 it ignores every signal that it has no
+//! handler for, from outside too, SIGKILL and SIGSTOP excepted.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::launcher as wire;
+use bulkhead_proto::protobuf::Message;
+
+use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
+use super::device::{self, Device, Order};
+use super::log::{LOOK_AGAIN, Sink};
+use super::packet::{Packet, PacketSocket};
+use super::paths::{Mode, Paths};
+use super::sys::{self, ExitOutcome};
+use super::{confine, printable};
+
+/// How long devices have to die at the end: SIGKILL waits for I/O in the kernel.
+const END_DEADLINE: Duration = Duration::from_secs(2);
+
+/// A packet on its way to the VMM.
+#[derive(Default)]
+struct Outgoing {
+    reply: wire::Reply,
+    fd: Option<OwnedFd>,
+    /// In this pid namespace.
+    pid: Option<i32>,
+}
+
+impl Outgoing {
+    fn error(id: u64, line: String) -> Self {
+        let reply = wire::Reply {
+            id,
+            error: printable(&line),
+            ..Default::default()
+        };
+        Self {
+            reply,
+            ..Self::default()
+        }
+    }
+
+    fn success(id: u64, result: Option<wire::reply::Result>) -> Self {
+        let reply = wire::Reply {
+            id,
+            result,
+            ..Default::default()
+        };
+        Self {
+            reply,
+            ..Self::default()
+        }
+    }
+}
+
+struct Server {
+    args: Args,
+    control: PacketSocket,
+    vmm: OwnedFd,
+    children: OwnedFd,
+    binaries: Vec<OwnedFd>,
+    devices: Vec<Device>,
+    paths: Paths,
+    sink: Sink,
+    outgoing: VecDeque<Outgoing>,
+}
+
+/// The whole life of the launcher; returns its exit status.
+pub fn main() -> i32 {
+    match Server::start() {
+        Ok(mut server) => {
+            let result = server.serve();
+            server.end();
+            match result {
+                Ok(()) => 0,
+                Err(error) => {
+                    server.sink.line("bulkhead-launcher", &error);
+                    1
+                }
+            }
+        }
+        Err(line) => {
+            Sink::stderr().line("bulkhead-launcher", &line);
+            1
+        }
+    }
+}
+
+impl Server {
+    /// Takes over what was inherited, confines itself, and says so.
+    fn start() -> Result<Self, String> {
+        let args = Args::parse(std::env::args_os().skip(1))?;
+        let take = |what: &'static str, number| {
+            sys::take_inherited(number).map_err(|error| {
+                format!("{what}: {error}: bulkhead-launcher is started by bulkhead only")
+            })
+        };
+        let control = PacketSocket::from(take("control socket", CONTROL_FD)?);
+        let vmm = take("pidfd of the VMM", VMM_FD)?;
+        let binaries = device::inherited_binaries(args.binaries.len(), FIRST_BINARY_FD)
+            .map_err(|error| format!("device binaries: {error}"))?;
+        let sink = Sink::stderr();
+        let children = sys::child_signals().map_err(|error| format!("signalfd: {error}"))?;
+        let confined = confine::launcher(&args);
+        let hello = match &confined {
+            // Not empty: a packet without bytes would read as the end of the connection.
+            Ok(()) => {
+                Outgoing::success(0, Some(wire::reply::Result::Bound(wire::Bound::default())))
+            }
+            Err(line) => Outgoing::error(0, line.clone()),
+        };
+        let mut server = Self {
+            paths: Paths::new(args.allow_paths.clone()),
+            args,
+            control,
+            vmm,
+            children,
+            binaries,
+            devices: Vec::new(),
+            sink,
+            outgoing: VecDeque::from([hello]),
+        };
+        server
+            .flush()
+            .map_err(|error| format!("control socket: {error}"))?;
+        confined.map(|()| server)
+    }
+
+    /// The loop; ends well when the VMM does.
+    fn serve(&mut self) -> Result<(), String> {
+        loop {
+            let now = Instant::now();
+            let mut waits = false;
+            for device in &mut self.devices {
+                device.log.tick(now);
+                waits |= device.log.waits();
+            }
+            // One packet in, its answer out: while something waits to be sent, nothing is
+            // taken, and nothing is reaped, so that a pid in a packet still names its process.
+            let blocked = !self.outgoing.is_empty();
+            let (control, children) = if blocked {
+                (libc::POLLOUT, 0)
+            } else {
+                (libc::POLLIN, libc::POLLIN)
+            };
+            let mut polled: Vec<(BorrowedFd<'_>, i16)> = vec![
+                (self.control.as_fd(), control),
+                (self.vmm.as_fd(), libc::POLLIN),
+                (self.children.as_fd(), children),
+            ];
+            let mut logs = Vec::new();
+            for (index, device) in self.devices.iter().enumerate() {
+                if let Some(fd) = device.log.wants() {
+                    polled.push((fd, libc::POLLIN));
+                    logs.push(index);
+                }
+            }
+            let revents = sys::poll(&polled, waits.then(|| now + LOOK_AGAIN))
+                .map_err(|error| format!("poll: {error}"))?;
+            let [control, vmm, children, log_events @ ..] = revents.as_slice() else {
+                return Err("poll: fewer answers than questions".into());
+            };
+            if *vmm != 0 {
+                return Ok(());
+            }
+            for (_, index) in log_events
+                .iter()
+                .zip(logs)
+                .filter(|(events, _)| **events != 0)
+            {
+                if let Some(device) = self.devices.get_mut(index) {
+                    device.log.on_readable(&mut self.sink);
+                }
+            }
+            if *control & libc::POLLOUT != 0 {
+                if self.flush().is_err() {
+                    return Ok(());
+                }
+            } else if *control & libc::POLLIN != 0 {
+                match self.control.receive() {
+                    Ok(Some(packet)) => {
+                        let answer = self.answer(packet);
+                        self.outgoing.push_back(answer);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(None) => return Ok(()),
+                    Err(error) => return Err(format!("control socket: {error}")),
+                }
+                if self.flush().is_err() {
+                    return Ok(());
+                }
+            } else if *control != 0 {
+                return Ok(());
+            }
+            if *children != 0 && self.outgoing.is_empty() {
+                // What it says does not matter: SIGCHLDs merge.
+                let mut drained = [0; 1024];
+                let _ = sys::read(self.children.as_fd(), &mut drained);
+                self.reap();
+                if self.flush().is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Reaps every child that has ended and queues the events.
+    fn reap(&mut self) {
+        while let Ok(Some((pid, outcome))) = sys::reap(None) {
+            let Some(index) = self.devices.iter().position(|d| d.pid == pid) else {
+                continue;
+            };
+            let mut device = self.devices.swap_remove(index);
+            device.log.finish(&mut self.sink);
+            let (status, signal) = match outcome {
+                ExitOutcome::Status(status) => (status, 0),
+                ExitOutcome::Signal(signal) => (0, signal),
+            };
+            let exited = wire::Exited {
+                device_id: device.id,
+                incarnation: device.incarnation,
+                status,
+                signal,
+                ..Default::default()
+            };
+            self.outgoing.push_back(Outgoing::success(
+                0,
+                Some(wire::reply::Result::Exited(exited)),
+            ));
+        }
+    }
+
+    /// Sends what it can; an error means that the VMM is gone.
+    fn flush(&mut self) -> io::Result<()> {
+        while let Some(next) = self.outgoing.front() {
+            let bytes = next.reply.write_to_bytes().map_err(io::Error::other)?;
+            let fds: Vec<BorrowedFd<'_>> = next.fd.iter().map(AsFd::as_fd).collect();
+            let credentials = next.pid.map(|pid| (pid, sys::effective_ids()));
+            match self.control.send(&bytes, &fds, credentials) {
+                Ok(()) => {
+                    self.outgoing.pop_front();
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, packet: Packet) -> Outgoing {
+        let Ok(request) = wire::Request::parse_from_bytes(&packet.bytes) else {
+            return Outgoing::error(0, "a request that is no message".into());
+        };
+        let id = request.id;
+        let result = match request.op {
+            Some(wire::request::Op::OpenPath(op)) => self.open(id, &op),
+            Some(wire::request::Op::BindUnix(op)) => self.bind(id, &op),
+            Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
+            Some(wire::request::Op::Kill(op)) => {
+                for device in &self.devices {
+                    if device.id == op.device_id && device.incarnation == op.incarnation {
+                        device.kill();
+                    }
+                }
+                Ok(Outgoing::success(id, None))
+            }
+            Some(wire::request::Op::Forget(op)) => {
+                self.paths.forget(Path::new(&op.path)).map(|()| Outgoing::success(id, None))
+            }
+            _ => Err("a request that this launcher does not know: are bulkhead and bulkhead-launcher of one version?".into()),
+        };
+        result.unwrap_or_else(|line| Outgoing::error(id, line))
+    }
+
+    fn open(&self, id: u64, op: &wire::OpenPath) -> Result<Outgoing, String> {
+        let mode = match op.access.enum_value() {
+            Ok(wire::open_path::Access::READ) => Mode::Read,
+            Ok(wire::open_path::Access::READ_WRITE) => Mode::ReadWrite,
+            Ok(wire::open_path::Access::APPEND) => Mode::Append,
+            Err(_) => return Err("an access that this launcher does not know".into()),
+        };
+        let opened = self
+            .paths
+            .open(Path::new(&op.path), &role(&op.role), mode, op.direct)?;
+        let answer = wire::Opened {
+            direct: opened.direct,
+            size: opened.size,
+            block_device: opened.block_device,
+            ..Default::default()
+        };
+        let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Opened(answer)));
+        outgoing.fd = Some(opened.file.into());
+        Ok(outgoing)
+    }
+
+    fn bind(&mut self, id: u64, op: &wire::BindUnix) -> Result<Outgoing, String> {
+        let listener = self.paths.bind(Path::new(&op.path), &role(&op.role))?;
+        let answer = wire::reply::Result::Bound(wire::Bound::default());
+        let mut outgoing = Outgoing::success(id, Some(answer));
+        outgoing.fd = Some(listener.into());
+        Ok(outgoing)
+    }
+
+    fn spawn(&mut self, id: u64, op: wire::Spawn, fds: Vec<OwnedFd>) -> Result<Outgoing, String> {
+        let begin = Instant::now();
+        let order = Order {
+            id: op.device_id,
+            incarnation: op.incarnation,
+            binary: op.binary,
+            args: op.args,
+            fds,
+        };
+        let device = device::spawn(order, &self.args, &self.binaries, &self.devices)?;
+        let pidfd = device.pidfd.try_clone();
+        let pid = device.pid;
+        self.devices.push(device);
+        let pidfd = match (pidfd, self.devices.last()) {
+            (Ok(pidfd), _) => pidfd,
+            (Err(error), device) => {
+                device.inspect(|device| device.kill());
+                return Err(format!("pidfd: {error}"));
+            }
+        };
+        let spawned = wire::Spawned {
+            spawn_us: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
+            ..Default::default()
+        };
+        let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Spawned(spawned)));
+        outgoing.fd = Some(pidfd);
+        outgoing.pid = Some(pid);
+        Ok(outgoing)
+    }
+
+    /// The VMM has ended: so does all that is its.
+    fn end(&mut self) {
+        self.paths.remove_all();
+        for device in &self.devices {
+            device.kill();
+        }
+        let deadline = Instant::now() + END_DEADLINE;
+        while !self.devices.is_empty() && Instant::now() < deadline {
+            let _ = sys::poll(&[(self.children.as_fd(), libc::POLLIN)], Some(deadline));
+            let mut drained = [0; 1024];
+            let _ = sys::read(self.children.as_fd(), &mut drained);
+            self.reap();
+        }
+    }
+}
+
+/// A role as it may stand at the head of a line.
+fn role(text: &str) -> String {
+    let short: String = text.chars().take(32).collect();
+    if short.is_empty() {
+        "path".into()
+    } else {
+        printable(&short)
+    }
+}

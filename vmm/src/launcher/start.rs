@@ -1,0 +1,208 @@
+//! Starting the launcher: runs in the VMM, before it confines itself. Opens the launcher
+//! and every device binary (nothing is opened or executed afterwards), clones into a new
+//! pid namespace, and where possible a new user namespace, and executes the launcher by
+//! descriptor with nothing but its socket, the VMM's pidfd, the binaries and stderr.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::args::{Args, FIRST_BINARY_FD};
+use super::client::{LauncherConfig, LauncherError};
+use super::identity::{self, IdMap, Maps, Rights};
+use super::packet::PacketSocket;
+use super::{MAX_DEVICES, printable, sys};
+
+/// A launcher that has been executed.
+pub struct Started {
+    /// The VMM's end of the control socket.
+    pub socket: PacketSocket,
+    /// The launcher's pid as the VMM sees it.
+    pub pid: i32,
+    /// And its pidfd.
+    pub pidfd: OwnedFd,
+}
+
+/// Most device binaries: `clone_and_exec` carries 64 descriptors.
+const MAX_BINARIES: usize = 32;
+/// How long clone, id maps and exec may take together.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+fn failed(text: impl Into<String>) -> LauncherError {
+    LauncherError::Start(text.into())
+}
+
+fn open_program(directory: &Path, name: &str) -> Result<File, LauncherError> {
+    let path = directory.join(name);
+    File::open(&path).map_err(|error| {
+        failed(format!(
+            "{}: {error}; install it beside bulkhead or name its directory with --libexec",
+            printable(&path.to_string_lossy())
+        ))
+    })
+}
+
+/// Why one way of cloning did not work.
+enum Attempt {
+    /// Namespaces or maps are not permitted: another way may be.
+    NotPermitted(String),
+    /// Something else, final.
+    Failed(LauncherError),
+}
+
+/// Starts the launcher.
+pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
+    if config.devices.len() > MAX_BINARIES {
+        return Err(failed(format!("more than {MAX_BINARIES} device binaries")));
+    }
+    let program = open_program(&config.libexec, "bulkhead-launcher")?;
+    let binaries = config
+        .devices
+        .iter()
+        .map(|name| open_program(&config.libexec, name))
+        .collect::<Result<Vec<_>, _>>()?;
+    let allow_paths = config
+        .allow_paths
+        .iter()
+        .map(|path| {
+            path.canonicalize().map_err(|error| {
+                failed(format!(
+                    "--allow-path {}: {error}; name an existing directory or file",
+                    printable(&path.to_string_lossy())
+                ))
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+
+    let (uid, gid) = sys::effective_ids();
+    let vmm_pid = i32::try_from(std::process::id()).map_err(|e| failed(e.to_string()))?;
+    let id_map =
+        |file| IdMap::own(file).map_err(|e| failed(format!("/proc/self/{file}: {e}; mount /proc")));
+    let (uids, gids) = (id_map("uid_map")?, id_map("gid_map")?);
+    let slots = u32::try_from(MAX_DEVICES).unwrap_or(u32::MAX);
+    let host_ids = identity::host_id_base(vmm_pid)
+        .filter(|base| uid == 0 && uids.covers(*base, slots) && gids.covers(*base, slots));
+
+    let ways: &[Rights] = match (uid, host_ids) {
+        (0, Some(_)) => &[Rights::RootNamespace, Rights::Root],
+        (0, None) => &[Rights::RootNamespace],
+        _ => &[Rights::User],
+    };
+    let mut reason = String::new();
+    for rights in ways {
+        let maps = match rights {
+            Rights::RootNamespace => Some(Maps {
+                uid: uids.identity(),
+                gid: gids.identity(),
+                deny_setgroups: false,
+            }),
+            Rights::User => Some(Maps::single((uid, gid), (uid, gid), true)),
+            Rights::Root => None,
+        };
+        let args = Args {
+            rights: *rights,
+            host_ids,
+            binaries: config.devices.clone(),
+            allow_paths: allow_paths.clone(),
+        };
+        match attempt(&program, &binaries, &args, maps.as_ref()) {
+            Ok(started) => return Ok(started),
+            Err(Attempt::Failed(error)) => return Err(error),
+            Err(Attempt::NotPermitted(why)) => reason = why,
+        }
+    }
+    Err(failed(format!(
+        "namespaces for device processes are not permitted ({reason}): {}",
+        identity::namespace_remedy(uid == 0)
+    )))
+}
+
+fn attempt(
+    program: &File,
+    binaries: &[File],
+    args: &Args,
+    maps: Option<&Maps>,
+) -> Result<Started, Attempt> {
+    let fatal = |what: &'static str| {
+        move |error: io::Error| Attempt::Failed(failed(format!("launcher: {what}: {error}")))
+    };
+    let argv = args
+        .to_argv()
+        .ok_or_else(|| Attempt::Failed(failed("launcher: a zero byte in an argument")))?;
+    let (socket, launcher_end) = PacketSocket::pair().map_err(fatal("socketpair"))?;
+    let vmm = sys::own_pidfd().map_err(fatal("pidfd_open"))?;
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(fatal("/dev/null"))?;
+    let (mut sync, child_sync) = UnixStream::pair().map_err(fatal("socketpair"))?;
+
+    let mut fds = vec![
+        null.as_raw_fd(),
+        null.as_raw_fd(),
+        libc::STDERR_FILENO,
+        launcher_end.as_fd().as_raw_fd(),
+        vmm.as_raw_fd(),
+    ];
+    debug_assert_eq!(fds.len(), FIRST_BINARY_FD.unsigned_abs() as usize);
+    fds.extend(binaries.iter().map(AsRawFd::as_raw_fd));
+    let exec = sys::RawExec {
+        flags: args.rights.launcher_flags(),
+        program: program.as_fd(),
+        fds: &fds,
+        argv: &argv,
+        ambient: &args.rights.exec_capabilities(args.host_ids.is_some()),
+        sync_child: child_sync.as_raw_fd(),
+        sync_parent: sync.as_raw_fd(),
+    };
+    let (pid, pidfd) = sys::clone_and_exec(&exec)
+        .map_err(|error| Attempt::NotPermitted(format!("clone: {error}")))?;
+    drop(child_sync);
+
+    // From here on a child exists, waiting: every failure ends and reaps it.
+    let end = || {
+        let _ = sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        let deadline = Instant::now() + DEADLINE;
+        let _ = sys::poll(&[(pidfd.as_fd(), libc::POLLIN)], Some(deadline));
+        let _ = sys::reap(Some(pidfd.as_fd()));
+    };
+    if let Some(error) = maps.and_then(|maps| maps.write(pidfd.as_fd()).err()) {
+        end();
+        return Err(Attempt::NotPermitted(format!("id map: {error}")));
+    }
+    match go(&mut sync) {
+        Ok(()) => Ok(Started { socket, pid, pidfd }),
+        Err(error) => {
+            end();
+            Err(Attempt::Failed(error))
+        }
+    }
+}
+
+/// Lets the child run and waits for the exec, which closes its end, or for its report.
+fn go(sync: &mut UnixStream) -> Result<(), LauncherError> {
+    use std::io::{Read, Write};
+    let lost = |error: io::Error| failed(format!("launcher: while it starts: {error}"));
+    sync.set_read_timeout(Some(DEADLINE)).map_err(lost)?;
+    sync.write_all(&[1]).map_err(lost)?;
+    let mut report = [0; 5];
+    match sync.read_exact(&mut report) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        Err(error) => Err(lost(error)),
+        Ok(()) => {
+            let [stage, errno @ ..] = report;
+            let stage = sys::RAW_EXEC_STAGES
+                .get(usize::from(stage))
+                .copied()
+                .unwrap_or("start");
+            let error = io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
+            Err(failed(format!(
+                "launcher: {stage}: {error}; is bulkhead-launcher a static program of this machine, executable by you?"
+            )))
+        }
+    }
+}
