@@ -1,0 +1,305 @@
+//! `bulkhead ctl`: a client of the API socket (service `bulkhead.v1.Machine`), with no
+//! private way in. Runs in the user's own process; every call but a followed event stream
+//! has a deadline.
+
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use bulkhead_proto::machine::{
+    BootRequest, BootResponse, CreateRequest, CreateResponse, DevicesRequest, DevicesResponse,
+    Event, EventsRequest, InfoRequest, InfoResponse, PauseRequest, PauseResponse, ResumeRequest,
+    ResumeResponse, ShutdownRequest, ShutdownResponse,
+};
+use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
+
+use super::ctl_output as output;
+use super::machine_args::MachineArgs;
+use super::{EXIT_USAGE, fail};
+
+/// Frames longer than this are no answer of a bulkhead.
+const MAX_FRAME: u32 = 1024 * 1024;
+const CONNECT: Duration = Duration::from_secs(10);
+const CALL: Duration = Duration::from_secs(30);
+/// Creating a machine starts its device processes.
+const CREATE: Duration = Duration::from_secs(120);
+/// How long a guest has to switch itself off unless the user says otherwise, and what the
+/// VMM may take on top of it.
+const SHUTDOWN_DEFAULT_SECONDS: u32 = 30;
+const SHUTDOWN_MARGIN: Duration = Duration::from_secs(30);
+
+/// `bulkhead ctl`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct CtlArgs {
+    /// The API socket of the bulkhead to drive (what it was given as --api-socket)
+    #[arg(
+        long,
+        short,
+        global = true,
+        value_name = "PATH",
+        visible_alias = "api-socket",
+        help_heading = "Connection"
+    )]
+    socket: Option<PathBuf>,
+    /// Print JSON (events: one object per line)
+    #[arg(long, global = true, help_heading = "Connection")]
+    json: bool,
+    #[command(subcommand)]
+    command: CtlCommand,
+}
+
+#[derive(clap::Subcommand, Debug, Clone)]
+enum CtlCommand {
+    /// Build the machine, without starting it
+    Create(Box<MachineArgs>),
+    /// Start a machine that was created
+    Boot,
+    /// Stop the vCPUs between two instructions
+    Pause,
+    /// Let paused vCPUs go on
+    Resume,
+    /// Ask the guest to switch itself off; end it if it does not
+    Shutdown {
+        /// Do not ask the guest
+        #[arg(long)]
+        force: bool,
+        /// Seconds the guest has before it is ended
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            default_value_t = SHUTDOWN_DEFAULT_SECONDS,
+            value_parser = clap::value_parser!(u32).range(1..=600)
+        )]
+        timeout: u32,
+    },
+    /// Show the machine: its state, configuration, processes and counters
+    Info,
+    /// Show the devices and the processes that serve them
+    Devices,
+    /// Show what has happened to the machine
+    Events {
+        /// First event wanted, by number [default: the oldest that is kept]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        from: Option<u64>,
+        /// Go on with what happens, until the machine ends or you interrupt
+        #[arg(long, short)]
+        follow: bool,
+    },
+}
+
+/// What went wrong, in one line.
+#[derive(Debug)]
+struct Failure {
+    code: u8,
+    line: String,
+}
+
+impl Failure {
+    fn new(line: impl Into<String>) -> Self {
+        Self { code: 1, line: line.into() }
+    }
+}
+
+/// Runs the command and prints its result on standard output.
+pub fn run(args: CtlArgs) -> ExitCode {
+    match execute(&args, &mut io::stdout().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fail(failure.code, &failure.line),
+    }
+}
+
+fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
+    let path = args.socket.as_deref().ok_or_else(|| Failure {
+        code: EXIT_USAGE,
+        line: "--socket PATH is missing: name the API socket of the bulkhead to drive".into(),
+    })?;
+    // Before connecting: a wrong option is the user's error whether or not anybody listens.
+    let create = match &args.command {
+        CtlCommand::Create(machine) => {
+            let config =
+                machine.to_config().map_err(|line| Failure { code: EXIT_USAGE, line })?;
+            let mut request = CreateRequest::new();
+            request.config = Some(config).into();
+            Some(request)
+        }
+        _ => None,
+    };
+    let mut session = Session { client: connect(path)?, path };
+    match &args.command {
+        CtlCommand::Create(_) => {
+            let request = create.unwrap_or_default();
+            session.call::<_, CreateResponse>("Create", &request, CREATE)?;
+            done(out, args.json, "created")
+        }
+        CtlCommand::Boot => {
+            session.call::<_, BootResponse>("Boot", &BootRequest::new(), CALL)?;
+            done(out, args.json, "running")
+        }
+        CtlCommand::Pause => {
+            session.call::<_, PauseResponse>("Pause", &PauseRequest::new(), CALL)?;
+            done(out, args.json, "paused")
+        }
+        CtlCommand::Resume => {
+            session.call::<_, ResumeResponse>("Resume", &ResumeRequest::new(), CALL)?;
+            done(out, args.json, "running")
+        }
+        CtlCommand::Shutdown { force, timeout } => {
+            let mut request = ShutdownRequest::new();
+            request.force = *force;
+            request.timeout_ms = timeout.saturating_mul(1000);
+            let patience =
+                Duration::from_secs(u64::from(*timeout)).saturating_add(SHUTDOWN_MARGIN);
+            session.call::<_, ShutdownResponse>("Shutdown", &request, patience)?;
+            done(out, args.json, "stopped")
+        }
+        CtlCommand::Info => {
+            let info: InfoResponse = session.call("Info", &InfoRequest::new(), CALL)?;
+            if args.json {
+                written(writeln!(out, "{:#}", output::info_json(&info)))
+            } else {
+                written(output::info_text(out, &info))
+            }
+        }
+        CtlCommand::Devices => {
+            let devices: DevicesResponse = session.call("Devices", &DevicesRequest::new(), CALL)?;
+            if args.json {
+                written(writeln!(out, "{:#}", output::devices_json(&devices)))
+            } else {
+                written(output::devices_text(out, &devices))
+            }
+        }
+        CtlCommand::Events { from, follow } => {
+            session.events(from.unwrap_or(0), *follow, args.json, out)
+        }
+    }
+}
+
+fn done(out: &mut dyn Write, json: bool, state: &str) -> Result<(), Failure> {
+    if json {
+        written(writeln!(out, "{}", serde_json::json!({ "state": state })))
+    } else {
+        written(writeln!(out, "{state}"))
+    }
+}
+
+/// A reader that has seen enough (`… | head`) is no error.
+fn written(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::new(format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+struct Session<'a> {
+    client: BlockingClient,
+    path: &'a Path,
+}
+
+impl Session<'_> {
+    fn call<Req: Message, Resp: Message>(
+        &mut self,
+        method: &str,
+        request: &Req,
+        timeout: Duration,
+    ) -> Result<Resp, Failure> {
+        self.client
+            .call(MACHINE_SERVICE, method, request, timeout)
+            .map_err(|error| explain(self.path, &error))
+    }
+
+    fn events(
+        self,
+        from: u64,
+        follow: bool,
+        json: bool,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        let Self { client, path } = self;
+        let mut request = EventsRequest::new();
+        request.from = from;
+        request.backlog_only = !follow;
+        let failed = |error: ClientError| explain(path, &error);
+        let mut stream =
+            client.subscribe(MACHINE_SERVICE, "Events", &request, CALL).map_err(failed)?;
+        let idle = (!follow).then_some(CALL);
+        loop {
+            let event: Event = match stream.next(idle) {
+                Ok(Some(event)) => event,
+                Ok(None) => return Ok(()),
+                Err(error) => return Err(failed(error)),
+            };
+            let line = if json {
+                writeln!(out, "{}", output::event_json(&event))
+            } else {
+                writeln!(out, "{}", output::event_line(&event))
+            };
+            match line.and_then(|()| out.flush()) {
+                Ok(()) => {}
+                Err(error) => return written(Err(error)),
+            }
+        }
+    }
+}
+
+/// Connects; the kernel alone would wait for ever on a bulkhead that does not accept.
+fn connect(path: &Path) -> Result<BlockingClient, Failure> {
+    let name = path.display();
+    let (sender, receiver) = mpsc::channel();
+    let target = path.to_owned();
+    std::thread::spawn(move || {
+        // If the receiver has given up, so has the program.
+        let _ = sender.send(UnixStream::connect(target));
+    });
+    let stream = receiver.recv_timeout(CONNECT).map_err(|_| {
+        Failure::new(format!(
+            "{name}: no connection within {} s: bulkhead hangs or has too many clients",
+            CONNECT.as_secs()
+        ))
+    })?;
+    let stream = stream.map_err(|error| {
+        Failure::new(match error.kind() {
+            ErrorKind::NotFound => format!(
+                "{name}: no such socket: start bulkhead with --api-socket {name}, or name the right one"
+            ),
+            ErrorKind::ConnectionRefused => format!(
+                "{name}: nobody listens there: the bulkhead that made it has ended; start it again"
+            ),
+            ErrorKind::PermissionDenied => format!(
+                "{name}: no permission to connect: run this as the user who started bulkhead, or as root"
+            ),
+            ErrorKind::InvalidInput => {
+                format!("{name}: too long for a socket's path: at most 107 bytes are allowed")
+            }
+            _ => format!("{name}: cannot connect: {error}"),
+        })
+    })?;
+    Ok(BlockingClient::new(stream, MAX_FRAME))
+}
+
+fn explain(path: &Path, error: &ClientError) -> Failure {
+    let name = path.display();
+    Failure::new(match error {
+        ClientError::Status(status) => status.message.clone(),
+        ClientError::Closed => format!(
+            "{name}: bulkhead closed the connection without an answer: it has ended, or you are \
+             neither its user nor root"
+        ),
+        ClientError::Timeout(span) => {
+            format!("{name}: no answer within {} s: see bulkhead's own output", span.as_secs())
+        }
+        ClientError::Oversize(_) | ClientError::Malformed(_) => {
+            format!("{name}: {error}: is it a bulkhead's API socket?")
+        }
+        ClientError::Request(_) | ClientError::Io(_) => format!("{name}: {error}"),
+    })
+}
+
+#[cfg(test)]
+#[path = "ctl_tests.rs"]
+mod tests;

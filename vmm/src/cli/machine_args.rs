@@ -1,0 +1,267 @@
+//! The options that describe a machine, shared by `bulkhead run` and `bulkhead ctl create`:
+//! text in, [`MachineConfig`] out. Nothing is opened here.
+
+use std::collections::BTreeSet;
+
+use bulkhead_proto::machine::{CpuConfig, DiskConfig, MachineConfig, SerialConfig, serial_config};
+
+/// Most vCPUs a machine may have.
+pub const MAX_CPUS: u32 = 64;
+
+/// Options that describe a machine.
+#[derive(clap::Args, Debug, Clone)]
+pub struct MachineArgs {
+    /// Kernel: an ELF vmlinux with a PVH note, or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: String,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<String>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// Guest memory: a number with K, M, G or T (powers of 1024)
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: String,
+    /// vCPUs, and the host CPU of each in order: N[,pin=A:B:…]
+    #[arg(long, value_name = "N[,pin=A:B]", default_value = "1")]
+    pub cpus: String,
+    /// A disk, served by a confined process of its own; may be given several times
+    #[arg(
+        long = "disk",
+        value_name = "path=FILE[,readonly=on][,id=NAME][,serial=TEXT][,queues=N]"
+    )]
+    pub disks: Vec<String>,
+    /// Where the guest's first serial port goes
+    #[arg(
+        long,
+        value_name = "stdio|none|file=PATH|socket=PATH",
+        default_value = "stdio"
+    )]
+    pub serial: String,
+}
+
+impl MachineArgs {
+    /// The configuration these options describe.
+    ///
+    /// Relative paths are made absolute against the working directory, since whoever
+    /// opens them may have another.
+    ///
+    /// # Errors
+    /// One line that names the option and what it takes.
+    pub fn to_config(&self) -> Result<MachineConfig, String> {
+        let mut config = MachineConfig::new();
+        config.kernel = absolute("--kernel", &self.kernel)?;
+        if let Some(initrd) = &self.initrd {
+            config.initrd = absolute("--initrd", initrd)?;
+        }
+        config.cmdline = self.cmdline.clone();
+        config.memory_bytes =
+            parse_size(&self.memory).map_err(|e| format!("--memory {}: {e}", self.memory))?;
+        config.cpus = Some(parse_cpus(&self.cpus)?).into();
+        let mut ids = BTreeSet::new();
+        for (index, text) in self.disks.iter().enumerate() {
+            let disk = parse_disk(text, index)?;
+            if !ids.insert(disk.id.clone()) {
+                return Err(format!(
+                    "--disk {text}: the id {} is taken by another disk: give each its own id=NAME",
+                    disk.id
+                ));
+            }
+            config.disks.push(disk);
+        }
+        config.serial = Some(parse_serial(&self.serial)?).into();
+        Ok(config)
+    }
+}
+
+fn absolute(option: &str, path: &str) -> Result<String, String> {
+    if path.is_empty() {
+        return Err(format!("{option}: the path is empty: name a file"));
+    }
+    let path = std::path::absolute(path).map_err(|e| format!("{option} {path}: {e}"))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|p| format!("{option} {}: the path is not UTF-8: rename it", p.display()))
+}
+
+/// A byte count with an optional binary suffix.
+///
+/// # Errors
+/// One line that says what is wanted.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let wanted = "give a number with K, M, G or T, such as 512M";
+    let (digits, shift) = match text.char_indices().last() {
+        Some((i, 'K' | 'k')) => (&text[..i], 10),
+        Some((i, 'M' | 'm')) => (&text[..i], 20),
+        Some((i, 'G' | 'g')) => (&text[..i], 30),
+        Some((i, 'T' | 't')) => (&text[..i], 40),
+        Some(_) => (text, 0),
+        None => return Err(wanted.to_string()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wanted.to_string())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|n| *n > 0)
+        .ok_or_else(|| wanted.to_string())
+}
+
+fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
+    let mut cpus = CpuConfig::new();
+    let mut parts = text.split(',');
+    let count = parts.next().unwrap_or_default();
+    let count = count.strip_prefix("boot=").unwrap_or(count);
+    cpus.boot = count
+        .parse()
+        .ok()
+        .filter(|n| (1..=MAX_CPUS).contains(n))
+        .ok_or_else(|| format!("--cpus {text}: give a number from 1 to {MAX_CPUS}"))?;
+    for part in parts {
+        let Some(list) = part.strip_prefix("pin=") else {
+            return Err(format!(
+                "--cpus {text}: {part:?} is unknown: only pin=A:B:… may follow the number"
+            ));
+        };
+        for cpu in list.split(':') {
+            cpus.pin.push(cpu.parse().map_err(|_| {
+                format!("--cpus {text}: {cpu:?} is no host CPU number: give pin=A:B, one per vCPU")
+            })?);
+        }
+        if cpus.pin.len() != cpus.boot as usize {
+            return Err(format!(
+                "--cpus {text}: {} vCPUs but {} host CPUs in pin=: give one per vCPU",
+                cpus.boot,
+                cpus.pin.len()
+            ));
+        }
+    }
+    Ok(cpus)
+}
+
+/// Reads `on` or `off`.
+fn parse_switch(option: &str, key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{option}: {key}={value}: give on or off")),
+    }
+}
+
+fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
+    let option = format!("--disk {text}");
+    let mut disk = DiskConfig::new();
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| {
+            format!("{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]")
+        })?;
+        match key {
+            "path" => disk.path = absolute(&option, value)?,
+            "readonly" => disk.readonly = parse_switch(&option, key, value)?,
+            "id" => disk.id = value.to_string(),
+            "serial" => disk.serial = value.to_string(),
+            "queues" => {
+                disk.queues = value
+                    .parse()
+                    .ok()
+                    .filter(|n| (1..=MAX_CPUS).contains(n))
+                    .ok_or_else(|| format!("{option}: queues: give 1 to {MAX_CPUS}"))?;
+            }
+            _ => {
+                return Err(format!(
+                    "{option}: {key:?} is unknown: the keys are path, readonly, id, serial and queues"
+                ));
+            }
+        }
+    }
+    if disk.path.is_empty() {
+        return Err(format!("{option}: path=FILE is missing"));
+    }
+    if disk.id.is_empty() {
+        disk.id = format!("disk{index}");
+    }
+    check_id(&disk.id).map_err(|e| format!("{option}: id={}: {e}", disk.id))?;
+    Ok(disk)
+}
+
+/// What a device id may look like: it appears in log lines, host names and paths.
+///
+/// # Errors
+/// One line that says what is allowed.
+pub fn check_id(id: &str) -> Result<(), String> {
+    let fits = !id.is_empty()
+        && id.len() <= 32
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        && !id.starts_with(['-', '.']);
+    if fits {
+        Ok(())
+    } else {
+        Err("use 1 to 32 letters, digits, '-', '_' and '.', starting with none of the last but '_'"
+            .to_string())
+    }
+}
+
+fn parse_serial(text: &str) -> Result<SerialConfig, String> {
+    use serial_config::Mode;
+    let mut serial = SerialConfig::new();
+    let (mode, path) = match text.split_once('=') {
+        None if text == "stdio" => (Mode::STDIO, None),
+        None if text == "none" => (Mode::NONE, None),
+        Some(("file", path)) => (Mode::FILE, Some(path)),
+        Some(("socket", path)) => (Mode::SOCKET, Some(path)),
+        _ => {
+            return Err(format!(
+                "--serial {text}: give stdio, none, file=PATH or socket=PATH"
+            ));
+        }
+    };
+    serial.mode = mode.into();
+    if let Some(path) = path {
+        serial.path = absolute(&format!("--serial {text}"), path)?;
+    }
+    Ok(serial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_suffixes_and_bounds() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("2g"), Ok(2 << 30));
+        for bad in ["", "M", "0", "-1", "1.5G", "99999999T", "12Q", "é"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cpus_take_a_pin_each() {
+        assert_eq!(parse_cpus("2,pin=0:1").unwrap().pin, [0, 1]);
+        assert_eq!(parse_cpus("boot=3").unwrap().boot, 3);
+        for bad in ["0", "65", "two", "2,pin=0", "1,pin=x", "1,max=2", ""] {
+            assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks_have_ids_of_their_own() {
+        let disk = parse_disk("path=/a,readonly=on,id=root", 0).unwrap();
+        assert!(disk.readonly);
+        assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/a", "root"));
+        assert_eq!(parse_disk("path=/a", 3).unwrap().id, "disk3");
+        for bad in ["", "/a", "path=", "path=/a,readonly=yes", "path=/a,id=../x", "path=/a,ro=on", "id=x"] {
+            assert!(parse_disk(bad, 0).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn serial_goes_to_one_of_four_places() {
+        for good in ["stdio", "none", "file=/x", "socket=/x"] {
+            assert!(parse_serial(good).is_ok(), "{good}");
+        }
+        for bad in ["", "tty", "file", "file=", "pty=/x"] {
+            assert!(parse_serial(bad).is_err(), "{bad}");
+        }
+    }
+}

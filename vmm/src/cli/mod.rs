@@ -1,0 +1,126 @@
+//! The command line: one module per command. Usage errors are one line and exit code 2,
+//! every other error one line and exit code 1.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+pub mod ctl;
+pub mod ctl_output;
+pub mod machine_args;
+pub mod run;
+
+/// Exit code of a wrong command line.
+pub const EXIT_USAGE: u8 = 2;
+
+/// A virtual machine monitor in which every device is a confined process of its own.
+#[derive(Parser, Debug)]
+#[command(name = "bulkhead", version, about, max_term_width = 100)]
+#[command(after_help = "Exit codes of run and serve: 0 the guest switched itself off, 1 error, \
+2 wrong command line, 3 the guest asked for a reset, 4 the guest triple-faulted, \
+5 the launcher died, 128+N ended by signal N.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Boot a machine and stay until it ends
+    Run(Box<RunArgs>),
+    /// Wait on an API socket for a machine to be created
+    Serve(ServeArgs),
+    /// Drive a running `bulkhead` through its API socket
+    Ctl(Box<ctl::CtlArgs>),
+}
+
+/// Options of the VMM itself.
+#[derive(clap::Args, Debug, Clone)]
+pub struct HostArgs {
+    /// Directory of bulkhead-launcher and the device binaries [default: that of bulkhead]
+    #[arg(long, value_name = "DIR")]
+    pub libexec: Option<PathBuf>,
+    /// What to log on standard error: error, warn, info or debug
+    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
+    pub log: log::LevelFilter,
+}
+
+/// `bulkhead run`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct RunArgs {
+    #[command(flatten)]
+    machine: machine_args::MachineArgs,
+    /// Serve the API (bulkhead.v1.Machine over ttrpc) on a unix socket made here
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// `bulkhead serve`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ServeArgs {
+    /// The unix socket to make and serve bulkhead.v1.Machine on
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+fn log_level(text: &str) -> Result<log::LevelFilter, String> {
+    text.parse()
+        .map_err(|_| "give error, warn, info, debug or trace".to_string())
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    match cli.command {
+        Command::Run(args) => run::run(*args),
+        Command::Serve(args) => run::serve(args),
+        Command::Ctl(args) => ctl::run(*args),
+    }
+}
+
+/// Says in one line what clap says in several; help and version go out as they are.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A closed standard output is the reader's choice.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            fail(EXIT_USAGE, "give a command: run, serve, ctl or audit (see `bulkhead --help`)")
+        }
+        _ => {
+            let text = error.to_string();
+            let what: Vec<&str> = text
+                .lines()
+                .map(str::trim)
+                .take_while(|l| !l.starts_with("Usage:"))
+                .filter(|l| !l.is_empty())
+                .collect();
+            let what = what.join(" ");
+            let what = what.strip_prefix("error: ").unwrap_or(&what);
+            fail(EXIT_USAGE, &format!("{what} (see `bulkhead --help`)"))
+        }
+    }
+}
+
+/// One line on standard error, and the exit code.
+pub fn fail(code: u8, what: &str) -> ExitCode {
+    use std::io::Write;
+    let line: String = what
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    // Nowhere left to say that standard error is closed.
+    let _ = writeln!(std::io::stderr(), "bulkhead: {line}");
+    ExitCode::from(code)
+}

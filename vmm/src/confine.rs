@@ -1,0 +1,50 @@
+//! The VMM's own confinement: no capabilities, no new privileges, nothing of the file
+//! system within reach, and a system call filter in two stages. The set-up stage admits
+//! what making a machine needs (threads, guest memory, vCPUs) and opens, connects and
+//! executes nothing; the steady stage drops that too. vCPU threads take a narrower filter.
+
+use std::sync::Arc;
+
+use bulkhead_seccomp::confine::Confinement;
+use bulkhead_seccomp::privileges::Rlimits;
+use bulkhead_seccomp::{filter, policy};
+
+use crate::threads::ThreadHook;
+
+/// File descriptors that a VMM may hold.
+const NOFILE: u64 = 4096;
+
+/// Confines this process for good, in the set-up stage. Called by the manager thread before
+/// any other thread exists.
+///
+/// # Errors
+/// One line that says which step the kernel refused.
+pub fn vmm() -> Result<(), String> {
+    let rlimits = Rlimits::new().nofile(NOFILE).core(0);
+    Confinement::new(rlimits)
+        .lock_down()
+        .and_then(|locked| locked.seal_for_setup(&policy::BULKHEAD_VMM))
+        .map_err(|e| format!("confining the VMM: {e}"))?;
+    Ok(())
+}
+
+/// Narrows the calling thread to the steady stage: the manager once its machine is made,
+/// every other thread when it starts.
+///
+/// # Errors
+/// What the kernel says.
+pub fn steady() -> std::io::Result<()> {
+    filter::apply_filter_this_thread(&policy::BULKHEAD_VMM).map_err(std::io::Error::other)
+}
+
+/// Runs first on the api and serial threads.
+pub fn helper_hook() -> ThreadHook {
+    Arc::new(steady)
+}
+
+/// Runs first on every vCPU thread: its own filter, on top of the inherited one.
+pub fn vcpu_hook() -> ThreadHook {
+    Arc::new(|| {
+        filter::apply_filter_this_thread(&policy::BULKHEAD_VCPU).map_err(std::io::Error::other)
+    })
+}

@@ -1,0 +1,216 @@
+//! Makes a machine from its configuration: memory, interrupt controller, serial port,
+//! PCIe, a process for every device, ACPI tables, kernel, vCPUs. Runs on the manager
+//! thread, confined: every path is opened by the launcher, and KVM is the descriptor that
+//! was opened at the start.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use bulkhead_proto::machine::{MachineConfig, serial_config};
+
+use super::device::{self, DeviceProcess};
+use crate::arch::x86_64::boot::{self, BootSource};
+use crate::arch::x86_64::{acpi, layout};
+use crate::bus::Bus;
+use crate::events::EventSender;
+use crate::ged::Ged;
+use crate::hypervisor::{Gsi, Hypervisor};
+use crate::kvm::KvmVm;
+use crate::launcher::{Access, Launcher};
+use crate::memory::{self, GuestRam};
+use crate::pci::RootComplex;
+use crate::power;
+use crate::serial::{Serial, SerialBackend};
+use crate::threads::ThreadHook;
+use crate::vcpu::{VcpuConfig, VcpuManager};
+
+/// What a machine is made of. Fields drop in this order: vCPUs first.
+pub struct Parts {
+    /// vCPU threads.
+    pub vcpus: VcpuManager,
+    /// COM1.
+    pub serial: Arc<Serial>,
+    /// The generic event device.
+    pub ged: Arc<Ged>,
+    /// PCIe.
+    pub pci: Arc<RootComplex>,
+    /// One process each.
+    pub devices: Vec<DeviceProcess>,
+    /// KVM.
+    pub kvm: Arc<KvmVm>,
+    /// Guest memory.
+    pub ram: GuestRam,
+}
+
+/// The standard streams, cloned before confinement.
+pub struct Stdio {
+    /// Standard input.
+    pub input: OwnedFd,
+    /// Standard output.
+    pub output: OwnedFd,
+}
+
+/// Fills in what a checked configuration leaves to us.
+pub fn fill_defaults(config: &mut MachineConfig) {
+    let cpus = config.cpus.as_ref().map_or(1, |c| c.boot);
+    for disk in &mut config.disks {
+        if disk.queues == 0 {
+            disk.queues = cpus.min(u32::from(super::kinds::BLK.max_queues));
+        }
+    }
+}
+
+/// Makes the machine, its vCPUs parked.
+///
+/// # Errors
+/// One line that names what failed and the remedy. What was made is undone by dropping;
+/// device processes by the launcher's `kill`, here.
+pub fn build(
+    config: &MachineConfig,
+    dev_kvm: OwnedFd,
+    launcher: &Launcher,
+    stdio: &Stdio,
+    events: EventSender,
+    hooks: &Hooks,
+) -> Result<Parts, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    // Files first: a wrong path should cost nothing else.
+    let (kernel, initrd) = open_boot_files(config, launcher)?;
+    let backend = serial_backend(config, launcher, stdio)?;
+
+    let host_total = memory::host_memory_total().map_err(|e| format!("host memory: {e}"))?;
+    let kvm = Arc::new(KvmVm::create(dev_kvm).map_err(|e| text(&e))?);
+    let phys_bits = kvm.phys_bits().map_err(|e| text(&e))?;
+    memory::check_size(config.memory_bytes, host_total, phys_bits).map_err(|e| text(&e))?;
+    let ram = GuestRam::new(config.memory_bytes).map_err(|e| text(&e))?;
+    kvm.map_ram(&ram).map_err(|e| text(&e))?;
+
+    let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+    let serial = Serial::new(backend, &hooks.helper).map_err(|e| format!("serial: {e}"))?;
+    serial.attach(&pio).map_err(|e| format!("serial: {e}"))?;
+    kvm.add_irqfd(serial.irq_eventfd(), Gsi(layout::COM1_GSI))
+        .map_err(|e| format!("serial interrupt: {e}"))?;
+    power::attach(&pio, &events).map_err(|e| format!("power registers: {e}"))?;
+    let ged = Ged::new(Box::new(kvm.irq_line(Gsi(layout::GED_GSI))));
+    ged.attach(&mmio).map_err(|e| format!("GED: {e}"))?;
+
+    let mem64 = layout::pci_mem64_start(ram.end());
+    let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
+    let pci = device::root_complex(&mmio, &pio, mem64.clone())?;
+
+    let hypervisor: Arc<dyn Hypervisor> = kvm.clone();
+    let mut devices = Vec::new();
+    for disk in &config.disks {
+        let made = device::spawn_disk(disk, launcher, &ram, &hypervisor, &pci);
+        match made {
+            Ok(device) => devices.push(device),
+            Err(e) => {
+                for device in &devices {
+                    // The launcher ends what is left when the VMM ends, at the latest.
+                    let _ = device.kill(launcher);
+                }
+                return Err(e);
+            }
+        }
+    }
+
+    let cpus = config.cpus.clone().unwrap_or_default();
+    let rsdp = acpi::write_tables(ram.memory(), &device::acpi_config(&pci, cpus.boot, mem64))
+        .map_err(|e| text(&e))?;
+    let source = BootSource {
+        kernel: &kernel,
+        kernel_name: &config.kernel,
+        initrd: initrd.as_ref().map(|f| (f, config.initrd.as_str())),
+        cmdline: &config.cmdline,
+    };
+    let entry = boot::load(&ram, rsdp, &source).map_err(|e| text(&e))?;
+    let vcpus = VcpuManager::new(
+        &kvm,
+        &VcpuConfig {
+            count: cpus.boot,
+            pins: cpus.pin.iter().map(|p| *p as usize).collect(),
+        },
+        &mmio,
+        &pio,
+        &entry,
+        &events,
+        &hooks.vcpu,
+    )
+    .map_err(|e| text(&e))?;
+    Ok(Parts {
+        vcpus,
+        serial,
+        ged,
+        pci,
+        devices,
+        kvm,
+        ram,
+    })
+}
+
+/// What runs first on each thread of a machine.
+pub struct Hooks {
+    /// On vCPU threads: their own seccomp filter.
+    pub vcpu: ThreadHook,
+    /// On the serial thread: the steady stage.
+    pub helper: ThreadHook,
+}
+
+fn open_boot_files(
+    config: &MachineConfig,
+    launcher: &Launcher,
+) -> Result<(File, Option<File>), String> {
+    let open = |path: &str, role: &str| {
+        launcher
+            .open_path(Path::new(path), role, Access::Read, false)
+            .map(|(file, _)| file)
+            .map_err(|e| e.to_string())
+    };
+    let kernel = open(&config.kernel, "kernel")?;
+    let initrd = if config.initrd.is_empty() {
+        None
+    } else {
+        Some(open(&config.initrd, "initrd")?)
+    };
+    Ok((kernel, initrd))
+}
+
+fn serial_backend(
+    config: &MachineConfig,
+    launcher: &Launcher,
+    stdio: &Stdio,
+) -> Result<SerialBackend, String> {
+    use serial_config::Mode;
+    let clone = |fd: &OwnedFd| {
+        fd.as_fd()
+            .try_clone_to_owned()
+            .map_err(|e| format!("serial: {e}"))
+    };
+    let Some(serial) = config.serial.as_ref() else {
+        return Ok(SerialBackend::Null);
+    };
+    let path = Path::new(&serial.path);
+    Ok(match serial.mode.enum_value() {
+        Ok(Mode::NONE) => SerialBackend::Null,
+        Ok(Mode::STDIO) => SerialBackend::Stdio {
+            input: Some(clone(&stdio.input)?),
+            output: clone(&stdio.output)?,
+        },
+        Ok(Mode::FILE) => SerialBackend::File(
+            launcher
+                .open_path(path, "serial", Access::Append, false)
+                .map_err(|e| e.to_string())?
+                .0
+                .into(),
+        ),
+        Ok(Mode::SOCKET) => SerialBackend::Listener(
+            launcher
+                .bind_unix(path, "serial")
+                .map_err(|e| e.to_string())?
+                .into(),
+        ),
+        Err(n) => return Err(format!("serial.mode: {n} is unknown: give 0 to 3")),
+    })
+}

@@ -1,0 +1,583 @@
+//! The manager thread: starts the launcher, confines the process, makes the machine, and
+//! answers requests and events in one epoll loop until the machine has stopped.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::machine::{
+    DevicesResponse, InfoResponse, MachineConfig, State, VmmCounters, serial_config,
+};
+use bulkhead_proto::{Code, RpcStatus};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::build::{self, Hooks, Parts, Stdio};
+use super::queue::{self, RequestReceiver};
+use super::state::{IllegalTransition, MachineState, Transition};
+use super::stop::StopReason;
+use crate::api::{self, ApiRequest, ApiResponse, ApiServer, EventLog, ReplyHandle};
+use crate::confine;
+use crate::events::{self, EventReceiver, EventSender, MachineEvent};
+use crate::kvm;
+use crate::launcher::{ExitOutcome, Launcher, LauncherConfig, LauncherEvent};
+use crate::signals::Signals;
+use crate::terminal::RawTerminal;
+use crate::virtio::{EventSource, FailReason, Outcome};
+
+/// How long vCPUs may take to park or to end.
+const VCPU_LIMIT: Duration = Duration::from_secs(5);
+/// How long what the guest printed last may take to drain.
+const SERIAL_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long clients may take to read their last replies.
+const API_GRACE: Duration = Duration::from_secs(1);
+
+/// How to start.
+pub struct HostOptions {
+    /// Directory of the launcher and the device binaries.
+    pub libexec: Option<PathBuf>,
+    /// Where to serve the API.
+    pub api_socket: Option<PathBuf>,
+    /// The machine to create and boot at once.
+    pub first: Option<MachineConfig>,
+}
+
+/// What an epoll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Requests,
+    Vcpus,
+    Launcher,
+    LauncherDeath,
+    Signals,
+    Device { index: u16, source: EventSource },
+}
+
+impl Source {
+    fn token(self) -> u64 {
+        match self {
+            Self::Requests => 0,
+            Self::Vcpus => 1,
+            Self::Launcher => 2,
+            Self::LauncherDeath => 3,
+            Self::Signals => 4,
+            Self::Device { index, source } => {
+                (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
+            }
+        }
+    }
+
+    fn from_token(token: u64) -> Option<Self> {
+        if token >> 63 == 1 {
+            let source = EventSource::from_u32(u32::try_from(token & 0xffff_ffff).ok()?)?;
+            let index = u16::try_from((token >> 32) & 0xffff).ok()?;
+            return Some(Self::Device { index, source });
+        }
+        Some(match token {
+            0 => Self::Requests,
+            1 => Self::Vcpus,
+            2 => Self::Launcher,
+            3 => Self::LauncherDeath,
+            4 => Self::Signals,
+            _ => return None,
+        })
+    }
+}
+
+/// Starts the VMM and stays until its machine has stopped.
+///
+/// # Errors
+/// One line that says what failed and the remedy.
+pub fn run(options: HostOptions) -> Result<StopReason, String> {
+    let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
+    let dev_kvm = kvm::open_dev_kvm().map_err(|e| e.to_string())?;
+    let clone = |fd: &dyn AsRawFdFd| {
+        fd.get()
+            .try_clone_to_owned()
+            .map_err(|e| format!("standard streams: {e}: start with all of 0, 1 and 2 open"))
+    };
+    let stdio = Stdio {
+        input: clone(&std::io::stdin())?,
+        output: clone(&std::io::stdout())?,
+    };
+    let mut config = LauncherConfig::new(
+        super::kinds::ALL
+            .iter()
+            .map(|k| k.binary.to_string())
+            .collect(),
+    )
+    .map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
+    if let Some(dir) = options.libexec {
+        config.libexec = dir;
+    }
+    let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
+    let listener = match &options.api_socket {
+        Some(path) => {
+            let path = std::path::absolute(path).map_err(|e| format!("API socket: {e}"))?;
+            let listener = launcher
+                .bind_unix(&path, "API socket")
+                .map_err(|e| e.to_string())?;
+            Some(listener)
+        }
+        None => None,
+    };
+    let hooks = Hooks {
+        vcpu: confine::vcpu_hook(),
+        helper: confine::helper_hook(),
+    };
+    confine::vmm()?;
+
+    let log = Arc::new(EventLog::new());
+    let (sender, requests) = queue::channel().map_err(|e| format!("request queue: {e}"))?;
+    let (events_in, vcpu_events) = events::event_channel().map_err(|e| format!("events: {e}"))?;
+    let api = match listener {
+        Some(listener) => Some(
+            ApiServer::start(listener, Arc::new(sender), Arc::clone(&log))
+                .map_err(|e| format!("API server: {e}"))?,
+        ),
+        None => None,
+    };
+    let mut host = Host {
+        launcher,
+        dev_kvm: Some(dev_kvm),
+        stdio,
+        hooks,
+        log,
+        epoll: Epoll::new().map_err(|e| format!("epoll: {e}"))?,
+        requests,
+        vcpu_events,
+        events_in,
+        signals,
+        machine: None,
+        terminal: None,
+        stop: None,
+        shutdown: None,
+        wakeups: 0,
+    };
+    let result = host.main(options.first);
+    host.teardown();
+    if let Some(api) = api {
+        api.stop(API_GRACE);
+    }
+    result
+}
+
+/// Standard streams, for one closure that clones either.
+trait AsRawFdFd {
+    fn get(&self) -> std::os::fd::BorrowedFd<'_>;
+}
+impl<T: AsFd> AsRawFdFd for T {
+    fn get(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.as_fd()
+    }
+}
+
+/// A machine and its state.
+struct Machine {
+    config: MachineConfig,
+    state: MachineState,
+    parts: Parts,
+}
+
+/// A shutdown that waits for the guest.
+struct PendingShutdown {
+    deadline: Instant,
+    replies: Vec<ReplyHandle>,
+}
+
+/// All that the manager thread owns. `machine` drops before `launcher`.
+struct Host {
+    machine: Option<Machine>,
+    launcher: Launcher,
+    dev_kvm: Option<OwnedFd>,
+    stdio: Stdio,
+    hooks: Hooks,
+    log: Arc<EventLog>,
+    epoll: Epoll,
+    requests: RequestReceiver,
+    vcpu_events: EventReceiver,
+    events_in: EventSender,
+    signals: Signals,
+    terminal: Option<RawTerminal>,
+    stop: Option<StopReason>,
+    shutdown: Option<PendingShutdown>,
+    wakeups: u64,
+}
+
+impl Host {
+    fn main(&mut self, first: Option<MachineConfig>) -> Result<StopReason, String> {
+        self.watch(self.requests.raw_fd(), Source::Requests, EventSet::IN)?;
+        self.watch(self.vcpu_events.as_fd().as_raw_fd(), Source::Vcpus, EventSet::IN)?;
+        self.watch(self.launcher.as_fd().as_raw_fd(), Source::Launcher, EventSet::IN)?;
+        self.watch(self.launcher.pidfd().as_raw_fd(), Source::LauncherDeath, EventSet::IN)?;
+        self.watch(self.signals.as_fd().as_raw_fd(), Source::Signals, EventSet::IN)?;
+        if let Some(config) = first {
+            self.create(config).map_err(|s| s.message)?;
+            self.boot().map_err(|s| s.message)?;
+        }
+        let mut ready = [EpollEvent::default(); 32];
+        while self.stop.is_none() {
+            let n = match self.epoll.wait(self.timeout_ms(), &mut ready) {
+                Ok(n) => n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(format!("epoll: {e}")),
+            };
+            self.wakeups = self.wakeups.saturating_add(1);
+            for event in ready.iter().take(n) {
+                if let Some(source) = Source::from_token(event.data()) {
+                    self.on_event(source);
+                }
+            }
+            self.check_shutdown();
+        }
+        let reason = self.stop.clone().unwrap_or(StopReason::Forced);
+        match reason {
+            StopReason::HostError(what) => Err(what),
+            other => Ok(other),
+        }
+    }
+
+    /// Milliseconds until the next deadline; -1 when there is none.
+    fn timeout_ms(&self) -> i32 {
+        self.shutdown.as_ref().map_or(-1, |s| {
+            let left = s.deadline.saturating_duration_since(Instant::now());
+            i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn watch(&self, fd: RawFd, source: Source, events: EventSet) -> Result<(), String> {
+        self.epoll
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, source.token()))
+            .map_err(|e| format!("epoll: {e}"))
+    }
+
+    fn on_event(&mut self, source: Source) {
+        match source {
+            Source::Requests => {
+                self.requests.clear();
+                while let Some((request, reply)) = self.requests.try_next() {
+                    self.on_request(request, reply);
+                }
+            }
+            Source::Vcpus => {
+                while let Some(event) = self.vcpu_events.try_recv() {
+                    self.on_machine_event(event);
+                }
+            }
+            Source::Launcher => self.on_launcher(),
+            Source::LauncherDeath => self.end(StopReason::LauncherDied("its process ended".into())),
+            Source::Signals => {
+                while let Some(signal) = self.signals.next() {
+                    self.end(StopReason::Signal(signal));
+                }
+            }
+            Source::Device { index, source } => self.on_device(index, source),
+        }
+    }
+
+    fn on_machine_event(&mut self, event: MachineEvent) {
+        let reason = match event {
+            MachineEvent::PowerOff => StopReason::PowerOff,
+            MachineEvent::Reset => StopReason::Reset,
+            MachineEvent::TripleFault { .. } => StopReason::TripleFault,
+            MachineEvent::VcpuFailed { vcpu, fault } => {
+                StopReason::HostError(format!("vCPU {vcpu}: {fault}"))
+            }
+        };
+        self.end(reason);
+    }
+
+    fn on_launcher(&mut self) {
+        let events = match self.launcher.poll_events() {
+            Ok(events) => events,
+            Err(e) => return self.end(StopReason::LauncherDied(e.to_string())),
+        };
+        for LauncherEvent::Exited {
+            device_id,
+            incarnation,
+            outcome,
+        } in events
+        {
+            let how = match outcome {
+                ExitOutcome::Status(status) => format!("exit status {status}"),
+                ExitOutcome::Signal(signal) => format!("killed by signal {signal}"),
+            };
+            self.log.publish("device.exited", &device_id, &how);
+            log::warn!("device {device_id}: its process ended ({how}); the machine runs on without it");
+            let Some(machine) = &mut self.machine else {
+                continue;
+            };
+            let device = machine
+                .parts
+                .devices
+                .iter_mut()
+                .find(|d| d.id == device_id && d.incarnation == incarnation);
+            if let Some(device) = device {
+                device.function.fail(FailReason::Stopped(format!("its process ended ({how})")));
+                device.failed.get_or_insert(how);
+            }
+        }
+    }
+
+    fn on_device(&mut self, index: u16, source: EventSource) {
+        let Some(device) = self
+            .machine
+            .as_mut()
+            .and_then(|m| m.parts.devices.get_mut(usize::from(index)))
+        else {
+            return;
+        };
+        match device.function.on_event(source) {
+            Outcome::Handled => {
+                if let EventSource::RingError(queue) = source {
+                    let detail = format!("queue {queue} is malformed; it waits for a reset by the guest");
+                    self.log.publish("device.ring-error", &device.id, &detail);
+                    log::warn!("device {}: {detail}", device.id);
+                }
+            }
+            Outcome::Failed(why) => {
+                let why = why.to_string();
+                if device.failed.is_none() {
+                    self.log.publish("device.failed", &device.id, &why);
+                    log::warn!("device {}: {why}", device.id);
+                    device.failed = Some(why);
+                    for poll in device.function.poll_fds() {
+                        // It may have left already; then there is nothing to do.
+                        let _ = self.epoll.ctl(
+                            ControlOperation::Delete,
+                            poll.fd.as_raw_fd(),
+                            EpollEvent::default(),
+                        );
+                    }
+                    // A channel that broke its protocol is not listened to any more.
+                    if let Err(e) = device.kill(&self.launcher) {
+                        log::warn!("device {}: {e}", device.id);
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_request(&mut self, request: ApiRequest, reply: ReplyHandle) {
+        if reply.is_abandoned() {
+            return;
+        }
+        let result = match request {
+            ApiRequest::Create(config) => self.create(*config).map(|()| ApiResponse::Done),
+            ApiRequest::Boot => self.boot().map(|()| ApiResponse::Done),
+            ApiRequest::Pause => self.pause().map(|()| ApiResponse::Done),
+            ApiRequest::Resume => self.resume().map(|()| ApiResponse::Done),
+            ApiRequest::Shutdown { force, timeout } => return self.shutdown(force, timeout, reply),
+            ApiRequest::Info => Ok(ApiResponse::Info(Box::new(self.info()))),
+            ApiRequest::Devices => Ok(ApiResponse::Devices(Box::new(self.devices()))),
+        };
+        reply.complete(result);
+    }
+
+    fn create(&mut self, mut config: MachineConfig) -> Result<(), RpcStatus> {
+        if self.machine.is_some() {
+            return Err(RpcStatus::failed_precondition(
+                "this VMM has a machine already: start another VMM for another machine",
+            ));
+        }
+        api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
+        build::fill_defaults(&mut config);
+        let dev_kvm = self
+            .dev_kvm
+            .as_ref()
+            .ok_or_else(|| RpcStatus::internal("/dev/kvm is closed"))?
+            .try_clone()
+            .map_err(|e| RpcStatus::internal(format!("/dev/kvm: {e}")))?;
+        let parts = build::build(
+            &config,
+            dev_kvm,
+            &self.launcher,
+            &self.stdio,
+            self.events_in.clone(),
+            &self.hooks,
+        )
+        .map_err(RpcStatus::failed_precondition)?;
+        for (index, device) in parts.devices.iter().enumerate() {
+            let index = u16::try_from(index)
+                .map_err(|_| RpcStatus::internal("too many devices"))?;
+            for poll in device.function.poll_fds() {
+                let source = Source::Device {
+                    index,
+                    source: poll.source,
+                };
+                let events = EventSet::from_bits_truncate(poll.events);
+                self.watch(poll.fd.as_raw_fd(), source, events)
+                    .map_err(RpcStatus::internal)?;
+            }
+            self.log.publish(
+                "device.ready",
+                &device.id,
+                &format!("{} pid {} in {} us", device.kind.name, device.pid, device.ready_us),
+            );
+        }
+        self.machine = Some(Machine {
+            config,
+            state: MachineState::Created,
+            parts,
+        });
+        // The machine is made: what only making one needs goes.
+        confine::steady().map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
+        self.log.publish("machine.created", "", "");
+        Ok(())
+    }
+
+    /// The machine, if `transition` is legal, and the state it leads to.
+    fn prepare(&mut self, transition: Transition) -> Result<(&mut Machine, MachineState), RpcStatus> {
+        let machine = self.machine.as_mut().ok_or_else(|| {
+            RpcStatus::failed_precondition(format!("cannot {transition}: no machine yet: create one"))
+        })?;
+        let next = machine
+            .state
+            .apply(transition)
+            .map_err(|e: IllegalTransition| RpcStatus::failed_precondition(e.to_string()))?;
+        Ok((machine, next))
+    }
+
+    fn boot(&mut self) -> Result<(), RpcStatus> {
+        let (machine, next) = self.prepare(Transition::Boot)?;
+        let stdio = machine
+            .config
+            .serial
+            .as_ref()
+            .is_some_and(|s| s.mode == serial_config::Mode::STDIO.into());
+        machine.parts.vcpus.start();
+        machine.state = next;
+        if stdio {
+            self.terminal = RawTerminal::enter().unwrap_or_else(|e| {
+                log::warn!("the terminal stays as it is: {e}");
+                None
+            });
+        }
+        self.log.publish("machine.running", "", "");
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), RpcStatus> {
+        let (machine, next) = self.prepare(Transition::Pause)?;
+        machine
+            .parts
+            .vcpus
+            .pause(VCPU_LIMIT)
+            .map_err(|e| RpcStatus::new(Code::DeadlineExceeded, e.to_string()))?;
+        machine.state = next;
+        self.log.publish("machine.paused", "", "");
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), RpcStatus> {
+        let (machine, next) = self.prepare(Transition::Resume)?;
+        machine.parts.vcpus.resume();
+        machine.state = next;
+        self.log.publish("machine.running", "", "");
+        Ok(())
+    }
+
+    fn shutdown(&mut self, force: bool, timeout: Duration, reply: ReplyHandle) {
+        let state = self.machine.as_ref().map(|m| m.state);
+        if force || !matches!(state, Some(MachineState::Running | MachineState::Paused)) {
+            self.shutdown
+                .get_or_insert_with(|| PendingShutdown {
+                    deadline: Instant::now(),
+                    replies: Vec::new(),
+                })
+                .replies
+                .push(reply);
+            return self.end(StopReason::Forced);
+        }
+        if state == Some(MachineState::Paused) {
+            return reply.complete(Err(RpcStatus::failed_precondition(
+                "cannot shut down a machine that is paused: resume it first, or use force",
+            )));
+        }
+        if let Some(machine) = &self.machine {
+            machine.parts.ged.press_power_button();
+        }
+        self.log.publish("machine.power-button", "", "");
+        let deadline = Instant::now() + timeout;
+        let pending = self.shutdown.get_or_insert_with(|| PendingShutdown {
+            deadline,
+            replies: Vec::new(),
+        });
+        pending.deadline = pending.deadline.min(deadline);
+        pending.replies.push(reply);
+    }
+
+    fn check_shutdown(&mut self) {
+        let late = self
+            .shutdown
+            .as_ref()
+            .is_some_and(|s| Instant::now() >= s.deadline);
+        if late && self.stop.is_none() {
+            self.log.publish("machine.shutdown-deadline", "", "the guest did not switch itself off");
+            self.end(StopReason::Forced);
+        }
+    }
+
+    fn info(&self) -> InfoResponse {
+        let mut info = InfoResponse::new();
+        info.version = env!("CARGO_PKG_VERSION").to_string();
+        info.vmm_pid = i32::try_from(std::process::id()).unwrap_or(0);
+        info.launcher_pid = self.launcher.pid();
+        info.stop_reason = self.stop.as_ref().map(ToString::to_string).unwrap_or_default();
+        let mut counters = VmmCounters::new();
+        counters.manager_wakeups = self.wakeups;
+        match &self.machine {
+            None => info.state = State::STATE_NONE.into(),
+            Some(machine) => {
+                info.state = machine.state.to_wire().into();
+                info.config = Some(machine.config.clone()).into();
+                for vcpu in machine.parts.vcpus.counters() {
+                    counters.vcpu_exits = counters.vcpu_exits.saturating_add(vcpu.exits);
+                    counters.mmio_exits = counters.mmio_exits.saturating_add(vcpu.mmio);
+                    counters.pio_exits = counters.pio_exits.saturating_add(vcpu.pio);
+                }
+                counters.serial_bytes = machine.parts.serial.stats().bytes_out;
+            }
+        }
+        info.counters = Some(counters).into();
+        info
+    }
+
+    fn devices(&self) -> DevicesResponse {
+        let mut response = DevicesResponse::new();
+        if let Some(machine) = &self.machine {
+            response.devices = machine.parts.devices.iter().map(|d| d.info()).collect();
+        }
+        response
+    }
+
+    /// Notes why the machine ends; the first reason stands.
+    fn end(&mut self, reason: StopReason) {
+        if self.stop.is_none() {
+            self.log.publish("machine.stopped", "", &reason.to_string());
+            self.stop = Some(reason);
+        }
+    }
+
+    /// Ends vCPUs, drains the console, puts the terminal back, answers who waits.
+    fn teardown(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            if let Err(e) = machine.parts.vcpus.stop(VCPU_LIMIT) {
+                log::error!("{e}");
+            }
+            if !machine.parts.serial.stop(SERIAL_LIMIT) {
+                log::warn!("serial: what the guest printed last was not all taken");
+            }
+            if let Ok(next) = machine.state.apply(Transition::Stop) {
+                machine.state = next;
+            }
+        }
+        self.terminal = None;
+        if let Some(pending) = self.shutdown.take() {
+            for reply in pending.replies {
+                reply.complete(Ok(ApiResponse::Done));
+            }
+        }
+    }
+}

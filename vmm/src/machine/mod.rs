@@ -1,0 +1,18 @@
+//! The machine: what it is made of, its states, and the manager thread that owns them.
+//!
+//! ```text
+//!   api thread ──requests──▶ ┌───────────────┐ ◀──events── vCPU threads
+//!                            │ manager thread│ ◀──exits─── launcher
+//!   signals ───────────────▶ └───────────────┘ ◀──errors── device channels
+//! ```
+//!
+//! `build` makes a machine from its configuration, `host` runs the loop above and
+//! answers requests, `state` holds the transitions, `kinds` the table of device kinds.
+
+pub mod build;
+pub mod device;
+pub mod host;
+pub mod kinds;
+pub mod queue;
+pub mod state;
+pub mod stop;
