@@ -1,0 +1,91 @@
+//! Spawn of a device process to ready, as the VMM reports it, and the size of the process.
+//! No guest runs: a machine is created, looked at and ended.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use bulkhead_tests::vmm::{Scratch, bin, ctl, guest_file};
+
+use crate::process;
+use crate::table::{Table, spread};
+
+/// What one device process looked like.
+struct Seen {
+    spawn_ms: f64,
+    rss_mib: f64,
+    anonymous_mib: f64,
+    pss_mib: f64,
+}
+
+/// Creates machine after machine and prints the table.
+pub fn measure(runs: usize) -> crate::Report {
+    let scratch = Scratch::new("bench-spawn")?;
+    let disk = scratch.disk("disk.img", 1 << 20, 3)?;
+    let mut all = Vec::new();
+    // The first is a warm-up.
+    for run in 0..=runs {
+        let seen = once(&scratch, &disk)?;
+        if run > 0 {
+            all.push(seen);
+        }
+    }
+    let mut table = Table::new(&["bulkhead-blk", "median (least–most)", "aim"]);
+    let mut row = |what: &str, field: fn(&Seen) -> f64, aim: &str| {
+        let values: Vec<f64> = all.iter().map(field).collect();
+        table.row(vec![what.into(), spread(&values, 2), aim.into()]);
+    };
+    row("spawn → ready, ms", |s| s.spawn_ms, "≤ 5 natively");
+    row("RSS, MiB", |s| s.rss_mib, "≤ 1.5");
+    row("of it anonymous, MiB", |s| s.anonymous_mib, "");
+    row("PSS, MiB", |s| s.pss_mib, "");
+    Ok(format!(
+        "## spawn: a device process, {runs} times\n\n{}\n",
+        table.text()
+    ))
+}
+
+fn once(scratch: &Scratch, disk: &str) -> Result<Seen, String> {
+    let socket = scratch.path("api");
+    let mut child = Command::new(bin("bulkhead"))
+        .args(["serve", "--api-socket", &socket])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(|e| format!("bulkhead serve: {e}"))?;
+    let seen =
+        process::appears(&socket, Duration::from_secs(10)).and_then(|()| look(&socket, disk));
+    let _ = ctl(&socket, &["shutdown", "--force"]);
+    let _ = child.kill();
+    let _ = child.wait();
+    let _ = std::fs::remove_file(&socket);
+    seen
+}
+
+fn look(socket: &str, disk: &str) -> Result<Seen, String> {
+    let (kernel, disk) = (guest_file("vmlinux"), format!("path={disk}"));
+    ctl(
+        socket,
+        &[
+            "create", "--kernel", &kernel, "--memory", "256M", "--serial", "none", "--disk", &disk,
+        ],
+    )?;
+    let answer = ctl(socket, &["devices"])?;
+    let devices = answer.get("devices").unwrap_or(&answer);
+    let device = devices
+        .get(0)
+        .ok_or_else(|| format!("no device in {answer}"))?;
+    let number = |field: &str| {
+        let value = device.get(field).and_then(serde_json::Value::as_f64);
+        value.ok_or_else(|| format!("no {field} in {device}"))
+    };
+    let pid = number("pid")? as u32;
+    let kib = |field| {
+        process::status_kib(pid, field).ok_or_else(|| format!("no {field} of process {pid}"))
+    };
+    Ok(Seen {
+        spawn_ms: number("spawn_us")? / 1000.0,
+        rss_mib: kib("VmRSS")? / 1024.0,
+        anonymous_mib: kib("RssAnon")? / 1024.0,
+        pss_mib: process::pss(pid, "guest-ram")?.total / 1024.0,
+    })
+}
