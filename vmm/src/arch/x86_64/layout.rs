@@ -27,6 +27,16 @@ pub const ECAM_SIZE: u64 = 0x1000_0000;
 /// Length of the 64-bit PCI window, which starts at the first GiB boundary above RAM.
 pub const PCI_MEM64_SIZE: u64 = 16 << 30;
 
+/// Where the 64-bit PCI window starts when RAM ends at `ram_end`.
+pub const fn pci_mem64_start(ram_end: u64) -> u64 {
+    let above = if ram_end < HIGH_RAM_START {
+        HIGH_RAM_START
+    } else {
+        ram_end
+    };
+    above.saturating_add((1 << 30) - 1) & !((1 << 30) - 1)
+}
+
 /// IOAPIC registers.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Local APIC registers.
@@ -35,6 +45,8 @@ pub const LAPIC_START: u64 = 0xfee0_0000;
 pub const GED_START: u64 = 0xfed0_0000;
 /// Length of the generic event device's registers.
 pub const GED_SIZE: u64 = 0x1000;
+/// The most vCPUs: local APIC ids are 8 bits wide and 0xff is broadcast.
+pub const MAX_VCPUS: u32 = 254;
 /// KVM's TSS pages (KVM_SET_TSS_ADDR), three of them.
 pub const KVM_TSS_START: u64 = 0xfffb_d000;
 /// KVM's identity map page (KVM_SET_IDENTITY_MAP_ADDR).
@@ -57,6 +69,24 @@ pub const RESET_PORT: u64 = 0x604;
 pub const RESET_VALUE: u8 = 1;
 /// PCI configuration mechanism #1 (CONFIG_ADDRESS, CONFIG_DATA): 8 ports.
 pub const PCI_CF8_PORT: u64 = 0xcf8;
+
+/// Global descriptor table of the boot processor's first instructions.
+pub const GDT_START: u64 = 0x500;
+/// PVH's `hvm_start_info`, followed by its module list and memory map.
+pub const PVH_INFO_START: u64 = 0x6000;
+/// Linux's `boot_params` ("zero page").
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// Page tables of the 64-bit entry: one PML4, one PDPT, four page directories that map the
+/// first 4 GiB one to one.
+pub const PAGE_TABLES_START: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Room for the command line with its NUL (Linux's COMMAND_LINE_SIZE).
+pub const CMDLINE_SIZE: u64 = 2048;
+/// Where conventional memory ends: above lie the video hole and the BIOS area.
+pub const CONVENTIONAL_RAM_END: u64 = 0xa_0000;
+/// Where extended memory begins, and the lowest address that a kernel may be loaded to.
+pub const EXTENDED_RAM_START: u64 = 0x10_0000;
 
 /// The RSDP, inside the BIOS area that Linux scans.
 pub const RSDP_START: u64 = 0x000e_0000;

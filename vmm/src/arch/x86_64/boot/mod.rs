@@ -1,0 +1,425 @@
+//! Puts a kernel, its initrd and its command line into guest RAM, with the structures of
+//! the boot protocol that fits the file.
+//!
+//! | file | protocol |
+//! |---|---|
+//! | ELF with a PVH note | PVH (xen/include/public/arch-x86/hvm/start_info.h) |
+//! | ELF without | Linux 64-bit entry at the ELF entry point |
+//! | bzImage | Linux 64-bit entry |
+//!
+//! Called by the manager thread before the first vCPU runs. The files were opened by whoever
+//! may open files; they are the operator's input and may hold anything.
+
+mod bzimage;
+mod elf;
+mod image;
+
+use std::fs::File;
+use std::io;
+
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::{layout, state};
+use crate::memory::GuestRam;
+use image::Image;
+
+/// What to boot.
+#[derive(Clone, Copy, Debug)]
+pub struct BootSource<'a> {
+    /// The kernel file.
+    pub kernel: &'a File,
+    /// Its name, for messages.
+    pub kernel_name: &'a str,
+    /// The initial RAM disk and its name.
+    pub initrd: Option<(&'a File, &'a str)>,
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+}
+
+/// What is wrong with a file.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// No bytes.
+    #[error("is empty: give a whole file")]
+    Empty,
+    /// A directory, a pipe, a device.
+    #[error("is not a regular file: give the path of a file")]
+    NotAFile,
+    /// Shorter than it says itself.
+    #[error("is truncated: copy or build it anew")]
+    Truncated,
+    /// Neither ELF nor bzImage, or a broken one.
+    #[error("is not a kernel: give an x86-64 vmlinux (ELF) or bzImage")]
+    NotAKernel,
+    /// A kernel of another machine or a 32-bit one.
+    #[error("is not a 64-bit x86 kernel: give an x86-64 vmlinux (ELF) or bzImage")]
+    NotX86_64,
+    /// An ELF file whose entry point lies outside what it loads.
+    #[error(
+        "has no entry point that can be used (no PVH note): give a vmlinux built with CONFIG_PVH, or a bzImage"
+    )]
+    NoEntry,
+    /// Not enough RAM.
+    #[error(
+        "needs {need} MiB of memory below 3 GiB where the guest has {have}: give it more --memory"
+    )]
+    DoesNotFit {
+        /// MiB that it reaches up to.
+        need: u64,
+        /// MiB that there are.
+        have: u64,
+    },
+    /// The file could not be read.
+    #[error("cannot be read: {0}: check the file and its disk")]
+    Read(io::Error),
+}
+
+/// Why nothing could be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file is unusable.
+    #[error("{role} {name} {problem}")]
+    File {
+        /// "kernel" or "initrd".
+        role: &'static str,
+        /// The file's name.
+        name: String,
+        /// What is wrong with it.
+        problem: Problem,
+    },
+    /// The command line is too long.
+    #[error(
+        "the kernel command line has {len} bytes, but the kernel takes {max}: shorten --cmdline"
+    )]
+    CommandLineLength {
+        /// Its length.
+        len: usize,
+        /// The most that the kernel takes.
+        max: u64,
+    },
+    /// The command line holds a NUL.
+    #[error("the kernel command line holds a NUL byte: remove it from --cmdline")]
+    CommandLineNul,
+    /// A structure did not fit into RAM.
+    #[error("the boot structures do not fit into the guest's memory: give it more --memory")]
+    Structures,
+}
+
+/// The state in which the boot processor enters the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryMode {
+    /// 32-bit protected mode without paging; `ebx` points to `hvm_start_info`.
+    Protected,
+    /// 64-bit mode, the first 4 GiB mapped one to one; `rsi` points to `boot_params`.
+    Long,
+}
+
+/// A kernel in RAM, ready to be entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootEntry {
+    mode: EntryMode,
+    entry: u64,
+    info: u64,
+    touched: Vec<(u64, u64)>,
+}
+
+impl BootEntry {
+    /// Protocol by which the kernel is entered.
+    pub fn mode(&self) -> EntryMode {
+        self.mode
+    }
+
+    /// The first instruction.
+    pub fn entry(&self) -> u64 {
+        self.entry
+    }
+
+    /// The protocol's structure.
+    pub fn info(&self) -> u64 {
+        self.info
+    }
+
+    /// Ranges (start, length) that the kernel is sure to touch while it comes up.
+    pub fn touched(&self) -> &[(u64, u64)] {
+        &self.touched
+    }
+}
+
+/// A range of the guest's memory map, as e820 and PVH number them.
+const MAP_RAM: u32 = 1;
+const MAP_RESERVED: u32 = 2;
+
+const PAGE: u64 = 4096;
+
+/// What the protocols say of the address space: (start, length, type).
+fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
+    let mut map = vec![
+        (0, layout::CONVENTIONAL_RAM_END, MAP_RAM),
+        (
+            layout::RSDP_START,
+            layout::EXTENDED_RAM_START - layout::RSDP_START,
+            MAP_RESERVED,
+        ),
+        (
+            layout::EXTENDED_RAM_START,
+            ram.low_end().saturating_sub(layout::EXTENDED_RAM_START),
+            MAP_RAM,
+        ),
+        (layout::ECAM_START, layout::ECAM_SIZE, MAP_RESERVED),
+    ];
+    map.extend(
+        ram.regions()
+            .iter()
+            .filter(|region| region.guest_base >= layout::HIGH_RAM_START)
+            .map(|region| (region.guest_base, region.size, MAP_RAM)),
+    );
+    map
+}
+
+fn put<T: ByteValued>(ram: &GuestRam, address: u64, value: T) -> Result<u64, BootError> {
+    ram.memory()
+        .write_obj(value, GuestAddress(address))
+        .map_err(|_| BootError::Structures)?;
+    Ok(address.saturating_add(size_of::<T>() as u64))
+}
+
+/// Loads what `source` names; `rsdp` is where the ACPI tables begin.
+pub fn load(ram: &GuestRam, rsdp: u64, source: &BootSource<'_>) -> Result<BootEntry, BootError> {
+    let kernel = Image::new("kernel", source.kernel, source.kernel_name)?;
+    if kernel.size() < 4 {
+        return Err(kernel.error(Problem::Truncated));
+    }
+    if kernel.bytes::<4>(0)? == elf::MAGIC {
+        let loaded = elf::load(&kernel, ram)?;
+        let end = end_of(&loaded.segments);
+        let mut touched = loaded.segments;
+        let initrd = place_initrd(ram, source, end, u64::MAX, &mut touched)?;
+        let cmdline = put_cmdline(ram, source.cmdline, layout::CMDLINE_SIZE - 1)?;
+        match loaded.pvh_entry {
+            Some(entry) => {
+                put_start_info(ram, rsdp, cmdline, initrd)?;
+                finish(
+                    ram,
+                    EntryMode::Protected,
+                    entry,
+                    layout::PVH_INFO_START,
+                    touched,
+                )
+            }
+            None => {
+                let header = setup_header {
+                    boot_flag: 0xaa55,
+                    header: u32::from_le_bytes(*b"HdrS"),
+                    kernel_alignment: 0x20_0000,
+                    ..Default::default()
+                };
+                put_zero_page(ram, rsdp, header, cmdline, initrd)?;
+                finish(
+                    ram,
+                    EntryMode::Long,
+                    loaded.entry,
+                    layout::ZERO_PAGE_START,
+                    touched,
+                )
+            }
+        }
+    } else if bzimage::matches(&kernel) {
+        let loaded = bzimage::load(&kernel, ram)?;
+        let end = loaded.span.0.saturating_add(loaded.span.1);
+        let mut touched = vec![loaded.span];
+        let limit = match loaded.header.initrd_addr_max {
+            0 => 0x37ff_ffff,
+            max => u64::from(max),
+        };
+        let initrd = place_initrd(ram, source, end, limit.saturating_add(1), &mut touched)?;
+        let max = u64::from(loaded.header.cmdline_size).min(layout::CMDLINE_SIZE - 1);
+        let cmdline = put_cmdline(ram, source.cmdline, max)?;
+        put_zero_page(ram, rsdp, loaded.header, cmdline, initrd)?;
+        finish(
+            ram,
+            EntryMode::Long,
+            loaded.entry,
+            layout::ZERO_PAGE_START,
+            touched,
+        )
+    } else {
+        Err(kernel.error(Problem::NotAKernel))
+    }
+}
+
+fn end_of(segments: &[(u64, u64)]) -> u64 {
+    segments
+        .iter()
+        .map(|(start, len)| start.saturating_add(*len))
+        .max()
+        .unwrap_or(0)
+}
+
+/// Writes what the first instructions need and gathers the result.
+fn finish(
+    ram: &GuestRam,
+    mode: EntryMode,
+    entry: u64,
+    info: u64,
+    touched: Vec<(u64, u64)>,
+) -> Result<BootEntry, BootError> {
+    let mut address = layout::GDT_START;
+    for entry in state::gdt(mode) {
+        address = put(ram, address, entry)?;
+    }
+    if mode == EntryMode::Long {
+        put_page_tables(ram)?;
+    }
+    Ok(BootEntry {
+        mode,
+        entry,
+        info,
+        touched,
+    })
+}
+
+/// Identity-maps the first 4 GiB with 2 MiB pages (SDM volume 3, 4.5).
+fn put_page_tables(ram: &GuestRam) -> Result<(), BootError> {
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 1 << 7;
+    let pml4 = layout::PAGE_TABLES_START;
+    let pdpt = pml4 + PAGE;
+    put(ram, pml4, pdpt | PRESENT_WRITABLE)?;
+    for gib in 0..4 {
+        let directory = pdpt + (1 + gib) * PAGE;
+        put(ram, pdpt + gib * 8, directory | PRESENT_WRITABLE)?;
+        for entry in 0..512 {
+            let page = (gib << 30) | (entry << 21);
+            put(ram, directory + entry * 8, page | PRESENT_WRITABLE | LARGE)?;
+        }
+    }
+    Ok(())
+}
+
+fn put_cmdline(ram: &GuestRam, cmdline: &str, max: u64) -> Result<u64, BootError> {
+    if cmdline.len() as u64 > max {
+        return Err(BootError::CommandLineLength {
+            len: cmdline.len(),
+            max,
+        });
+    }
+    if cmdline.contains('\0') {
+        return Err(BootError::CommandLineNul);
+    }
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    ram.memory()
+        .write_slice(&bytes, GuestAddress(layout::CMDLINE_START))
+        .map_err(|_| BootError::Structures)?;
+    Ok(layout::CMDLINE_START)
+}
+
+/// Copies the initrd to the top of low RAM, below `limit` and above the kernel's end.
+/// Returns (address, length), or zeroes.
+fn place_initrd(
+    ram: &GuestRam,
+    source: &BootSource<'_>,
+    kernel_end: u64,
+    limit: u64,
+    touched: &mut Vec<(u64, u64)>,
+) -> Result<(u64, u64), BootError> {
+    let Some((file, name)) = source.initrd else {
+        return Ok((0, 0));
+    };
+    let initrd = Image::new("initrd", file, name)?;
+    let len = initrd.size();
+    let address = ram
+        .low_end()
+        .min(limit)
+        .checked_sub(len)
+        .map(|address| address & !(PAGE - 1))
+        .filter(|address| *address >= kernel_end)
+        .ok_or_else(|| initrd.too_big(ram, kernel_end.saturating_add(len)))?;
+    initrd.copy(0, len, ram, address)?;
+    touched.push((address, len));
+    Ok((address, len))
+}
+
+/// PVH: `hvm_start_info`, the module list and the memory map, one behind the other.
+fn put_start_info(
+    ram: &GuestRam,
+    rsdp: u64,
+    cmdline: u64,
+    initrd: (u64, u64),
+) -> Result<(), BootError> {
+    const MAGIC: u32 = 0x336e_c578;
+    let mut address = layout::PVH_INFO_START + size_of::<hvm_start_info>() as u64;
+    let modules = address;
+    if initrd.1 > 0 {
+        let module = hvm_modlist_entry {
+            paddr: initrd.0,
+            size: initrd.1,
+            ..Default::default()
+        };
+        address = put(ram, address, module)?;
+    }
+    let map_start = address;
+    let map = memory_map(ram);
+    for (addr, size, type_) in &map {
+        let entry = hvm_memmap_table_entry {
+            addr: *addr,
+            size: *size,
+            type_: *type_,
+            reserved: 0,
+        };
+        address = put(ram, address, entry)?;
+    }
+    let info = hvm_start_info {
+        magic: MAGIC,
+        version: 1,
+        nr_modules: u32::from(initrd.1 > 0),
+        modlist_paddr: modules,
+        cmdline_paddr: cmdline,
+        rsdp_paddr: rsdp,
+        memmap_paddr: map_start,
+        memmap_entries: map.len() as u32,
+        ..Default::default()
+    };
+    put(ram, layout::PVH_INFO_START, info).map(drop)
+}
+
+/// Linux: `boot_params` with `header`, the memory map and where everything lies.
+fn put_zero_page(
+    ram: &GuestRam,
+    rsdp: u64,
+    header: setup_header,
+    cmdline: u64,
+    initrd: (u64, u64),
+) -> Result<(), BootError> {
+    const LOADER_UNDEFINED: u8 = 0xff;
+    let mut params = boot_params {
+        hdr: header,
+        acpi_rsdp_addr: rsdp,
+        ..Default::default()
+    };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    // Both lie below 4 GiB by the address map; the upper halves have fields of their own.
+    params.hdr.cmd_line_ptr = cmdline as u32;
+    params.hdr.cmdline_size = (layout::CMDLINE_SIZE - 1) as u32;
+    params.hdr.ramdisk_image = initrd.0 as u32;
+    params.ext_ramdisk_image = (initrd.0 >> 32) as u32;
+    params.hdr.ramdisk_size = initrd.1 as u32;
+    params.ext_ramdisk_size = (initrd.1 >> 32) as u32;
+    params.hdr.setup_data = 0;
+    let map = memory_map(ram);
+    let mut table = params.e820_table;
+    for (slot, (addr, size, type_)) in table.iter_mut().zip(&map) {
+        *slot = boot_e820_entry {
+            addr: *addr,
+            size: *size,
+            r#type: *type_,
+        };
+    }
+    params.e820_table = table;
+    params.e820_entries = map.len().min(params.e820_table.len()) as u8;
+    put(ram, layout::ZERO_PAGE_START, params).map(drop)
+}

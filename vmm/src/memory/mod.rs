@@ -1,0 +1,313 @@
+//! Guest RAM: sealed memfds, one per region, mapped shared so that device processes can
+//! map them too.
+//!
+//! Built by the manager thread before the machine starts and immutable from then on. RAM
+//! has a hole below 4 GiB for the PCI window and the platform's registers
+//! (`arch::x86_64::layout`), so it is one region or two.
+
+mod sys;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::arch::x86_64::layout;
+
+/// The least RAM that holds a kernel and its boot structures.
+pub const MIN_MEMORY: u64 = 32 << 20;
+/// Sizes are whole MiB.
+pub const MEMORY_STEP: u64 = 1 << 20;
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Not a whole number of MiB.
+    #[error("memory size of {0} bytes is not a whole number of MiB: give it as, say, 512M")]
+    NotWholeMib(u64),
+    /// Too little.
+    #[error("memory size of {} MiB is too small: give at least {} MiB", .0 >> 20, MIN_MEMORY >> 20)]
+    TooSmall(u64),
+    /// More than there is.
+    #[error(
+        "memory size of {} MiB is more than the {} MiB that this host has: give less",
+        .size >> 20, .host >> 20
+    )]
+    MoreThanHost {
+        /// What was asked for.
+        size: u64,
+        /// What the host has.
+        host: u64,
+    },
+    /// The guest could not address it.
+    #[error(
+        "memory size of {} MiB does not fit the guest's {bits} physical address bits with its PCI window: give less",
+        .size >> 20
+    )]
+    BeyondAddressWidth {
+        /// What was asked for.
+        size: u64,
+        /// Width of a guest-physical address.
+        bits: u8,
+    },
+    /// The kernel refused.
+    #[error("cannot make {} MiB of guest memory: {source}: give less, or free some", .size >> 20)]
+    Map {
+        /// What was asked for.
+        size: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// One region of RAM, as KVM and device processes are told of it.
+#[derive(Clone, Debug)]
+pub struct RamRegion {
+    /// KVM memory slot.
+    pub slot: u32,
+    /// Guest-physical address of its first byte.
+    pub guest_base: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Address of its first byte in this process.
+    pub host_base: u64,
+    /// The memfd.
+    pub file: Arc<File>,
+    /// Where in the memfd the region begins.
+    pub file_offset: u64,
+}
+
+/// The guest's RAM. Clones share it.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+    regions: Arc<[RamRegion]>,
+    size: u64,
+}
+
+/// The host's RAM in bytes.
+pub fn host_memory_total() -> io::Result<u64> {
+    sys::total_ram()
+}
+
+/// Where `size` bytes of RAM lie: (base, length), below the 32-bit hole and above it.
+fn ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(layout::LOW_RAM_END);
+    let high = size.saturating_sub(low);
+    let mut ranges = vec![(0, low)];
+    if high > 0 {
+        ranges.push((layout::HIGH_RAM_START, high));
+    }
+    ranges
+}
+
+/// Checks a size before anything is made of it. `phys_bits` is the guest's address width.
+pub fn check_size(size: u64, host_total: u64, phys_bits: u8) -> Result<(), MemoryError> {
+    if !size.is_multiple_of(MEMORY_STEP) {
+        return Err(MemoryError::NotWholeMib(size));
+    }
+    if size < MIN_MEMORY {
+        return Err(MemoryError::TooSmall(size));
+    }
+    if size > host_total {
+        return Err(MemoryError::MoreThanHost {
+            size,
+            host: host_total,
+        });
+    }
+    let limit = 1u64.checked_shl(phys_bits.into()).unwrap_or(u64::MAX);
+    let top = size
+        .checked_add(layout::HIGH_RAM_START)
+        .map(layout::pci_mem64_start)
+        .and_then(|start| start.checked_add(layout::PCI_MEM64_SIZE));
+    if top.is_none_or(|top| top > limit) {
+        return Err(MemoryError::BeyondAddressWidth {
+            size,
+            bits: phys_bits,
+        });
+    }
+    Ok(())
+}
+
+impl GuestRam {
+    /// Makes and maps `size` bytes, which [`check_size`] must have passed.
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        let failed = |source: io::Error| MemoryError::Map { size, source };
+        let mut mapped = Vec::new();
+        let mut regions = Vec::new();
+        for (slot, (guest_base, len)) in (0u32..).zip(ranges(size)) {
+            let file = Arc::new(sys::sealed_memfd(len).map_err(failed)?);
+            let bytes =
+                usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+            let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), bytes)
+                .map_err(|error| failed(io::Error::other(error)))?;
+            // Best effort: without huge pages for shared memory the guest only faults more.
+            let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::HugePages);
+            let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::NotInCoreDumps);
+            regions.push(RamRegion {
+                slot,
+                guest_base,
+                size: len,
+                host_base: mapping.as_ptr() as u64,
+                file,
+                file_offset: 0,
+            });
+            mapped.push(
+                GuestRegionMmap::new(mapping, GuestAddress(guest_base))
+                    .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?,
+            );
+        }
+        let memory = GuestMemoryMmap::from_regions(mapped)
+            .map_err(|error| failed(io::Error::other(error)))?;
+        Ok(Self {
+            memory,
+            regions: regions.into(),
+            size,
+        })
+    }
+
+    /// Access to the guest's bytes.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The regions, lowest first.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The first address above all RAM.
+    pub fn end(&self) -> u64 {
+        self.regions
+            .last()
+            .map_or(0, |region| region.guest_base.saturating_add(region.size))
+    }
+
+    /// The first address above the RAM that lies below the 32-bit hole.
+    pub fn low_end(&self) -> u64 {
+        self.size.min(layout::LOW_RAM_END)
+    }
+
+    /// Gives host pages to `len` bytes at guest-physical `start` (MADV_POPULATE_WRITE). What
+    /// of the range is not RAM is left out. Costs that memory at once; saves a host page
+    /// fault per page.
+    pub fn populate(&self, start: u64, len: u64) -> io::Result<()> {
+        let end = start.saturating_add(len);
+        for region in self.memory.iter() {
+            let base = region.start_addr().0;
+            let first = start.max(base) & !0xfff;
+            let last = end.min(base.saturating_add(region.len()));
+            let (Some(offset), Some(count)) = (first.checked_sub(base), last.checked_sub(first))
+            else {
+                continue;
+            };
+            let (Ok(offset), Ok(count)) = (usize::try_from(offset), usize::try_from(count)) else {
+                continue;
+            };
+            if count > 0 {
+                let address = region.as_ptr().wrapping_add(offset);
+                sys::advise(
+                    address,
+                    count.next_multiple_of(4096),
+                    sys::Advice::PopulateWrite,
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
+    use vm_memory::Bytes;
+
+    const GIB: u64 = 1 << 30;
+
+    proptest! {
+        #[test]
+        fn ram_never_covers_the_hole_and_adds_up(mib in 32u64..4_000_000) {
+            let size = mib << 20;
+            let ranges = ranges(size);
+            prop_assert_eq!(ranges.iter().map(|(_, len)| len).sum::<u64>(), size);
+            let mut end = 0;
+            for (base, len) in ranges {
+                prop_assert!(base >= end && len > 0);
+                end = base + len;
+                prop_assert!(end <= layout::LOW_RAM_END || base >= layout::HIGH_RAM_START);
+            }
+            let window = layout::pci_mem64_start(end);
+            prop_assert!(window >= end && window.is_multiple_of(GIB) && window >= layout::HIGH_RAM_START);
+        }
+    }
+
+    #[test]
+    fn sizes_are_checked_and_the_message_says_what_to_do() {
+        assert!(check_size(512 << 20, 2 * GIB, 40).is_ok());
+        for (size, host, bits, word) in [
+            (1 << 20, 2 * GIB, 40, "at least"),
+            ((512 << 20) + 1, 2 * GIB, 40, "MiB"),
+            (4 * GIB, 2 * GIB, 40, "host"),
+            (64 * GIB, 128 * GIB, 36, "address bits"),
+            (!0xf_ffff, u64::MAX, 52, "address bits"),
+        ] {
+            let error = check_size(size, host, bits).unwrap_err().to_string();
+            assert!(error.contains(word) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_memfd_is_the_memory_and_its_size_is_sealed() {
+        let ram = GuestRam::new(MIN_MEMORY).unwrap();
+        ram.populate(0x10_0000, 0x2001).unwrap();
+        ram.populate(MIN_MEMORY - 1, u64::MAX).unwrap();
+        ram.memory()
+            .write_slice(b"bulkhead", GuestAddress(0x1234))
+            .unwrap();
+        let region = &ram.regions()[0];
+        let mut seen = [0; 8];
+        region.file.read_exact_at(&mut seen, 0x1234).unwrap();
+        assert_eq!(&seen, b"bulkhead");
+        assert!(region.file.set_len(0).is_err());
+        assert!(region.file.set_len(2 * MIN_MEMORY).is_err());
+        assert_eq!((ram.end(), ram.low_end()), (MIN_MEMORY, MIN_MEMORY));
+    }
+
+    #[test]
+    fn ram_above_the_hole_is_a_region_of_its_own() {
+        // Only reserved, not touched: nothing is allocated.
+        let ram = GuestRam::new(layout::LOW_RAM_END + GIB).unwrap();
+        let bases: Vec<_> = ram
+            .regions()
+            .iter()
+            .map(|r| (r.slot, r.guest_base, r.size))
+            .collect();
+        assert_eq!(
+            bases,
+            [
+                (0, 0, layout::LOW_RAM_END),
+                (1, layout::HIGH_RAM_START, GIB)
+            ]
+        );
+        assert_eq!(ram.end(), layout::HIGH_RAM_START + GIB);
+        ram.memory()
+            .write_obj(7u32, GuestAddress(layout::HIGH_RAM_START))
+            .unwrap();
+        assert!(
+            ram.memory()
+                .write_obj(7u32, GuestAddress(layout::LOW_RAM_END))
+                .is_err()
+        );
+    }
+}

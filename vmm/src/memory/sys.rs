@@ -1,0 +1,71 @@
+//! The memory system calls behind `GuestRam`: sealed memfds, advice, populating.
+//! Called by the manager thread while the machine is being built.
+#![allow(unsafe_code)] // memfd_create, fcntl seals and madvise have no safe wrapper in libc.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+/// memfd_create(2) of `size` bytes, sealed against a change of size by anyone who is later
+/// given the descriptor, and never executable where the kernel can promise it.
+pub(super) fn sealed_memfd(size: u64) -> io::Result<File> {
+    const NOEXEC_SEAL: libc::c_uint = 8; // MFD_NOEXEC_SEAL, Linux 6.3
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let create = |flags| {
+        // SAFETY: the name is a NUL-terminated constant.
+        let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just returned this descriptor to us alone.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    };
+    let file = create(flags | NOEXEC_SEAL).or_else(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => create(flags),
+        _ => Err(error),
+    })?;
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer; the descriptor is open.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+/// Advice that changes no contents.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Advice {
+    /// MADV_HUGEPAGE.
+    HugePages,
+    /// MADV_DONTDUMP.
+    NotInCoreDumps,
+    /// MADV_POPULATE_WRITE (Linux 5.14).
+    PopulateWrite,
+}
+
+/// madvise(2) on `len` bytes at `start`, an address inside a mapping of guest RAM.
+pub(super) fn advise(start: *mut u8, len: usize, advice: Advice) -> io::Result<()> {
+    let advice = match advice {
+        Advice::HugePages => libc::MADV_HUGEPAGE,
+        Advice::NotInCoreDumps => libc::MADV_DONTDUMP,
+        Advice::PopulateWrite => libc::MADV_POPULATE_WRITE,
+    };
+    // SAFETY: none of the three changes or drops a page's contents, whatever the range: a
+    // wrong one fails (ENOMEM) or touches memory that stays as it was.
+    if unsafe { libc::madvise(start.cast(), len, advice) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// sysinfo(2)'s total RAM in bytes.
+pub(super) fn total_ram() -> io::Result<u64> {
+    // SAFETY: sysinfo is plain data, for which all zeroes is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a whole `sysinfo`, which the call fills.
+    if unsafe { libc::sysinfo(&mut info) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
+}
