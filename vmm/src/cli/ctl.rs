@@ -100,7 +100,10 @@ struct Failure {
 
 impl Failure {
     fn new(line: impl Into<String>) -> Self {
-        Self { code: 1, line: line.into() }
+        Self {
+            code: 1,
+            line: line.into(),
+        }
     }
 }
 
@@ -120,15 +123,20 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
     // Before connecting: a wrong option is the user's error whether or not anybody listens.
     let create = match &args.command {
         CtlCommand::Create(machine) => {
-            let config =
-                machine.to_config().map_err(|line| Failure { code: EXIT_USAGE, line })?;
+            let config = machine.to_config().map_err(|line| Failure {
+                code: EXIT_USAGE,
+                line,
+            })?;
             let mut request = CreateRequest::new();
             request.config = Some(config).into();
             Some(request)
         }
         _ => None,
     };
-    let mut session = Session { client: connect(path)?, path };
+    let mut session = Session {
+        client: connect(path)?,
+        path,
+    };
     match &args.command {
         CtlCommand::Create(_) => {
             let request = create.unwrap_or_default();
@@ -151,8 +159,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
             let mut request = ShutdownRequest::new();
             request.force = *force;
             request.timeout_ms = timeout.saturating_mul(1000);
-            let patience =
-                Duration::from_secs(u64::from(*timeout)).saturating_add(SHUTDOWN_MARGIN);
+            let patience = Duration::from_secs(u64::from(*timeout)).saturating_add(SHUTDOWN_MARGIN);
             session.call::<_, ShutdownResponse>("Shutdown", &request, patience)?;
             done(out, args.json, "stopped")
         }
@@ -189,9 +196,9 @@ fn done(out: &mut dyn Write, json: bool, state: &str) -> Result<(), Failure> {
 /// A reader that has seen enough (`… | head`) is no error.
 fn written(result: io::Result<()>) -> Result<(), Failure> {
     match result {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::new(format!("cannot write to standard output: {error}")))
-        }
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::new(format!(
+            "cannot write to standard output: {error}"
+        ))),
         _ => Ok(()),
     }
 }
@@ -225,8 +232,9 @@ impl Session<'_> {
         request.from = from;
         request.backlog_only = !follow;
         let failed = |error: ClientError| explain(path, &error);
-        let mut stream =
-            client.subscribe(MACHINE_SERVICE, "Events", &request, CALL).map_err(failed)?;
+        let mut stream = client
+            .subscribe(MACHINE_SERVICE, "Events", &request, CALL)
+            .map_err(failed)?;
         let idle = (!follow).then_some(CALL);
         loop {
             let event: Event = match stream.next(idle) {
@@ -291,7 +299,10 @@ fn explain(path: &Path, error: &ClientError) -> Failure {
              neither its user nor root"
         ),
         ClientError::Timeout(span) => {
-            format!("{name}: no answer within {} s: see bulkhead's own output", span.as_secs())
+            format!(
+                "{name}: no answer within {} s: see bulkhead's own output",
+                span.as_secs()
+            )
         }
         ClientError::Oversize(_) | ClientError::Malformed(_) => {
             format!("{name}: {error}: is it a bulkhead's API socket?")

@@ -79,7 +79,10 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
     }
     line("state", &state)?;
     line("version", &info.version)?;
-    line("processes", &format!("vmm {}, launcher {}", info.vmm_pid, info.launcher_pid))?;
+    line(
+        "processes",
+        &format!("vmm {}, launcher {}", info.vmm_pid, info.launcher_pid),
+    )?;
     if let Some(config) = info.config.as_ref() {
         line("kernel", &config.kernel)?;
         if !config.initrd.is_empty() {
@@ -108,7 +111,10 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
             counters.vcpu_exits, counters.mmio_exits, counters.pio_exits
         ),
     )?;
-    line("wake-ups", &format!("{} of the manager", counters.manager_wakeups))?;
+    line(
+        "wake-ups",
+        &format!("{} of the manager", counters.manager_wakeups),
+    )?;
     line("serial out", &format!("{} bytes", counters.serial_bytes))
 }
 
@@ -132,7 +138,9 @@ pub fn devices_json(devices: &DevicesResponse) -> Value {
 
 /// `devices`.
 pub fn devices_text(out: &mut dyn Write, devices: &DevicesResponse) -> io::Result<()> {
-    let head = ["ID", "KIND", "STATE", "PID", "RUN", "PCI", "PORT", "QUEUES", "SPAWN", "VERSION"];
+    let head = [
+        "ID", "KIND", "STATE", "PID", "RUN", "PCI", "PORT", "QUEUES", "SPAWN", "VERSION",
+    ];
     let mut rows = vec![head.map(str::to_owned)];
     rows.extend(devices.devices.iter().map(device_row));
     table(out, &rows)
@@ -193,7 +201,9 @@ pub fn event_line(event: &Event) -> String {
 }
 
 fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
 }
 
 fn size(bytes: u64) -> String {
@@ -201,7 +211,10 @@ fn size(bytes: u64) -> String {
     units
         .iter()
         .find(|(shift, _)| bytes != 0 && bytes.trailing_zeros() >= *shift)
-        .map_or_else(|| format!("{bytes} bytes"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
+        .map_or_else(
+            || format!("{bytes} bytes"),
+            |(shift, unit)| format!("{} {unit}", bytes >> shift),
+        )
 }
 
 /// Unix time as RFC 3339 in UTC, to the millisecond.
@@ -218,7 +231,11 @@ fn utc(time_ns: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{millis:03}Z",
@@ -258,7 +275,11 @@ mod tests {
         assert!(!event_line(&event).contains(char::is_control));
         let mut device = DeviceInfo::new();
         device.version = "\x1b]0;x\x07".into();
-        assert!(device_row(&device).iter().all(|cell| !cell.contains(char::is_control)));
+        assert!(
+            device_row(&device)
+                .iter()
+                .all(|cell| !cell.contains(char::is_control))
+        );
     }
 
     #[test]
@@ -266,6 +287,9 @@ mod tests {
         let mut out = Vec::new();
         let row = |a: &str, b: &str| [a.to_owned(), b.to_owned()];
         table(&mut out, &[row("ID", "KIND"), row("root-disk", "blk")]).unwrap();
-        assert_eq!(String::from_utf8(out).unwrap(), "ID         KIND\nroot-disk  blk\n");
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "ID         KIND\nroot-disk  blk\n"
+        );
     }
 }

@@ -1,0 +1,194 @@
+//! What happened to the machine, numbered, for the API's Events stream.
+//!
+//! Published from any thread; read by the `api` thread. A ring of a fixed number of events:
+//! a subscriber keeps a position in it and no copy, so a slow one costs nothing, and one
+//! that falls behind by more than the ring holds is told so.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bulkhead_proto::machine::Event;
+use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::status::truncate;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Events that are kept.
+pub const CAPACITY: usize = 1024;
+/// Longest kind and subject, and longest detail, in bytes; longer ones are cut.
+const MAX_NAME: usize = 128;
+const MAX_DETAIL: usize = 1024;
+
+struct Inner {
+    /// Number of the event that `publish` makes next.
+    next: u64,
+    /// The newest events, encoded; the last has number `next - 1`.
+    ring: VecDeque<Arc<[u8]>>,
+    bells: Vec<Arc<EventFd>>,
+}
+
+/// A bounded, numbered log of events. Numbers start at 1.
+pub struct EventLog {
+    inner: Mutex<Inner>,
+    capacity: usize,
+}
+
+/// What is at a position of the log.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Lookup {
+    /// An encoded `Event`.
+    Event(Arc<[u8]>),
+    /// It has not happened yet.
+    NotYet,
+    /// It is no longer kept; this is the oldest number that is.
+    Gone(u64),
+}
+
+impl Default for EventLog {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl EventLog {
+    /// An empty log that keeps [`CAPACITY`] events.
+    pub fn new() -> Self {
+        Self::with_capacity(CAPACITY)
+    }
+
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        let inner = Inner {
+            next: 1,
+            ring: VecDeque::new(),
+            bells: Vec::new(),
+        };
+        Self {
+            inner: Mutex::new(inner),
+            capacity: capacity.max(1),
+        }
+    }
+
+    /// Adds an event that happens now and returns its number. Waits for no client.
+    ///
+    /// `kind` is "machine.running", "device.ready", …; `subject` is what it is about, empty
+    /// for the machine; `detail` is one line.
+    pub fn publish(&self, kind: &str, subject: &str, detail: &str) -> u64 {
+        let mut event = Event::new();
+        event.kind = bounded(kind, MAX_NAME);
+        event.subject = bounded(subject, MAX_NAME);
+        event.detail = bounded(detail, MAX_DETAIL);
+        let mut inner = self.lock();
+        // Under the lock, so that times do not run backwards along the numbers.
+        event.time_ns = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| {
+                u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+            });
+        event.sequence = inner.next;
+        // Encoding flat strings and numbers into memory does not fail; if it did, the
+        // number must exist all the same.
+        let encoded = event.write_to_bytes().unwrap_or_default();
+        if inner.ring.len() >= self.capacity {
+            inner.ring.pop_front();
+        }
+        inner.ring.push_back(encoded.into());
+        inner.next = inner.next.saturating_add(1);
+        for bell in &inner.bells {
+            // Private to this process and non-blocking.
+            let _ = bell.write(1);
+        }
+        event.sequence
+    }
+
+    /// Rings `bell` for every event from now on.
+    pub(super) fn attach(&self, bell: Arc<EventFd>) {
+        self.lock().bells.push(bell);
+    }
+
+    pub(super) fn detach(&self, bell: &Arc<EventFd>) {
+        self.lock().bells.retain(|other| !Arc::ptr_eq(other, bell));
+    }
+
+    /// Number of the oldest event that is kept, or of the next one if none is.
+    pub(super) fn oldest(&self) -> u64 {
+        self.lock().oldest()
+    }
+
+    pub(super) fn get(&self, sequence: u64) -> Lookup {
+        let inner = self.lock();
+        let oldest = inner.oldest();
+        match sequence.checked_sub(oldest) {
+            None => Lookup::Gone(oldest),
+            Some(index) => usize::try_from(index)
+                .ok()
+                .and_then(|index| inner.ring.get(index))
+                .map_or(Lookup::NotYet, |event| Lookup::Event(Arc::clone(event))),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn oldest(&self) -> u64 {
+        self.next.saturating_sub(self.ring.len() as u64)
+    }
+}
+
+impl std::fmt::Debug for EventLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventLog")
+            .field("next", &self.lock().next)
+            .finish_non_exhaustive()
+    }
+}
+
+fn bounded(text: &str, max: usize) -> String {
+    let mut text = text.to_owned();
+    truncate(&mut text, max);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind_of(log: &EventLog, sequence: u64) -> Option<String> {
+        match log.get(sequence) {
+            Lookup::Event(bytes) => {
+                let event = Event::parse_from_bytes(&bytes).unwrap();
+                assert_eq!(event.sequence, sequence);
+                Some(event.kind)
+            }
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn numbers_start_at_one_and_the_oldest_events_go_first() {
+        let log = EventLog::with_capacity(3);
+        assert_eq!(log.get(1), Lookup::NotYet);
+        assert_eq!(log.get(0), Lookup::Gone(1));
+        for n in 1..=5 {
+            assert_eq!(log.publish(&format!("k{n}"), "", ""), n);
+        }
+        assert_eq!(log.oldest(), 3);
+        assert_eq!(log.get(2), Lookup::Gone(3));
+        assert_eq!(kind_of(&log, 3).as_deref(), Some("k3"));
+        assert_eq!(kind_of(&log, 5).as_deref(), Some("k5"));
+        assert_eq!(log.get(6), Lookup::NotYet);
+        assert_eq!(log.get(u64::MAX), Lookup::NotYet);
+    }
+
+    #[test]
+    fn long_details_are_cut() {
+        let log = EventLog::new();
+        let number = log.publish("k", "s", &"x".repeat(1 << 20));
+        let Lookup::Event(bytes) = log.get(number) else {
+            panic!("it was just published")
+        };
+        assert!(bytes.len() < 2 * MAX_DETAIL);
+    }
+}

@@ -1,0 +1,36 @@
+//! The outward API: service `bulkhead.v1.Machine` (proto/proto/machine.proto), ttrpc over
+//! the API socket.
+//!
+//! ```text
+//!  clients ──▶ [ thread `api`: server ─ connections ] ──submit──▶ MachineService (the manager)
+//!                    ▲            ▲                                        │
+//!                 EventLog     replies ◀──────── ReplyHandle::complete ────┘
+//! ```
+//!
+//! One thread, one epoll, nothing that blocks. What a client can make the server hold is
+//! bounded everywhere: connections, the size of a request (checked on its frame's header),
+//! calls in flight, bytes of replies not yet read, subscriptions, and time. A client that
+//! does not read is first no longer listened to and then cut off; it costs no other client
+//! anything.
+
+pub mod config;
+mod connection;
+pub mod events;
+mod reply;
+mod request;
+mod server;
+#[cfg(test)]
+mod tests;
+
+pub use events::EventLog;
+pub use reply::{ApiResponse, ReplyHandle};
+pub use request::ApiRequest;
+pub use server::{ApiServer, ApiServerHandle};
+
+/// What carries out the API's requests: the manager.
+pub trait MachineService: Send + Sync {
+    /// Takes a request. Called on the `api` thread: it must not block, so it queues the
+    /// request and returns; whoever has done the work completes `reply`, from any thread.
+    /// A reply dropped without completion tells the client that the machine is gone.
+    fn submit(&self, request: ApiRequest, reply: ReplyHandle);
+}

@@ -1,0 +1,162 @@
+//! The way back: answers from whichever thread did the work to the `api` thread.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use bulkhead_proto::machine::{DevicesResponse, InfoResponse};
+use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::{Code, RpcStatus};
+use vmm_sys_util::eventfd::EventFd;
+
+/// What a request that succeeded gives.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ApiResponse {
+    /// Nothing more to say: Create, Boot, Pause, Resume, Shutdown.
+    Done,
+    /// The answer to Info.
+    Info(Box<InfoResponse>),
+    /// The answer to Devices.
+    Devices(Box<DevicesResponse>),
+}
+
+impl ApiResponse {
+    /// The response message on the wire.
+    pub(super) fn encode(&self) -> Result<Vec<u8>, RpcStatus> {
+        let encoded = match self {
+            // All of these methods' responses are empty messages.
+            Self::Done => return Ok(Vec::new()),
+            Self::Info(info) => info.write_to_bytes(),
+            Self::Devices(devices) => devices.write_to_bytes(),
+        };
+        encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))
+    }
+}
+
+type Outcome = Result<ApiResponse, RpcStatus>;
+
+/// The right, and the duty, to answer one request. May be completed on any thread; if it
+/// is dropped instead, the client is told that the machine is gone.
+pub struct ReplyHandle {
+    sink: Option<Box<dyn FnOnce(Outcome) + Send>>,
+    abandoned: Arc<AtomicBool>,
+    deadline: Instant,
+}
+
+impl ReplyHandle {
+    /// A handle that passes the answer to `sink`, for a caller inside the VMM.
+    pub fn new(deadline: Instant, sink: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Self {
+            sink: Some(Box::new(sink)),
+            abandoned: Arc::new(AtomicBool::new(false)),
+            deadline,
+        }
+    }
+
+    /// Answers. Never blocks.
+    pub fn complete(mut self, outcome: Outcome) {
+        self.send(outcome);
+    }
+
+    /// Nobody waits for the answer any more: the client hung up or its deadline passed. A
+    /// request that has not been begun need not be.
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// When the client is told that it took too long.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn send(&mut self, outcome: Outcome) {
+        if let Some(sink) = self.sink.take() {
+            sink(outcome);
+        }
+    }
+}
+
+impl Drop for ReplyHandle {
+    fn drop(&mut self) {
+        self.send(Err(RpcStatus::new(Code::Aborted, "the machine is gone")));
+    }
+}
+
+impl std::fmt::Debug for ReplyHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReplyHandle")
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Which call of which connection an answer belongs to. Neither number is used twice, so
+/// an answer that comes too late meets nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CallKey {
+    pub(super) connection: u64,
+    pub(super) stream_id: u32,
+    pub(super) call: u64,
+}
+
+/// An answer on its way to the `api` thread.
+#[derive(Debug)]
+pub(super) struct Completion {
+    pub(super) key: CallKey,
+    pub(super) outcome: Outcome,
+}
+
+/// Answers that the `api` thread has yet to send, and how many more may come.
+pub(super) struct Replies {
+    queue: Mutex<Vec<Completion>>,
+    bell: Arc<EventFd>,
+    /// Handles that exist: those of clients long gone count until they are completed, or
+    /// a client could fill the manager's queue by giving up again and again.
+    outstanding: AtomicUsize,
+    limit: usize,
+}
+
+impl Replies {
+    pub(super) fn new(bell: Arc<EventFd>, limit: usize) -> Self {
+        Self {
+            queue: Mutex::new(Vec::new()),
+            bell,
+            outstanding: AtomicUsize::new(0),
+            limit,
+        }
+    }
+
+    /// A handle for a call; `None` when too many are unanswered. Called on `api` only.
+    pub(super) fn handle(
+        self: &Arc<Self>,
+        key: CallKey,
+        deadline: Instant,
+        abandoned: Arc<AtomicBool>,
+    ) -> Option<ReplyHandle> {
+        // Only this thread adds, so between the check and the addition it can only shrink.
+        if self.outstanding.load(Ordering::Acquire) >= self.limit {
+            return None;
+        }
+        self.outstanding.fetch_add(1, Ordering::AcqRel);
+        let replies = Arc::clone(self);
+        let sink = move |outcome| {
+            {
+                let mut queue = replies.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                queue.push(Completion { key, outcome });
+            }
+            replies.outstanding.fetch_sub(1, Ordering::AcqRel);
+            // Private to this process and non-blocking: at worst it is readable already.
+            let _ = replies.bell.write(1);
+        };
+        Some(ReplyHandle {
+            sink: Some(Box::new(sink)),
+            abandoned,
+            deadline,
+        })
+    }
+
+    /// The answers that have come.
+    pub(super) fn take(&self) -> Vec<Completion> {
+        std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
