@@ -9,6 +9,8 @@
 
 mod bar;
 mod config;
+#[cfg(test)]
+pub(crate) mod mock_hypervisor;
 mod msix;
 mod root_complex;
 mod root_port;

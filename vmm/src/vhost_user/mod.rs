@@ -12,6 +12,8 @@
 mod backend_channel;
 mod error;
 mod frontend;
+#[cfg(test)]
+pub(crate) mod test_backend;
 mod transport;
 mod wire;
 
