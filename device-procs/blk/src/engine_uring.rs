@@ -18,6 +18,7 @@ use std::sync::Arc;
 use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
 use bulkhead_runtime::memory::Memory;
+use bulkhead_runtime::sys;
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -415,5 +416,5 @@ fn entry(direction: Direction, step: &Step, durable: bool) -> squeue::Entry {
 /// The ring itself fails: nothing can be served any more.
 fn give_up(why: &io::Error) -> ! {
     log::error!("io_uring_enter: {why}; the process ends");
-    std::process::exit(1);
+    sys::exit(1)
 }

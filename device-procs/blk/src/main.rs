@@ -50,10 +50,10 @@ fn main() -> ExitCode {
         LevelFilter::Info
     });
     match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => sys::exit(0),
         Err(e) => {
             complain(&e);
-            ExitCode::FAILURE
+            sys::exit(1)
         }
     }
 }

@@ -190,6 +190,12 @@ impl DriverRing {
         idx
     }
 
+    /// Asks for an interrupt for the next completion; true if it is there already.
+    pub fn want_interrupt(&self) -> bool {
+        self.set_used_event(self.seen_used);
+        self.used_idx() != self.seen_used
+    }
+
     /// The next completion, as (head, written), if there is one.
     pub fn take_used(&mut self) -> Option<(u32, u32)> {
         if self.used_idx() == self.seen_used {

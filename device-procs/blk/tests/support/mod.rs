@@ -1,0 +1,397 @@
+//! A vhost-user front-end with a guest's driver behind it, for tests: it starts the real
+//! `bulkhead-blk`, confined as ever, and drives its rings.
+#![allow(dead_code)] // each test file uses its part
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unsafe_code)] // the child's descriptors are put in place between fork and exec
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_runtime::driver::{Desc, DriverRing, USER_BASE, WRITE, guest};
+use bulkhead_runtime::memory::Memory;
+use bulkhead_runtime::sys;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Long enough for a busy machine; a test never waits that long when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Guest memory: 2 MiB at 1 MiB.
+pub const GPA: u64 = 0x10_0000;
+pub const RAM: u64 = 0x20_0000;
+/// Rings at its end; everything below is for data.
+const RINGS: u64 = GPA + RAM - 0x1_0000;
+pub const RING_SIZE: u16 = 64;
+
+pub const T_IN: u32 = 0;
+pub const T_OUT: u32 = 1;
+pub const T_FLUSH: u32 = 4;
+pub const T_GET_ID: u32 = 8;
+
+pub const F_RO: u64 = 1 << 5;
+pub const F_FLUSH: u64 = 1 << 9;
+pub const F_INDIRECT: u64 = 1 << 28;
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// A directory of the test's own, removed with it.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("bh-blk-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// A disk whose every sector holds its own number.
+    pub fn disk(&self, sectors: u64) -> PathBuf {
+        let path = self.path("disk");
+        let mut content = Vec::new();
+        for s in 0..sectors {
+            content.extend(sector(s));
+        }
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The content of sector `s` of a test disk.
+pub fn sector(s: u64) -> Vec<u8> {
+    s.to_le_bytes().repeat(64)
+}
+
+/// A running bulkhead-blk, killed with the test.
+pub struct Blk {
+    pub child: Child,
+}
+
+impl Blk {
+    pub fn command() -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_bulkhead-blk"));
+        c.stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        c
+    }
+
+    /// Stand-alone, listening.
+    pub fn listen(socket: &Path, disk: &str, more: &[&str]) -> Self {
+        let child = Self::command()
+            .arg("--socket")
+            .arg(socket)
+            .args(["--disk", disk])
+            .args(more)
+            .spawn()
+            .unwrap();
+        let blk = Self { child };
+        wait_for("the socket", || UnixStream::connect(socket).is_ok());
+        blk
+    }
+
+    /// As the launcher starts it: channels at 3 and 4, the disk at 5.
+    pub fn inherit(disk: File, options: &str, more: &[&str]) -> (Self, OwnedFd, UnixStream) {
+        let (control, control_theirs) = UnixStream::pair().unwrap();
+        let (vhost, vhost_theirs) = UnixStream::pair().unwrap();
+        let theirs: [OwnedFd; 3] = [control_theirs.into(), vhost_theirs.into(), disk.into()];
+        let numbers: Vec<RawFd> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut command = Self::command();
+        command
+            .args(["--control-fd", "3", "--vhost-fd", "4", "--disk"])
+            .arg(format!("fd=5{options}"))
+            .args(more);
+        // SAFETY: dup and dup2 are async-signal-safe and touch descriptors only.
+        unsafe {
+            command.pre_exec(move || {
+                let mut high = [0; 3];
+                for (h, n) in high.iter_mut().zip(&numbers) {
+                    *h = libc::fcntl(*n, libc::F_DUPFD_CLOEXEC, 100);
+                }
+                for (h, target) in high.iter().zip(3..) {
+                    if libc::dup2(*h, target) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        (Self { child }, control.into(), vhost)
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_for("the process to exit", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+
+    /// A field of /proc/PID/status.
+    pub fn status_field(&self, field: &str) -> String {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = text.lines().find(|l| l.starts_with(&format!("{field}:")));
+        line.unwrap().split_once(':').unwrap().1.trim().into()
+    }
+
+    /// What it wrote to stderr; after it has exited.
+    pub fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(mut pipe) = self.child.stderr.take() {
+            pipe.read_to_string(&mut text).unwrap();
+        }
+        text
+    }
+}
+
+impl Drop for Blk {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// One queue as the driver has it.
+pub struct Vq {
+    pub ring: DriverRing,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub err: EventFd,
+}
+
+/// A front-end and its guest.
+pub struct Vm {
+    pub frontend: Frontend,
+    pub file: File,
+    pub memory: Arc<Memory>,
+    pub queues: Vec<Vq>,
+    pub features: u64,
+}
+
+impl Vm {
+    pub fn connect(socket: &Path, queues: u16) -> Self {
+        Self::over(UnixStream::connect(socket).unwrap(), queues)
+    }
+
+    /// Negotiates, up to but without memory and rings.
+    pub fn over(stream: UnixStream, queues: u16) -> Self {
+        let mut frontend = Frontend::from_stream(stream, u64::from(queues));
+        frontend.set_owner().unwrap();
+        let features = frontend.get_features().unwrap();
+        frontend.set_features(features).unwrap();
+        let protocol = frontend.get_protocol_features().unwrap();
+        assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
+        frontend.set_protocol_features(protocol).unwrap();
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let (file, memory) = guest(GPA, RAM).unwrap();
+        let queues = (0..u64::from(queues))
+            .map(|i| Vq {
+                ring: DriverRing::new(Arc::clone(&memory), RINGS + 0x1000 * i, RING_SIZE),
+                kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+                call: EventFd::new(EFD_NONBLOCK).unwrap(),
+                err: EventFd::new(EFD_NONBLOCK).unwrap(),
+            })
+            .collect();
+        Self {
+            frontend,
+            file,
+            memory,
+            queues,
+            features,
+        }
+    }
+
+    pub fn region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: GPA,
+            memory_size: RAM,
+            userspace_addr: USER_BASE + GPA,
+            mmap_offset: 0,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+
+    /// Memory and all rings, from index 0.
+    pub fn start(&mut self) {
+        self.frontend.set_mem_table(&[self.region()]).unwrap();
+        for i in 0..self.queues.len() {
+            self.queues[i].ring.reset();
+            self.start_queue(i, 0);
+        }
+    }
+
+    pub fn start_queue(&mut self, index: usize, base: u16) {
+        let q = &self.queues[index];
+        let l = q.ring.layout();
+        let f = &mut self.frontend;
+        f.set_vring_num(index, q.ring.size()).unwrap();
+        f.set_vring_base(index, base).unwrap();
+        f.set_vring_addr(
+            index,
+            &VringConfigData {
+                queue_max_size: 1024,
+                queue_size: q.ring.size(),
+                flags: 0,
+                desc_table_addr: l.desc,
+                used_ring_addr: l.used,
+                avail_ring_addr: l.avail,
+                log_addr: None,
+            },
+        )
+        .unwrap();
+        f.set_vring_call(index, &q.call).unwrap();
+        f.set_vring_err(index, &q.err).unwrap();
+        f.set_vring_kick(index, &q.kick).unwrap();
+        f.set_vring_enable(index, true).unwrap();
+    }
+
+    pub fn config(&mut self, offset: u32, len: usize) -> Vec<u8> {
+        let buf = vec![0; len];
+        let (_, data) = self
+            .frontend
+            .get_config(offset, len as u32, VhostUserConfigFlags::WRITABLE, &buf)
+            .unwrap();
+        data
+    }
+
+    pub fn write_mem(&self, addr: u64, bytes: &[u8]) {
+        assert!(self.memory.write(addr, bytes));
+    }
+
+    pub fn read_mem(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut out = vec![0; len];
+        assert!(self.memory.read(addr, &mut out));
+        out
+    }
+
+    /// Writes a request header at `addr`.
+    pub fn header(&self, addr: u64, kind: u32, sector: u64) {
+        let mut h = [0; 16];
+        h[..4].copy_from_slice(&kind.to_le_bytes());
+        h[8..].copy_from_slice(&sector.to_le_bytes());
+        self.write_mem(addr, &h);
+    }
+
+    pub fn kick(&self, queue: usize) {
+        self.queues[queue].kick.write(1).unwrap();
+    }
+
+    /// Waits for the next completion, by the call eventfd.
+    pub fn completion(&mut self, queue: usize) -> (u32, u32) {
+        let start = Instant::now();
+        loop {
+            let q = &mut self.queues[queue];
+            if let Some(used) = q.ring.take_used() {
+                return used;
+            }
+            assert!(start.elapsed() < PATIENCE, "no completion");
+            let _ = q.call.read();
+            if !q.ring.want_interrupt() {
+                sys::wait_readable(&EventFdRef(&q.call), PATIENCE.as_millis() as i32).unwrap();
+            }
+        }
+    }
+
+    /// One request on queue 0 with data in one piece at `data`; returns status and length.
+    pub fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) -> (u8, u32) {
+        self.request_on(0, kind, sector, data, len)
+    }
+
+    pub fn request_on(
+        &mut self,
+        queue: usize,
+        kind: u32,
+        sector: u64,
+        data: u64,
+        len: u32,
+    ) -> (u8, u32) {
+        let (head, status) = (GPA + 0x100, GPA + 0x200);
+        self.header(head, kind, sector);
+        self.write_mem(status, &[0xff]);
+        let flags = if kind == T_OUT { 0 } else { WRITE };
+        let mut chain = vec![d(head, 16, 0)];
+        if len > 0 {
+            chain.push(d(data, len, flags));
+        }
+        chain.push(d(status, 1, WRITE));
+        let used = self.chain_on(queue, &chain);
+        (self.read_mem(status, 1)[0], used)
+    }
+
+    /// One chain, to completion; returns the used length.
+    pub fn chain_on(&mut self, queue: usize, chain: &[Desc]) -> u32 {
+        let q = &mut self.queues[queue];
+        q.ring.chain(0, chain);
+        q.ring.offer(0);
+        self.kick(queue);
+        let (head, len) = self.completion(queue);
+        assert_eq!(head, 0);
+        len
+    }
+
+    pub fn err_fired(&self, queue: usize) -> bool {
+        self.queues[queue].err.read().is_ok()
+    }
+}
+
+struct EventFdRef<'a>(&'a EventFd);
+
+impl std::os::fd::AsFd for EventFdRef<'_> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        // SAFETY: the eventfd is open as long as it is borrowed.
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
+}
+
+/// A descriptor.
+pub fn d(addr: u64, len: u32, flags: u16) -> Desc {
+    Desc {
+        addr,
+        len,
+        flags,
+        next: 0,
+    }
+}
+
+/// Reads sectors from the disk file itself.
+pub fn on_disk(path: &Path, sector: u64, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    File::open(path)
+        .unwrap()
+        .read_exact_at(&mut out, sector * 512)
+        .unwrap();
+    out
+}
