@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod arch;
+pub mod audit;
 pub mod bus;
 pub mod cli;
 pub mod confine;

@@ -18,6 +18,9 @@ pub struct Child<'a> {
     /// Its uid and gid after all is done: inside its own user namespace, or the host's where
     /// it has none.
     pub id: u32,
+    /// Give up supplementary groups. Where ids are not ours to give, setgroups is forbidden:
+    /// the groups stay, and name nothing in an empty root.
+    pub drop_groups: bool,
     /// The device binary.
     pub program: BorrowedFd<'a>,
     /// argv.
@@ -91,10 +94,7 @@ impl Child<'_> {
     }
 
     fn become_ids(&self) -> Step<()> {
-        // A user's namespace forbids setgroups: those groups stay, and name nothing in an
-        // empty root.
-        let drop_groups = self.rights != Rights::User;
-        step("uid", sys::become_ids(self.id, self.id, drop_groups))
+        step("uid", sys::become_ids(self.id, self.id, self.drop_groups))
     }
 
     fn enter_empty_root(&self) -> Step<()> {

@@ -115,6 +115,7 @@ fn spawn_checked(
     let child = Child {
         rights: args.rights,
         id: inner_id(args.rights, host_id.unwrap_or_default()),
+        drop_groups: host_id.is_some(),
         program: program.as_fd(),
         argv: &argv,
         fds: &fds,

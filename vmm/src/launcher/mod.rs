@@ -26,7 +26,7 @@ mod confine;
 mod device;
 mod identity;
 mod log;
-mod packet;
+pub(crate) mod packet;
 mod paths;
 mod server;
 mod start;
@@ -39,6 +39,8 @@ pub use client::{
 pub use server::main as launcher_main;
 pub use sys::ExitOutcome;
 
+/// File name of the launcher's program.
+pub(crate) const PROGRAM: &str = "bulkhead-launcher";
 /// Most device processes of one VM at a time; each has a slot, and with it a uid.
 pub const MAX_DEVICES: usize = 64;
 /// Most arguments of a device process.
@@ -59,8 +61,9 @@ fn valid_id(id: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-/// Text that is not ours (a path, a name) as it may stand in a line for the user.
-fn printable(text: &str) -> String {
+/// Text that is not ours (a path, a name) as it may stand in a line for the user: control
+/// characters are escaped.
+pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let plain = !c.is_control();

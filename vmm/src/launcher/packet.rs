@@ -10,7 +10,7 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::ptr;
 
@@ -261,22 +261,29 @@ pub fn listen(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a connection to the socket at `path` would be queued. Never blocks.
-pub fn somebody_listens(path: &Path) -> io::Result<bool> {
+/// Connects to the listener at `path`; `WouldBlock` when its backlog is full.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = stream_socket()?;
     let (address, length) = address(path)?;
     // SAFETY: the address is valid and of the length told.
     let result =
         unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(&address).cast(), length) };
-    if result == 0 {
-        return Ok(true);
+    if result < 0 {
+        return Err(last_error());
     }
-    let error = last_error();
-    match error.raw_os_error() {
-        // A full backlog is a listener too; EPROTOTYPE a live socket of another type.
-        Some(libc::EAGAIN | libc::EPROTOTYPE) => Ok(true),
-        Some(libc::ECONNREFUSED) => Ok(false),
-        _ => Err(error),
+    Ok(socket.into())
+}
+
+/// Whether a connection to the socket at `path` would be queued. Never blocks.
+pub fn somebody_listens(path: &Path) -> io::Result<bool> {
+    match connect(path) {
+        Ok(_) => Ok(true),
+        Err(error) => match error.raw_os_error() {
+            // A full backlog is a listener too; EPROTOTYPE a live socket of another type.
+            Some(libc::EAGAIN | libc::EPROTOTYPE) => Ok(true),
+            Some(libc::ECONNREFUSED) => Ok(false),
+            _ => Err(error),
+        },
     }
 }
 

@@ -52,8 +52,8 @@ struct Bound {
     /// Its directory (O_PATH), whatever becomes of the names above it.
     directory: File,
     name: OsString,
-    device: u64,
-    inode: u64,
+    /// The socket's inode, held (O_PATH) so that its number cannot pass to another file.
+    socket: File,
 }
 
 /// The launcher's view of the file system.
@@ -323,14 +323,13 @@ impl Paths {
         let listener = listener.or_else(|error| {
             refuse(role, path, &format!("cannot be bound: {}; choose a path in a directory that bulkhead's user may write", reason(&error)))
         })?;
-        let made = fs::symlink_metadata(&place)
+        let socket = resolve(&place, libc::O_NOFOLLOW)
             .or_else(|error| refuse(role, path, &format!("vanished: {}", reason(&error))))?;
         self.bound.push(Bound {
             path: path.to_owned(),
             directory,
             name,
-            device: made.dev(),
-            inode: made.ino(),
+            socket,
         });
         Ok(listener)
     }
@@ -358,8 +357,11 @@ impl Bound {
     /// Unlinks the path if it is still the socket that was bound.
     fn remove(&self) {
         let place = by_fd(&self.directory).join(&self.name);
-        let ours = fs::symlink_metadata(&place)
-            .is_ok_and(|m| m.dev() == self.device && m.ino() == self.inode);
+        let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        let ours = match (fs::symlink_metadata(&place), self.socket.metadata()) {
+            (Ok(there), Ok(bound)) => identity(there) == identity(bound),
+            _ => false,
+        };
         if ours {
             // A directory that has become read-only leaves a stale socket, which the next
             // start replaces.

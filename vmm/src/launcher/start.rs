@@ -14,7 +14,7 @@ use super::args::{Args, FIRST_BINARY_FD};
 use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
 use super::packet::PacketSocket;
-use super::{MAX_DEVICES, printable, sys};
+use super::{MAX_DEVICES, PROGRAM, printable, sys};
 
 /// A launcher that has been executed.
 pub struct Started {
@@ -58,7 +58,7 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
     if config.devices.len() > MAX_BINARIES {
         return Err(failed(format!("more than {MAX_BINARIES} device binaries")));
     }
-    let program = open_program(&config.libexec, "bulkhead-launcher")?;
+    let program = open_program(&config.libexec, PROGRAM)?;
     let binaries = config
         .devices
         .iter()

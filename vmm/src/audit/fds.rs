@@ -1,0 +1,205 @@
+//! Open descriptors of a process by kind, from /proc/PID/fd and fdinfo (proc(5)).
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use serde::Serialize;
+
+use crate::launcher::printable;
+
+/// Most descriptors that are read of one process.
+const MAX_FDS: usize = 8192;
+
+/// What a descriptor is. Decided by the inode's type and the kernel's own names of anonymous
+/// inodes, never by a path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// A socket.
+    Socket,
+    /// A pipe or FIFO.
+    Pipe,
+    /// A directory.
+    Directory,
+    /// A regular file with a name.
+    File,
+    /// A regular file that never had one (or an unlinked file).
+    Memfd,
+    /// A block device.
+    Block,
+    /// /dev/null.
+    Null,
+    /// /dev/kvm.
+    Kvm,
+    /// Another character device.
+    Character,
+    /// An anonymous inode of the kernel: "eventfd", "io_uring", "kvm-vm" …
+    Anonymous(String),
+    /// It was closed while it was looked at, or is of no known kind.
+    Other,
+}
+
+impl Kind {
+    /// For the table.
+    pub fn label(&self) -> String {
+        match self {
+            Self::Socket => "socket".into(),
+            Self::Pipe => "pipe".into(),
+            Self::Directory => "directory".into(),
+            Self::File => "file".into(),
+            Self::Memfd => "memfd".into(),
+            Self::Block => "block device".into(),
+            Self::Null => "null".into(),
+            Self::Kvm => "kvm".into(),
+            Self::Character => "char device".into(),
+            Self::Anonymous(name) => name.clone(),
+            Self::Other => "other".into(),
+        }
+    }
+}
+
+/// One descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fd {
+    /// Its number.
+    pub number: i32,
+    /// What it is.
+    pub kind: Kind,
+    /// "r", "w" or "rw"; "path" for O_PATH; empty when unknown.
+    pub access: String,
+    /// The kernel's name of it, escaped.
+    pub target: String,
+}
+
+/// Reads them all.
+pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
+    let mut fds = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.take(MAX_FDS) {
+        let entry = entry?;
+        let Some(number) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let target = match fs::read_link(entry.path()) {
+            Ok(target) => target.to_string_lossy().into_owned(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let kind = fs::metadata(entry.path()).map_or(Kind::Other, |m| kind_of(&m, &target));
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+        fds.push(Fd {
+            number,
+            kind,
+            access: access(&info),
+            target: printable(&target),
+        });
+    }
+    fds.sort_by_key(|fd| fd.number);
+    Ok(fds)
+}
+
+fn kind_of(metadata: &fs::Metadata, target: &str) -> Kind {
+    let kind = metadata.file_type();
+    if kind.is_socket() {
+        Kind::Socket
+    } else if kind.is_fifo() {
+        Kind::Pipe
+    } else if kind.is_dir() {
+        Kind::Directory
+    } else if kind.is_block_device() {
+        Kind::Block
+    } else if kind.is_char_device() {
+        // Numbers of Documentation/admin-guide/devices.txt.
+        match (metadata.rdev() >> 8, metadata.rdev() & 0xff) {
+            (1, 3) => Kind::Null,
+            (10, 232) => Kind::Kvm,
+            _ => Kind::Character,
+        }
+    } else if kind.is_file() && target.starts_with('/') {
+        if metadata.nlink() == 0 {
+            Kind::Memfd
+        } else {
+            Kind::File
+        }
+    } else {
+        anonymous(target)
+    }
+}
+
+/// An inode without a path: "anon_inode:[eventfd]", "anon_inode:kvm-vm", "pidfd:[12]",
+/// "net:[4026531833]". A path begins with '/'.
+fn anonymous(target: &str) -> Kind {
+    match target.split_once(':') {
+        Some(("anon_inode", name)) => Kind::Anonymous(printable(
+            name.trim_start_matches('[').trim_end_matches(']'),
+        )),
+        Some((name, _)) if !name.starts_with('/') => Kind::Anonymous(printable(name)),
+        _ => Kind::Other,
+    }
+}
+
+/// The access mode in fdinfo's "flags:" line, which is octal.
+fn access(info: &str) -> String {
+    let flags = info
+        .lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    match flags {
+        None => "",
+        Some(flags) if flags & libc::O_PATH != 0 => "path",
+        Some(flags) => match flags & libc::O_ACCMODE {
+            libc::O_RDONLY => "r",
+            libc::O_WRONLY => "w",
+            _ => "rw",
+        },
+    }
+    .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn kinds_are_told_by_the_inode() {
+        let directory = fs::File::open("/").unwrap();
+        let null = fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/null")
+            .unwrap();
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+        let fds = read(i32::try_from(std::process::id()).unwrap()).unwrap();
+        let of = |number: i32| fds.iter().find(|fd| fd.number == number).unwrap();
+        assert_eq!(of(directory.as_raw_fd()).kind, Kind::Directory);
+        assert_eq!(of(null.as_raw_fd()).kind, Kind::Null);
+        assert_eq!(of(null.as_raw_fd()).access, "w");
+        assert_eq!(of(socket.as_raw_fd()).kind, Kind::Socket);
+        assert_eq!(
+            of(event.as_raw_fd()).kind,
+            Kind::Anonymous("eventfd".into())
+        );
+    }
+
+    #[test]
+    fn names_of_anonymous_inodes_are_the_kernels() {
+        assert_eq!(
+            anonymous("anon_inode:[io_uring]"),
+            Kind::Anonymous("io_uring".into())
+        );
+        assert_eq!(
+            anonymous("anon_inode:kvm-vcpu:0"),
+            Kind::Anonymous("kvm-vcpu:0".into())
+        );
+        assert_eq!(anonymous("pidfd:[12]"), Kind::Anonymous("pidfd".into()));
+        assert_eq!(anonymous("/anon_inode:[eventfd]"), Kind::Other);
+        assert_eq!(access("pos:\t0\nflags:\t0100002\n"), "rw");
+        assert_eq!(access("flags:\t012000000\n"), "path");
+        assert_eq!(access(""), "");
+    }
+}

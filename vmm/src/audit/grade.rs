@@ -1,0 +1,436 @@
+//! What each kind of process must be, and how one that was read differs from it. The
+//! expectations are those of the design ("Processes", "Life of a device process").
+
+use super::Role;
+use super::fds::{Fd, Kind};
+use super::process::{Namespace, Process, Thread};
+
+/// Deviations, and weaknesses that are allowed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// Not as it should be.
+    pub deviations: Vec<String>,
+    /// Weaker than it could be: the host allows no better.
+    pub notes: Vec<String>,
+}
+
+/// DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN, SETFCAP: see the launcher's `identity`.
+const LAUNCHER_CAPABILITIES: u64 = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31;
+/// Namespaces that a device process has for itself in any case.
+const DEVICE_NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
+/// SECCOMP_MODE_FILTER.
+const FILTER: u32 = 2;
+
+/// Judges one process. `granted`: descriptors given to a device at exec, from 3 on.
+pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement {
+    let mut judgement = Judgement::default();
+    for thread in &process.threads {
+        judgement.thread(role, thread, process.threads.len() > 1);
+    }
+    match role {
+        Role::Vmm => {}
+        Role::Launcher => judgement.launcher(process),
+        Role::Device => judgement.device(process, granted),
+    }
+    judgement
+}
+
+/// A set as /proc shows it; what cannot be read counts as full.
+fn mask(hex: &str) -> u64 {
+    u64::from_str_radix(hex, 16).unwrap_or(u64::MAX)
+}
+
+impl Judgement {
+    fn deviation(&mut self, what: impl Into<String>) {
+        self.deviations.push(what.into());
+    }
+
+    fn thread(&mut self, role: Role, thread: &Thread, several: bool) {
+        let who = if several {
+            format!("thread {} ({}): ", thread.tid, thread.name)
+        } else {
+            String::new()
+        };
+        let allowed = if role == Role::Launcher {
+            LAUNCHER_CAPABILITIES
+        } else {
+            0
+        };
+        let sets = &thread.capabilities;
+        for (set, hex, allowed) in [
+            ("permitted", &sets.permitted, allowed),
+            ("effective", &sets.effective, allowed),
+            ("inheritable", &sets.inheritable, 0),
+            ("ambient", &sets.ambient, 0),
+        ] {
+            let surplus = mask(hex) & !allowed;
+            if surplus != 0 {
+                self.deviation(format!(
+                    "{who}has {set} capabilities: {}",
+                    capability_names(surplus)
+                ));
+            }
+        }
+        // An unprivileged VMM cannot empty its bounding set; without any other set it has
+        // nothing that could grow into it under no_new_privs.
+        if mask(&sets.bounding) != 0 {
+            let line = format!("{who}its bounding set is not empty");
+            match role {
+                Role::Vmm => self.note_once(
+                    "its bounding set is not empty: starting unprivileged, it had no CAP_SETPCAP",
+                ),
+                Role::Launcher | Role::Device => self.deviation(line),
+            }
+        }
+        if !thread.no_new_privs {
+            self.deviation(format!("{who}no_new_privs is not set"));
+        }
+        if thread.seccomp_mode != FILTER {
+            self.deviation(format!("{who}has no seccomp filter"));
+        }
+        // The launcher's, what it sets around a device, and the device's own.
+        if role == Role::Device && thread.seccomp_filters.is_some_and(|filters| filters < 3) {
+            self.deviation(format!("{who}has not set a seccomp filter of its own"));
+        }
+    }
+
+    fn note_once(&mut self, note: &str) {
+        if self.notes.iter().all(|n| n != note) {
+            self.notes.push(note.to_owned());
+        }
+    }
+
+    fn user_namespace(&mut self, process: &Process) {
+        if shares(&process.namespaces, "user") {
+            self.note_once("has no user namespace of its own: this host forbids user namespaces");
+            if process.uid.contains(&0) {
+                self.deviation("runs as root of the host's user namespace");
+            }
+        }
+    }
+
+    fn launcher(&mut self, process: &Process) {
+        if shares(&process.namespaces, "user") {
+            self.note_once("has no user namespace of its own: this host forbids user namespaces");
+        }
+        // Its own pid namespace is not shown by its own link alone: it must be PID 1 there.
+        if process.pids.last() != Some(&1) || shares(&process.namespaces, "pid") {
+            self.deviation("is not PID 1 of a pid namespace of its own");
+        }
+        for fd in &process.fds {
+            if matches!(fd.kind, Kind::Kvm | Kind::Memfd | Kind::Block) || is_kvm(&fd.kind) {
+                self.deviation(format!(
+                    "holds descriptor {} ({})",
+                    fd.number,
+                    fd.kind.label()
+                ));
+            }
+        }
+    }
+
+    fn device(&mut self, process: &Process, granted: Option<usize>) {
+        self.user_namespace(process);
+        for kind in DEVICE_NAMESPACES {
+            if shares(&process.namespaces, kind) {
+                self.deviation(format!("shares the host's {kind} namespace"));
+            }
+        }
+        if process.pids.len() > 1 && process.pids.last() != Some(&1) {
+            self.deviation("is not alone in its pid namespace");
+        }
+        if let Some(root) = &process.root {
+            if root.shared || !root.entries.is_empty() {
+                self.deviation("its root directory is not empty");
+            }
+            if root.read_only != Some(true) {
+                self.deviation("its root directory is not read-only");
+            }
+            if root.mounts.is_some_and(|mounts| mounts != 1) {
+                self.deviation("it sees mounts beside its root");
+            }
+        }
+        if process.cwd.as_deref().is_some_and(|cwd| cwd != "/") {
+            self.deviation("its current directory is not its root");
+        }
+        for fd in &process.fds {
+            if !expected(fd, granted) {
+                self.deviation(format!(
+                    "holds descriptor {} ({} {}), which it was not given",
+                    fd.number,
+                    fd.kind.label(),
+                    fd.target
+                ));
+            }
+        }
+    }
+}
+
+/// Whether a device may hold this. At exec: /dev/null as 0 and 1, its log as 2, its channels
+/// as 3 and 4, its own from 5 on. Later come eventfds and guest memory over its channel, and
+/// rings and fence pipes that it makes itself.
+fn expected(fd: &Fd, granted: Option<usize>) -> bool {
+    match fd.number {
+        0 | 1 => fd.kind == Kind::Null,
+        2 => fd.kind == Kind::Pipe,
+        3 | 4 => fd.kind == Kind::Socket,
+        number => {
+            let own = granted
+                .and_then(|granted| i32::try_from(granted).ok())
+                .is_none_or(|granted| number.saturating_sub(3) < granted);
+            match &fd.kind {
+                Kind::File | Kind::Block | Kind::Socket | Kind::Character => own,
+                Kind::Memfd | Kind::Pipe => true,
+                Kind::Anonymous(name) => {
+                    matches!(
+                        name.as_str(),
+                        "eventfd" | "io_uring" | "eventpoll" | "timerfd"
+                    )
+                }
+                Kind::Directory | Kind::Null | Kind::Kvm | Kind::Other => false,
+            }
+        }
+    }
+}
+
+fn is_kvm(kind: &Kind) -> bool {
+    matches!(kind, Kind::Anonymous(name) if name.starts_with("kvm-"))
+}
+
+fn shares(namespaces: &[Namespace], kind: &str) -> bool {
+    namespaces.iter().any(|n| n.kind == kind && n.shared)
+}
+
+/// Names of <linux/capability.h>, from 0.
+const CAPABILITIES: [&str; 41] = [
+    "chown",
+    "dac_override",
+    "dac_read_search",
+    "fowner",
+    "fsetid",
+    "kill",
+    "setgid",
+    "setuid",
+    "setpcap",
+    "linux_immutable",
+    "net_bind_service",
+    "net_broadcast",
+    "net_admin",
+    "net_raw",
+    "ipc_lock",
+    "ipc_owner",
+    "sys_module",
+    "sys_rawio",
+    "sys_chroot",
+    "sys_ptrace",
+    "sys_pacct",
+    "sys_admin",
+    "sys_boot",
+    "sys_nice",
+    "sys_resource",
+    "sys_time",
+    "sys_tty_config",
+    "mknod",
+    "lease",
+    "audit_write",
+    "audit_control",
+    "setfcap",
+    "mac_override",
+    "mac_admin",
+    "syslog",
+    "wake_alarm",
+    "block_suspend",
+    "audit_read",
+    "perfmon",
+    "bpf",
+    "checkpoint_restore",
+];
+
+/// A set as a list of names; "all" and "none" for those.
+pub fn capability_names(set: u64) -> String {
+    let known = CAPABILITIES.len().min(64);
+    if set == 0 {
+        return "none".into();
+    }
+    if (0..known).all(|bit| set >> bit & 1 == 1) {
+        return "all".into();
+    }
+    (0..64)
+        .filter(|bit| set >> bit & 1 == 1)
+        .map(|bit| {
+            CAPABILITIES
+                .get(bit)
+                .map_or_else(|| bit.to_string(), |name| (*name).to_owned())
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+/// The set of the thread with the most in it, for the table.
+pub fn strongest(process: &Process) -> u64 {
+    process
+        .threads
+        .iter()
+        .map(|t| mask(&t.capabilities.permitted) | mask(&t.capabilities.effective))
+        .fold(0, |all, one| all | one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::process::{Capabilities, Root};
+
+    fn fd(number: i32, kind: Kind) -> Fd {
+        Fd {
+            number,
+            kind,
+            access: "rw".into(),
+            target: "x".into(),
+        }
+    }
+
+    /// A device as it should be.
+    fn device() -> Process {
+        let none = "0000000000000000".to_owned();
+        let namespaces =
+            ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"].map(|kind| Namespace {
+                kind: kind.into(),
+                id: format!("{kind}:[1]"),
+                shared: false,
+            });
+        Process {
+            uid: vec![0x7000_0040; 4],
+            pids: vec![500, 3, 1],
+            threads: vec![Thread {
+                tid: 500,
+                name: "blk".into(),
+                capabilities: Capabilities {
+                    inheritable: none.clone(),
+                    permitted: none.clone(),
+                    effective: none.clone(),
+                    bounding: none.clone(),
+                    ambient: none,
+                },
+                no_new_privs: true,
+                seccomp_mode: 2,
+                seccomp_filters: Some(3),
+            }],
+            namespaces: namespaces.into(),
+            root: Some(Root {
+                shared: false,
+                entries: Vec::new(),
+                mounts: Some(1),
+                mode: "0555".into(),
+                read_only: Some(true),
+            }),
+            cwd: Some("/".into()),
+            fds: vec![
+                fd(0, Kind::Null),
+                fd(1, Kind::Null),
+                fd(2, Kind::Pipe),
+                fd(3, Kind::Socket),
+                fd(4, Kind::Socket),
+                fd(5, Kind::File),
+                fd(6, Kind::Memfd),
+                fd(7, Kind::Anonymous("io_uring".into())),
+            ],
+            ..Process::default()
+        }
+    }
+
+    #[test]
+    fn a_device_as_it_should_be_has_no_deviation() {
+        assert_eq!(
+            grade(Role::Device, &device(), Some(3)),
+            Judgement::default()
+        );
+        assert_eq!(grade(Role::Device, &device(), None), Judgement::default());
+    }
+
+    /// Each way in which a device may be wrong, alone, is found.
+    #[test]
+    fn every_single_deviation_is_found() {
+        type Change = fn(&mut Process);
+        let changes: [(&str, Change); 19] = [
+            ("effective", |p| {
+                p.threads[0].capabilities.effective = "1".into()
+            }),
+            ("permitted", |p| {
+                p.threads[0].capabilities.permitted = "200000".into()
+            }),
+            ("inheritable", |p| {
+                p.threads[0].capabilities.inheritable = "1".into()
+            }),
+            ("ambient", |p| {
+                p.threads[0].capabilities.ambient = "1".into()
+            }),
+            ("bounding", |p| {
+                p.threads[0].capabilities.bounding = "1ffffffffff".into()
+            }),
+            ("unreadable set", |p| {
+                p.threads[0].capabilities.effective = String::new()
+            }),
+            ("no_new_privs", |p| p.threads[0].no_new_privs = false),
+            ("seccomp", |p| p.threads[0].seccomp_mode = 0),
+            ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
+            ("second thread", |p| {
+                let mut thread = p.threads[0].clone();
+                thread.seccomp_mode = 0;
+                p.threads.push(thread);
+            }),
+            ("net namespace", |p| p.namespaces[3].shared = true),
+            ("root of the host", |p| {
+                p.namespaces[0].shared = true;
+                p.uid = vec![0; 4];
+            }),
+            ("root entries", |p| {
+                p.root.as_mut().unwrap().entries.push("etc".into())
+            }),
+            ("root writable", |p| {
+                p.root.as_mut().unwrap().read_only = Some(false)
+            }),
+            ("mounts", |p| p.root.as_mut().unwrap().mounts = Some(2)),
+            ("cwd", |p| p.cwd = Some("/etc".into())),
+            ("directory", |p| p.fds.push(fd(9, Kind::Directory))),
+            ("kvm", |p| p.fds.push(fd(9, Kind::Kvm))),
+            ("ungranted file", |p| p.fds.push(fd(6, Kind::File))),
+        ];
+        for (what, change) in changes {
+            let mut process = device();
+            change(&mut process);
+            let judgement = grade(Role::Device, &process, Some(3));
+            assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_without_user_namespaces_is_noted_and_allowed() {
+        let mut process = device();
+        process.namespaces[0].shared = true;
+        let judgement = grade(Role::Device, &process, Some(3));
+        assert_eq!((judgement.deviations.len(), judgement.notes.len()), (0, 1));
+    }
+
+    #[test]
+    fn the_launcher_may_keep_its_five_capabilities_and_must_be_pid_1() {
+        let mut process = device();
+        process.pids = vec![400, 1];
+        process.fds.truncate(6);
+        process.threads[0].capabilities.permitted = "802000c2".into();
+        process.threads[0].capabilities.effective = "802000c2".into();
+        assert_eq!(grade(Role::Launcher, &process, None), Judgement::default());
+        process.threads[0].capabilities.effective = "802000c3".into();
+        process.pids = vec![400, 2];
+        process.fds.push(fd(7, Kind::Anonymous("kvm-vm".into())));
+        assert_eq!(grade(Role::Launcher, &process, None).deviations.len(), 3);
+    }
+
+    #[test]
+    fn capability_sets_have_names() {
+        assert_eq!(capability_names(0), "none");
+        assert_eq!(capability_names(0x1ff_ffff_ffff), "all");
+        assert_eq!(
+            capability_names(1 << 21 | 1 << 1 | 1 << 50),
+            "dac_override,sys_admin,50"
+        );
+    }
+}

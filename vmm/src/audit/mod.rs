@@ -1,0 +1,415 @@
+//! `bulkhead audit`: what each process of a VM really is, read from the kernel (proc(5)),
+//! and graded against what the design promises.
+//!
+//! It runs in the command line's process, outside every confinement: a confined VMM cannot
+//! read its devices' /proc entries. Which processes there are comes from the API (and is
+//! held against the kernel's own parentage) or from a pid. Nothing that a process can choose
+//! itself (its name, names of its files) decides a grade, and all of it is escaped.
+//!
+//! `process` reads one process, `fds` its descriptors, `grade` judges, `table` prints.
+
+mod fds;
+mod grade;
+mod process;
+mod table;
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_proto::{
+    BlockingClient, ClientError, MACHINE_SERVICE, machine, sys::peer_credentials,
+};
+use serde::Serialize;
+
+use crate::launcher::{self, printable};
+use process::{Process, Tree};
+
+/// Options of `bulkhead audit`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct AuditArgs {
+    /// The VM that serves this API socket
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "pid",
+        conflicts_with = "pid"
+    )]
+    pub api_socket: Option<PathBuf>,
+    /// The VM whose VMM (`bulkhead`) has this process id
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: Option<i32>,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a process is meant to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// `bulkhead`.
+    Vmm,
+    /// `bulkhead-launcher`.
+    Launcher,
+    /// A device process.
+    Device,
+}
+
+/// A process to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    role: Role,
+    /// Device id, or the role's name.
+    name: String,
+    pid: i32,
+    /// Number of descriptors granted at exec (from 3 on), where the API tells.
+    granted: Option<usize>,
+    /// What is wrong with its place among the processes.
+    misplaced: Vec<String>,
+}
+
+/// The judgement of one process or of all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// It ended, or its entries may not be read.
+    Unknown,
+    /// Not as it should be.
+    Deviation,
+}
+
+/// One process, read and graded.
+#[derive(Debug, Serialize)]
+struct Report {
+    role: Role,
+    name: String,
+    pid: i32,
+    verdict: Verdict,
+    /// What differs from what it should be.
+    deviations: Vec<String>,
+    /// What is weaker than it could be, and allowed.
+    notes: Vec<String>,
+    /// Why it could not be judged.
+    unread: Vec<String>,
+    process: Option<Process>,
+}
+
+/// The whole audit.
+#[derive(Debug, Serialize)]
+struct Audit {
+    verdict: Verdict,
+    processes: Vec<Report>,
+    /// Deviations of the VM as a whole.
+    deviations: Vec<String>,
+}
+
+/// Reads, grades and prints; 0 when everything is as it should be, else 1.
+pub fn run(args: &AuditArgs) -> i32 {
+    let (targets, deviations) = match (&args.api_socket, args.pid) {
+        (Some(path), _) => match from_api(path) {
+            Ok(found) => found,
+            Err(line) => return fail(&line),
+        },
+        (None, Some(pid)) => match from_pid(pid) {
+            Ok(found) => found,
+            Err(line) => return fail(&line),
+        },
+        (None, None) => return fail("give --api-socket PATH or --pid PID"),
+    };
+    let processes: Vec<Report> = targets.into_iter().map(report).collect();
+    let worst = processes
+        .iter()
+        .map(|p| p.verdict)
+        .max()
+        .unwrap_or(Verdict::Unknown);
+    let verdict = if deviations.is_empty() {
+        worst
+    } else {
+        Verdict::Deviation
+    };
+    let audit = Audit {
+        verdict,
+        processes,
+        deviations,
+    };
+    let text = if args.json {
+        match serde_json::to_string_pretty(&audit) {
+            Ok(text) => text + "\n",
+            Err(error) => return fail(&format!("audit: {error}")),
+        }
+    } else {
+        table::render(&audit)
+    };
+    // A reader that has closed the pipe has what it wanted.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    i32::from(verdict != Verdict::Ok)
+}
+
+fn fail(line: &str) -> i32 {
+    let _ = writeln!(std::io::stderr(), "bulkhead: {}", printable(line));
+    1
+}
+
+fn report(target: Target) -> Report {
+    let read = process::read(target.pid);
+    let Target {
+        role,
+        name,
+        pid,
+        granted,
+        misplaced,
+    } = target;
+    let name = printable(&name);
+    match read {
+        Ok(process) => {
+            let judged = grade::grade(role, &process, granted);
+            let mut deviations = misplaced;
+            deviations.extend(judged.deviations);
+            let unread = process.unread.clone();
+            let verdict = match (deviations.is_empty(), unread.is_empty()) {
+                (false, _) => Verdict::Deviation,
+                (true, false) => Verdict::Unknown,
+                (true, true) => Verdict::Ok,
+            };
+            Report {
+                role,
+                name,
+                pid,
+                verdict,
+                deviations,
+                notes: judged.notes,
+                unread,
+                process: Some(process),
+            }
+        }
+        Err(line) => Report {
+            role,
+            name,
+            pid,
+            verdict: if misplaced.is_empty() {
+                Verdict::Unknown
+            } else {
+                Verdict::Deviation
+            },
+            deviations: misplaced,
+            notes: Vec::new(),
+            unread: vec![line],
+            process: None,
+        },
+    }
+}
+
+/// Largest reply of the API.
+const MAX_FRAME: u32 = 4 * 1024 * 1024;
+/// How long an answer may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+type Found = (Vec<Target>, Vec<String>);
+
+/// The processes that the API names, held against the kernel's own view.
+fn from_api(path: &Path) -> Result<Found, String> {
+    let name = printable(&path.to_string_lossy());
+    let stream = launcher::packet::connect(path).map_err(|error| {
+        format!("{name}: {error}; name the socket of a bulkhead that runs with --api-socket")
+    })?;
+    let peer = peer_credentials(stream.as_fd()).map_err(|error| format!("{name}: {error}"))?;
+    let mut client = BlockingClient::new(stream, MAX_FRAME);
+    let said = |error: ClientError| format!("{name}: {error}");
+    let info: machine::InfoResponse = client
+        .call(
+            MACHINE_SERVICE,
+            "Info",
+            &machine::InfoRequest::new(),
+            DEADLINE,
+        )
+        .map_err(said)?;
+    let devices = match client.call::<_, machine::DevicesResponse>(
+        MACHINE_SERVICE,
+        "Devices",
+        &machine::DevicesRequest::new(),
+        DEADLINE,
+    ) {
+        Ok(reply) => reply.devices,
+        // No machine has been made yet.
+        Err(ClientError::Status(_)) => Vec::new(),
+        Err(error) => return Err(said(error)),
+    };
+    let vmm = if peer.pid > 0 { peer.pid } else { info.vmm_pid };
+    let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
+    let named: Vec<(String, i32, usize)> = devices
+        .into_iter()
+        .map(|device| (device.id, device.pid, device.granted_fds.len()))
+        .collect();
+    let (targets, mut deviations) = place(&tree, vmm, Some(info.launcher_pid), Some(&named));
+    if info.vmm_pid != vmm {
+        deviations.push(format!(
+            "the API says that the VMM is process {}, but process {vmm} answers on its socket",
+            info.vmm_pid
+        ));
+    }
+    Ok((targets, deviations))
+}
+
+/// The processes below a VMM that is named by its pid.
+fn from_pid(pid: i32) -> Result<Found, String> {
+    let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
+    if !tree.contains(pid) {
+        return Err(format!(
+            "--pid {pid}: no such process; give the pid of a running bulkhead (as root, if /proc hides processes)"
+        ));
+    }
+    let launchers: Vec<i32> = tree
+        .children(pid)
+        .filter(|child| process::executes(*child, launcher::PROGRAM))
+        .collect();
+    match launchers.as_slice() {
+        [launcher] => Ok(place(&tree, pid, Some(*launcher), None)),
+        _ => Err(format!(
+            "--pid {pid}: has no {} below it; give the pid of a running bulkhead, and run audit as root or as its user",
+            launcher::PROGRAM
+        )),
+    }
+}
+
+/// Gives each process its role. `named`: the devices by the API's account.
+fn place(
+    tree: &Tree,
+    vmm: i32,
+    launcher: Option<i32>,
+    named: Option<&[(String, i32, usize)]>,
+) -> Found {
+    let mut deviations = Vec::new();
+    let target = |role, name: &str, pid| Target {
+        role,
+        name: name.to_owned(),
+        pid,
+        granted: None,
+        misplaced: Vec::new(),
+    };
+    let mut targets = vec![target(Role::Vmm, "vmm", vmm)];
+    let launcher = launcher.filter(|pid| *pid > 0);
+    if let Some(pid) = launcher {
+        let mut entry = target(Role::Launcher, "launcher", pid);
+        if tree.contains(pid) && tree.parent(pid) != Some(vmm) {
+            entry.misplaced.push("is not a child of the VMM".into());
+        }
+        targets.push(entry);
+    } else {
+        deviations.push("the VMM names no launcher".into());
+    }
+    for pid in tree.children(vmm).filter(|pid| Some(*pid) != launcher) {
+        deviations.push(format!(
+            "process {pid} is a child of the VMM beside its launcher"
+        ));
+    }
+    let below: Vec<i32> = launcher
+        .map(|pid| tree.children(pid).collect())
+        .unwrap_or_default();
+    match named {
+        Some(named) => {
+            for (id, pid, granted) in named {
+                // A device that has failed or is about to start has no process.
+                if *pid <= 0 {
+                    continue;
+                }
+                let mut entry = target(Role::Device, id, *pid);
+                entry.granted = (*granted > 0).then_some(*granted);
+                if tree.contains(*pid) && tree.parent(*pid) != launcher {
+                    entry
+                        .misplaced
+                        .push("is not a child of the launcher".into());
+                }
+                targets.push(entry);
+            }
+            for pid in below
+                .iter()
+                .filter(|pid| named.iter().all(|(_, p, _)| p != *pid))
+            {
+                deviations.push(format!(
+                    "process {pid} is a child of the launcher that the API does not name"
+                ));
+            }
+        }
+        None => {
+            for pid in &below {
+                targets.push(target(Role::Device, &format!("device {pid}"), *pid));
+            }
+        }
+    }
+    for entry in targets.iter_mut().filter(|t| t.role == Role::Device) {
+        if tree.children(entry.pid).next().is_some() {
+            entry.misplaced.push("has child processes".into());
+        }
+    }
+    (targets, deviations)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree() -> Tree {
+        // VMM 10, launcher 11, devices 12 and 13; 99 is somebody else.
+        Tree::from_parents([(10, 1), (11, 10), (12, 11), (13, 11), (99, 1)])
+    }
+
+    fn named(pids: &[i32]) -> Vec<(String, i32, usize)> {
+        pids.iter()
+            .map(|pid| (format!("d{pid}"), *pid, 3))
+            .collect()
+    }
+
+    #[test]
+    fn processes_in_their_places_are_no_deviation() {
+        let (targets, deviations) = place(&tree(), 10, Some(11), Some(&named(&[12, 13])));
+        assert_eq!(deviations, Vec::<String>::new());
+        let pids: Vec<_> = targets
+            .iter()
+            .map(|t| (t.role, t.pid, t.misplaced.len()))
+            .collect();
+        assert_eq!(
+            pids,
+            [
+                (Role::Vmm, 10, 0),
+                (Role::Launcher, 11, 0),
+                (Role::Device, 12, 0),
+                (Role::Device, 13, 0)
+            ]
+        );
+        let (targets, _) = place(&tree(), 10, Some(11), None);
+        assert_eq!(targets.len(), 4);
+    }
+
+    #[test]
+    fn what_the_api_hides_or_invents_is_found() {
+        let (_, deviations) = place(&tree(), 10, Some(11), Some(&named(&[12])));
+        assert!(
+            deviations.iter().any(|d| d.contains("process 13")),
+            "{deviations:?}"
+        );
+        let (targets, _) = place(&tree(), 10, Some(11), Some(&named(&[12, 13, 99])));
+        assert!(
+            targets
+                .iter()
+                .any(|t| t.pid == 99 && !t.misplaced.is_empty())
+        );
+        let (targets, deviations) = place(&tree(), 10, Some(99), Some(&named(&[])));
+        assert!(
+            targets
+                .iter()
+                .any(|t| t.pid == 99 && !t.misplaced.is_empty())
+        );
+        assert!(deviations.iter().any(|d| d.contains("process 11")));
+        let grown = Tree::from_parents([(10, 1), (11, 10), (12, 11), (20, 12)]);
+        let (targets, _) = place(&grown, 10, Some(11), Some(&named(&[12])));
+        assert!(
+            targets
+                .iter()
+                .any(|t| t.pid == 12 && t.misplaced == ["has child processes"])
+        );
+    }
+}

@@ -1,0 +1,399 @@
+//! One process as proc(5) shows it, and the tree of all of them. Called by the audit only.
+//!
+//! A process may end, and its pid be taken by another, between two reads: its start time is
+//! read first and last, and a process that differs is reported as ended.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::fds::{self, Fd};
+use crate::launcher::printable;
+
+/// Most threads, root entries and descriptors that are read of one process.
+const MAX_THREADS: usize = 4096;
+const MAX_ROOT_ENTRIES: usize = 32;
+
+/// Every process and its parent.
+pub struct Tree(BTreeMap<i32, i32>);
+
+impl Tree {
+    /// Reads /proc.
+    pub fn read() -> io::Result<Self> {
+        let mut parents = BTreeMap::new();
+        for entry in fs::read_dir("/proc")? {
+            let Some(pid) = entry?
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<i32>().ok())
+            else {
+                continue;
+            };
+            // One that has ended meanwhile has no place in the tree.
+            if let Some(parent) = stat_field(pid, PPID).and_then(|f| f.parse().ok()) {
+                parents.insert(pid, parent);
+            }
+        }
+        Ok(Self(parents))
+    }
+
+    /// From pairs of pid and parent.
+    #[cfg(test)]
+    pub fn from_parents(pairs: impl IntoIterator<Item = (i32, i32)>) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+
+    /// Whether the process exists.
+    pub fn contains(&self, pid: i32) -> bool {
+        self.0.contains_key(&pid)
+    }
+
+    /// Its parent.
+    pub fn parent(&self, pid: i32) -> Option<i32> {
+        self.0.get(&pid).copied()
+    }
+
+    /// Its children.
+    pub fn children(&self, pid: i32) -> impl Iterator<Item = i32> + '_ {
+        self.0
+            .iter()
+            .filter(move |(_, parent)| **parent == pid)
+            .map(|(child, _)| *child)
+    }
+}
+
+/// Fields of /proc/PID/stat after the command's name, from 0.
+const PPID: usize = 1;
+const START_TIME: usize = 19;
+
+/// A field of /proc/PID/stat. The name may hold spaces and parentheses: fields are counted
+/// from the last parenthesis.
+fn stat_field(pid: i32, index: usize) -> Option<String> {
+    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let (_, fields) = text.rsplit_once(')')?;
+    fields
+        .split_ascii_whitespace()
+        .nth(index)
+        .map(str::to_owned)
+}
+
+/// Whether the process executes a file of this name.
+pub fn executes(pid: i32, program: &str) -> bool {
+    fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| {
+        exe.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.strip_suffix(" (deleted)").unwrap_or(name) == program)
+    })
+}
+
+/// The five capability sets, as 64-bit masks in hexadecimal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// Kept across exec of a file that has them inheritable.
+    pub inheritable: String,
+    /// May be made effective.
+    pub permitted: String,
+    /// In force.
+    pub effective: String,
+    /// The most that an exec can give.
+    pub bounding: String,
+    /// Kept across exec.
+    pub ambient: String,
+}
+
+/// A thread: threads may differ in capabilities and filters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Thread {
+    /// Thread id.
+    pub tid: i32,
+    /// Its name, escaped.
+    pub name: String,
+    /// Its capabilities.
+    pub capabilities: Capabilities,
+    /// no_new_privs.
+    pub no_new_privs: bool,
+    /// 0 off, 1 strict, 2 filter.
+    pub seccomp_mode: u32,
+    /// How many filters lie on each other; old kernels do not say.
+    pub seccomp_filters: Option<u32>,
+}
+
+/// One namespace of a process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Namespace {
+    /// "user", "mnt", …
+    pub kind: String,
+    /// As the kernel names it: kind and inode.
+    pub id: String,
+    /// It is the one that the audit itself runs in.
+    pub shared: bool,
+}
+
+/// The root directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Root {
+    /// It is the directory that the audit sees as "/".
+    pub shared: bool,
+    /// Names in it (the first few), escaped.
+    pub entries: Vec<String>,
+    /// Mounts that the process sees.
+    pub mounts: Option<usize>,
+    /// Permission bits.
+    pub mode: String,
+    /// It is mounted read-only.
+    pub read_only: Option<bool>,
+}
+
+/// What the kernel says of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Process {
+    /// Its program, escaped.
+    pub exe: Option<String>,
+    /// Real, effective, saved and file system uid, as the audit sees them.
+    pub uid: Vec<u32>,
+    /// The same for gid.
+    pub gid: Vec<u32>,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Its pid in each pid namespace from the audit's inwards.
+    pub pids: Vec<i32>,
+    /// Its threads.
+    pub threads: Vec<Thread>,
+    /// Its namespaces.
+    pub namespaces: Vec<Namespace>,
+    /// Its root directory.
+    pub root: Option<Root>,
+    /// Its current directory, escaped.
+    pub cwd: Option<String>,
+    /// Its open descriptors.
+    pub fds: Vec<Fd>,
+    /// What may not be read, one line each.
+    pub unread: Vec<String>,
+}
+
+/// The namespaces that are compared; a time namespace is nobody's concern here.
+const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
+
+/// Reads a process; a line when it is not there (any more).
+pub fn read(pid: i32) -> Result<Process, String> {
+    let ended = || format!("process {pid} ended while it was read; run the audit again");
+    let began = stat_field(pid, START_TIME).ok_or_else(|| {
+        format!("process {pid} is gone, or hidden by /proc's hidepid (then run the audit as root)")
+    })?;
+    let mut process = Process::default();
+    let status = Status::read(&format!("/proc/{pid}/status")).map_err(|_| ended())?;
+    process.uid = status.numbers("Uid");
+    process.gid = status.numbers("Gid");
+    process.groups = status.numbers("Groups");
+    process.pids = status.numbers("NSpid");
+    process.threads = threads(pid).map_err(|_| ended())?;
+    let mut denied = Vec::new();
+    match fs::read_link(format!("/proc/{pid}/exe")) {
+        Ok(exe) => process.exe = Some(printable(&exe.to_string_lossy())),
+        Err(error) => denied.push(("its program", error)),
+    }
+    match fs::read_link(format!("/proc/{pid}/cwd")) {
+        Ok(cwd) => process.cwd = Some(printable(&cwd.to_string_lossy())),
+        Err(error) => denied.push(("its current directory", error)),
+    }
+    match namespaces(pid) {
+        Ok(namespaces) => process.namespaces = namespaces,
+        Err(error) => denied.push(("its namespaces", error)),
+    }
+    match root(pid) {
+        Ok(root) => process.root = Some(root),
+        Err(error) => denied.push(("its root directory", error)),
+    }
+    match fds::read(pid) {
+        Ok(fds) => process.fds = fds,
+        Err(error) => denied.push(("its descriptors", error)),
+    }
+    if stat_field(pid, START_TIME).as_ref() != Some(&began) || status.text("State").starts_with('Z')
+    {
+        return Err(ended());
+    }
+    if !denied.is_empty() {
+        let what: Vec<&str> = denied.iter().map(|(what, _)| *what).collect();
+        let why = denied
+            .first()
+            .map(|(_, error)| error.to_string())
+            .unwrap_or_default();
+        process.unread.push(format!(
+            "{} may not be read ({why}); run the audit as root, or as the VM's user for device processes",
+            what.join(", ")
+        ));
+    }
+    Ok(process)
+}
+
+fn threads(pid: i32) -> io::Result<Vec<Thread>> {
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))?.take(MAX_THREADS) {
+        let Some(tid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let Ok(status) = Status::read(&format!("/proc/{pid}/task/{tid}/status")) else {
+            // The thread has ended.
+            continue;
+        };
+        threads.push(Thread {
+            tid,
+            name: printable(&status.text("Name")),
+            capabilities: Capabilities {
+                inheritable: status.text("CapInh"),
+                permitted: status.text("CapPrm"),
+                effective: status.text("CapEff"),
+                bounding: status.text("CapBnd"),
+                ambient: status.text("CapAmb"),
+            },
+            no_new_privs: status.text("NoNewPrivs") == "1",
+            seccomp_mode: status.text("Seccomp").parse().unwrap_or(0),
+            seccomp_filters: status.text("Seccomp_filters").parse().ok(),
+        });
+    }
+    threads.sort_by_key(|thread| thread.tid);
+    if threads.is_empty() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    Ok(threads)
+}
+
+/// /proc/PID/status. Its first line is the name, whose newline the kernel escapes; a key is
+/// what stands before the first colon of a line.
+struct Status(Vec<(String, String)>);
+
+impl Status {
+    fn read(path: &str) -> io::Result<Self> {
+        Ok(Self::parse(&String::from_utf8_lossy(&fs::read(path)?)))
+    }
+
+    fn parse(text: &str) -> Self {
+        Self(
+            text.lines()
+                .filter_map(|line| line.split_once(':'))
+                .map(|(key, value)| (key.to_owned(), value.trim().to_owned()))
+                .collect(),
+        )
+    }
+
+    fn text(&self, key: &str) -> String {
+        self.0
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, value)| value.clone())
+            .unwrap_or_default()
+    }
+
+    fn numbers<T: std::str::FromStr>(&self, key: &str) -> Vec<T> {
+        self.text(key)
+            .split_ascii_whitespace()
+            .filter_map(|n| n.parse().ok())
+            .collect()
+    }
+}
+
+fn namespaces(pid: i32) -> io::Result<Vec<Namespace>> {
+    let name = |owner: &str, kind: &str| {
+        fs::read_link(format!("/proc/{owner}/ns/{kind}"))
+            .map(|link| link.to_string_lossy().into_owned())
+    };
+    let mut namespaces = Vec::new();
+    for kind in NAMESPACES {
+        // A kernel built without this kind has no entry, for us either.
+        let Ok(ours) = name("self", kind) else {
+            continue;
+        };
+        let id = name(&pid.to_string(), kind)?;
+        namespaces.push(Namespace {
+            kind: kind.to_owned(),
+            shared: id == ours,
+            id,
+        });
+    }
+    Ok(namespaces)
+}
+
+fn root(pid: i32) -> io::Result<Root> {
+    use std::os::unix::fs::MetadataExt;
+    let place = format!("/proc/{pid}/root/");
+    let metadata = fs::metadata(&place)?;
+    let ours = fs::metadata("/")?;
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(Path::new(&place))?.take(MAX_ROOT_ENTRIES) {
+        entries.push(printable(&entry?.file_name().to_string_lossy()));
+    }
+    entries.sort();
+    let mounts = fs::read(format!("/proc/{pid}/mountinfo")).ok();
+    let mounts = mounts.map(|text| String::from_utf8_lossy(&text).into_owned());
+    Ok(Root {
+        shared: (metadata.dev(), metadata.ino()) == (ours.dev(), ours.ino()),
+        entries,
+        mounts: mounts.as_ref().map(|text| text.lines().count()),
+        mode: format!("{:04o}", metadata.mode() & 0o7777),
+        read_only: mounts.as_deref().and_then(root_is_read_only),
+    })
+}
+
+/// Whether the mount at "/" in a mountinfo is read-only: the last one there lies on top.
+fn root_is_read_only(mountinfo: &str) -> Option<bool> {
+    mountinfo
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(4);
+            (fields.next()? == "/").then(|| fields.next())?
+        })
+        .next_back()
+        .map(|options| options.split(',').any(|option| option == "ro"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_read_with_its_threads_and_shares_every_namespace_with_itself() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let process = read(pid).unwrap();
+        assert_eq!(process.unread, Vec::<String>::new());
+        assert_eq!(process.uid.len(), 4);
+        assert!(!process.threads.is_empty());
+        assert!(process.namespaces.iter().all(|n| n.shared));
+        assert!(
+            process
+                .root
+                .as_ref()
+                .is_some_and(|r| r.shared && !r.entries.is_empty())
+        );
+        let tree = Tree::read().unwrap();
+        assert!(tree.contains(pid) && tree.parent(pid).is_some());
+    }
+
+    #[test]
+    fn a_process_that_is_not_there_is_a_line_and_no_panic() {
+        let line = read(i32::MAX).unwrap_err();
+        assert!(line.contains("gone"), "{line}");
+    }
+
+    #[test]
+    fn a_name_cannot_pass_for_a_field() {
+        let status =
+            Status::parse("Name:\tSeccomp: 2\\nNoNewPrivs:\\t1\nSeccomp:\t0\nNoNewPrivs:\t0\n");
+        assert_eq!(status.text("Seccomp"), "0");
+        assert_eq!(status.text("NoNewPrivs"), "0");
+    }
+
+    #[test]
+    fn the_topmost_mount_at_the_root_counts() {
+        let text = "1 0 8:1 / / rw,relatime - ext4 /dev/sda rw\n2 1 0:5 / / ro,nosuid - tmpfs empty rw\n3 2 0:6 / /proc rw - proc proc rw\n";
+        assert_eq!(root_is_read_only(text), Some(true));
+        assert_eq!(root_is_read_only(""), None);
+    }
+}

@@ -1,0 +1,218 @@
+//! The audit as text: one table of processes, the descriptors of each device, and what is
+//! wrong, line by line.
+
+use std::fmt::Write;
+
+use super::grade::{capability_names, strongest};
+use super::process::{Namespace, Process};
+use super::{Audit, Report, Role, Verdict};
+
+/// Everything, ready to print.
+pub fn render(audit: &Audit) -> String {
+    let mut out = String::new();
+    let head = [
+        "PROCESS",
+        "PID",
+        "UID",
+        "CAPABILITIES",
+        "NNP",
+        "SECCOMP",
+        "NAMESPACES",
+        "ROOT",
+        "FDS",
+        "THREADS",
+        "VERDICT",
+    ];
+    let mut rows: Vec<Vec<String>> = vec![head.map(str::to_owned).into()];
+    rows.extend(audit.processes.iter().map(row));
+    columns(&mut out, "", &rows);
+    for report in audit
+        .processes
+        .iter()
+        .filter(|report| report.role == Role::Device)
+    {
+        let Some(process) = &report.process else {
+            continue;
+        };
+        if process.fds.is_empty() {
+            continue;
+        }
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            out,
+            "\nDescriptors of {} (pid {}):",
+            report.name, report.pid
+        );
+        let rows: Vec<Vec<String>> = process
+            .fds
+            .iter()
+            .map(|fd| {
+                vec![
+                    fd.number.to_string(),
+                    fd.kind.label(),
+                    fd.access.clone(),
+                    fd.target.clone(),
+                ]
+            })
+            .collect();
+        columns(&mut out, "  ", &rows);
+    }
+    out.push('\n');
+    for report in &audit.processes {
+        for (what, lines) in [
+            ("deviation", &report.deviations),
+            ("unknown", &report.unread),
+            ("note", &report.notes),
+        ] {
+            for line in lines {
+                let _ = writeln!(out, "{what}: {} (pid {}): {line}", report.name, report.pid);
+            }
+        }
+    }
+    for line in &audit.deviations {
+        let _ = writeln!(out, "deviation: {line}");
+    }
+    let count = audit.processes.len();
+    let _ = match audit.verdict {
+        Verdict::Ok => writeln!(out, "verdict: ok, {count} processes are as they should be"),
+        Verdict::Unknown => writeln!(out, "verdict: unknown, not everything could be read"),
+        Verdict::Deviation => writeln!(out, "verdict: deviation, see above"),
+    };
+    out
+}
+
+fn row(report: &Report) -> Vec<String> {
+    let verdict = match report.verdict {
+        Verdict::Ok => "ok",
+        Verdict::Unknown => "unknown",
+        Verdict::Deviation => "deviation",
+    };
+    let mut cells = vec![report.name.clone(), report.pid.to_string()];
+    match &report.process {
+        Some(process) => cells.extend(facts(process)),
+        None => cells.extend(std::iter::repeat_n("-".to_owned(), 8)),
+    }
+    cells.push(verdict.to_owned());
+    cells
+}
+
+fn facts(process: &Process) -> [String; 8] {
+    let threads = &process.threads;
+    let no_new_privs = threads.iter().all(|t| t.no_new_privs);
+    // The thread with the least stands for the process.
+    let seccomp = match threads
+        .iter()
+        .map(|t| (t.seccomp_mode, t.seccomp_filters))
+        .min()
+    {
+        Some((2, Some(filters))) => format!("filter×{filters}"),
+        Some((2, None)) => "filter".into(),
+        Some((1, _)) => "strict".into(),
+        _ => "off".into(),
+    };
+    let root = process.root.as_ref().map_or_else(
+        || "?".to_owned(),
+        |root| match (root.shared, root.entries.is_empty()) {
+            (true, _) => "host".into(),
+            (false, true) => "empty".into(),
+            (false, false) => "own".into(),
+        },
+    );
+    let unread = process.fds.is_empty() && !process.unread.is_empty();
+    [
+        process
+            .uid
+            .get(1)
+            .map_or_else(|| "?".into(), u32::to_string),
+        capability_names(strongest(process)),
+        if no_new_privs { "yes" } else { "no" }.into(),
+        seccomp,
+        own_namespaces(&process.namespaces),
+        root,
+        if unread {
+            "?".into()
+        } else {
+            process.fds.len().to_string()
+        },
+        threads.len().to_string(),
+    ]
+}
+
+/// Which namespaces are the process's own.
+fn own_namespaces(namespaces: &[Namespace]) -> String {
+    let own: Vec<&str> = namespaces
+        .iter()
+        .filter(|n| !n.shared)
+        .map(|n| n.kind.as_str())
+        .collect();
+    match (own.len(), namespaces.len()) {
+        (_, 0) => "?".into(),
+        (0, _) => "host".into(),
+        (own, all) if own == all => "all own".into(),
+        (count, all) if count > all / 2 => {
+            let shared: Vec<&str> = namespaces
+                .iter()
+                .filter(|n| n.shared)
+                .map(|n| n.kind.as_str())
+                .collect();
+            format!("own but {}", shared.join(","))
+        }
+        _ => format!("own {}", own.join(",")),
+    }
+}
+
+/// Left-aligned columns, two spaces apart.
+fn columns(out: &mut String, indent: &str, rows: &[Vec<String>]) {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        for (index, cell) in row.iter().enumerate() {
+            let width = cell.chars().count();
+            match widths.get_mut(index) {
+                Some(known) => *known = width.max(*known),
+                None => widths.push(width),
+            }
+        }
+    }
+    for row in rows {
+        let mut line = indent.to_owned();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_lines_do_not_end_in_blanks() {
+        let mut out = String::new();
+        let rows = [["a", "bb", "c"], ["aaa", "b", ""]].map(|r| r.map(str::to_owned).to_vec());
+        columns(&mut out, " ", &rows);
+        assert_eq!(out, " a    bb  c\n aaa  b\n");
+    }
+
+    #[test]
+    fn namespaces_are_summed_up() {
+        let of = |shared: [bool; 4]| {
+            let all: Vec<Namespace> = ["user", "mnt", "pid", "net"]
+                .iter()
+                .zip(shared)
+                .map(|(kind, shared)| Namespace {
+                    kind: (*kind).into(),
+                    id: String::new(),
+                    shared,
+                })
+                .collect();
+            own_namespaces(&all)
+        };
+        assert_eq!(of([false; 4]), "all own");
+        assert_eq!(of([true; 4]), "host");
+        assert_eq!(of([true, false, false, false]), "own but user");
+        assert_eq!(of([false, true, true, true]), "own user");
+        assert_eq!(own_namespaces(&[]), "?");
+    }
+}
