@@ -213,8 +213,8 @@ proptest! {
         }
         hypervisor.injected();
         // What is still pending is there when everything is unmasked.
-        let left = pending(&msix) & signalled;
         msix.set_own_vector(None);
+        let left = pending(&msix) & signalled;
         for vector in 0..4 {
             mask(&msix, vector);
         }

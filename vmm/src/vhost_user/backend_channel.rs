@@ -40,7 +40,7 @@ pub struct BackendChannel {
 }
 
 impl BackendChannel {
-    pub(super) fn new(socket: UnixStream, acks: bool) -> Self {
+    pub(crate) fn new(socket: UnixStream, acks: bool) -> Self {
         Self {
             socket,
             acks,

@@ -568,5 +568,5 @@ impl BusDevice for Bar0 {
 }
 
 #[cfg(test)]
-#[path = "function_tests.rs"]
+#[path = "function_tests/mod.rs"]
 mod tests;
