@@ -68,7 +68,7 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) {
 }
 
 /// Does what is there, up to a batch; true if there may be more.
-fn serve(queue: &mut Queue, disk: &Disk) -> bool {
+pub(crate) fn serve(queue: &mut Queue, disk: &Disk) -> bool {
     let mut budget = BATCH;
     queue.ring().disable_kicks();
     loop {
