@@ -14,8 +14,8 @@ pub struct Judgement {
     pub notes: Vec<String>,
 }
 
-/// DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN, SETFCAP: see the launcher's `identity`.
-const LAUNCHER_CAPABILITIES: u64 = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31;
+/// DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_ADMIN, SETFCAP: see the launcher's `identity`.
+const LAUNCHER_CAPABILITIES: u64 = 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31;
 /// Namespaces that a device process has for itself in any case.
 const DEVICE_NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
 /// SECCOMP_MODE_FILTER.
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn the_launcher_may_keep_its_five_capabilities_and_must_be_pid_1() {
+    fn the_launcher_may_keep_its_capabilities_and_must_be_pid_1() {
         let mut process = device();
         process.pids = vec![400, 1];
         process.fds.truncate(6);

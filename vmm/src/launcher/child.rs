@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use bulkhead_seccomp::{filter, policy};
 
 use super::identity::{INNER_ID, Rights};
-use super::{confine, sys};
+use super::{confine, isolate, sys};
 
 /// Everything the child needs.
 pub struct Child<'a> {
@@ -55,11 +55,11 @@ impl Child<'_> {
         if step("waiting for the launcher", sys::read(self.sync, &mut go))? != 1 {
             return Err("the launcher has ended".into());
         }
-        step("dumpable", sys::dumpable(false))?;
+        step("dumpable", isolate::dumpable(false))?;
         step("signals", sys::reset_signals())?;
-        step("a new session", sys::setsid())?;
-        sys::umask(0o077);
-        step("host name", sys::set_host_name("device"))?;
+        step("a new session", isolate::setsid())?;
+        isolate::umask(0o077);
+        step("host name", isolate::set_host_name("device"))?;
         // In its own user namespace it becomes 1000 first, so that the mounts are 1000's, and
         // loses no capability by it; without one, capabilities for the mounts go with uid 0.
         if self.rights != Rights::Root {
@@ -78,9 +78,9 @@ impl Child<'_> {
         };
         *report = *sync;
         step("limits", confine::device_limits())?;
-        step("bounding set", sys::bar_capabilities())?;
-        step("capabilities", sys::keep_capabilities(&[]))?;
-        step("no_new_privs", sys::no_new_privs())?;
+        step("bounding set", isolate::bar_capabilities())?;
+        step("capabilities", isolate::keep_capabilities(&[]))?;
+        step("no_new_privs", isolate::no_new_privs())?;
         filter::apply_filter_this_thread(&policy::DEVICE_OUTER)
             .map_err(|e| format!("filter: {e}"))?;
         let error = sys::execveat(sys::kept_fd(*program), self.argv);
@@ -94,7 +94,10 @@ impl Child<'_> {
     }
 
     fn become_ids(&self) -> Step<()> {
-        step("uid", sys::become_ids(self.id, self.id, self.drop_groups))
+        step(
+            "uid",
+            isolate::become_ids(self.id, self.id, self.drop_groups),
+        )
     }
 
     fn enter_empty_root(&self) -> Step<()> {
@@ -105,8 +108,8 @@ impl Child<'_> {
             (c"nr_inodes", c"2"),
             (c"source", c"empty"),
         ];
-        let root = step("an empty root", sys::empty_tmpfs(&options))?;
-        step("entering the empty root", sys::enter_root(root.as_fd()))
+        let root = step("an empty root", isolate::empty_tmpfs(&options))?;
+        step("entering the empty root", isolate::enter_root(root.as_fd()))
     }
 }
 

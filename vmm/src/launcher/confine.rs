@@ -7,7 +7,7 @@
 use bulkhead_seccomp::{filter, policy};
 
 use super::args::Args;
-use super::sys;
+use super::isolate;
 
 /// Descriptors of the launcher: two or three per device, sockets, binaries.
 const LAUNCHER_NOFILE: u64 = 1024;
@@ -21,14 +21,14 @@ const DEVICE_NPROC: u64 = 64;
 pub fn launcher(args: &Args) -> Result<(), String> {
     let say =
         |what: &'static str| move |error: std::io::Error| format!("confinement: {what}: {error}");
-    sys::umask(0o077);
-    sys::limit_at_most(libc::RLIMIT_CORE, 0).map_err(say("RLIMIT_CORE"))?;
-    sys::limit_at_most(libc::RLIMIT_NOFILE, LAUNCHER_NOFILE).map_err(say("RLIMIT_NOFILE"))?;
-    sys::bar_capabilities().map_err(say("bounding set"))?;
-    sys::keep_capabilities(&args.rights.launcher_capabilities(args.host_ids.is_some()))
+    isolate::umask(0o077);
+    isolate::limit_at_most(libc::RLIMIT_CORE, 0).map_err(say("RLIMIT_CORE"))?;
+    isolate::limit_at_most(libc::RLIMIT_NOFILE, LAUNCHER_NOFILE).map_err(say("RLIMIT_NOFILE"))?;
+    isolate::bar_capabilities().map_err(say("bounding set"))?;
+    isolate::keep_capabilities(&args.rights.launcher_capabilities(args.host_ids.is_some()))
         .map_err(say("capabilities"))?;
-    sys::no_new_privs().map_err(say("no_new_privs"))?;
-    sys::dumpable(false).map_err(say("dumpable"))?;
+    isolate::no_new_privs().map_err(say("no_new_privs"))?;
+    isolate::dumpable(false).map_err(say("dumpable"))?;
     filter::apply_filter_this_thread(&policy::BULKHEAD_LAUNCHER)
         .map_err(|error| format!("confinement: {error}"))
 }
@@ -43,7 +43,7 @@ pub fn device_limits() -> std::io::Result<()> {
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_NICE, 0),
     ] {
-        sys::limit_at_most(resource, most)?;
+        isolate::limit_at_most(resource, most)?;
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::args::Args;
 use super::child::{Child, inner_id};
 use super::identity::{Maps, Rights, namespace_remedy};
+use super::isolate;
 use super::log::LogSource;
 use super::packet::MAX_FDS;
 use super::sys::{self, Cloned};
@@ -123,14 +124,14 @@ fn spawn_checked(
     };
     // The child's entries in /proc must be ours to write its maps, and it has this flag of
     // ours at its clone. It turns it off itself.
-    sys::dumpable(true).map_err(io("dumpable"))?;
+    isolate::dumpable(true).map_err(io("dumpable"))?;
     let cloned = sys::clone_single_threaded(args.rights.device_flags());
     if let Ok(Cloned::Child) = cloned {
         // Else the end of the launcher would not end the wait for its byte.
         drop(sync);
         child.run();
     }
-    sys::dumpable(false).map_err(io("dumpable"))?;
+    isolate::dumpable(false).map_err(io("dumpable"))?;
     let (pid, pidfd) = match cloned {
         Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
         Ok(Cloned::Child) => sys::exit_now(126),
@@ -177,7 +178,7 @@ impl Device {
             (Rights::RootNamespace, Some(id)) => Maps::single((inner, inner), (id, id), false),
             // The launcher's own ids are the only ones it may hand on.
             (Rights::RootNamespace | Rights::User, _) => {
-                let own = sys::effective_ids();
+                let own = isolate::effective_ids();
                 // setgroups is denied already where the launcher is a user's.
                 Maps::single((inner, inner), own, false)
             }
@@ -187,13 +188,18 @@ impl Device {
     }
 
     /// SIGKILL; no error when it has ended.
-    pub fn kill(&self) {
-        let _ = sys::pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL);
+    pub fn kill(&self) -> Result<(), String> {
+        match sys::pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
+                Err(format!("device {}: kill: {error}", self.id))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends a child that did not become a device.
     fn end_and_reap(&self) {
-        self.kill();
+        let _ = self.kill();
         let deadline = Instant::now() + DEADLINE;
         let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
         let _ = sys::reap(Some(self.pidfd.as_fd()));

@@ -85,6 +85,7 @@ impl Rights {
     /// namespace where it has one.
     pub fn launcher_capabilities(self, unique_ids: bool) -> Vec<u32> {
         const DAC_OVERRIDE: u32 = 1;
+        const KILL: u32 = 5;
         const SETGID: u32 = 6;
         const SETUID: u32 = 7;
         const SYS_ADMIN: u32 = 21;
@@ -96,7 +97,8 @@ impl Rights {
             Self::RootNamespace if unique_ids => vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN],
             // Mapping our own uid 0 into a child wants SETFCAP since Linux 5.12.
             Self::RootNamespace => vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN, SETFCAP],
-            Self::Root => vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN],
+            // Without a user namespace of ours devices are nobody's but their uid's: KILL.
+            Self::Root => vec![DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_ADMIN],
             Self::User => vec![SYS_ADMIN],
         }
     }

@@ -14,7 +14,7 @@
 //!   (the loop), `paths` (what it opens and binds), `device` (starting one), `log` (what
 //!   devices say).
 //! - Between clone and exec, in the process that becomes a device: `child`.
-//! - `sys` and `packet` hold the system calls and all the `unsafe` there is.
+//! - `sys`, `isolate` and `packet` hold the system calls and all the `unsafe` there is.
 //!
 //! The launcher holds no guest memory, no KVM handle and no API connection; it trusts the
 //! VMM's requests no further than its allowed paths and its table of binaries go.
@@ -25,6 +25,7 @@ mod client;
 mod confine;
 mod device;
 mod identity;
+mod isolate;
 mod log;
 pub(crate) mod packet;
 mod paths;

@@ -290,7 +290,7 @@ pub fn somebody_listens(path: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launcher::sys;
+    use crate::launcher::{isolate, sys};
 
     #[test]
     fn a_packet_carries_the_most_descriptors_and_the_pid_and_no_more() {
@@ -299,7 +299,7 @@ mod tests {
         let fds: Vec<BorrowedFd> = (0..MAX_FDS).map(|_| read.as_fd()).collect();
         let me = i32::try_from(std::process::id()).unwrap();
         there
-            .send(b"spawned", &fds, Some((me, sys::effective_ids())))
+            .send(b"spawned", &fds, Some((me, isolate::effective_ids())))
             .unwrap();
         let packet = here.receive().unwrap().unwrap();
         assert_eq!(packet.bytes, b"spawned");

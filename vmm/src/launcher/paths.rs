@@ -14,7 +14,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
-use super::{MAX_PATH, printable, sys};
+use super::{MAX_PATH, isolate, printable};
 
 /// Smallest disk: one sector.
 const SECTOR: u64 = 512;
@@ -317,9 +317,9 @@ impl Paths {
             }
         }
         // This process has one thread: nothing else is created under this mask.
-        let mask = sys::umask(0o177);
+        let mask = isolate::umask(0o177);
         let listener = bind_listen(&address);
-        sys::umask(mask);
+        isolate::umask(mask);
         let listener = listener.or_else(|error| {
             refuse(role, path, &format!("cannot be bound: {}; choose a path in a directory that bulkhead's user may write", reason(&error)))
         })?;

@@ -17,6 +17,7 @@ use bulkhead_proto::protobuf::Message;
 
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
 use super::device::{self, Device, Order};
+use super::isolate;
 use super::log::{LOOK_AGAIN, Sink};
 use super::packet::{Packet, PacketSocket};
 use super::paths::{Mode, Paths};
@@ -243,7 +244,7 @@ impl Server {
         while let Some(next) = self.outgoing.front() {
             let bytes = next.reply.write_to_bytes().map_err(io::Error::other)?;
             let fds: Vec<BorrowedFd<'_>> = next.fd.iter().map(AsFd::as_fd).collect();
-            let credentials = next.pid.map(|pid| (pid, sys::effective_ids()));
+            let credentials = next.pid.map(|pid| (pid, isolate::effective_ids()));
             match self.control.send(&bytes, &fds, credentials) {
                 Ok(()) => {
                     self.outgoing.pop_front();
@@ -264,14 +265,12 @@ impl Server {
             Some(wire::request::Op::OpenPath(op)) => self.open(id, &op),
             Some(wire::request::Op::BindUnix(op)) => self.bind(id, &op),
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
-            Some(wire::request::Op::Kill(op)) => {
-                for device in &self.devices {
-                    if device.id == op.device_id && device.incarnation == op.incarnation {
-                        device.kill();
-                    }
-                }
-                Ok(Outgoing::success(id, None))
-            }
+            Some(wire::request::Op::Kill(op)) => self
+                .devices
+                .iter()
+                .filter(|d| d.id == op.device_id && d.incarnation == op.incarnation)
+                .try_for_each(Device::kill)
+                .map(|()| Outgoing::success(id, None)),
             Some(wire::request::Op::Forget(op)) => {
                 self.paths.forget(Path::new(&op.path)).map(|()| Outgoing::success(id, None))
             }
@@ -325,7 +324,7 @@ impl Server {
         let pidfd = match (pidfd, self.devices.last()) {
             (Ok(pidfd), _) => pidfd,
             (Err(error), device) => {
-                device.inspect(|device| device.kill());
+                let _ = device.map(Device::kill);
                 return Err(format!("pidfd: {error}"));
             }
         };
@@ -343,7 +342,8 @@ impl Server {
     fn end(&mut self) {
         self.paths.remove_all();
         for device in &self.devices {
-            device.kill();
+            // The kernel ends what is left when this process, PID 1, exits.
+            let _ = device.kill();
         }
         let deadline = Instant::now() + END_DEADLINE;
         while !self.devices.is_empty() && Instant::now() < deadline {

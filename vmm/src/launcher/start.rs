@@ -14,7 +14,7 @@ use super::args::{Args, FIRST_BINARY_FD};
 use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
 use super::packet::PacketSocket;
-use super::{MAX_DEVICES, PROGRAM, printable, sys};
+use super::{MAX_DEVICES, PROGRAM, isolate, printable, sys};
 
 /// A launcher that has been executed.
 pub struct Started {
@@ -77,7 +77,7 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
         })
         .collect::<Result<Vec<_>, _>>()?;
 
-    let (uid, gid) = sys::effective_ids();
+    let (uid, gid) = isolate::effective_ids();
     let vmm_pid = i32::try_from(std::process::id()).map_err(|e| failed(e.to_string()))?;
     let id_map =
         |file| IdMap::own(file).map_err(|e| failed(format!("/proc/self/{file}: {e}; mount /proc")));
