@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: a VMM under test, what its guest printed, and the
 //! little runner that names each test and counts verdicts.
 
+pub mod hostile;
 pub mod runner;
 pub mod vmm;
