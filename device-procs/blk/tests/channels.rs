@@ -111,7 +111,8 @@ fn a_malformed_ring_costs_that_ring_until_it_is_set_up_anew() {
             flags: NEXT,
             next: 0,
         };
-        let bad: [(&str, &dyn Fn(&mut Vm)); 6] = [
+        type Spoil<'a> = (&'a str, &'a dyn Fn(&mut Vm));
+        let bad: [Spoil<'_>; 6] = [
             ("a loop", &|vm| {
                 vm.queues[0].ring.desc(0, looped);
                 vm.queues[0].ring.offer(0);

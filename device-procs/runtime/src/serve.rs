@@ -78,7 +78,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     log::debug!("{}", confined.report());
 
     let report = ConfinementReport {
-        landlock_abi: u32::try_from(landlock_abi).unwrap_or(0),
+        landlock_abi,
         policy: options.policy.name.into(),
     };
     let queues = workers.iter().map(|w| Arc::clone(w.status())).collect();
