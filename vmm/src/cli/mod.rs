@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+pub mod audit;
 pub mod ctl;
 pub mod ctl_output;
 pub mod machine_args;
@@ -34,6 +35,8 @@ enum Command {
     Serve(ServeArgs),
     /// Drive a running `bulkhead` through its API socket
     Ctl(Box<ctl::CtlArgs>),
+    /// Show what each process of a VM really is, and grade it
+    Audit(audit::AuditArgs),
 }
 
 /// Options of the VMM itself.
@@ -84,6 +87,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Serve(args) => run::serve(args),
         Command::Ctl(args) => ctl::run(*args),
+        Command::Audit(args) => audit::run(&args),
     }
 }
 
