@@ -23,15 +23,16 @@ pub fn run(port: &WorkerPort, disk: &Arc<Disk>) -> ! {
     let mut queue: Option<Queue> = None;
     loop {
         let more = queue.as_mut().is_some_and(|q| serve(q, disk));
-        wait(port, queue.as_mut(), more);
-        if let Some(order) = port.take() {
+        if wait(port, queue.as_mut(), more)
+            && let Some(order) = port.take()
+        {
             port.answer(obey(order, &mut queue, port, disk));
         }
     }
 }
 
-/// Sleeps until there is a kick or an order; with `more`, only looks.
-fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) {
+/// Sleeps until there is a kick or an order; with `more`, only looks. True for an order.
+fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) -> bool {
     port.status().syscalls.add(1);
     let mut fds = [
         PollFd::new(port.wakeup().as_fd(), libc::POLLIN),
@@ -40,7 +41,7 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) {
     let Some(queue) = queue else {
         // An error of ppoll (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut fds, -1);
-        return;
+        return true;
     };
     let kick = Arc::clone(queue.ring().kick());
     if !queue.ring().is_broken() {
@@ -50,7 +51,7 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) {
         ];
     }
     let _ = sys::poll(&mut fds, if more { 0 } else { -1 });
-    let [_, kicked] = fds;
+    let [ordered, kicked] = fds;
     if kicked.revents() & libc::POLLIN != 0 {
         port.status().kicks.add(1);
         port.status().syscalls.add(1);
@@ -65,6 +66,7 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, more: bool) {
             .ring()
             .break_because(&"the kick descriptor cannot be waited for");
     }
+    ordered.revents() != 0
 }
 
 /// Does what is there, up to a batch; true if there may be more.

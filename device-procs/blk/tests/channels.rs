@@ -60,13 +60,28 @@ fn the_vmm_is_answered_by_a_confined_process() {
         let mut vm = Vm::over(vhost, 2);
         vm.start();
         assert_eq!(vm.request_on(1, T_IN, 3, DATA, 512).0, 0);
+        // Every kind of request under the policy of this engine, on queue 0; without FLUSH
+        // a write is durable by itself.
+        for features in [vm.features, vm.features & !F_FLUSH] {
+            vm.frontend.get_vring_base(0).unwrap();
+            vm.frontend.set_features(features).unwrap();
+            vm.queues[0].ring.reset();
+            vm.start_queue(0, 0);
+            for (kind, len) in [(T_IN, 512), (T_OUT, 512), (T_FLUSH, 0), (T_GET_ID, 20)] {
+                assert_eq!(vm.request(kind, 5, DATA + 1, len).0, 0, "{engine}: {kind}");
+            }
+            assert_eq!(vm.request(T_OUT, 6, DATA, 1024).0, 0, "{engine}");
+        }
         let rings = health(&mut client).rings;
         assert_eq!(rings.len(), 2);
         assert!(rings.iter().all(|r| r.started && !r.broken));
         let stats: StatsResponse = client
             .call(DEVICE_SERVICE, "Stats", &StatsRequest::new(), PATIENCE)
             .unwrap();
-        assert_eq!(stats.queues[0].requests, 0);
+        assert_eq!(stats.queues[0].requests, 10);
+        assert_eq!(stats.queues[0].flushes, 2);
+        assert_eq!(stats.queues[0].written_bytes, 3072);
+        assert_eq!(stats.queues[0].errors, 0);
         assert_eq!(stats.queues[1].requests, 1);
         assert_eq!(stats.queues[1].read_bytes, 512);
         assert_eq!(stats.queues[1].interrupts, 1);

@@ -207,7 +207,8 @@ pub fn frugal_malloc() {
 
 /// Adds one to an eventfd. Failure is not reported: the counter is full, which means that
 /// the other side has been told already, or the other side gave something that is no
-/// eventfd, which harms only itself.
+/// eventfd, which harms only itself. So does a front-end that fills a blocking call eventfd
+/// of its own: its worker waits here, the main thread and other queues do not.
 #[inline]
 pub fn signal(eventfd: &File) {
     use std::io::Write;
