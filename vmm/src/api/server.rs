@@ -1,7 +1,7 @@
 //! The `api` thread: accepts clients, lets each connection work, and carries answers and
 //! events to them. Started by the manager before the process confines itself; from then on
 //! it makes no system calls but epoll_wait, epoll_ctl, accept4, getsockopt (SO_PEERCRED),
-//! recvfrom, sendto, read and write on its eventfd, close, and what memory and locks need.
+//! recvmsg, sendmsg, read and write on its eventfd, close, and what memory and locks need.
 
 use std::collections::BTreeMap;
 use std::io;

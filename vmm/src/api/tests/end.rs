@@ -52,8 +52,14 @@ fn a_client_that_does_not_read_holds_up_the_end_no_longer_than_the_grace() {
     let mut fixture = Fixture::prompt();
     let mut stream = fixture.connect();
     stream.set_nonblocking(true).unwrap();
-    let one = request(1, "Info");
-    while stream.write(&one).is_ok() {}
+    let mut requests = 0;
+    let full = loop {
+        match stream.write(&request(2 * requests + 1, "Info")) {
+            Ok(_) => requests += 1,
+            Err(error) => break error.kind(),
+        }
+    };
+    assert_eq!(full, std::io::ErrorKind::WouldBlock);
     fixture.handle.end(SHORT);
     assert!(
         UnixStream::connect(&fixture.path).is_err(),

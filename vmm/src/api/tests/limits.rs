@@ -171,6 +171,26 @@ fn a_stream_id_used_twice_ends_the_connection() {
 }
 
 #[test]
+fn a_client_that_reads_late_loses_nothing() {
+    let fixture = Fixture::prompt();
+    let mut stream = fixture.connect();
+    let count = 1000;
+    // 4 KiB of answer to each: far more than is kept for a client that does not read.
+    // In one piece, since the kernel charges for every piece of what is not read.
+    let requests: Vec<u8> = (0..count)
+        .flat_map(|n| request(2 * n + 1, "Info"))
+        .collect();
+    stream.write_all(&requests).unwrap();
+    let mut reader = FrameReader::new(1 << 20);
+    let mut answered = std::collections::BTreeSet::new();
+    for _ in 0..count {
+        let frame = next_frame(&mut stream, &mut reader).expect("not cut off");
+        answered.insert(frame.header.stream_id);
+    }
+    assert_eq!(answered.len(), count as usize);
+}
+
+#[test]
 fn a_client_that_never_reads_is_not_listened_to_and_then_cut_off() {
     let limits = Limits {
         stall: Duration::from_millis(200),
@@ -179,19 +199,23 @@ fn a_client_that_never_reads_is_not_listened_to_and_then_cut_off() {
     let fixture = Fixture::new(Prompt, limits, EventLog::new());
     let mut stream = fixture.connect();
     stream.set_nonblocking(true).unwrap();
-    let one = request(1, "Info");
+    let begun = std::time::Instant::now();
     // 4 KiB of answer for each of these: without bounds the server would hold them all.
-    let mut requests = 0u64;
+    let mut requests = 0;
     let ended = loop {
+        let one = request(2 * requests + 1, "Info");
         match stream.write(&one) {
-            Ok(count) if count == one.len() => requests += 1,
-            Ok(_) => {}
+            Ok(count) => {
+                assert_eq!(count, one.len(), "so short a write is whole");
+                requests += 1;
+            }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 std::thread::sleep(Duration::from_millis(1));
             }
             Err(error) => break error.kind(),
         }
         assert!(requests < 1_000_000, "the server takes requests for ever");
+        assert!(begun.elapsed() < LONG, "the client is never cut off");
     };
     assert!(matches!(
         ended,
@@ -236,4 +260,38 @@ fn strangers_are_turned_away_at_the_door() {
     let fixture = Fixture::admitting(Prompt, Limits::default(), EventLog::new(), false);
     let mut stream = fixture.connect();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    /// Frames with true lengths and made-up contents get further than pure noise.
+    #[test]
+    fn noise_costs_only_its_sender(
+        frames in proptest::collection::vec(
+            (
+                proptest::prelude::any::<u32>(),
+                0u8..5,
+                0u8..8,
+                proptest::collection::vec(0u8..0x40, 0..60),
+            ),
+            0..20,
+        ),
+        tail in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..40),
+    ) {
+        static SERVER: std::sync::LazyLock<Fixture> = std::sync::LazyLock::new(Fixture::prompt);
+        let mut bytes = Vec::new();
+        for (stream_id, kind, flags, body) in frames {
+            frame::encode(&mut bytes, kind, stream_id, flags, &body).unwrap();
+        }
+        bytes.extend_from_slice(&tail);
+        let mut stream = SERVER.connect();
+        // The server may have hung up on it by then.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answers = Vec::new();
+        let _ = stream.read_to_end(&mut answers);
+        let mut client = SERVER.client();
+        proptest::prop_assert!(info(&mut client).is_ok());
+    }
 }
