@@ -35,7 +35,7 @@ enum Command {
     Serve(ServeArgs),
     /// Drive a running `bulkhead` through its API socket
     Ctl(Box<ctl::CtlArgs>),
-    /// Show what each process of a VM really is, and grade it
+    /// Show what the kernel says of every process of a VM, graded against what it should be
     Audit(audit::AuditArgs),
 }
 

@@ -12,7 +12,7 @@ use bulkhead_proto::machine::{MachineConfig, serial_config};
 
 use super::device::{self, DeviceProcess};
 use crate::arch::x86_64::boot::{self, BootSource};
-use crate::arch::x86_64::{acpi, layout};
+use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
 use crate::events::EventSender;
 use crate::ged::Ged;
@@ -119,6 +119,7 @@ pub fn build(
     let cpus = config.cpus.clone().unwrap_or_default();
     let rsdp = acpi::write_tables(ram.memory(), &device::acpi_config(&pci, cpus.boot, mem64))
         .map_err(|e| text(&e))?;
+    reset_vector::write(ram.memory()).map_err(|e| format!("reset vector: {e}"))?;
     let source = BootSource {
         kernel: &kernel,
         kernel_name: &config.kernel,

@@ -4,4 +4,5 @@ pub mod acpi;
 pub mod boot;
 pub mod cpuid;
 pub mod layout;
+pub mod reset_vector;
 pub mod state;
