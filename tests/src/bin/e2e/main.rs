@@ -13,7 +13,7 @@ mod bad_input;
 mod block;
 mod boot;
 mod death;
-//mod hostile_guest;
+mod hostile_guest;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(death::tests());
-//        tests.extend(hostile_guest::tests());
+        tests.extend(hostile_guest::tests());
         tests.extend(bad_input::tests());
     }
     runner::run(&tests, filter.as_deref(), long)
