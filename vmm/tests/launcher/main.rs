@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Helpers of tests fail as tests do.
 
+mod audits;
 mod bed;
 mod fake_vmm;
 mod probe;
