@@ -54,8 +54,12 @@ fn a_client_that_does_not_read_holds_up_the_end_no_longer_than_the_grace() {
     stream.set_nonblocking(true).unwrap();
     let mut requests = 0;
     let full = loop {
-        match stream.write(&request(2 * requests + 1, "Info")) {
-            Ok(_) => requests += 1,
+        let one = request(2 * requests + 1, "Info");
+        match stream.write(&one) {
+            Ok(count) => {
+                assert_eq!(count, one.len(), "so short a write is whole");
+                requests += 1;
+            }
             Err(error) => break error.kind(),
         }
     };
