@@ -611,3 +611,6 @@ fn take(
         _ => Ok(None),
     }
 }
+
+#[cfg(test)]
+mod tests;
