@@ -6,6 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use vm_memory::FileOffset;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+
 /// memfd_create(2) of `size` bytes, sealed against a change of size by anyone who is later
 /// given the descriptor, and never executable where the kernel can promise it.
 pub(super) fn sealed_memfd(size: u64) -> io::Result<File> {
@@ -33,6 +36,58 @@ pub(super) fn sealed_memfd(size: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// The size and alignment of a huge page.
+pub(super) const HUGE_PAGE: usize = 2 << 20;
+
+/// Maps all `len` bytes of `file`, shared, at an address that huge pages can start at. The
+/// mapping stays until the process ends: whoever holds a clone of the guest's memory can
+/// never see it go, and the process has one machine only.
+pub(super) fn map_for_good(file: File, len: usize) -> io::Result<MmapRegion> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let reserved = len
+        .checked_add(HUGE_PAGE)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+    let room = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            reserved,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if room == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = room.wrapping_byte_add(room.align_offset(HUGE_PAGE) % HUGE_PAGE);
+    // SAFETY: start is less than HUGE_PAGE above `room`, so start + len lies inside what was
+    // reserved just above and is used by nobody; MAP_FIXED replaces only that.
+    let mapped = unsafe {
+        libc::mmap(
+            start,
+            len,
+            protection,
+            flags | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let region = MmapRegionBuilder::new(len)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(flags)
+        .with_file_offset(FileOffset::new(file, 0));
+    // SAFETY: `len` bytes are mapped at `mapped`, and never unmapped.
+    unsafe { region.with_raw_mmap_pointer(mapped.cast()) }
+        .build()
+        .map_err(io::Error::other)
+}
+
 /// Advice that changes no contents.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Advice {
@@ -42,6 +97,8 @@ pub(super) enum Advice {
     NotInCoreDumps,
     /// MADV_POPULATE_WRITE (Linux 5.14).
     PopulateWrite,
+    /// MADV_COLLAPSE (Linux 6.1).
+    Collapse,
 }
 
 /// madvise(2) on `len` bytes at `start`, an address inside a mapping of guest RAM.
@@ -50,8 +107,9 @@ pub(super) fn advise(start: *mut u8, len: usize, advice: Advice) -> io::Result<(
         Advice::HugePages => libc::MADV_HUGEPAGE,
         Advice::NotInCoreDumps => libc::MADV_DONTDUMP,
         Advice::PopulateWrite => libc::MADV_POPULATE_WRITE,
+        Advice::Collapse => libc::MADV_COLLAPSE,
     };
-    // SAFETY: none of the three changes or drops a page's contents, whatever the range: a
+    // SAFETY: none of these changes or drops a page's contents, whatever the range: a
     // wrong one fails (ENOMEM) or touches memory that stays as it was.
     if unsafe { libc::madvise(start.cast(), len, advice) } != 0 {
         return Err(io::Error::last_os_error());

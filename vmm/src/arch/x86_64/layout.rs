@@ -90,5 +90,7 @@ pub const EXTENDED_RAM_START: u64 = 0x10_0000;
 
 /// The RSDP, inside the BIOS area that Linux scans.
 pub const RSDP_START: u64 = 0x000e_0000;
-/// ACPI tables: room up to 1 MiB.
+/// ACPI tables: room up to the reset vector.
 pub const ACPI_START: u64 = 0x000e_1000;
+/// Where a real-mode guest that restarts itself jumps to (F000:FFF0).
+pub const RESET_VECTOR: u64 = 0x000f_fff0;

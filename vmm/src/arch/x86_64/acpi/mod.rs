@@ -85,7 +85,7 @@ impl Placer {
 /// Writes all tables into the guest's BIOS area and returns the RSDP's address.
 pub fn write_tables(memory: &GuestMemoryMmap, config: &AcpiConfig<'_>) -> Result<u64, AcpiError> {
     let (rsdp, tables) = build(config);
-    let room = layout::EXTENDED_RAM_START - layout::ACPI_START;
+    let room = layout::RESET_VECTOR - layout::ACPI_START;
     let size = tables.len() as u64;
     if size > room {
         return Err(AcpiError::TooBig { size, room });

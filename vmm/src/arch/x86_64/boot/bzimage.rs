@@ -6,6 +6,7 @@ use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 use super::image::Image;
+use super::working_set::WorkingSet;
 use super::{BootError, Problem};
 use crate::arch::x86_64::layout;
 use crate::memory::GuestRam;
@@ -30,8 +31,8 @@ pub(super) struct BzImage {
     pub(super) header: setup_header,
     /// The 64-bit entry point.
     pub(super) entry: u64,
-    /// What the kernel needs to itself until it is up: (start, length).
-    pub(super) span: (u64, u64),
+    /// The first address above what the kernel needs to itself until it is up.
+    pub(super) end: u64,
 }
 
 /// True when the file claims to be a bzImage.
@@ -42,7 +43,11 @@ pub(super) fn matches(image: &Image<'_>) -> bool {
 }
 
 /// Copies the protected-mode part into `ram`.
-pub(super) fn load(image: &Image<'_>, ram: &GuestRam) -> Result<BzImage, BootError> {
+pub(super) fn load(
+    image: &Image<'_>,
+    ram: &GuestRam,
+    set: &mut WorkingSet<'_>,
+) -> Result<BzImage, BootError> {
     const SIZE: usize = size_of::<setup_header>();
     let mut bytes = image.bytes::<SIZE>(HEADER_OFFSET)?;
     // What lies behind the header's end is code of the real-mode part.
@@ -75,14 +80,15 @@ pub(super) fn load(image: &Image<'_>, ram: &GuestRam) -> Result<BzImage, BootErr
         return Err(image.error(Problem::NotAKernel));
     }
     let room = u64::from(header.init_size).max(len);
-    let end = address.checked_add(room);
-    if end.is_none_or(|end| end > ram.low_end()) {
-        return Err(image.too_big(ram, end.unwrap_or(u64::MAX)));
+    let end = address.saturating_add(room);
+    if end > ram.low_end() {
+        return Err(image.too_big(ram, end));
     }
+    set.add(address, room);
     image.copy(start, len, ram, address)?;
     Ok(BzImage {
         header,
         entry: address.saturating_add(ENTRY_64),
-        span: (address, room),
+        end,
     })
 }

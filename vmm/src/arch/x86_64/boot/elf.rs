@@ -7,6 +7,7 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::image::Image;
+use super::working_set::WorkingSet;
 use super::{BootError, Problem};
 use crate::arch::x86_64::layout;
 use crate::memory::GuestRam;
@@ -32,8 +33,10 @@ pub(super) struct ElfKernel {
     pub(super) pvh_entry: Option<u64>,
     /// The ELF entry point.
     pub(super) entry: u64,
+    /// The first address above everything that was loaded.
+    pub(super) end: u64,
     /// What was loaded: (start, length), the zero-filled rest included.
-    pub(super) segments: Vec<(u64, u64)>,
+    segments: Vec<(u64, u64)>,
 }
 
 fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
@@ -69,7 +72,11 @@ impl Segment {
 }
 
 /// Copies the kernel's segments into `ram`.
-pub(super) fn load(image: &Image<'_>, ram: &GuestRam) -> Result<ElfKernel, BootError> {
+pub(super) fn load(
+    image: &Image<'_>,
+    ram: &GuestRam,
+    set: &mut WorkingSet<'_>,
+) -> Result<ElfKernel, BootError> {
     let truncated = || image.error(Problem::Truncated);
     let ehdr = image.bytes::<{ EHDR_SIZE as usize }>(0)?;
     if ehdr.get(4..6) != Some(&CLASS_64_LITTLE) || u16_at(&ehdr, 18) != Some(EM_X86_64) {
@@ -87,12 +94,13 @@ pub(super) fn load(image: &Image<'_>, ram: &GuestRam) -> Result<ElfKernel, BootE
     let mut kernel = ElfKernel {
         pvh_entry: None,
         entry,
+        end: 0,
         segments: Vec::new(),
     };
     for header in headers.chunks_exact(PHDR_SIZE) {
         let segment = Segment::parse(header).ok_or_else(truncated)?;
         match segment.kind {
-            PT_LOAD => load_segment(image, ram, &segment, &mut kernel)?,
+            PT_LOAD => load_segment(image, ram, set, &segment, &mut kernel)?,
             PT_NOTE if kernel.pvh_entry.is_none() => {
                 if segment.file_size > MAX_NOTES {
                     return Err(image.error(Problem::NotAKernel));
@@ -114,6 +122,7 @@ pub(super) fn load(image: &Image<'_>, ram: &GuestRam) -> Result<ElfKernel, BootE
 fn load_segment(
     image: &Image<'_>,
     ram: &GuestRam,
+    set: &mut WorkingSet<'_>,
     segment: &Segment,
     kernel: &mut ElfKernel,
 ) -> Result<(), BootError> {
@@ -123,10 +132,14 @@ fn load_segment(
     if segment.file_size > segment.memory_size || segment.address < layout::EXTENDED_RAM_START {
         return Err(image.error(Problem::NotAKernel));
     }
-    let end = segment.address.checked_add(segment.memory_size);
-    if end.is_none_or(|end| end > ram.low_end()) {
-        return Err(image.too_big(ram, end.unwrap_or(u64::MAX)));
+    let end = segment.address.saturating_add(segment.memory_size);
+    if end > ram.low_end() {
+        return Err(image.too_big(ram, end));
     }
+    if !image.holds(segment.offset, segment.file_size) {
+        return Err(image.error(Problem::Truncated));
+    }
+    set.add(segment.address, segment.memory_size);
     image.copy(segment.offset, segment.file_size, ram, segment.address)?;
     // RAM begins as zeroes, so only an overlap with an earlier segment needs clearing.
     let zeroes = (
@@ -140,6 +153,7 @@ fn load_segment(
         clear(image, ram, zeroes)?;
     }
     kernel.segments.push((segment.address, segment.memory_size));
+    kernel.end = kernel.end.max(end);
     Ok(())
 }
 

@@ -13,6 +13,7 @@
 mod bzimage;
 mod elf;
 mod image;
+mod working_set;
 
 use std::fs::File;
 use std::io;
@@ -26,6 +27,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 use super::{layout, state};
 use crate::memory::GuestRam;
 use image::Image;
+use working_set::WorkingSet;
 
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
@@ -193,21 +195,21 @@ pub fn load(ram: &GuestRam, rsdp: u64, source: &BootSource<'_>) -> Result<BootEn
     if kernel.size() < 4 {
         return Err(kernel.error(Problem::Truncated));
     }
+    let mut set = WorkingSet::new(ram);
     if kernel.bytes::<4>(0)? == elf::MAGIC {
-        let loaded = elf::load(&kernel, ram)?;
-        let end = end_of(&loaded.segments);
-        let mut touched = loaded.segments;
-        let initrd = place_initrd(ram, source, end, u64::MAX, &mut touched)?;
+        let loaded = elf::load(&kernel, ram, &mut set)?;
+        set.add_early_allocations(loaded.end);
+        let initrd = place_initrd(ram, source, loaded.end, u64::MAX, &mut set)?;
         let cmdline = put_cmdline(ram, source.cmdline, layout::CMDLINE_SIZE - 1)?;
         match loaded.pvh_entry {
             Some(entry) => {
                 put_start_info(ram, rsdp, cmdline, initrd)?;
                 finish(
-                    ram,
                     EntryMode::Protected,
                     entry,
                     layout::PVH_INFO_START,
-                    touched,
+                    ram,
+                    set,
                 )
             }
             None => {
@@ -219,53 +221,44 @@ pub fn load(ram: &GuestRam, rsdp: u64, source: &BootSource<'_>) -> Result<BootEn
                 };
                 put_zero_page(ram, rsdp, header, cmdline, initrd)?;
                 finish(
-                    ram,
                     EntryMode::Long,
                     loaded.entry,
                     layout::ZERO_PAGE_START,
-                    touched,
+                    ram,
+                    set,
                 )
             }
         }
     } else if bzimage::matches(&kernel) {
-        let loaded = bzimage::load(&kernel, ram)?;
-        let end = loaded.span.0.saturating_add(loaded.span.1);
-        let mut touched = vec![loaded.span];
+        let loaded = bzimage::load(&kernel, ram, &mut set)?;
+        set.add_early_allocations(loaded.end);
         let limit = match loaded.header.initrd_addr_max {
             0 => 0x37ff_ffff,
             max => u64::from(max),
         };
-        let initrd = place_initrd(ram, source, end, limit.saturating_add(1), &mut touched)?;
+        let initrd = place_initrd(ram, source, loaded.end, limit.saturating_add(1), &mut set)?;
         let max = u64::from(loaded.header.cmdline_size).min(layout::CMDLINE_SIZE - 1);
         let cmdline = put_cmdline(ram, source.cmdline, max)?;
         put_zero_page(ram, rsdp, loaded.header, cmdline, initrd)?;
         finish(
-            ram,
             EntryMode::Long,
             loaded.entry,
             layout::ZERO_PAGE_START,
-            touched,
+            ram,
+            set,
         )
     } else {
         Err(kernel.error(Problem::NotAKernel))
     }
 }
 
-fn end_of(segments: &[(u64, u64)]) -> u64 {
-    segments
-        .iter()
-        .map(|(start, len)| start.saturating_add(*len))
-        .max()
-        .unwrap_or(0)
-}
-
 /// Writes what the first instructions need and gathers the result.
 fn finish(
-    ram: &GuestRam,
     mode: EntryMode,
     entry: u64,
     info: u64,
-    touched: Vec<(u64, u64)>,
+    ram: &GuestRam,
+    set: WorkingSet<'_>,
 ) -> Result<BootEntry, BootError> {
     let mut address = layout::GDT_START;
     for entry in state::gdt(mode) {
@@ -278,7 +271,7 @@ fn finish(
         mode,
         entry,
         info,
-        touched,
+        touched: set.into_ranges(),
     })
 }
 
@@ -325,7 +318,7 @@ fn place_initrd(
     source: &BootSource<'_>,
     kernel_end: u64,
     limit: u64,
-    touched: &mut Vec<(u64, u64)>,
+    set: &mut WorkingSet<'_>,
 ) -> Result<(u64, u64), BootError> {
     let Some((file, name)) = source.initrd else {
         return Ok((0, 0));
@@ -339,8 +332,8 @@ fn place_initrd(
         .map(|address| address & !(PAGE - 1))
         .filter(|address| *address >= kernel_end)
         .ok_or_else(|| initrd.too_big(ram, kernel_end.saturating_add(len)))?;
+    set.add(address, len);
     initrd.copy(0, len, ram, address)?;
-    touched.push((address, len));
     Ok((address, len))
 }
 
