@@ -83,7 +83,7 @@ impl Subject {
         let pio = Histogram::start("kvm_pio", "rw,port")?;
         let mmio = Histogram::start("kvm_mmio", "type,gpa")?;
         let msr = Histogram::start("kvm_msr", "write,ecx")?;
-        let faults = Histogram::start("kvm_page_fault", "error_code")?;
+        let faults = Histogram::start("kvm_page_fault", "fault_address.buckets=16777216")?;
         let mut guest = self.start(files, QUIET)?;
         guest.reaches(INIT_LINE)?;
         let counts = [
@@ -136,9 +136,9 @@ impl Subject {
         );
         let _ = writeln!(
             text,
-            "\n  - page faults, by error code: {}",
-            top(&faults, 6, |key| match key {
-                [code] => format!("{code:#x}"),
+            "\n  - page faults (MMIO too), by 16 MiB of guest-physical address, from MiB: {}",
+            top(&faults, 12, |key| match key {
+                [start] => (start >> 20).to_string() + ":",
                 _ => String::new(),
             })
         );

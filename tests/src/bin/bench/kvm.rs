@@ -56,11 +56,12 @@ impl Drop for Histogram {
     }
 }
 
-/// `{ rw: 1, port: 1016 } hitcount: 23`
+/// `{ rw: 1, port: 1016 } hitcount: 23`; of a bucket (`~ 4096-8191`) the start.
 fn parse(line: &str) -> Option<(Vec<u64>, u64)> {
     let (keys, count) = line.trim().strip_prefix('{')?.split_once('}')?;
     let number = |text: &str| -> Option<u64> {
-        let text = text.rsplit(':').next()?.trim();
+        let text = text.rsplit(':').next()?.trim().trim_start_matches("~ ");
+        let text = text.split('-').next()?;
         match text.strip_prefix("0x") {
             Some(hex) => u64::from_str_radix(hex, 16).ok(),
             None => text.parse().ok(),
@@ -110,6 +111,7 @@ mod tests {
             parse("{ gpa: 0xfee00000 } hitcount: 2"),
             Some((vec![0xfee0_0000], 2))
         );
+        assert_eq!(parse("{ len: ~ 16-31 } hitcount: 2"), Some((vec![16], 2)));
         assert_eq!(parse("# event histogram"), None);
     }
 }
