@@ -258,3 +258,6 @@ impl Drop for VcpuManager {
         let _ = self.stop(DROP_TIMEOUT);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -130,6 +130,17 @@ pub struct BootEntry {
 }
 
 impl BootEntry {
+    /// An entry that no file stands behind.
+    #[cfg(test)]
+    pub(crate) fn at(mode: EntryMode, entry: u64) -> Self {
+        Self {
+            mode,
+            entry,
+            info: 0,
+            touched: Vec::new(),
+        }
+    }
+
     /// Protocol by which the kernel is entered.
     pub fn mode(&self) -> EntryMode {
         self.mode
@@ -416,3 +427,6 @@ fn put_zero_page(
     params.e820_entries = map.len().min(params.e820_table.len()) as u8;
     put(ram, layout::ZERO_PAGE_START, params).map(drop)
 }
+
+#[cfg(test)]
+mod tests;
