@@ -223,7 +223,7 @@ pub fn read(pid: i32) -> Result<Process, String> {
             .map(|(_, error)| error.to_string())
             .unwrap_or_default();
         process.unread.push(format!(
-            "{} may not be read ({why}); run the audit as root, or as the VM's user for device processes",
+            "{} may not be read ({why}); run the audit as root",
             what.join(", ")
         ));
     }
