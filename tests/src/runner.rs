@@ -42,7 +42,10 @@ pub fn run(tests: &[Test], filter: Option<&str>, long: bool) -> ExitCode {
                 println!("ok ({seconds:.1} s)");
             }
             Err(why) => {
-                println!("FAILED ({seconds:.1} s)\n    {}", why.replace('\n', "\n    "));
+                println!(
+                    "FAILED ({seconds:.1} s)\n    {}",
+                    why.replace('\n', "\n    ")
+                );
                 failed.push(format!("{}: {}", test.subject, test.name));
             }
         }

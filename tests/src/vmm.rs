@@ -140,7 +140,15 @@ impl Vmm {
     pub fn boot(cmdline: &str, more: &[&str]) -> Result<Self, String> {
         let (kernel, initrd) = (guest_file("vmlinux"), guest_file("initrd.img"));
         let cmdline = format!("console=ttyS0 panic=-1 quiet {cmdline}");
-        let mut args = vec!["run", "--kernel", &kernel, "--initrd", &initrd, "--cmdline", &cmdline];
+        let mut args = vec![
+            "run",
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--cmdline",
+            &cmdline,
+        ];
         args.extend_from_slice(more);
         if !more.contains(&"--memory") {
             args.extend_from_slice(&["--memory", "256M"]);
@@ -228,7 +236,10 @@ impl Vmm {
                 use std::os::unix::process::ExitStatusExt;
                 // Let the readers see the end of the pipes.
                 std::thread::sleep(Duration::from_millis(50));
-                return Ok(status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(-1));
+                return Ok(status
+                    .code()
+                    .or(status.signal().map(|s| 128 + s))
+                    .unwrap_or(-1));
             }
             if Instant::now() > end {
                 let story = self.story("did not end in time");
@@ -262,7 +273,11 @@ impl Vmm {
             let lines: Vec<&str> = text.lines().collect();
             lines[lines.len().saturating_sub(30)..].join("\n")
         };
-        format!("{what}\n--- output:\n{}\n--- errors:\n{}", tail(self.output()), tail(self.errors()))
+        format!(
+            "{what}\n--- output:\n{}\n--- errors:\n{}",
+            tail(self.output()),
+            tail(self.errors())
+        )
     }
 }
 

@@ -37,10 +37,13 @@ pub enum BusError {
     },
 }
 
+/// Length of each range and its device, by first address.
+type Ranges = BTreeMap<u64, (u64, Arc<dyn BusDevice>)>;
+
 /// An address bus.
 #[derive(Default)]
 pub struct Bus {
-    ranges: RwLock<BTreeMap<u64, (u64, Arc<dyn BusDevice>)>>,
+    ranges: RwLock<Ranges>,
 }
 
 impl Bus {
@@ -135,8 +138,14 @@ mod tests {
             );
         }
         assert!(bus.insert(0x1100, 1, echo.clone()).is_ok());
-        assert!(matches!(bus.insert(0, 0, echo.clone()), Err(BusError::BadRange { .. })));
-        assert!(matches!(bus.insert(u64::MAX, 2, echo.clone()), Err(BusError::BadRange { .. })));
+        assert!(matches!(
+            bus.insert(0, 0, echo.clone()),
+            Err(BusError::BadRange { .. })
+        ));
+        assert!(matches!(
+            bus.insert(u64::MAX, 2, echo.clone()),
+            Err(BusError::BadRange { .. })
+        ));
         let mut data = [0; 4];
         assert!(bus.read(0x1010, &mut data));
         assert_eq!(data, [0x10; 4]);

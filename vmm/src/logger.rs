@@ -22,7 +22,9 @@ impl log::Log for StderrLogger {
             .collect();
         let level = record.level().as_str().to_ascii_lowercase();
         // A closed standard error must not end a VM.
-        let _ = writeln!(std::io::stderr().lock(), "bulkhead: {level}: {line}");
+        // One write, so that lines of other processes do not come between.
+        let line = format!("bulkhead: {level}: {line}\n");
+        let _ = std::io::stderr().lock().write_all(line.as_bytes());
     }
 
     fn flush(&self) {}

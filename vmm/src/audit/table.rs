@@ -41,7 +41,8 @@ pub fn render(audit: &Audit) -> String {
         let _ = writeln!(
             out,
             "\nDescriptors of {} (pid {}):",
-            report.name, report.pid
+            title(report),
+            report.pid
         );
         let rows: Vec<Vec<String>> = process
             .fds
@@ -81,13 +82,28 @@ pub fn render(audit: &Audit) -> String {
     out
 }
 
+/// What the kernel says it executes, and the name by which the API knows it.
+fn title(report: &Report) -> String {
+    let program = report
+        .process
+        .as_ref()
+        .and_then(|process| process.exe.as_deref())
+        .and_then(|exe| exe.rsplit('/').next())
+        .map(|name| name.trim_end_matches(" (deleted)"));
+    match (program, report.role) {
+        (Some(program), Role::Device) => format!("{program} {}", report.name),
+        (Some(program), _) => program.to_owned(),
+        (None, _) => report.name.clone(),
+    }
+}
+
 fn row(report: &Report) -> Vec<String> {
     let verdict = match report.verdict {
         Verdict::Ok => "ok",
         Verdict::Unknown => "unknown",
         Verdict::Deviation => "deviation",
     };
-    let mut cells = vec![report.name.clone(), report.pid.to_string()];
+    let mut cells = vec![title(report), report.pid.to_string()];
     match &report.process {
         Some(process) => cells.extend(facts(process)),
         None => cells.extend(std::iter::repeat_n("-".to_owned(), 8)),

@@ -152,7 +152,9 @@ fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
     let mut disk = DiskConfig::new();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| {
-            format!("{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]")
+            format!(
+                "{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]"
+            )
         })?;
         match key {
             "path" => disk.path = absolute(&option, value)?,
@@ -190,13 +192,17 @@ fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
 pub fn check_id(id: &str) -> Result<(), String> {
     let fits = !id.is_empty()
         && id.len() <= 32
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         && !id.starts_with(['-', '.']);
     if fits {
         Ok(())
     } else {
-        Err("use 1 to 32 letters, digits, '-', '_' and '.', starting with none of the last but '_'"
-            .to_string())
+        Err(
+            "use 1 to 32 letters, digits, '-', '_' and '.', starting with none of the last but '_'"
+                .to_string(),
+        )
     }
 }
 
@@ -250,7 +256,15 @@ mod tests {
         assert!(disk.readonly);
         assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/a", "root"));
         assert_eq!(parse_disk("path=/a", 3).unwrap().id, "disk3");
-        for bad in ["", "/a", "path=", "path=/a,readonly=yes", "path=/a,id=../x", "path=/a,ro=on", "id=x"] {
+        for bad in [
+            "",
+            "/a",
+            "path=",
+            "path=/a,readonly=yes",
+            "path=/a,id=../x",
+            "path=/a,ro=on",
+            "id=x",
+        ] {
             assert!(parse_disk(bad, 0).is_err(), "{bad}");
         }
     }

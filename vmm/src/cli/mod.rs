@@ -19,9 +19,11 @@ pub const EXIT_USAGE: u8 = 2;
 /// A virtual machine monitor in which every device is a confined process of its own.
 #[derive(Parser, Debug)]
 #[command(name = "bulkhead", version, about, max_term_width = 100)]
-#[command(after_help = "Exit codes of run and serve: 0 the guest switched itself off, 1 error, \
+#[command(
+    after_help = "Exit codes of run and serve: 0 the guest switched itself off, 1 error, \
 2 wrong command line, 3 the guest asked for a reset, 4 the guest triple-faulted, \
-5 the launcher died, 128+N ended by signal N.")]
+5 the launcher died, 128+N ended by signal N."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -99,9 +101,10 @@ fn usage(error: &clap::Error) -> ExitCode {
             let _ = error.print();
             ExitCode::SUCCESS
         }
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            fail(EXIT_USAGE, "give a command: run, serve, ctl or audit (see `bulkhead --help`)")
-        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => fail(
+            EXIT_USAGE,
+            "give a command: run, serve, ctl or audit (see `bulkhead --help`)",
+        ),
         _ => {
             let text = error.to_string();
             let what: Vec<&str> = text
@@ -125,6 +128,7 @@ pub fn fail(code: u8, what: &str) -> ExitCode {
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();
     // Nowhere left to say that standard error is closed.
-    let _ = writeln!(std::io::stderr(), "bulkhead: {line}");
+    let line = format!("bulkhead: {line}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
     ExitCode::from(code)
 }

@@ -1,8 +1,8 @@
 //! A device of the machine: its process, its control channel and the virtio-pci function
 //! in front of it. Owned by the manager thread; the function is shared with vCPU threads.
 
-use std::os::fd::OwnedFd;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,6 +60,9 @@ pub struct DeviceProcess {
     pub queues: u32,
     /// Why it is no longer served.
     pub failed: Option<String>,
+    /// When a malformed ring was last reported, and how many were not since: a hostile guest
+    /// must not fill the log.
+    pub ring_errors: (Option<std::time::Instant>, u64),
     /// fds handed over at exec, from fd 3 on.
     pub granted: Vec<String>,
 }
@@ -215,7 +218,11 @@ pub fn spawn_disk(
     let address = pci
         .attach(&port, Arc::clone(&function) as Arc<dyn PciFunction>)
         .map_err(|e| undo(e.to_string()))?;
-    let access = if disk.readonly { "read-only" } else { "read-write" };
+    let access = if disk.readonly {
+        "read-only"
+    } else {
+        "read-write"
+    };
     Ok(DeviceProcess {
         id: disk.id.clone(),
         kind,
@@ -230,6 +237,7 @@ pub fn spawn_disk(
         ready_us,
         queues: disk.queues,
         failed: None,
+        ring_errors: (None, 0),
         granted: vec![
             "control channel".to_string(),
             "vhost-user channel".to_string(),

@@ -30,6 +30,11 @@ const VCPU_LIMIT: Duration = Duration::from_secs(5);
 /// How long what the guest printed last may take to drain.
 const SERIAL_LIMIT: Duration = Duration::from_secs(2);
 
+/// At most one report of a malformed ring per device in this time.
+const RING_ERROR_INTERVAL: Duration = Duration::from_secs(1);
+/// A guest that has not left its vCPU once in so many seconds cannot run here: the kernel's
+/// first steps alone touch ports and registers.
+const BOOT_PATIENCE: u32 = 30;
 /// How long clients may take to read their last replies.
 const API_GRACE: Duration = Duration::from_secs(1);
 
@@ -91,7 +96,7 @@ impl Source {
 /// One line that says what failed and the remedy.
 pub fn run(options: HostOptions) -> Result<StopReason, String> {
     let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
-    let dev_kvm = kvm::open_dev_kvm().map_err(|e| e.to_string())?;
+    let dev_kvm = kvm::open_dev_kvm().map_err(|e| no_kvm(&e))?;
     let clone = |fd: &dyn AsRawFdFd| {
         fd.get()
             .try_clone_to_owned()
@@ -153,6 +158,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         terminal: None,
         stop: None,
         shutdown: None,
+        unseen: None,
         wakeups: 0,
     };
     let result = host.main(options.first);
@@ -161,6 +167,15 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         api.stop(API_GRACE);
     }
     result
+}
+
+/// What to do about a /dev/kvm that does not open.
+fn no_kvm(error: &std::io::Error) -> String {
+    let remedy = match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "run as root or as a member of its group",
+        _ => "enable virtualization in the firmware and load kvm_intel or kvm_amd",
+    };
+    format!("/dev/kvm: {error}: {remedy}")
 }
 
 /// Standard streams, for one closure that clones either.
@@ -202,16 +217,34 @@ struct Host {
     terminal: Option<RawTerminal>,
     stop: Option<StopReason>,
     shutdown: Option<PendingShutdown>,
+    /// Seconds that a booted guest has not been seen to do anything; `None` once it has.
+    unseen: Option<u32>,
     wakeups: u64,
 }
 
 impl Host {
     fn main(&mut self, first: Option<MachineConfig>) -> Result<StopReason, String> {
         self.watch(self.requests.raw_fd(), Source::Requests, EventSet::IN)?;
-        self.watch(self.vcpu_events.as_fd().as_raw_fd(), Source::Vcpus, EventSet::IN)?;
-        self.watch(self.launcher.as_fd().as_raw_fd(), Source::Launcher, EventSet::IN)?;
-        self.watch(self.launcher.pidfd().as_raw_fd(), Source::LauncherDeath, EventSet::IN)?;
-        self.watch(self.signals.as_fd().as_raw_fd(), Source::Signals, EventSet::IN)?;
+        self.watch(
+            self.vcpu_events.as_fd().as_raw_fd(),
+            Source::Vcpus,
+            EventSet::IN,
+        )?;
+        self.watch(
+            self.launcher.as_fd().as_raw_fd(),
+            Source::Launcher,
+            EventSet::IN,
+        )?;
+        self.watch(
+            self.launcher.pidfd().as_raw_fd(),
+            Source::LauncherDeath,
+            EventSet::IN,
+        )?;
+        self.watch(
+            self.signals.as_fd().as_raw_fd(),
+            Source::Signals,
+            EventSet::IN,
+        )?;
         if let Some(config) = first {
             self.create(config).map_err(|s| s.message)?;
             self.boot().map_err(|s| s.message)?;
@@ -230,6 +263,7 @@ impl Host {
                 }
             }
             self.check_shutdown();
+            self.check_boot(n == 0);
         }
         let reason = self.stop.clone().unwrap_or(StopReason::Forced);
         match reason {
@@ -240,15 +274,40 @@ impl Host {
 
     /// Milliseconds until the next deadline; -1 when there is none.
     fn timeout_ms(&self) -> i32 {
-        self.shutdown.as_ref().map_or(-1, |s| {
+        let shutdown = self.shutdown.as_ref().map(|s| {
             let left = s.deadline.saturating_duration_since(Instant::now());
             i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
-        })
+        });
+        let boot = self.unseen.map(|_| 1000);
+        [shutdown, boot].into_iter().flatten().min().unwrap_or(-1)
+    }
+
+    /// Notices a host whose KVM takes the guest in and never lets it out: each whole second
+    /// in which the manager itself ran and the guest did not.
+    fn check_boot(&mut self, second_passed: bool) {
+        let (Some(seconds), Some(machine)) = (self.unseen, &self.machine) else {
+            return;
+        };
+        if machine.parts.vcpus.counters().iter().any(|c| c.exits > 0) {
+            self.unseen = None;
+        } else if second_passed && machine.state == MachineState::Running {
+            self.unseen = Some(seconds.saturating_add(1));
+            if seconds >= BOOT_PATIENCE {
+                self.end(StopReason::HostError(format!(
+                    "the guest has not made a single exit in {BOOT_PATIENCE} s: the host's KVM \
+                     cannot run it: use a host whose /dev/kvm runs Linux guests"
+                )));
+            }
+        }
     }
 
     fn watch(&self, fd: RawFd, source: Source, events: EventSet) -> Result<(), String> {
         self.epoll
-            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, source.token()))
+            .ctl(
+                ControlOperation::Add,
+                fd,
+                EpollEvent::new(events, source.token()),
+            )
             .map_err(|e| format!("epoll: {e}"))
     }
 
@@ -304,7 +363,9 @@ impl Host {
                 ExitOutcome::Signal(signal) => format!("killed by signal {signal}"),
             };
             self.log.publish("device.exited", &device_id, &how);
-            log::warn!("device {device_id}: its process ended ({how}); the machine runs on without it");
+            log::warn!(
+                "device {device_id}: its process ended ({how}); the machine runs on without it"
+            );
             let Some(machine) = &mut self.machine else {
                 continue;
             };
@@ -314,7 +375,9 @@ impl Host {
                 .iter_mut()
                 .find(|d| d.id == device_id && d.incarnation == incarnation);
             if let Some(device) = device {
-                device.function.fail(FailReason::Stopped(format!("its process ended ({how})")));
+                device
+                    .function
+                    .fail(FailReason::Stopped(format!("its process ended ({how})")));
                 device.failed.get_or_insert(how);
             }
         }
@@ -331,7 +394,19 @@ impl Host {
         match device.function.on_event(source) {
             Outcome::Handled => {
                 if let EventSource::RingError(queue) = source {
-                    let detail = format!("queue {queue} is malformed; it waits for a reset by the guest");
+                    let (last, quiet) = &mut device.ring_errors;
+                    if last.is_some_and(|at| at.elapsed() < RING_ERROR_INTERVAL) {
+                        *quiet = quiet.saturating_add(1);
+                        return;
+                    }
+                    *last = Some(Instant::now());
+                    let more = match std::mem::take(quiet) {
+                        0 => String::new(),
+                        n => format!(" ({n} more were not reported)"),
+                    };
+                    let detail = format!(
+                        "queue {queue} is malformed; it waits for a reset by the guest{more}"
+                    );
                     self.log.publish("device.ring-error", &device.id, &detail);
                     log::warn!("device {}: {detail}", device.id);
                 }
@@ -399,8 +474,8 @@ impl Host {
         )
         .map_err(RpcStatus::failed_precondition)?;
         for (index, device) in parts.devices.iter().enumerate() {
-            let index = u16::try_from(index)
-                .map_err(|_| RpcStatus::internal("too many devices"))?;
+            let index =
+                u16::try_from(index).map_err(|_| RpcStatus::internal("too many devices"))?;
             for poll in device.function.poll_fds() {
                 let source = Source::Device {
                     index,
@@ -413,7 +488,10 @@ impl Host {
             self.log.publish(
                 "device.ready",
                 &device.id,
-                &format!("{} pid {} in {} us", device.kind.name, device.pid, device.ready_us),
+                &format!(
+                    "{} pid {} in {} us",
+                    device.kind.name, device.pid, device.ready_us
+                ),
             );
         }
         self.machine = Some(Machine {
@@ -422,15 +500,21 @@ impl Host {
             parts,
         });
         // The machine is made: what only making one needs goes.
-        confine::steady().map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
+        confine::steady()
+            .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
         self.log.publish("machine.created", "", "");
         Ok(())
     }
 
     /// The machine, if `transition` is legal, and the state it leads to.
-    fn prepare(&mut self, transition: Transition) -> Result<(&mut Machine, MachineState), RpcStatus> {
+    fn prepare(
+        &mut self,
+        transition: Transition,
+    ) -> Result<(&mut Machine, MachineState), RpcStatus> {
         let machine = self.machine.as_mut().ok_or_else(|| {
-            RpcStatus::failed_precondition(format!("cannot {transition}: no machine yet: create one"))
+            RpcStatus::failed_precondition(format!(
+                "cannot {transition}: no machine yet: create one"
+            ))
         })?;
         let next = machine
             .state
@@ -448,6 +532,7 @@ impl Host {
             .is_some_and(|s| s.mode == serial_config::Mode::STDIO.into());
         machine.parts.vcpus.start();
         machine.state = next;
+        self.unseen = Some(0);
         if stdio {
             self.terminal = RawTerminal::enter().unwrap_or_else(|e| {
                 log::warn!("the terminal stays as it is: {e}");
@@ -514,7 +599,11 @@ impl Host {
             .as_ref()
             .is_some_and(|s| Instant::now() >= s.deadline);
         if late && self.stop.is_none() {
-            self.log.publish("machine.shutdown-deadline", "", "the guest did not switch itself off");
+            self.log.publish(
+                "machine.shutdown-deadline",
+                "",
+                "the guest did not switch itself off",
+            );
             self.end(StopReason::Forced);
         }
     }
@@ -524,7 +613,11 @@ impl Host {
         info.version = env!("CARGO_PKG_VERSION").to_string();
         info.vmm_pid = i32::try_from(std::process::id()).unwrap_or(0);
         info.launcher_pid = self.launcher.pid();
-        info.stop_reason = self.stop.as_ref().map(ToString::to_string).unwrap_or_default();
+        info.stop_reason = self
+            .stop
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default();
         let mut counters = VmmCounters::new();
         counters.manager_wakeups = self.wakeups;
         match &self.machine {

@@ -46,7 +46,14 @@ pub fn blk_args(disk: &DiskConfig, queues: u32, direct: bool) -> Vec<String> {
     let serial: String = serial.chars().filter(char::is_ascii).take(20).collect();
     spec.push_str(&format!(",serial={serial}"));
     [
-        "--control-fd", "3", "--vhost-fd", "4", "--disk", &spec, "--queues", &queues.to_string(),
+        "--control-fd",
+        "3",
+        "--vhost-fd",
+        "4",
+        "--disk",
+        &spec,
+        "--queues",
+        &queues.to_string(),
     ]
     .map(str::to_string)
     .to_vec()

@@ -74,4 +74,3 @@ impl RequestReceiver {
         self.wake.as_raw_fd()
     }
 }
-

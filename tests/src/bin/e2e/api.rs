@@ -9,12 +9,23 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test { subject: "api", name, long: false, run };
+    let test = |name, run| Test {
+        subject: "api",
+        name,
+        long: false,
+        run,
+    };
     vec![
-        test("a served VMM is created, booted, paused, resumed and shut down", whole_life),
+        test(
+            "a served VMM is created, booted, paused, resumed and shut down",
+            whole_life,
+        ),
         test("the power button reaches the guest", power_button),
         test("two VMs at once do not meet", two_at_once),
-        test("a socket path in use is refused, a stale one is taken over", socket_in_use),
+        test(
+            "a socket path in use is refused, a stale one is taken over",
+            socket_in_use,
+        ),
     ]
 }
 
@@ -50,21 +61,37 @@ fn whole_life() -> Verdict {
     let mut vmm = Vmm::start(&["serve", "--api-socket", &socket])?;
     up(&vmm, &socket)?;
     refused(&socket, &["boot"], &["no machine"])?;
-    let script = scratch.script("s", "i=0; while :; do i=$((i+1)); echo TICK=$i; usleep 50000; done")?;
+    let script = scratch.script(
+        "s",
+        "i=0; while :; do i=$((i+1)); echo TICK=$i; usleep 50000; done",
+    )?;
     let (kernel, initrd) = (guest_file("vmlinux"), guest_file("initrd.img"));
     let disk = format!("path={script},readonly=on,id=ticker");
     let create = [
-        "create", "--kernel", &kernel, "--initrd", &initrd, "--memory", "256M", "--disk", &disk,
-        "--cmdline", "console=ttyS0 quiet panic=-1 bh.cmd=script",
+        "create",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--memory",
+        "256M",
+        "--disk",
+        &disk,
+        "--cmdline",
+        "console=ttyS0 quiet panic=-1 bh.cmd=script",
     ];
     refused(&socket, &["create", "--kernel", "/absent"], &["/absent"])?;
     ctl(&socket, &create)?;
     refused(&socket, &create, &["already"])?;
-    check(state(&socket)?.contains("created"), || format!("{:?}", state(&socket)))?;
+    check(state(&socket)?.contains("created"), || {
+        format!("{:?}", state(&socket))
+    })?;
     refused(&socket, &["pause"], &["created", "boot"])?;
     refused(&socket, &["resume"], &["created", "boot"])?;
     let devices = ctl(&socket, &["devices"])?;
-    check(devices.to_string().contains("ticker"), || devices.to_string())?;
+    check(devices.to_string().contains("ticker"), || {
+        devices.to_string()
+    })?;
 
     ctl(&socket, &["boot"])?;
     refused(&socket, &["boot"], &["running"])?;
@@ -72,28 +99,43 @@ fn whole_life() -> Verdict {
     vmm.wait_for("TICK=3", LIMIT)?;
 
     ctl(&socket, &["pause"])?;
-    check(state(&socket)?.contains("paused"), || format!("{:?}", state(&socket)))?;
+    check(state(&socket)?.contains("paused"), || {
+        format!("{:?}", state(&socket))
+    })?;
     std::thread::sleep(Duration::from_millis(300));
     let before = vmm.output().len();
     std::thread::sleep(Duration::from_millis(700));
-    check(vmm.output().len() == before, || "a paused guest went on printing".to_string())?;
+    check(vmm.output().len() == before, || {
+        "a paused guest went on printing".to_string()
+    })?;
     refused(&socket, &["pause"], &["paused"])?;
     refused(&socket, &["shutdown"], &["paused"])?;
     ctl(&socket, &["resume"])?;
     let end = Instant::now() + LIMIT;
     while vmm.output().len() == before {
-        check(Instant::now() < end, || "a resumed guest stays silent".to_string())?;
+        check(Instant::now() < end, || {
+            "a resumed guest stays silent".to_string()
+        })?;
         std::thread::sleep(Duration::from_millis(20));
     }
 
-    let events = bulkhead(&["ctl", "--socket", &socket, "--json", "events", "--from", "1", "--backlog"])?;
+    let events = bulkhead(&[
+        "ctl", "--socket", &socket, "--json", "events", "--from", "1",
+    ])?;
     let events = String::from_utf8_lossy(&events.stdout).into_owned();
-    for kind in ["device.ready", "machine.created", "machine.running", "machine.paused"] {
+    for kind in [
+        "device.ready",
+        "machine.created",
+        "machine.running",
+        "machine.paused",
+    ] {
         check(events.contains(kind), || format!("no {kind} in {events}"))?;
     }
     ctl(&socket, &["shutdown", "--force"])?;
     vmm.ends_with(0, LIMIT)?;
-    check(!std::path::Path::new(&socket).exists(), || format!("{socket} is left behind"))?;
+    check(!std::path::Path::new(&socket).exists(), || {
+        format!("{socket} is left behind")
+    })?;
     nothing_left(Duration::from_secs(5))
 }
 
@@ -125,7 +167,9 @@ fn two_at_once() -> Verdict {
     second.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
     ctl(&a, &["shutdown", "--force"])?;
     first.ends_with(0, LIMIT)?;
-    check(state(&b)?.contains("running"), || format!("{:?}", state(&b)))?;
+    check(state(&b)?.contains("running"), || {
+        format!("{:?}", state(&b))
+    })?;
     ctl(&b, &["shutdown", "--force"])?;
     second.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))
@@ -146,8 +190,7 @@ fn socket_in_use() -> Verdict {
     up(&first, &socket)?;
     first.kill();
     nothing_left(Duration::from_secs(5))?;
-    std::os::unix::net::UnixListener::bind(scratch.path("stale"))
-        .map_err(|e| e.to_string())?;
+    std::os::unix::net::UnixListener::bind(scratch.path("stale")).map_err(|e| e.to_string())?;
     let stale = scratch.path("stale");
     let mut third = Vmm::start(&["serve", "--api-socket", &stale])?;
     up(&third, &stale)?;

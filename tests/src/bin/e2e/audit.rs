@@ -9,8 +9,16 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test { subject: "audit", name, long: false, run };
-    vec![test("the kernel says that the disk process is confined", confined)]
+    let test = |name, run| Test {
+        subject: "audit",
+        name,
+        long: false,
+        run,
+    };
+    vec![test(
+        "the kernel says that the disk process is confined",
+        confined,
+    )]
 }
 
 fn confined() -> Verdict {
@@ -19,7 +27,12 @@ fn confined() -> Verdict {
     let socket = scratch.path("api");
     let mut vmm = Vmm::boot(
         "bh.cmd=hang",
-        &["--disk", &format!("path={disk},id=root"), "--api-socket", &socket],
+        &[
+            "--disk",
+            &format!("path={disk},id=root"),
+            "--api-socket",
+            &socket,
+        ],
     )?;
     vmm.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
     for how in [
@@ -29,13 +42,18 @@ fn confined() -> Verdict {
         let output = bulkhead(&how)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        check(output.status.success(), || format!("{how:?}: {}\n{text}\n{errors}", output.status))?;
+        check(output.status.success(), || {
+            format!("{how:?}: {}\n{text}\n{errors}", output.status)
+        })?;
         check(text.contains("bulkhead-blk"), || format!("{how:?}: {text}"))?;
     }
     // What the kernel says, read here once more, independently of the audit.
     let devices = ctl(&socket, &["devices"])?;
-    let pid = devices["devices"][0]["pid"].as_i64().ok_or_else(|| devices.to_string())?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| e.to_string())?;
+    let pid = devices[0]["pid"]
+        .as_i64()
+        .ok_or_else(|| devices.to_string())?;
+    let status =
+        std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| e.to_string())?;
     let field = |name: &str| {
         status
             .lines()
@@ -45,18 +63,25 @@ fn confined() -> Verdict {
             .to_string()
     };
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
-        check(field(set) == "0000000000000000", || format!("{set} {}", field(set)))?;
+        check(field(set) == "0000000000000000", || {
+            format!("{set} {}", field(set))
+        })?;
     }
-    check(field("NoNewPrivs:") == "1", || format!("NoNewPrivs {}", field("NoNewPrivs:")))?;
-    check(field("Seccomp:") == "2", || format!("Seccomp {}", field("Seccomp:")))?;
-    check(!field("Uid:").split_whitespace().any(|u| u == "0"), || format!("Uid {}", field("Uid:")))?;
+    check(field("NoNewPrivs:") == "1", || {
+        format!("NoNewPrivs {}", field("NoNewPrivs:"))
+    })?;
+    check(field("Seccomp:") == "2", || {
+        format!("Seccomp {}", field("Seccomp:"))
+    })?;
+    check(!field("Uid:").split_whitespace().any(|u| u == "0"), || {
+        format!("Uid {}", field("Uid:"))
+    })?;
     for namespace in ["user", "mnt", "pid", "net", "ipc", "uts"] {
         let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{namespace}"));
         let (host, device) = (of("self"), of(&pid.to_string()));
-        check(
-            matches!((&host, &device), (Ok(h), Ok(d)) if h != d),
-            || format!("{namespace}: {host:?} {device:?}"),
-        )?;
+        check(matches!((&host, &device), (Ok(h), Ok(d)) if h != d), || {
+            format!("{namespace}: {host:?} {device:?}")
+        })?;
     }
     let root: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/root/"))
         .map_err(|e| e.to_string())?
@@ -64,7 +89,10 @@ fn confined() -> Verdict {
         .collect();
     check(root.is_empty(), || format!("its root holds {root:?}"))?;
     let mut files = Vec::new();
-    for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(|e| e.to_string())?.flatten() {
+    for fd in std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map_err(|e| e.to_string())?
+        .flatten()
+    {
         let target = std::fs::read_link(fd.path()).map_err(|e| e.to_string())?;
         let target = target.to_string_lossy().into_owned();
         if target.starts_with('/') && !target.starts_with("/memfd:") {
@@ -74,7 +102,9 @@ fn confined() -> Verdict {
     files.sort();
     files.dedup();
     check(
-        files.iter().all(|f| f == "/dev/null" || f.ends_with("/disk")),
+        files
+            .iter()
+            .all(|f| f == "/dev/null" || f.ends_with("/disk")),
         || format!("it holds {files:?}"),
     )?;
     vmm.kill();

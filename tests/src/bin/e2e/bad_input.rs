@@ -9,17 +9,33 @@ use bulkhead_tests::vmm::{Scratch, bin, bulkhead, guest_file, nothing_left};
 
 /// Those that need a KVM that can run guests, or to be inside the nested host.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test { subject: "bad-input", name, long: false, run };
+    let test = |name, run| Test {
+        subject: "bad-input",
+        name,
+        long: false,
+        run,
+    };
     let mut tests = native();
-    tests.push(test("an ordinary user with /dev/kvm boots a guest with a disk", ordinary_user));
+    tests.push(test(
+        "an ordinary user with /dev/kvm boots a guest with a disk",
+        ordinary_user,
+    ));
     tests.push(test("no /dev/kvm is said so", no_dev_kvm));
-    tests.push(test("no right to make namespaces is said so", no_namespaces));
+    tests.push(test(
+        "no right to make namespaces is said so",
+        no_namespaces,
+    ));
     tests
 }
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test { subject: "bad-input", name, long: false, run };
+    let test = |name, run| Test {
+        subject: "bad-input",
+        name,
+        long: false,
+        run,
+    };
     vec![
         test("files that are no kernel", bad_kernels),
         test("files that are no initrd", bad_initrds),
@@ -37,9 +53,13 @@ fn expect(output: &Output, code: i32, words: &[&str]) -> Verdict {
     check(output.status.code() == Some(code), || {
         format!("{}: {errors}", output.status)
     })?;
-    check(errors.lines().count() == 1, || format!("not one line: {errors}"))?;
+    check(errors.lines().count() == 1, || {
+        format!("not one line: {errors}")
+    })?;
     for word in words {
-        check(errors.contains(word), || format!("no {word:?} in: {errors}"))?;
+        check(errors.contains(word), || {
+            format!("no {word:?} in: {errors}")
+        })?;
     }
     nothing_left(Duration::from_secs(5))
 }
@@ -58,12 +78,19 @@ fn kernel_bytes(name: &str) -> Result<Vec<u8>, String> {
 fn bad_kernels() -> Verdict {
     let scratch = Scratch::new("kernels")?;
     let (elf, bz) = (kernel_bytes("vmlinux")?, kernel_bytes("vmlinuz")?);
-    run(&["--kernel", "/no/such/kernel"], 1, &["/no/such/kernel", "kernel"])?;
+    run(
+        &["--kernel", "/no/such/kernel"],
+        1,
+        &["/no/such/kernel", "kernel"],
+    )?;
     let directory = scratch.path("");
     run(&["--kernel", &directory], 1, &["directory"])?;
     let files: [(&str, &[u8]); 6] = [
         ("empty", &[]),
-        ("text", b"this is no kernel, but it is longer than nothing\n"),
+        (
+            "text",
+            b"this is no kernel, but it is longer than nothing\n",
+        ),
         ("elf-header", elf.get(..64).unwrap_or_default()),
         ("elf-half", elf.get(..elf.len() / 2).unwrap_or_default()),
         ("bz-header", bz.get(..1024).unwrap_or_default()),
@@ -80,18 +107,30 @@ fn bad_kernels() -> Verdict {
 fn bad_initrds() -> Verdict {
     let scratch = Scratch::new("initrds")?;
     let kernel = guest_file("vmlinux");
-    run(&["--kernel", &kernel, "--initrd", "/no/such"], 1, &["/no/such", "initrd"])?;
+    run(
+        &["--kernel", &kernel, "--initrd", "/no/such"],
+        1,
+        &["/no/such", "initrd"],
+    )?;
     let empty = scratch.file("empty", &[])?;
     run(&["--kernel", &kernel, "--initrd", &empty], 1, &[&empty])?;
     let big = scratch.disk("big", 80 << 20, 3)?;
-    run(&["--kernel", &kernel, "--initrd", &big, "--memory", "64M"], 1, &[&big])
+    run(
+        &["--kernel", &kernel, "--initrd", &big, "--memory", "128M"],
+        1,
+        &[&big],
+    )
 }
 
 fn bad_disks() -> Verdict {
     let scratch = Scratch::new("disks")?;
     let kernel = guest_file("vmlinux");
     let disk = |spec: &str, words: &[&str]| {
-        run(&["--kernel", &kernel, "--memory", "128M", "--disk", spec], 1, words)
+        run(
+            &["--kernel", &kernel, "--memory", "128M", "--disk", spec],
+            1,
+            words,
+        )
     };
     disk("path=/no/such/disk", &["/no/such/disk"])?;
     disk(&format!("path={}", scratch.path("")), &["directory"])?;
@@ -121,15 +160,50 @@ fn bad_options() -> Verdict {
     let kernel = guest_file("vmlinux");
     for (args, words) in [
         (vec!["run"], vec!["--kernel"]),
-        (vec!["run", "--kernel", &kernel, "--frobnicate"], vec!["--frobnicate"]),
-        (vec!["run", "--kernel", &kernel, "--memory", "lots"], vec!["--memory", "512M"]),
-        (vec!["run", "--kernel", &kernel, "--memory", "0"], vec!["--memory"]),
-        (vec!["run", "--kernel", &kernel, "--cpus", "0"], vec!["--cpus"]),
-        (vec!["run", "--kernel", &kernel, "--cpus", "2,pin=0"], vec!["--cpus", "pin"]),
-        (vec!["run", "--kernel", &kernel, "--disk", "/x"], vec!["--disk", "path="]),
-        (vec!["run", "--kernel", &kernel, "--disk", "path=/x,format=qcow2"], vec!["format"]),
-        (vec!["run", "--kernel", &kernel, "--disk", "path=/x,id=a", "--disk", "path=/y,id=a"], vec!["id"]),
-        (vec!["run", "--kernel", &kernel, "--serial", "tty"], vec!["--serial"]),
+        (
+            vec!["run", "--kernel", &kernel, "--frobnicate"],
+            vec!["--frobnicate"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--memory", "lots"],
+            vec!["--memory", "512M"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--memory", "0"],
+            vec!["--memory"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--cpus", "0"],
+            vec!["--cpus"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--cpus", "2,pin=0"],
+            vec!["--cpus", "pin"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--disk", "/x"],
+            vec!["--disk", "path="],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--disk", "path=/x,format=qcow2"],
+            vec!["format"],
+        ),
+        (
+            vec![
+                "run",
+                "--kernel",
+                &kernel,
+                "--disk",
+                "path=/x,id=a",
+                "--disk",
+                "path=/y,id=a",
+            ],
+            vec!["id"],
+        ),
+        (
+            vec!["run", "--kernel", &kernel, "--serial", "tty"],
+            vec!["--serial"],
+        ),
         (vec!["frobnicate"], vec!["frobnicate"]),
         (vec![], vec!["command"]),
         (vec!["serve"], vec!["--api-socket"]),
@@ -137,16 +211,32 @@ fn bad_options() -> Verdict {
         expect(&bulkhead(&args)?, 2, &words).map_err(|e| format!("{args:?}: {e}"))?;
     }
     let socket = "/no/such/socket";
-    expect(&bulkhead(&["ctl", "--socket", socket, "info"])?, 1, &[socket])?;
+    expect(
+        &bulkhead(&["ctl", "--socket", socket, "info"])?,
+        1,
+        &[socket],
+    )?;
     expect(&bulkhead(&["audit", "--api-socket", socket])?, 1, &[socket])?;
-    expect(&bulkhead(&["audit", "--pid", "999999999"])?, 1, &["999999999"])
+    expect(
+        &bulkhead(&["audit", "--pid", "999999999"])?,
+        1,
+        &["999999999"],
+    )
 }
 
 fn too_much_memory() -> Verdict {
     let kernel = guest_file("vmlinux");
-    run(&["--kernel", &kernel, "--memory", "64T"], 1, &["memory", "host"])?;
+    run(
+        &["--kernel", &kernel, "--memory", "64T"],
+        1,
+        &["memory", "host"],
+    )?;
     run(&["--kernel", &kernel, "--memory", "1M"], 1, &["memory"])?;
-    run(&["--kernel", &kernel, "--memory", "100000001"], 1, &["memory"])
+    run(
+        &["--kernel", &kernel, "--memory", "100000001"],
+        1,
+        &["memory"],
+    )
 }
 
 fn bad_places() -> Verdict {
@@ -160,9 +250,19 @@ fn bad_places() -> Verdict {
         &["/no/such/dir/api"],
     )?;
     let long = format!("/tmp/{}", "x".repeat(120));
-    expect(&bulkhead(&["serve", "--api-socket", &long])?, 1, &["107"])?;
     expect(
-        &bulkhead(&["serve", "--api-socket", "/tmp/x", "--libexec", "/no/such/libexec"])?,
+        &bulkhead(&["serve", "--api-socket", &long])?,
+        1,
+        &["too long"],
+    )?;
+    expect(
+        &bulkhead(&[
+            "serve",
+            "--api-socket",
+            "/tmp/x",
+            "--libexec",
+            "/no/such/libexec",
+        ])?,
         1,
         &["/no/such/libexec"],
     )
@@ -170,11 +270,17 @@ fn bad_places() -> Verdict {
 
 fn help() -> Verdict {
     for args in [
-        vec!["--help"], vec!["run", "--help"], vec!["serve", "--help"], vec!["ctl", "--help"],
-        vec!["audit", "--help"], vec!["--version"],
+        vec!["--help"],
+        vec!["run", "--help"],
+        vec!["serve", "--help"],
+        vec!["ctl", "--help"],
+        vec!["audit", "--help"],
+        vec!["--version"],
     ] {
         let output = bulkhead(&args)?;
-        check(output.status.success() && !output.stdout.is_empty(), || format!("{args:?}: {output:?}"))?;
+        check(output.status.success() && !output.stdout.is_empty(), || {
+            format!("{args:?}: {output:?}")
+        })?;
         check(output.stderr.is_empty(), || format!("{args:?}: {output:?}"))?;
     }
     Ok(())
@@ -212,9 +318,10 @@ fn ordinary_user() -> Verdict {
         String::from_utf8_lossy(&output.stdout).into_owned(),
         String::from_utf8_lossy(&output.stderr).into_owned(),
     );
-    check(output.status.code() == Some(0) && out.contains(&format!("SUM={expected}")), || {
-        format!("{}\n{out}\n{err}", output.status)
-    })?;
+    check(
+        output.status.code() == Some(0) && out.contains(&format!("SUM={expected}")),
+        || format!("{}\n{out}\n{err}", output.status),
+    )?;
     nothing_left(Duration::from_secs(5))
 }
 

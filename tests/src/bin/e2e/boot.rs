@@ -9,21 +9,46 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test { subject: "boot", name, long: false, run };
-    let long = |name, run| Test { subject: "boot", name, long: true, run };
+    let test = |name, run| Test {
+        subject: "boot",
+        name,
+        long: false,
+        run,
+    };
+    let long = |name, run| Test {
+        subject: "boot",
+        name,
+        long: true,
+        run,
+    };
     vec![
-        test("a PVH kernel boots and powers off: exit code 0", pvh_poweroff),
+        test(
+            "a PVH kernel boots and powers off: exit code 0",
+            pvh_poweroff,
+        ),
         test("a bzImage boots and reboots: exit code 3", bzimage_reboot),
         test("a panic resets: exit code 3", panic_resets),
         test("a triple fault: exit code 4", triple_fault),
         test("two vCPUs are both online", two_cpus),
-        test("memory on both sides of the 32-bit hole is there", memory_hole),
+        test(
+            "memory on both sides of the 32-bit hole is there",
+            memory_hole,
+        ),
         test("the serial port goes to a file", serial_file),
-        test("the serial port goes both ways over a unix socket", serial_socket),
+        test(
+            "the serial port goes both ways over a unix socket",
+            serial_socket,
+        ),
         test("the serial port takes what is typed", serial_input),
-        long("Debian 6.1 cloud boots by both protocols", || both("-6.1-cloud")),
-        long("Debian 6.1 generic boots by both protocols", || both("-6.1-generic")),
-        long("Debian 6.12 generic boots by both protocols", || both("-6.12-generic")),
+        long("Debian 6.1 cloud boots by both protocols", || {
+            both("-6.1-cloud")
+        }),
+        long("Debian 6.1 generic boots by both protocols", || {
+            both("-6.1-generic")
+        }),
+        long("Debian 6.12 generic boots by both protocols", || {
+            both("-6.12-generic")
+        }),
     ]
 }
 
@@ -38,7 +63,14 @@ fn pvh_poweroff() -> Verdict {
 fn bzimage_reboot() -> Verdict {
     let (kernel, initrd) = (guest_file("vmlinuz"), guest_file("initrd.img"));
     let mut vmm = Vmm::start(&[
-        "run", "--kernel", &kernel, "--initrd", &initrd, "--memory", "256M", "--cmdline",
+        "run",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--memory",
+        "256M",
+        "--cmdline",
         "console=ttyS0 quiet bh.cmd=reboot",
     ])?;
     vmm.wait_for("BULKHEAD-GUEST-INIT", LIMIT)?;
@@ -55,7 +87,9 @@ fn triple_fault() -> Verdict {
     let mut vmm = Vmm::boot("bh.cmd=triplefault reboot=t", &[])?;
     vmm.wait_for("BULKHEAD-GUEST-INIT", LIMIT)?;
     vmm.ends_with(4, LIMIT)?;
-    check(vmm.errors().contains("triple-faulted"), || vmm.story("it does not say so"))
+    check(vmm.errors().contains("triple-faulted"), || {
+        vmm.story("it does not say so")
+    })
 }
 
 fn two_cpus() -> Verdict {
@@ -73,7 +107,10 @@ fn two_cpus() -> Verdict {
         .collect();
     // The guest may have ended already; then there is nothing left to look at.
     check(
-        threads.is_empty() || ["vp-0", "vp-1"].iter().all(|n| threads.iter().any(|t| t == n)),
+        threads.is_empty()
+            || ["vp-0", "vp-1"]
+                .iter()
+                .all(|n| threads.iter().any(|t| t == n)),
         || format!("threads: {threads:?}"),
     )?;
     vmm.ends_with(0, LIMIT)
@@ -103,8 +140,12 @@ fn serial_file() -> Verdict {
     let mut vmm = Vmm::boot("bh.cmd=poweroff", &["--serial", &format!("file={path}")])?;
     vmm.ends_with(0, LIMIT)?;
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
-    check(text.contains("BULKHEAD-GUEST-INIT"), || format!("the file holds {text:?}"))?;
-    check(vmm.output().is_empty(), || vmm.story("the console came out twice"))
+    check(text.contains("BULKHEAD-GUEST-INIT"), || {
+        format!("the file holds {text:?}")
+    })?;
+    check(vmm.output().is_empty(), || {
+        vmm.story("the console came out twice")
+    })
 }
 
 fn serial_socket() -> Verdict {
@@ -138,13 +179,17 @@ fn serial_socket() -> Verdict {
             other => return Err(format!("{other:?} after {text:?}")),
         }
         if !typed && text.contains("TYPE") {
-            stream.write_all(b"over the socket\n").map_err(|e| e.to_string())?;
+            stream
+                .write_all(b"over the socket\n")
+                .map_err(|e| e.to_string())?;
             typed = true;
         }
     }
     check(text.contains("GOT=over the socket"), || format!("{text:?}"))?;
     vmm.ends_with(0, LIMIT)?;
-    check(!std::path::Path::new(&path).exists(), || format!("{path} is left behind"))
+    check(!std::path::Path::new(&path).exists(), || {
+        format!("{path} is left behind")
+    })
 }
 
 fn serial_input() -> Verdict {
@@ -163,7 +208,14 @@ fn both(variant: &str) -> Verdict {
     for kernel in ["vmlinux", "vmlinuz"] {
         let kernel = guest_file(&format!("{kernel}{variant}"));
         let mut vmm = Vmm::start(&[
-            "run", "--kernel", &kernel, "--initrd", &initrd, "--memory", "512M", "--cmdline",
+            "run",
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--memory",
+            "512M",
+            "--cmdline",
             "console=ttyS0 quiet panic=-1 bh.cmd=poweroff",
         ])?;
         vmm.wait_for("BULKHEAD-GUEST-INIT", LIMIT)?;

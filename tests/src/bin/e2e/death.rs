@@ -9,11 +9,22 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test { subject: "death", name, long: false, run };
+    let test = |name, run| Test {
+        subject: "death",
+        name,
+        long: false,
+        run,
+    };
     vec![
         test("a killed VMM leaves no process and no socket", vmm_killed),
-        test("a killed launcher ends the VM with exit code 5", launcher_killed),
-        test("a killed disk process costs that disk, the machine runs on", disk_killed),
+        test(
+            "a killed launcher ends the VM with exit code 5",
+            launcher_killed,
+        ),
+        test(
+            "a killed disk process costs that disk, the machine runs on",
+            disk_killed,
+        ),
         test("SIGINT and SIGTERM end the VM and all of it", signals),
     ]
 }
@@ -36,11 +47,18 @@ fn running(name: &str, disks: usize) -> Result<Running, String> {
         "s",
         "echo UP; while read -r line; do dd if=/dev/vdb of=/dev/null bs=4k count=16 iflag=direct 2>/dev/null && echo READ-OK; done",
     )?;
-    args.extend(["--disk".to_string(), format!("path={script},readonly=on,id=script")]);
+    args.extend([
+        "--disk".to_string(),
+        format!("path={script},readonly=on,id=script"),
+    ]);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut vmm = Vmm::boot("bh.cmd=script", &args)?;
     vmm.wait_for("UP", LIMIT)?;
-    Ok(Running { vmm, socket, _scratch: scratch })
+    Ok(Running {
+        vmm,
+        socket,
+        _scratch: scratch,
+    })
 }
 
 fn kill(pid: i64) -> Verdict {
@@ -53,7 +71,7 @@ fn kill(pid: i64) -> Verdict {
 
 fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
     let devices = ctl(socket, &["devices"])?;
-    devices["devices"]
+    devices
         .as_array()
         .into_iter()
         .flatten()
@@ -66,16 +84,24 @@ fn vmm_killed() -> Verdict {
     let mut r = running("vmmkill", 2)?;
     r.vmm.kill();
     nothing_left(Duration::from_secs(5))?;
-    check(!std::path::Path::new(&r.socket).exists(), || format!("{} is left behind", r.socket))
+    check(!std::path::Path::new(&r.socket).exists(), || {
+        format!("{} is left behind", r.socket)
+    })
 }
 
 fn launcher_killed() -> Verdict {
     let mut r = running("lkill", 2)?;
     let info = ctl(&r.socket, &["info"])?;
-    kill(info["launcher_pid"].as_i64().ok_or_else(|| info.to_string())?)?;
+    kill(
+        info["launcher_pid"]
+            .as_i64()
+            .ok_or_else(|| info.to_string())?,
+    )?;
     r.vmm.ends_with(5, LIMIT)?;
     let errors = r.vmm.errors();
-    check(errors.contains("launcher"), || r.vmm.story("it does not say why"))?;
+    check(errors.contains("launcher"), || {
+        r.vmm.story("it does not say why")
+    })?;
     nothing_left(Duration::from_secs(5))
 }
 
@@ -109,7 +135,9 @@ fn signals() -> Verdict {
         check(status.success(), || format!("kill: {status}"))?;
         r.vmm.ends_with(code, LIMIT)?;
         nothing_left(Duration::from_secs(5))?;
-        check(!std::path::Path::new(&r.socket).exists(), || format!("{} is left", r.socket))?;
+        check(!std::path::Path::new(&r.socket).exists(), || {
+            format!("{} is left", r.socket)
+        })?;
     }
     Ok(())
 }

@@ -10,6 +10,8 @@ use super::layout;
 
 /// FFFF:0000.
 const RESET_VECTOR: u64 = 0xf_fff0;
+// The port fits an immediate, and ACPI's tables begin below the code.
+const _: () = assert!(layout::RESET_PORT <= u16::MAX as u64 && layout::ACPI_START < RESET_VECTOR);
 
 /// Writes the code.
 ///
@@ -18,11 +20,15 @@ const RESET_VECTOR: u64 = 0xf_fff0;
 pub fn write(ram: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
     let [low, high, ..] = layout::RESET_PORT.to_le_bytes();
     let code = [
-        0xba, low, high, // mov dx, RESET_PORT
-        0xb0, layout::RESET_VALUE, // mov al, RESET_VALUE
-        0xee, // out dx, al
-        0xf4, // hlt
-        0xeb, 0xfd, // jmp to the hlt
+        0xba,
+        low,
+        high, // mov dx, RESET_PORT
+        0xb0,
+        layout::RESET_VALUE, // mov al, RESET_VALUE
+        0xee,                // out dx, al
+        0xf4,                // hlt
+        0xeb,
+        0xfd, // jmp to the hlt
     ];
     ram.write_slice(&code, GuestAddress(RESET_VECTOR))
 }
@@ -37,7 +43,5 @@ mod tests {
         write(&ram).unwrap();
         let first: u8 = ram.read_obj(GuestAddress(RESET_VECTOR)).unwrap();
         assert_eq!(first, 0xba);
-        assert!(layout::RESET_PORT <= u64::from(u16::MAX));
-        assert!(layout::ACPI_START < RESET_VECTOR);
     }
 }
