@@ -24,7 +24,7 @@ build: ## build the static binaries
 	@ls -l $(BIN)/bulkhead $(BIN)/bulkhead-launcher $(BIN)/bulkhead-blk
 
 guest: setup ## make the guest kernel, initrd and Debian root file system
-	@tests/guest/make --rootfs
+	@tests/guest/make
 
 nested: setup ## make the nested host's kernel and initrd
 	@tests/nested-host/prepare
