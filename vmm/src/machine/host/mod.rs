@@ -6,17 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::machine::{
-    DevicesResponse, InfoResponse, MachineConfig, State, VmmCounters, serial_config,
-};
-use bulkhead_proto::{Code, RpcStatus};
+use bulkhead_proto::machine::MachineConfig;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::build::{self, Hooks, Parts, Stdio};
+use super::build::{Hooks, Parts, Stdio};
 use super::queue::{self, RequestReceiver};
-use super::state::{IllegalTransition, MachineState, Transition};
+use super::state::{MachineState, Transition};
 use super::stop::StopReason;
-use crate::api::{self, ApiRequest, ApiResponse, ApiServer, EventLog, ReplyHandle};
+use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
@@ -24,6 +21,11 @@ use crate::launcher::{ExitOutcome, Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 use crate::virtio::{EventSource, FailReason, Outcome};
+
+mod requests;
+mod source;
+
+use source::Source;
 
 /// How long vCPUs may take to park or to end.
 const VCPU_LIMIT: Duration = Duration::from_secs(5);
@@ -48,48 +50,6 @@ pub struct HostOptions {
     pub first: Option<MachineConfig>,
 }
 
-/// What an epoll event is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Requests,
-    Vcpus,
-    Launcher,
-    LauncherDeath,
-    Signals,
-    Device { index: u16, source: EventSource },
-}
-
-impl Source {
-    fn token(self) -> u64 {
-        match self {
-            Self::Requests => 0,
-            Self::Vcpus => 1,
-            Self::Launcher => 2,
-            Self::LauncherDeath => 3,
-            Self::Signals => 4,
-            Self::Device { index, source } => {
-                (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
-            }
-        }
-    }
-
-    fn from_token(token: u64) -> Option<Self> {
-        if token >> 63 == 1 {
-            let source = EventSource::from_u32(u32::try_from(token & 0xffff_ffff).ok()?)?;
-            let index = u16::try_from((token >> 32) & 0xffff).ok()?;
-            return Some(Self::Device { index, source });
-        }
-        Some(match token {
-            0 => Self::Requests,
-            1 => Self::Vcpus,
-            2 => Self::Launcher,
-            3 => Self::LauncherDeath,
-            4 => Self::Signals,
-            _ => return None,
-        })
-    }
-}
-
 /// Starts the VMM and stays until its machine has stopped.
 ///
 /// # Errors
@@ -97,14 +57,9 @@ impl Source {
 pub fn run(options: HostOptions) -> Result<StopReason, String> {
     let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
     let dev_kvm = kvm::open_dev_kvm().map_err(|e| no_kvm(&e))?;
-    let clone = |fd: &dyn AsRawFdFd| {
-        fd.get()
-            .try_clone_to_owned()
-            .map_err(|e| format!("standard streams: {e}: start with all of 0, 1 and 2 open"))
-    };
     let stdio = Stdio {
-        input: clone(&std::io::stdin())?,
-        output: clone(&std::io::stdout())?,
+        input: clone_stream(std::io::stdin())?,
+        output: clone_stream(std::io::stdout())?,
     };
     let mut config = LauncherConfig::new(
         super::kinds::ALL
@@ -178,14 +133,12 @@ fn no_kvm(error: &std::io::Error) -> String {
     format!("/dev/kvm: {error}: {remedy}")
 }
 
-/// Standard streams, for one closure that clones either.
-trait AsRawFdFd {
-    fn get(&self) -> std::os::fd::BorrowedFd<'_>;
-}
-impl<T: AsFd> AsRawFdFd for T {
-    fn get(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.as_fd()
-    }
+/// A descriptor of our own for one of the standard streams.
+fn clone_stream(stream: impl AsFd) -> Result<OwnedFd, String> {
+    stream
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| format!("standard streams: {e}: start with all of 0, 1 and 2 open"))
 }
 
 /// A machine and its state.
@@ -432,217 +385,6 @@ impl Host {
                 }
             }
         }
-    }
-
-    fn on_request(&mut self, request: ApiRequest, reply: ReplyHandle) {
-        if reply.is_abandoned() {
-            return;
-        }
-        let result = match request {
-            ApiRequest::Create(config) => self.create(*config).map(|()| ApiResponse::Done),
-            ApiRequest::Boot => self.boot().map(|()| ApiResponse::Done),
-            ApiRequest::Pause => self.pause().map(|()| ApiResponse::Done),
-            ApiRequest::Resume => self.resume().map(|()| ApiResponse::Done),
-            ApiRequest::Shutdown { force, timeout } => return self.shutdown(force, timeout, reply),
-            ApiRequest::Info => Ok(ApiResponse::Info(Box::new(self.info()))),
-            ApiRequest::Devices => Ok(ApiResponse::Devices(Box::new(self.devices()))),
-        };
-        reply.complete(result);
-    }
-
-    fn create(&mut self, mut config: MachineConfig) -> Result<(), RpcStatus> {
-        if self.machine.is_some() {
-            return Err(RpcStatus::failed_precondition(
-                "this VMM has a machine already: start another VMM for another machine",
-            ));
-        }
-        api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
-        build::fill_defaults(&mut config);
-        let dev_kvm = self
-            .dev_kvm
-            .as_ref()
-            .ok_or_else(|| RpcStatus::internal("/dev/kvm is closed"))?
-            .try_clone()
-            .map_err(|e| RpcStatus::internal(format!("/dev/kvm: {e}")))?;
-        let parts = build::build(
-            &config,
-            dev_kvm,
-            &self.launcher,
-            &self.stdio,
-            self.events_in.clone(),
-            &self.hooks,
-        )
-        .map_err(RpcStatus::failed_precondition)?;
-        for (index, device) in parts.devices.iter().enumerate() {
-            let index =
-                u16::try_from(index).map_err(|_| RpcStatus::internal("too many devices"))?;
-            for poll in device.function.poll_fds() {
-                let source = Source::Device {
-                    index,
-                    source: poll.source,
-                };
-                let events = EventSet::from_bits_truncate(poll.events);
-                self.watch(poll.fd.as_raw_fd(), source, events)
-                    .map_err(RpcStatus::internal)?;
-            }
-            self.log.publish(
-                "device.ready",
-                &device.id,
-                &format!(
-                    "{} pid {} in {} us",
-                    device.kind.name, device.pid, device.ready_us
-                ),
-            );
-        }
-        self.machine = Some(Machine {
-            config,
-            state: MachineState::Created,
-            parts,
-        });
-        // The machine is made: what only making one needs goes.
-        confine::steady()
-            .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
-        self.log.publish("machine.created", "", "");
-        Ok(())
-    }
-
-    /// The machine, if `transition` is legal, and the state it leads to.
-    fn prepare(
-        &mut self,
-        transition: Transition,
-    ) -> Result<(&mut Machine, MachineState), RpcStatus> {
-        let machine = self.machine.as_mut().ok_or_else(|| {
-            RpcStatus::failed_precondition(format!(
-                "cannot {transition}: no machine yet: create one"
-            ))
-        })?;
-        let next = machine
-            .state
-            .apply(transition)
-            .map_err(|e: IllegalTransition| RpcStatus::failed_precondition(e.to_string()))?;
-        Ok((machine, next))
-    }
-
-    fn boot(&mut self) -> Result<(), RpcStatus> {
-        let (machine, next) = self.prepare(Transition::Boot)?;
-        let stdio = machine
-            .config
-            .serial
-            .as_ref()
-            .is_some_and(|s| s.mode == serial_config::Mode::STDIO.into());
-        machine.parts.vcpus.start();
-        machine.state = next;
-        self.unseen = Some(0);
-        if stdio {
-            self.terminal = RawTerminal::enter().unwrap_or_else(|e| {
-                log::warn!("the terminal stays as it is: {e}");
-                None
-            });
-        }
-        self.log.publish("machine.running", "", "");
-        Ok(())
-    }
-
-    fn pause(&mut self) -> Result<(), RpcStatus> {
-        let (machine, next) = self.prepare(Transition::Pause)?;
-        machine
-            .parts
-            .vcpus
-            .pause(VCPU_LIMIT)
-            .map_err(|e| RpcStatus::new(Code::DeadlineExceeded, e.to_string()))?;
-        machine.state = next;
-        self.log.publish("machine.paused", "", "");
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), RpcStatus> {
-        let (machine, next) = self.prepare(Transition::Resume)?;
-        machine.parts.vcpus.resume();
-        machine.state = next;
-        self.log.publish("machine.running", "", "");
-        Ok(())
-    }
-
-    fn shutdown(&mut self, force: bool, timeout: Duration, reply: ReplyHandle) {
-        let state = self.machine.as_ref().map(|m| m.state);
-        if force || !matches!(state, Some(MachineState::Running | MachineState::Paused)) {
-            self.shutdown
-                .get_or_insert_with(|| PendingShutdown {
-                    deadline: Instant::now(),
-                    replies: Vec::new(),
-                })
-                .replies
-                .push(reply);
-            return self.end(StopReason::Forced);
-        }
-        if state == Some(MachineState::Paused) {
-            return reply.complete(Err(RpcStatus::failed_precondition(
-                "cannot shut down a machine that is paused: resume it first, or use force",
-            )));
-        }
-        if let Some(machine) = &self.machine {
-            machine.parts.ged.press_power_button();
-        }
-        self.log.publish("machine.power-button", "", "");
-        let deadline = Instant::now() + timeout;
-        let pending = self.shutdown.get_or_insert_with(|| PendingShutdown {
-            deadline,
-            replies: Vec::new(),
-        });
-        pending.deadline = pending.deadline.min(deadline);
-        pending.replies.push(reply);
-    }
-
-    fn check_shutdown(&mut self) {
-        let late = self
-            .shutdown
-            .as_ref()
-            .is_some_and(|s| Instant::now() >= s.deadline);
-        if late && self.stop.is_none() {
-            self.log.publish(
-                "machine.shutdown-deadline",
-                "",
-                "the guest did not switch itself off",
-            );
-            self.end(StopReason::Forced);
-        }
-    }
-
-    fn info(&self) -> InfoResponse {
-        let mut info = InfoResponse::new();
-        info.version = env!("CARGO_PKG_VERSION").to_string();
-        info.vmm_pid = i32::try_from(std::process::id()).unwrap_or(0);
-        info.launcher_pid = self.launcher.pid();
-        info.stop_reason = self
-            .stop
-            .as_ref()
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        let mut counters = VmmCounters::new();
-        counters.manager_wakeups = self.wakeups;
-        match &self.machine {
-            None => info.state = State::STATE_NONE.into(),
-            Some(machine) => {
-                info.state = machine.state.to_wire().into();
-                info.config = Some(machine.config.clone()).into();
-                for vcpu in machine.parts.vcpus.counters() {
-                    counters.vcpu_exits = counters.vcpu_exits.saturating_add(vcpu.exits);
-                    counters.mmio_exits = counters.mmio_exits.saturating_add(vcpu.mmio);
-                    counters.pio_exits = counters.pio_exits.saturating_add(vcpu.pio);
-                }
-                counters.serial_bytes = machine.parts.serial.stats().bytes_out;
-            }
-        }
-        info.counters = Some(counters).into();
-        info
-    }
-
-    fn devices(&self) -> DevicesResponse {
-        let mut response = DevicesResponse::new();
-        if let Some(machine) = &self.machine {
-            response.devices = machine.parts.devices.iter().map(|d| d.info()).collect();
-        }
-        response
     }
 
     /// Notes why the machine ends; the first reason stands.

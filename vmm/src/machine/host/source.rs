@@ -1,0 +1,74 @@
+//! What the manager's epoll events are about, packed into their tokens.
+
+use crate::virtio::EventSource;
+
+/// What an epoll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    Requests,
+    Vcpus,
+    Launcher,
+    LauncherDeath,
+    Signals,
+    Device { index: u16, source: EventSource },
+}
+
+impl Source {
+    /// As an epoll token.
+    pub(super) fn token(self) -> u64 {
+        match self {
+            Self::Requests => 0,
+            Self::Vcpus => 1,
+            Self::Launcher => 2,
+            Self::LauncherDeath => 3,
+            Self::Signals => 4,
+            Self::Device { index, source } => {
+                (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
+            }
+        }
+    }
+
+    /// From an epoll token; `None` for one that was never made.
+    pub(super) fn from_token(token: u64) -> Option<Self> {
+        if token >> 63 == 1 {
+            let source = EventSource::from_u32(u32::try_from(token & 0xffff_ffff).ok()?)?;
+            let index = u16::try_from((token >> 32) & 0xffff).ok()?;
+            return Some(Self::Device { index, source });
+        }
+        Some(match token {
+            0 => Self::Requests,
+            1 => Self::Vcpus,
+            2 => Self::Launcher,
+            3 => Self::LauncherDeath,
+            4 => Self::Signals,
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_round_trip() {
+        let plain = [
+            Source::Requests,
+            Source::Vcpus,
+            Source::Launcher,
+            Source::LauncherDeath,
+            Source::Signals,
+        ];
+        let devices = [
+            EventSource::RingError(7),
+            EventSource::Backend,
+            EventSource::Hangup,
+        ]
+        .into_iter()
+        .flat_map(|source| [0, 1, u16::MAX].map(|index| Source::Device { index, source }));
+        for source in plain.into_iter().chain(devices) {
+            assert_eq!(Source::from_token(source.token()), Some(source));
+        }
+        assert_eq!(Source::from_token(5), None);
+    }
+}
