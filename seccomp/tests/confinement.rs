@@ -254,14 +254,14 @@ fn run_device(engine: &str) -> Output {
         }
         let environment = [std::ptr::null::<libc::c_char>()];
         let failed = |_| Error::last_os_error();
-        privileges::no_new_privs().map_err(|e| e.source)?;
-        filter::apply_filter_this_thread(&policy::BULKHEAD_LAUNCHER).map_err(failed)?;
         for (from, to, flags) in [(disk_fd, DISK, 0), (binary_fd, BINARY, libc::O_CLOEXEC)] {
             // SAFETY: dup3(2) takes integers.
             if unsafe { libc::dup3(from, to, flags) } < 0 {
                 return Err(Error::last_os_error());
             }
         }
+        privileges::no_new_privs().map_err(|e| e.source)?;
+        filter::apply_filter_this_thread(&policy::BULKHEAD_LAUNCHER).map_err(failed)?;
         filter::apply_filter_this_thread(&policy::DEVICE_OUTER).map_err(failed)?;
         // SAFETY: both arrays end with NULL and hold strings that live until the exec.
         unsafe {
