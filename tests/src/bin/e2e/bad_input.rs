@@ -41,7 +41,7 @@ pub fn native() -> Vec<Test> {
         test("files that are no initrd", bad_initrds),
         test("disks that are none", bad_disks),
         test("options that are wrong", bad_options),
-        test("more memory than the host has", too_much_memory),
+        test("more memory or CPUs than the host has", too_much_memory),
         test("a serial file and sockets in the wrong place", bad_places),
         test("help and version go to standard output", help),
     ]
@@ -226,6 +226,18 @@ fn bad_options() -> Verdict {
 
 fn too_much_memory() -> Verdict {
     let kernel = guest_file("vmlinux");
+    run(
+        &[
+            "--kernel",
+            &kernel,
+            "--memory",
+            "128M",
+            "--cpus",
+            "1,pin=999",
+        ],
+        1,
+        &["999"],
+    )?;
     run(
         &["--kernel", &kernel, "--memory", "64T"],
         1,

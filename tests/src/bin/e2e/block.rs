@@ -31,6 +31,7 @@ pub fn tests() -> Vec<Test> {
             read_only,
         ),
         test("GET_ID gives the serial, the size is the file's", identity),
+        test("a block device is served like a file", block_device),
         test("many disks, each its own process and content", many_disks),
         test(
             "neither an I/O nor its completion enters the VMM",
@@ -220,4 +221,37 @@ for d in /dev/vd?; do echo SUM=$(cat $d | sha256sum); done",
     )?;
     vmm.wait_for(&format!("SUM={expected}"), LIMIT)?;
     vmm.ends_with(0, LIMIT)
+}
+
+fn block_device() -> Verdict {
+    let scratch = Scratch::new("loop")?;
+    let disk = scratch.disk("disk", 4 * MIB, 41)?;
+    let expected = sha256(&disk)?;
+    let output = Command::new("losetup")
+        .args(["--find", "--show", &disk])
+        .output()
+        .map_err(|e| format!("losetup: {e}"))?;
+    let device = String::from_utf8_lossy(&output.stdout).trim().to_string();
+    check(output.status.success(), || format!("losetup: {output:?}"))?;
+    let verdict = run_script(
+        &scratch,
+        "echo SIZE=$(cat /sys/block/vda/size) SUM=$(sha256sum < /dev/vda)
+dd if=/dev/zero of=/dev/vda bs=4k count=2 oflag=direct 2>/dev/null && sync && echo WRITTEN",
+        &[format!("path={device}")],
+        &[],
+    )
+    .and_then(|mut vmm| {
+        vmm.wait_for("WRITTEN", LIMIT)?;
+        vmm.ends_with(0, LIMIT)?;
+        check(
+            vmm.output().contains(&format!("SIZE=8192 SUM={expected}")),
+            || vmm.story(&format!("the host's device has {expected}")),
+        )
+    });
+    let _ = Command::new("losetup").args(["--detach", &device]).status();
+    verdict?;
+    let content = std::fs::read(&disk).map_err(|e| e.to_string())?;
+    check(content.iter().take(8192).all(|b| *b == 0), || {
+        "what the guest wrote is not on the device".to_string()
+    })
 }

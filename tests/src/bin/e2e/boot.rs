@@ -96,7 +96,7 @@ fn two_cpus() -> Verdict {
     let scratch = Scratch::new("cpus")?;
     let script = scratch.script("s", "echo ONLINE=$(cat /sys/devices/system/cpu/online)")?;
     let disk = format!("path={script},readonly=on");
-    let mut vmm = Vmm::boot("bh.cmd=script", &["--cpus", "2", "--disk", &disk])?;
+    let mut vmm = Vmm::boot("bh.cmd=script", &["--cpus", "2,pin=0:0", "--disk", &disk])?;
     vmm.wait_for("ONLINE=0-1", LIMIT)?;
     let threads: Vec<String> = std::fs::read_dir(format!("/proc/{}/task", vmm.pid()))
         .into_iter()
