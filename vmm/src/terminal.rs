@@ -7,20 +7,21 @@ use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
-/// Raw mode on standard input, undone on drop.
-#[derive(Debug)]
-pub struct RawTerminal {
+/// Standard input as a terminal, before anything changed it. Looked at before the VMM
+/// confines itself: the steady filter admits setting a terminal's mode, not asking for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Terminal {
     fd: RawFd,
     before: libc::termios,
 }
 
-impl RawTerminal {
-    /// Puts standard input into raw mode; `None` when it is no terminal or this process is
-    /// not in the terminal's foreground (setting its mode would stop the process).
+impl Terminal {
+    /// Looks at standard input; `None` when it is no terminal or this process is not in the
+    /// terminal's foreground (setting its mode would stop the process).
     ///
     /// # Errors
-    /// What tcgetattr or tcsetattr say.
-    pub fn enter() -> io::Result<Option<Self>> {
+    /// What tcgetattr says.
+    pub fn on_stdin() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         let fd = stdin.as_raw_fd();
         if !stdin.is_terminal() {
@@ -38,15 +39,27 @@ impl RawTerminal {
         }
         // SAFETY: tcgetattr succeeded and filled it; all-zero bytes were valid anyway.
         let before = unsafe { termios.assume_init() };
-        let mut raw = before;
+        Ok(Some(Self { fd, before }))
+    }
+
+    /// Puts it into raw mode until the result is dropped.
+    ///
+    /// # Errors
+    /// What tcsetattr says.
+    pub fn raw(self) -> io::Result<RawTerminal> {
+        let mut raw = self.before;
         // SAFETY: `raw` is a live termios that cfmakeraw changes in place.
         unsafe { libc::cfmakeraw(&raw mut raw) };
         // What the VMM itself prints should still look like lines.
         raw.c_oflag |= libc::OPOST | libc::ONLCR;
-        set(fd, &raw)?;
-        Ok(Some(Self { fd, before }))
+        set(self.fd, &raw)?;
+        Ok(RawTerminal(self))
     }
 }
+
+/// Raw mode on standard input, undone on drop.
+#[derive(Debug)]
+pub struct RawTerminal(Terminal);
 
 fn set(fd: RawFd, termios: &libc::termios) -> io::Result<()> {
     // SAFETY: the pointer is to a live termios that the call only reads.
@@ -58,7 +71,7 @@ fn set(fd: RawFd, termios: &libc::termios) -> io::Result<()> {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        if let Err(e) = set(self.fd, &self.before) {
+        if let Err(e) = set(self.0.fd, &self.0.before) {
             log::warn!("the terminal could not be put back: {e}: run `reset`");
         }
     }

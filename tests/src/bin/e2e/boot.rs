@@ -40,6 +40,10 @@ pub fn tests() -> Vec<Test> {
             serial_socket,
         ),
         test("the serial port takes what is typed", serial_input),
+        test(
+            "on a terminal the console works and the terminal is put back",
+            terminal,
+        ),
         long("Debian 6.1 cloud boots by both protocols", || {
             both("-6.1-cloud")
         }),
@@ -222,4 +226,30 @@ fn both(variant: &str) -> Verdict {
         vmm.ends_with(0, LIMIT)?;
     }
     Ok(())
+}
+
+fn terminal() -> Verdict {
+    let scratch = Scratch::new("tty")?;
+    let (kernel, initrd) = (guest_file("vmlinux"), guest_file("initrd.img"));
+    let (before, during, after) = (scratch.path("a"), scratch.path("b"), scratch.path("c"));
+    let inner = format!(
+        "stty -a > {before}; (for i in $(seq 300); do stty -a < /dev/tty > {during}; \
+         grep -q -e -icanon {during} && break; sleep 0.1; done) & \
+         {} run --kernel {kernel} --initrd {initrd} --memory 256M \
+         --cmdline 'console=ttyS0 quiet panic=-1 bh.cmd=poweroff'; code=$?; \
+         wait; stty -a > {after}; exit $code",
+        bulkhead_tests::vmm::bin("bulkhead").display()
+    );
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &inner, "/dev/null"]);
+    let mut script = Vmm::spawn(command)?;
+    script.wait_for("BULKHEAD-GUEST-INIT", LIMIT)?;
+    script.ends_with(0, LIMIT)?;
+    let read = |path: &str| std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"));
+    check(read(&during)?.contains("-icanon"), || {
+        "the terminal was never raw".to_string()
+    })?;
+    check(read(&before)? == read(&after)?, || {
+        "the terminal is not what it was".to_string()
+    })
 }

@@ -19,7 +19,7 @@ use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
 use crate::launcher::{ExitOutcome, Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
-use crate::terminal::RawTerminal;
+use crate::terminal::{RawTerminal, Terminal};
 use crate::virtio::{EventSource, FailReason, Outcome};
 
 mod requests;
@@ -61,6 +61,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         input: clone_stream(std::io::stdin())?,
         output: clone_stream(std::io::stdout())?,
     };
+    let terminal = Terminal::on_stdin().map_err(|e| format!("terminal: {e}"))?;
     let mut config = LauncherConfig::new(
         super::kinds::ALL
             .iter()
@@ -110,7 +111,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         events_in,
         signals,
         machine: None,
-        terminal: None,
+        terminal,
+        raw: None,
         stop: None,
         shutdown: None,
         unseen: None,
@@ -167,7 +169,8 @@ struct Host {
     vcpu_events: EventReceiver,
     events_in: EventSender,
     signals: Signals,
-    terminal: Option<RawTerminal>,
+    terminal: Option<Terminal>,
+    raw: Option<RawTerminal>,
     stop: Option<StopReason>,
     shutdown: Option<PendingShutdown>,
     /// Seconds that a booted guest has not been seen to do anything; `None` once it has.
@@ -408,7 +411,7 @@ impl Host {
                 machine.state = next;
             }
         }
-        self.terminal = None;
+        self.raw = None;
         if let Some(pending) = self.shutdown.take() {
             for reply in pending.replies {
                 reply.complete(Ok(ApiResponse::Done));

@@ -15,7 +15,6 @@ use crate::confine;
 use crate::machine::build;
 use crate::machine::state::{IllegalTransition, MachineState, Transition};
 use crate::machine::stop::StopReason;
-use crate::terminal::RawTerminal;
 
 impl Host {
     /// Carries out a request of a client.
@@ -121,9 +120,11 @@ impl Host {
         machine.state = next;
         self.unseen = Some(0);
         if stdio {
-            self.terminal = RawTerminal::enter().unwrap_or_else(|e| {
-                log::warn!("the terminal stays as it is: {e}");
-                None
+            self.raw = self.terminal.and_then(|terminal| {
+                terminal
+                    .raw()
+                    .inspect_err(|e| log::warn!("the terminal stays as it is: {e}"))
+                    .ok()
             });
         }
         self.log.publish("machine.running", "", "");
