@@ -47,7 +47,13 @@ fn a_client_that_comes_while_no_descriptor_is_left_is_served_later() {
     log::set_max_level(log::LevelFilter::Warn);
     let path = std::env::temp_dir().join(format!("bulkhead-emfile-{}.sock", std::process::id()));
     let listener = UnixListener::bind(&path).unwrap();
-    let server = ApiServer::start(listener, Arc::new(Prompt), Arc::new(EventLog::new())).unwrap();
+    let server = ApiServer::start(
+        listener,
+        Arc::new(Prompt),
+        Arc::new(EventLog::new()),
+        bulkhead_vmm::threads::no_hook(),
+    )
+    .unwrap();
 
     let null = File::open("/dev/null").unwrap();
     let mut taken = Vec::new();

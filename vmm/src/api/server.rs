@@ -19,6 +19,7 @@ use super::MachineService;
 use super::connection::{Connection, Context, Limits};
 use super::events::EventLog;
 use super::reply::Replies;
+use crate::threads::{self, ThreadHook};
 
 const BELL: u64 = 0;
 const LISTENER: u64 = 1;
@@ -52,10 +53,11 @@ impl ApiServer {
         listener: UnixListener,
         service: Arc<dyn MachineService>,
         events: Arc<EventLog>,
+        hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
         let own = sys::effective_uid();
         let admits = Box::new(move |peer: &PeerCredentials| admits(own, peer));
-        Self::start_with(listener, service, events, Limits::default(), admits)
+        Self::start_with(listener, service, events, Limits::default(), admits, hook)
     }
 
     pub(super) fn start_with(
@@ -64,6 +66,7 @@ impl ApiServer {
         events: Arc<EventLog>,
         limits: Limits,
         admits: Admission,
+        hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
         listener.set_nonblocking(true)?;
         let bell = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
@@ -90,9 +93,7 @@ impl ApiServer {
             connections: BTreeMap::new(),
             next_token: FIRST_CONNECTION,
         };
-        let thread = std::thread::Builder::new()
-            .name("api".into())
-            .spawn(move || server.run())?;
+        let thread = threads::spawn("api".into(), hook, || Ok(()), move || server.run())?;
         Ok(ApiServerHandle {
             stop,
             bell,

@@ -83,7 +83,13 @@ impl Fixture {
         let machine = Arc::new(Machine::default());
         let events = Arc::new(EventLog::new());
         let listener = UnixListener::bind(&path).unwrap();
-        let server = ApiServer::start(listener, machine.clone(), events.clone()).unwrap();
+        let server = ApiServer::start(
+            listener,
+            machine.clone(),
+            events.clone(),
+            crate::threads::no_hook(),
+        )
+        .unwrap();
         Self {
             path,
             machine,

@@ -90,6 +90,7 @@ impl Fixture {
             Arc::clone(&events),
             limits,
             admits,
+            crate::threads::no_hook(),
         )
         .unwrap();
         Self {

@@ -94,8 +94,13 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     let (events_in, vcpu_events) = events::event_channel().map_err(|e| format!("events: {e}"))?;
     let api = match listener {
         Some(listener) => Some(
-            ApiServer::start(listener, Arc::new(sender), Arc::clone(&log))
-                .map_err(|e| format!("API server: {e}"))?,
+            ApiServer::start(
+                listener,
+                Arc::new(sender),
+                Arc::clone(&log),
+                confine::helper_hook(),
+            )
+            .map_err(|e| format!("API server: {e}"))?,
         ),
         None => None,
     };
