@@ -185,7 +185,15 @@ impl Pump {
                     .fetch_add(count as u64, Ordering::Relaxed);
             }
             Err(error) if is_transient(&error) => {}
-            Err(_) => self.hang_up(),
+            Err(error) => {
+                if self.listener.is_none() {
+                    log::warn!(
+                        "serial port: {error}: what the guest prints from now on is lost; \
+                         make room, or give --serial another place"
+                    );
+                }
+                self.hang_up();
+            }
         }
     }
 

@@ -44,6 +44,10 @@ pub fn tests() -> Vec<Test> {
             "on a terminal the console works and the terminal is put back",
             terminal,
         ),
+        test(
+            "a serial file on a full disk is said so, the guest runs on",
+            serial_full,
+        ),
         long("Debian 6.1 cloud boots by both protocols", || {
             both("-6.1-cloud")
         }),
@@ -252,4 +256,14 @@ fn terminal() -> Verdict {
     check(read(&before)? == read(&after)?, || {
         "the terminal is not what it was".to_string()
     })
+}
+
+fn serial_full() -> Verdict {
+    let mut vmm = Vmm::boot("bh.cmd=poweroff", &["--serial", "file=/dev/full"])?;
+    vmm.ends_with(0, LIMIT)?;
+    let errors = vmm.errors();
+    check(
+        errors.contains("No space left") && errors.lines().count() == 1,
+        || vmm.story("it does not say so in one line"),
+    )
 }
