@@ -139,7 +139,16 @@ pub fn build(
         &events,
         &hooks.vcpu,
     )
-    .map_err(|e| text(&e))?;
+    .map_err(|e| match cpus.pin.as_slice() {
+        [] => text(&e),
+        pins => format!(
+            "{e} (pin={})",
+            pins.iter()
+                .map(u32::to_string)
+                .collect::<Vec<_>>()
+                .join(":")
+        ),
+    })?;
     Ok(Parts {
         vcpus,
         serial,
