@@ -98,7 +98,7 @@ pub fn build(
 
     let mem64 = layout::pci_mem64_start(ram.end());
     let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
-    let pci = device::root_complex(&mmio, &pio, mem64.clone())?;
+    let pci = device::root_complex(&mmio, &pio, mem64.clone(), config.disks.len())?;
 
     let hypervisor: Arc<dyn Hypervisor> = kvm.clone();
     let mut devices = Vec::new();
