@@ -159,7 +159,7 @@ fn finished(mut command: Command) -> Result<Output, String> {
         Ok(output)
     } else {
         Err(format!(
-            "{command:?}: {}: {}",
+            "{}: {}",
             output.status,
             String::from_utf8_lossy(&output.stderr).trim()
         ))
