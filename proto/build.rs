@@ -7,7 +7,8 @@ use std::{env, fs, io};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 3] = [
+const PROTOS: [&str; 4] = [
+    "proto/common.proto",
     "proto/device.proto",
     "proto/launcher.proto",
     "proto/machine.proto",

@@ -27,7 +27,7 @@ pub mod status;
 pub mod sys;
 
 pub use client::{BlockingClient, ClientError, Subscription};
-pub use generated::{device, launcher, machine};
+pub use generated::{common, device, launcher, machine};
 pub use protobuf;
 pub use server::ControlServer;
 pub use status::{Code, RpcStatus};

@@ -64,8 +64,8 @@ impl Device for Block {
         self.queues
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Vec<u8> {
+        self.config.clone()
     }
 
     fn worker(&self, port: WorkerPort) -> io::Result<Worker> {

@@ -7,9 +7,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bulkhead_proto::common::QueueStats;
 use bulkhead_proto::device::{
-    Confinement, HealthRequest, HealthResponse, HelloRequest, HelloResponse, QueueStats,
-    RingHealth, ShutdownRequest, ShutdownResponse, StatsRequest, StatsResponse,
+    Confinement, HealthRequest, HealthResponse, HelloRequest, HelloResponse, RingHealth,
+    ShutdownRequest, ShutdownResponse, StatsRequest, StatsResponse, UpdateRequest, UpdateResponse,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::{CONTROL_MAX_FRAME, Closed, decode, encode};
@@ -116,6 +117,10 @@ impl Service {
                 decode::<StatsRequest>(body)?;
                 encode(&self.stats())
             }
+            (DEVICE_SERVICE, "Update") => {
+                self.device.update(&decode::<UpdateRequest>(body)?)?;
+                encode(&UpdateResponse::new())
+            }
             (DEVICE_SERVICE, "Shutdown") => {
                 decode::<ShutdownRequest>(body)?;
                 self.shutdown = true;
@@ -173,6 +178,7 @@ impl Service {
                 stats
             })
             .collect();
+        self.device.stats(&mut reply);
         reply
     }
 }

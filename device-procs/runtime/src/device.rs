@@ -4,6 +4,9 @@
 use std::io;
 use std::sync::Arc;
 
+use bulkhead_proto::RpcStatus;
+use bulkhead_proto::device::{StatsResponse, UpdateRequest};
+
 use crate::mailbox::WorkerPort;
 
 /// VIRTIO_F_INDIRECT_DESC
@@ -36,6 +39,13 @@ impl Prepared {
     }
 }
 
+/// What came of [`Device::update`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Update {
+    /// The configuration space changed: the driver is told.
+    pub config_changed: bool,
+}
+
 /// A kind of virtio device, as one process serves it.
 ///
 /// The main thread calls all methods, before any guest is connected or on behalf of the
@@ -57,13 +67,31 @@ pub trait Device: Send + Sync {
     /// Number of queues.
     fn queues(&self) -> u16;
 
-    /// The configuration space. Reads beyond its end are zeros.
-    fn config(&self) -> &[u8];
+    /// The configuration space as it is now. Reads beyond its end are zeros.
+    fn config(&self) -> Vec<u8>;
 
     /// The driver wrote to the configuration space; false if it may not.
     fn write_config(&self, _offset: u32, _data: &[u8]) -> bool {
         false
     }
+
+    /// The driver accepted these features; no ring is being served. Called again when they
+    /// change, and with 0 when the device is reset.
+    fn accepted(&self, _features: u64) {}
+
+    /// The VMM changes what may change while the device runs: all of it or, on an error,
+    /// nothing. Workers are told to look again afterwards, and the driver that the
+    /// configuration space has changed, if it has.
+    ///
+    /// # Errors
+    /// UNIMPLEMENTED if there is nothing of the kind, INVALID_ARGUMENT with one line that
+    /// names the field.
+    fn update(&self, _request: &UpdateRequest) -> Result<Update, RpcStatus> {
+        Err(RpcStatus::unimplemented("Device", "Update"))
+    }
+
+    /// Adds what only this kind knows to its statistics, which hold each queue's counters.
+    fn stats(&self, _stats: &mut StatsResponse) {}
 
     /// The worker of one queue; runs on a thread of its own.
     fn worker(&self, port: WorkerPort) -> io::Result<Worker>;
