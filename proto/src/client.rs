@@ -2,8 +2,9 @@
 //! the *whole* exchange (a peer that drips bytes gains no time), a limit on every frame,
 //! and no frame but the one that is due.
 //!
-//! Used by the VMM's manager towards device processes, and by the CLI towards the API. It
-//! blocks its thread up to the deadline; it makes no system calls but send, recv and poll.
+//! Used by the VMM's manager for the first call to a device process, and by the CLI towards
+//! the API; what must not wait uses [`crate::AsyncClient`]. It blocks its thread up to the
+//! deadline; it makes no system calls but send, recv and poll.
 //! After any error but [`ClientError::Status`] and [`ClientError::Request`] the channel is
 //! in an unknown state, and every later call answers [`ClientError::Closed`].
 
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use protobuf::Message;
 
+use crate::async_client::{AsyncClient, AsyncLimits};
 use crate::envelope::{self, RequestView, ResponseView};
 use crate::frame::{self, Frame, FrameError, FrameReader};
 use crate::status::RpcStatus;
@@ -39,6 +41,9 @@ pub enum ClientError {
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Malformed(String),
+    /// Too many calls are waiting for their answers; the channel is as it was.
+    #[error("{0} calls are waiting for an answer already")]
+    Busy(usize),
     /// The peer answered that the call failed.
     #[error(transparent)]
     Status(#[from] RpcStatus),
@@ -53,7 +58,7 @@ pub enum ClientError {
 impl ClientError {
     /// The channel is usable after this error.
     pub fn is_recoverable(&self) -> bool {
-        matches!(self, Self::Status(_) | Self::Request(_))
+        matches!(self, Self::Status(_) | Self::Request(_) | Self::Busy(_))
     }
 }
 
@@ -171,6 +176,22 @@ impl BlockingClient {
         })
     }
 
+    /// The same channel for an event loop, which must not wait: [`AsyncClient`].
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Closed`] if an earlier call broke the channel, [`ClientError::Malformed`]
+    /// if the peer has sent more than it was asked for.
+    pub fn into_async(self, limits: AsyncLimits) -> Result<AsyncClient, ClientError> {
+        if self.broken {
+            return Err(ClientError::Closed);
+        }
+        if !self.unread.is_empty() || !self.reader.is_idle() {
+            return Err(ClientError::Malformed("bytes that nobody asked for".into()));
+        }
+        Ok(AsyncClient::new(self.socket, limits).resume_at(self.next_stream))
+    }
+
     /// Runs one exchange; anything but the peer's regular answer breaks the channel.
     fn guarded<T>(
         &mut self,
@@ -193,36 +214,15 @@ impl BlockingClient {
         timeout: Option<Duration>,
         flags: u8,
     ) -> Result<Vec<u8>, ClientError> {
-        let refused = |error: String| ClientError::Request(error);
-        let payload = request
-            .write_to_bytes()
-            .map_err(|error| refused(error.to_string()))?;
-        let timeout_nano =
-            timeout.map_or(0, |span| i64::try_from(span.as_nanos()).unwrap_or(i64::MAX));
-        let mut body = Vec::new();
-        let view = RequestView {
+        let mut out = Vec::new();
+        let call = OutgoingCall {
             service,
             method,
-            payload: &payload,
-            timeout_nano,
-        };
-        envelope::encode_request(&mut body, &view);
-        if body.len() > usize::try_from(self.max_frame).unwrap_or(usize::MAX) {
-            let max = self.max_frame;
-            return Err(refused(format!(
-                "{} bytes, where {max} are allowed",
-                body.len()
-            )));
-        }
-        let mut out = Vec::new();
-        frame::encode(
-            &mut out,
-            frame::TYPE_REQUEST,
-            self.next_stream,
+            timeout,
+            stream_id: self.next_stream,
             flags,
-            &body,
-        )
-        .map_err(|error| refused(error.to_string()))?;
+        };
+        call.encode(&mut out, request, self.max_frame)?;
         Ok(out)
     }
 
@@ -239,8 +239,7 @@ impl BlockingClient {
                 Err(error) => return Err(closed_or(error)),
             }
         }
-        // Stream ids of a client are odd; after 2^31 calls they start over.
-        self.next_stream = stream_id.checked_add(2).unwrap_or(1);
+        self.next_stream = stream_after(stream_id);
         Ok(stream_id)
     }
 
@@ -364,12 +363,61 @@ impl<Item: Message> Subscription<Item> {
     }
 }
 
+/// A request on its way into a frame.
+pub(crate) struct OutgoingCall<'a> {
+    pub(crate) service: &'a str,
+    pub(crate) method: &'a str,
+    /// What the peer is told of the deadline.
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) stream_id: u32,
+    pub(crate) flags: u8,
+}
+
+impl OutgoingCall<'_> {
+    /// Appends the frame to `out`, or nothing on an error, which is a [`ClientError::Request`].
+    pub(crate) fn encode<Req: Message>(
+        &self,
+        out: &mut Vec<u8>,
+        request: &Req,
+        max_frame: u32,
+    ) -> Result<(), ClientError> {
+        let refused = |error: String| ClientError::Request(error);
+        let payload = request
+            .write_to_bytes()
+            .map_err(|error| refused(error.to_string()))?;
+        let timeout_nano = self
+            .timeout
+            .map_or(0, |span| i64::try_from(span.as_nanos()).unwrap_or(i64::MAX));
+        let mut body = Vec::new();
+        let view = RequestView {
+            service: self.service,
+            method: self.method,
+            payload: &payload,
+            timeout_nano,
+        };
+        envelope::encode_request(&mut body, &view);
+        if body.len() > usize::try_from(max_frame).unwrap_or(usize::MAX) {
+            return Err(refused(format!(
+                "{} bytes, where {max_frame} are allowed",
+                body.len()
+            )));
+        }
+        frame::encode(out, frame::TYPE_REQUEST, self.stream_id, self.flags, &body)
+            .map_err(|error| refused(error.to_string()))
+    }
+}
+
+/// Stream ids of a client are odd; after 2^31 calls they start over.
+pub(crate) fn stream_after(stream_id: u32) -> u32 {
+    stream_id.checked_add(2).unwrap_or(1)
+}
+
 fn parse<M: Message>(payload: &[u8]) -> Result<M, ClientError> {
     M::parse_from_bytes(payload)
         .map_err(|error| ClientError::Malformed(format!("{}: {error}", M::NAME)))
 }
 
-fn response(frame: &Frame) -> Result<ResponseView<'_>, ClientError> {
+pub(crate) fn response(frame: &Frame) -> Result<ResponseView<'_>, ClientError> {
     envelope::parse_response(&frame.body).map_err(|error| ClientError::Malformed(error.to_string()))
 }
 
@@ -382,7 +430,7 @@ fn unexpected(frame: &Frame, stream_id: u32) -> ClientError {
 }
 
 /// A peer that closed with our bytes unread shows as a reset.
-fn closed_or(error: io::Error) -> ClientError {
+pub(crate) fn closed_or(error: io::Error) -> ClientError {
     match error.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ClientError::Closed,
         _ => ClientError::Io(error),

@@ -3,8 +3,8 @@
 //! [`device`], [`launcher`] and [`machine`] are generated from `proto/*.proto`. The rest is
 //! ttrpc without ttrpc's own servers and clients, which set no bounds: [`frame`] and
 //! [`envelope`] read and write the wire without I/O, [`server::ControlServer`] is the
-//! device's end of its control channel, [`client::BlockingClient`] the VMM's end and the
-//! CLI's. The outward API server is the VMM's own, over the same frames.
+//! device's end of its control channel, [`AsyncClient`] the VMM's end, and
+//! [`client::BlockingClient`] the same for the first call and for the CLI. The outward API server is the VMM's own, over the same frames.
 
 // Generated: their documentation is the .proto files.
 #[allow(
@@ -18,6 +18,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod async_client;
 pub mod client;
 pub mod envelope;
 pub mod frame;
@@ -26,6 +27,7 @@ pub mod server;
 pub mod status;
 pub mod sys;
 
+pub use async_client::{AsyncClient, AsyncLimits, Completion};
 pub use client::{BlockingClient, ClientError, Subscription};
 pub use generated::{common, device, launcher, machine};
 pub use protobuf;
