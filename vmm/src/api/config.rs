@@ -15,7 +15,7 @@ const MAX_PATH: usize = 4095;
 /// architectures take more.
 const MAX_CMDLINE: usize = 8192;
 /// Devices behind root ports on bus 0.
-const MAX_DISKS: usize = 31;
+const MAX_DEVICES: usize = 31;
 /// VIRTIO 1.2 section 5.2.6: the serial number of a disk.
 const MAX_SERIAL: usize = 20;
 
@@ -54,11 +54,19 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
             "config.cpus is missing: give boot, 1 to {MAX_CPUS}"
         ));
     }
-    if config.disks.len() > MAX_DISKS {
-        return Err(format!(
-            "config.disks has {} entries: at most {MAX_DISKS} fit on the bus",
-            config.disks.len()
-        ));
+    let all = [
+        ("disks", config.disks.len()),
+        ("nets", config.nets.len()),
+        ("vhost_users", config.vhost_users.len()),
+    ];
+    let mut devices = 0_usize;
+    for (field, count) in all {
+        devices = devices.saturating_add(count);
+        if devices > MAX_DEVICES {
+            return Err(format!(
+                "config.{field} has {count} entries: at most {MAX_DEVICES} devices fit on the bus"
+            ));
+        }
     }
     let mut ids = BTreeSet::new();
     for (index, disk) in config.disks.iter().enumerate() {
@@ -68,6 +76,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
             return Err(format!("{name}.id {} is taken by another disk", disk.id));
         }
     }
+    super::config_net::validate(config, &mut ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }
@@ -101,7 +110,7 @@ fn check_serial(serial: &SerialConfig) -> Result<(), String> {
 }
 
 /// An absolute path: the launcher that opens it has another working directory.
-fn path(field: &str, path: &str) -> Result<(), String> {
+pub(super) fn path(field: &str, path: &str) -> Result<(), String> {
     text(field, path, MAX_PATH)?;
     if !path.starts_with('/') {
         return Err(format!("{field} is {path:?}: give an absolute path"));

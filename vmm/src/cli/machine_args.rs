@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 
 use bulkhead_proto::machine::{CpuConfig, DiskConfig, MachineConfig, SerialConfig, serial_config};
 
+use super::net_args;
+
 /// Most vCPUs a machine may have.
 pub const MAX_CPUS: u32 = 64;
 
@@ -32,6 +34,12 @@ pub struct MachineArgs {
         value_name = "path=FILE[,readonly=on][,id=NAME][,serial=TEXT][,queues=N]"
     )]
     pub disks: Vec<String>,
+    /// A network device; may be given several times
+    #[arg(long = "net", value_name = super::net_args::NET_FORM)]
+    pub nets: Vec<String>,
+    /// A device whose back-end is somebody else's vhost-user process; may be given several times
+    #[arg(long = "vhost-user", value_name = super::net_args::VHOST_USER_FORM)]
+    pub vhost_users: Vec<String>,
     /// Where the guest's first serial port goes
     #[arg(
         long,
@@ -62,20 +70,39 @@ impl MachineArgs {
         let mut ids = BTreeSet::new();
         for (index, text) in self.disks.iter().enumerate() {
             let disk = parse_disk(text, index)?;
-            if !ids.insert(disk.id.clone()) {
-                return Err(format!(
-                    "--disk {text}: the id {} is taken by another disk: give each its own id=NAME",
-                    disk.id
-                ));
-            }
+            take_id(&mut ids, &format!("--disk {text}"), &disk.id)?;
             config.disks.push(disk);
+        }
+        for (index, text) in self.nets.iter().enumerate() {
+            let net = net_args::parse_net(text, index)?;
+            take_id(&mut ids, &format!("--net {text}"), &net.id)?;
+            config.nets.push(net);
+        }
+        for (index, text) in self.vhost_users.iter().enumerate() {
+            let device = net_args::parse_vhost_user(text, index)?;
+            take_id(&mut ids, &format!("--vhost-user {text}"), &device.id)?;
+            config.vhost_users.push(device);
         }
         config.serial = Some(parse_serial(&self.serial)?).into();
         Ok(config)
     }
 }
 
-fn absolute(option: &str, path: &str) -> Result<String, String> {
+/// Each device has an id of its own.
+fn take_id(ids: &mut BTreeSet<String>, option: &str, id: &str) -> Result<(), String> {
+    if ids.insert(id.to_owned()) {
+        return Ok(());
+    }
+    Err(format!(
+        "{option}: the id {id} is taken by another device: give each its own id=NAME"
+    ))
+}
+
+/// A path of the command line, made absolute.
+///
+/// # Errors
+/// One line that names the option.
+pub(super) fn absolute(option: &str, path: &str) -> Result<String, String> {
     if path.is_empty() {
         return Err(format!("{option}: the path is empty: name a file"));
     }
@@ -139,7 +166,7 @@ fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
 }
 
 /// Reads `on` or `off`.
-fn parse_switch(option: &str, key: &str, value: &str) -> Result<bool, String> {
+pub(super) fn parse_switch(option: &str, key: &str, value: &str) -> Result<bool, String> {
     match value {
         "on" => Ok(true),
         "off" => Ok(false),

@@ -11,6 +11,7 @@ pub mod audit;
 pub mod ctl;
 pub mod ctl_output;
 pub mod machine_args;
+pub mod net_args;
 pub mod run;
 
 /// Exit code of a wrong command line.

@@ -13,6 +13,8 @@ pub mod build;
 pub mod device;
 pub mod host;
 pub mod kinds;
+pub mod net_kinds;
+pub mod net_mac;
 pub mod queue;
 pub mod state;
 pub mod stop;
