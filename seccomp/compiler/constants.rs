@@ -75,6 +75,7 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     ("BLKIOOPT", 0x1279),
     ("BLKPBSZGET", 0x127b),
     ("BLKGETSIZE64", 0x8008_1272),
+    ("SECCOMP_IOCTL_NOTIF_RECV", 0xc050_2100),
     // linux/futex.h, without FUTEX_PRIVATE_FLAG
     ("FUTEX_WAIT", 0),
     ("FUTEX_WAKE", 1),
@@ -89,6 +90,16 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     // linux/landlock.h
     ("LANDLOCK_CREATE_RULESET_VERSION", 1),
     ("LANDLOCK_CREATE_RULESET_ERRATA", 2),
+    // linux/if_tun.h
+    ("TUNSETIFF", 0x4004_54ca),
+    ("TUNSETOFFLOAD", 0x4004_54d0),
+    ("TUNGETIFF", 0x8004_54d2),
+    ("TUNSETSNDBUF", 0x4004_54d4),
+    ("TUNSETVNETHDRSZ", 0x4004_54d8),
+    ("TUNSETQUEUE", 0x4004_54d9),
+    ("TUNSETVNETLE", 0x4004_54dc),
+    // linux/sockios.h
+    ("SIOCGIFMTU", 0x8921),
     // linux/kvm.h
     ("KVM_GET_API_VERSION", 0xae00),
     ("KVM_CREATE_VM", 0xae01),

@@ -102,8 +102,9 @@ fn apply(policy: &Policy, stage: Stage, flags: libc::c_ulong) -> Result<(), Filt
 }
 
 /// The bare call. It allocates nothing and takes no lock, so that the launcher's child may
-/// make it between clone and exec. The number of a thread that could not follow, or 0.
-fn install(filter: &[sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_long> {
+/// make it between clone and exec. The number of a thread that could not follow, a listener's
+/// descriptor where one was asked for, or 0.
+pub(crate) fn install(filter: &[sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_long> {
     let program = libc::sock_fprog {
         len: u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,
         filter: filter.as_ptr().cast_mut(),

@@ -11,6 +11,7 @@
 //! | [`confine`] | the order of things, as types |
 //! | [`policy`] | the compiled policies, and how to read a filter back as a list of calls |
 //! | [`filter`] | installing a policy (seccomp(2)) |
+//! | [`notify`] | reporting the call that a process was stopped at |
 //! | [`privileges`] | capabilities(7), no_new_privs, dumpable, rlimits |
 //! | [`landlock_empty`] | landlock(7) with no rule at all |
 //! | [`uring`] | io_uring rings restricted by registration |
@@ -18,6 +19,7 @@
 pub mod confine;
 pub mod filter;
 pub mod landlock_empty;
+pub mod notify;
 pub mod policy;
 pub mod privileges;
 pub mod syscalls;
