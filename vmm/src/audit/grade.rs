@@ -165,14 +165,13 @@ impl Judgement {
     }
 }
 
-/// Whether a device may hold this. At exec: /dev/null as 0 and 1, its log as 2, its channels
+/// Whether a device may hold this. At exec: /dev/null as 0 and 1, its log socket as 2, its channels
 /// as 3 and 4, its own from 5 on. Later come eventfds and guest memory over its channel, and
 /// rings and fence pipes that it makes itself.
 fn expected(fd: &Fd, granted: Option<usize>) -> bool {
     match fd.number {
         0 | 1 => fd.kind == Kind::Null,
-        2 => fd.kind == Kind::Pipe,
-        3 | 4 => fd.kind == Kind::Socket,
+        2..=4 => fd.kind == Kind::Socket,
         number => {
             let own = granted
                 .and_then(|granted| i32::try_from(granted).ok())

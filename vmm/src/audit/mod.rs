@@ -10,6 +10,7 @@
 
 mod fds;
 mod grade;
+mod policies;
 mod process;
 mod table;
 
@@ -33,13 +34,16 @@ pub struct AuditArgs {
     #[arg(
         long,
         value_name = "PATH",
-        required_unless_present = "pid",
-        conflicts_with = "pid"
+        required_unless_present_any = ["pid", "policies"],
+        conflicts_with_all = ["pid", "policies"]
     )]
     pub api_socket: Option<PathBuf>,
     /// The VM whose VMM (`bulkhead`) has this process id
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: Option<i32>,
+    /// Print the seccomp policy of every process, as built into this program
+    #[arg(long, conflicts_with = "pid")]
+    pub policies: bool,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub json: bool,
@@ -109,6 +113,16 @@ struct Audit {
 
 /// Reads, grades and prints; 0 when everything is as it should be, else 1.
 pub fn run(args: &AuditArgs) -> i32 {
+    if args.policies {
+        return match policies::render(args.json) {
+            Ok(text) => {
+                // A reader that has closed the pipe has what it wanted.
+                let _ = writeln!(std::io::stdout(), "{text}");
+                0
+            }
+            Err(line) => fail(&line),
+        };
+    }
     let (targets, deviations) = match (&args.api_socket, args.pid) {
         (Some(path), _) => match from_api(path) {
             Ok(found) => found,
