@@ -27,20 +27,45 @@ pub struct ActiveRing {
     queue: u16,
 }
 
+fn open(setup: &mut RingSetup) -> Result<(Ring, bool), RingError> {
+    let memory = Arc::clone(&setup.memory);
+    let mut ring = Ring::new(memory, setup.layout, setup.ring_features, setup.base)?;
+    let recovered = match setup.inflight.take() {
+        Some(region) => ring.keep_log(region)?,
+        None => false,
+    };
+    Ok((ring, recovered))
+}
+
 impl ActiveRing {
     /// Takes a ring into service, or says why it cannot be: then it counts as broken, and
-    /// its error eventfd has been signalled.
+    /// its error eventfd has been signalled. If a process before this one left requests in
+    /// flight in the ring's log, those come out of [`Self::pop`] first.
     pub fn start(
-        setup: RingSetup,
+        mut setup: RingSetup,
         queue: u16,
         status: &Arc<QueueStatus>,
     ) -> Result<Self, RingError> {
         status.broken.store(false, Ordering::Relaxed);
         status.in_flight.set(0);
-        let err = setup.err;
-        match Ring::new(setup.memory, setup.layout, setup.ring_features, setup.base) {
-            Ok(ring) => {
-                status.started.store(true, Ordering::Relaxed);
+        let err = setup.err.take();
+        match open(&mut setup) {
+            Ok((ring, recovered)) => {
+                if recovered {
+                    if ring.to_resubmit() > 0 {
+                        log::info!(
+                            "queue {queue}: {} requests of a process before this one are submitted again",
+                            ring.to_resubmit()
+                        );
+                    }
+                    // It may have ended between showing a completion and signalling it.
+                    if let Some(call) = &setup.call {
+                        sys::signal(call);
+                        status.interrupts.add(1);
+                    }
+                }
+                status.in_flight.set(u64::from(ring.to_resubmit()));
+                status.started.store(true, Ordering::Release);
                 Ok(Self {
                     ring,
                     kick: setup.kick,
@@ -63,16 +88,17 @@ impl ActiveRing {
     }
 
     /// The next request, if there is one and the ring is sound. The head names the request
-    /// until it is completed.
+    /// until it is completed. While the worker is paused there is none, but for those that
+    /// were in flight already when this process took over.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Option<u16> {
-        if self.broken {
+        if self.broken || (self.status.pause.look() && self.ring.to_resubmit() == 0) {
             return None;
         }
         match self.ring.pop(chain) {
             Ok(head) => {
                 if head.is_some() {
-                    self.status.in_flight.set(u64::from(self.ring.in_flight()));
+                    self.count();
                 }
                 head
             }
@@ -83,13 +109,31 @@ impl ActiveRing {
         }
     }
 
+    /// Tells the outside how much is in flight.
+    #[inline]
+    fn count(&self) {
+        let popped = u64::from(self.ring.in_flight());
+        let waiting = u64::from(self.ring.to_resubmit());
+        self.status.in_flight.set(popped.saturating_add(waiting));
+    }
+
+    /// Puts back the request that was popped last: the next [`Self::pop`] finds it again.
+    /// Several are put back in the reverse of the order in which they were popped, with
+    /// nothing completed in between.
+    pub fn unpop(&mut self, head: u16) {
+        if let Err(e) = self.ring.unpop(head) {
+            self.break_with(&e);
+        }
+        self.count();
+    }
+
     /// Puts a completion into the used ring, unseen by the driver until [`Self::flush`].
     #[inline]
     pub fn complete(&mut self, head: u16, written: u32) {
         if let Err(e) = self.ring.complete(head, written) {
             self.break_with(&e);
         }
-        self.status.in_flight.set(u64::from(self.ring.in_flight()));
+        self.count();
     }
 
     /// Shows the driver all completions since the last call, with at most one interrupt.
@@ -107,15 +151,20 @@ impl ActiveRing {
         }
     }
 
-    /// Wants kicks again; true if the caller must look for requests before it sleeps.
+    /// Wants kicks again; true if the caller must look for requests before it sleeps. A
+    /// paused worker is woken when it goes on.
     pub fn enable_kicks(&mut self) -> bool {
         if self.broken {
             return false;
         }
-        self.ring.enable_kicks().unwrap_or_else(|e| {
+        if self.ring.to_resubmit() > 0 {
+            return true;
+        }
+        let more = self.ring.enable_kicks().unwrap_or_else(|e| {
             self.break_with(&e);
             false
-        })
+        });
+        more && !self.status.pause.look()
     }
 
     /// Needs no kicks for now.
@@ -132,7 +181,7 @@ impl ActiveRing {
     /// it is not completed.
     pub fn reject(&mut self, head: u16, why: &dyn std::fmt::Display) {
         self.ring.forget(head);
-        self.status.in_flight.set(u64::from(self.ring.in_flight()));
+        self.count();
         self.break_because(why);
     }
 
@@ -214,16 +263,8 @@ impl ActiveRing {
     pub fn swap_memory(&mut self, memory: Arc<Memory>) -> Result<(), RingError> {
         debug_assert_eq!(self.ring.in_flight(), 0);
         self.flush();
-        match Ring::new(
-            memory,
-            self.ring.layout(),
-            self.ring.features(),
-            self.ring.next_avail(),
-        ) {
-            Ok(ring) => {
-                self.ring = ring;
-                Ok(())
-            }
+        match self.ring.relocate(memory) {
+            Ok(()) => Ok(()),
             Err(e) => {
                 self.break_with(&e);
                 Err(e)
@@ -231,9 +272,15 @@ impl ActiveRing {
         }
     }
 
-    /// Ends service; the available index at which a successor goes on.
+    /// Ends service; the available index at which a successor goes on. The log stays, for
+    /// the successor: nothing is in flight in it, or what was to be submitted again and was
+    /// not reached. Only the log of a malformed ring ends here, as its requests do.
     pub fn stop(mut self) -> u16 {
         self.flush();
+        if self.broken {
+            self.ring.discard_log();
+        }
+        self.status.in_flight.set(0);
         self.status.started.store(false, Ordering::Relaxed);
         self.ring.next_avail()
     }

@@ -10,7 +10,7 @@
 //! *front-end* can get wrong ends the connection.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,10 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use crate::backend_channel::BackendChannel;
 use crate::device::{Device, F_EVENT_IDX, F_INDIRECT_DESC, F_PROTOCOL_FEATURES, offered_features};
+use crate::inflight::{InflightFile, InflightRegion};
+use crate::link::Intercepted;
 use crate::mailbox::{Answer, Order, RingSetup, WorkerHandle};
 use crate::memory::{MAX_REGIONS, Memory, Region};
 use crate::ring::{RingFeatures, RingLayout};
@@ -38,6 +41,8 @@ pub(crate) trait Meanwhile {
     fn poll_fd(&self) -> PollFd;
     /// Called when it is readable.
     fn serve(&mut self);
+    /// Whether the configuration space has changed since the last call.
+    fn take_config_changed(&mut self) -> bool;
 }
 
 fn refuse(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -64,12 +69,22 @@ pub(crate) struct Backend<M> {
     rings: Vec<RingConfig>,
     memory: Arc<Memory>,
     acked: u64,
+    acked_protocol: VhostUserProtocolFeatures,
+    channel: BackendChannel,
+    /// What this process offers as in-flight region, and what the front-end handed over.
+    inflight_file: InflightFile,
+    inflight: Option<InflightRegion>,
     meanwhile: M,
     gave_up: bool,
 }
 
 impl<M: Meanwhile> Backend<M> {
-    pub(crate) fn new(device: Arc<dyn Device>, workers: Vec<WorkerHandle>, meanwhile: M) -> Self {
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        workers: Vec<WorkerHandle>,
+        meanwhile: M,
+        inflight_file: InflightFile,
+    ) -> Self {
         let rings = workers.iter().map(|_| RingConfig::default()).collect();
         Self {
             device,
@@ -77,8 +92,29 @@ impl<M: Meanwhile> Backend<M> {
             rings,
             memory: Arc::default(),
             acked: 0,
+            acked_protocol: VhostUserProtocolFeatures::empty(),
+            channel: BackendChannel::default(),
+            inflight_file,
+            inflight: None,
             meanwhile,
             gave_up: false,
+        }
+    }
+
+    /// Serves the control channel, and does what came of it.
+    pub(crate) fn serve_control(&mut self) {
+        self.meanwhile.serve();
+        if self.meanwhile.take_config_changed() {
+            self.channel.config_changed();
+        }
+        self.tell_config();
+    }
+
+    /// Tells the front-end that the configuration space has changed, if it has. Not while
+    /// all rings are stopped: then a back-end sends nothing ("Suspended device state").
+    fn tell_config(&mut self) {
+        if self.rings.iter().any(|r| r.serving) {
+            self.channel.flush();
         }
     }
 
@@ -91,24 +127,37 @@ impl<M: Meanwhile> Backend<M> {
         self.gave_up
     }
 
-    /// Stops all rings, in parallel, and forgets everything about the front-end. False
-    /// if a worker did not finish in time.
+    /// Stops all rings, in parallel, and forgets everything about the driver. False if a
+    /// worker did not finish in time.
     pub(crate) fn reset(&mut self) -> bool {
-        let serving = self.stop_all();
+        let stopped = self.stop_all();
         for ring in &mut self.rings {
             *ring = RingConfig::default();
         }
-        self.acked = 0;
-        serving
+        if stopped {
+            self.accept(0);
+        }
+        stopped
     }
 
-    /// Ends the connection: as reset, and lets the guest's memory go.
+    /// Ends the connection: as reset, and lets all go that the front-end has given.
     pub(crate) fn disconnect(&mut self) -> bool {
         let stopped = self.reset();
         if stopped {
             self.memory = Arc::default();
+            self.inflight = None;
         }
+        self.channel = BackendChannel::default();
+        self.acked_protocol = VhostUserProtocolFeatures::empty();
         stopped
+    }
+
+    /// The driver accepted these features; no ring is being served.
+    fn accept(&mut self, features: u64) {
+        if self.acked != features {
+            self.acked = features;
+            self.device.accepted(features);
+        }
     }
 
     fn stop_all(&mut self) -> bool {
@@ -172,7 +221,7 @@ impl<M: Meanwhile> Backend<M> {
                     sys::drain(worker.answered());
                 }
             } else if other.revents() != 0 {
-                self.meanwhile.serve();
+                self.serve_control();
             }
         }
     }
@@ -200,6 +249,7 @@ impl<M: Meanwhile> Backend<M> {
             self.acked,
         );
         let memory = Arc::clone(&self.memory);
+        let inflight = self.inflight.as_ref().and_then(|i| i.ring(index));
         let ring = self.ring(index)?;
         // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
         let wanted = ring.enabled || !negotiated;
@@ -214,6 +264,7 @@ impl<M: Meanwhile> Backend<M> {
                     kick: Arc::clone(kick),
                     call: ring.call.clone(),
                     err: ring.err.clone(),
+                    inflight,
                 };
                 match self.order(index, Order::Start(Box::new(setup)))? {
                     Answer::Refused(why) => {
@@ -221,6 +272,7 @@ impl<M: Meanwhile> Backend<M> {
                     }
                     _ => self.ring(index)?.serving = true,
                 }
+                self.tell_config();
                 Ok(())
             }
             (None, _, true) | (_, false, true) => self.stop(index),
@@ -283,7 +335,14 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
         if features & !offered_features(&self.device) != 0 {
             return Err(refuse("feature bits acknowledged that were not offered"));
         }
-        self.acked = features;
+        if features != self.acked {
+            // A front-end with several queue pairs (QEMU's vhost-user-net) says the same
+            // once for each; only a change concerns rings that run.
+            if !self.stop_all() {
+                return Err(refuse("queue did not drain"));
+            }
+            self.accept(features);
+        }
         for i in 0..self.rings.len() {
             self.apply(i)?;
         }
@@ -384,12 +443,15 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // The request handler remembers them and refuses messages that need others.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        // The request handler remembers them too and refuses messages that need others.
+        self.acked_protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
         Ok(())
     }
 
@@ -437,13 +499,35 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("no in-flight region"))
+        if self.rings.iter().any(|r| r.serving) {
+            return Err(refuse(
+                "a new in-flight region was asked for while rings run; stop them first",
+            ));
+        }
+        let (queues, queue_size) = (inflight.num_queues, inflight.queue_size);
+        let (bytes, file) = self
+            .inflight_file
+            .offer(queues, queue_size)
+            .map_err(refuse)?;
+        // The reply takes its descriptor along, so it is a copy.
+        let file = file.try_clone().map_err(Error::ReqHandlerError)?;
+        Ok((VhostUserInflight::new(bytes, 0, queues, queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("no in-flight region"))
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let region = InflightRegion::map(
+            &file,
+            inflight.mmap_size,
+            inflight.mmap_offset,
+            inflight.num_queues,
+            inflight.queue_size,
+            self.device.queues(),
+        )
+        .map_err(refuse)?;
+        self.inflight = Some(region);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -488,6 +572,30 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
         Err(Error::InvalidOperation("no dirty log"))
+    }
+}
+
+impl<M: Meanwhile> Intercepted for Backend<M> {
+    fn enable_ring(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.set_vring_enable(index, enable)
+    }
+
+    fn set_backend_channel(&mut self, socket: OwnedFd) -> Result<()> {
+        if !self
+            .acked_protocol
+            .contains(VhostUserProtocolFeatures::BACKEND_REQ)
+        {
+            return Err(Error::InactiveOperation(
+                VhostUserProtocolFeatures::BACKEND_REQ,
+            ));
+        }
+        self.channel = BackendChannel::new(socket).map_err(Error::ReqHandlerError)?;
+        Ok(())
+    }
+
+    fn acknowledges(&self) -> bool {
+        self.acked_protocol
+            .contains(VhostUserProtocolFeatures::REPLY_ACK)
     }
 }
 

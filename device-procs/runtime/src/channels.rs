@@ -34,6 +34,15 @@ pub enum ChannelError {
         /// What it should be.
         what: &'static str,
     },
+    /// What is inherited as fence is something else.
+    #[error("inherited fd {fd} (fence) is not the write end of a pipe")]
+    Fence {
+        /// Its number.
+        fd: RawFd,
+    },
+    /// A stand-alone process has nobody who waits for its fence.
+    #[error("--fence-fd goes with inherited channels, not with --socket")]
+    FenceAlone,
     /// Somebody serves on that path already.
     #[error("{path}: already in use; stop the process that listens there, or choose another path")]
     InUse {
@@ -65,6 +74,9 @@ pub enum Channels {
         control: OwnedFd,
         /// vhost-user.
         vhost: UnixStream,
+        /// The only write end of a pipe: its reader sees the end of it when this process's
+        /// last operation on the host has ended.
+        fence: Option<OwnedFd>,
     },
     /// Stand-alone: vhost-user connections, one after another.
     Listener(UnixListener),
@@ -87,10 +99,35 @@ impl Channels {
         let channels = Self::Inherited {
             control: inherited(control, "control channel")?,
             vhost: inherited(vhost, "vhost-user channel")?.into(),
+            fence: None,
         };
         // A reader of the log that does not read must not stop a worker.
         let _ = sys::set_nonblocking(std::io::stderr().as_fd());
         Ok(channels)
+    }
+
+    /// The same channels, and the fence at the inherited descriptor `fd` (--fence-fd), of
+    /// which every worker gets a copy ([`WorkerPort::take_fence`]). Once per process, before
+    /// anything else is opened.
+    ///
+    /// # Errors
+    /// It is not the write end of a pipe, or these channels are not inherited ones.
+    ///
+    /// [`WorkerPort::take_fence`]: crate::mailbox::WorkerPort::take_fence
+    pub fn with_fence(mut self, fd: RawFd) -> Result<Self, ChannelError> {
+        let Self::Inherited { fence, .. } = &mut self else {
+            return Err(ChannelError::FenceAlone);
+        };
+        let owned = sys::take_inherited(fd).map_err(|source| ChannelError::Missing {
+            fd,
+            what: "fence",
+            source,
+        })?;
+        if !sys::is_pipe_writer(owned.as_fd()) {
+            return Err(ChannelError::Fence { fd });
+        }
+        *fence = Some(owned);
+        Ok(self)
     }
 
     /// Listens at `path`, which only the same user may then connect to. A socket that a

@@ -1,7 +1,8 @@
 //! The control channel: service bulkhead.device.v1.Device (proto/proto/device.proto).
 //!
 //! Runs on the main thread, from its poll loop or while that waits for a worker. Touches
-//! only shared counters, so it is always answered.
+//! only shared counters, flags and the device itself, and gives no worker an order, so it is
+//! always answered.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -9,16 +10,17 @@ use std::sync::atomic::Ordering;
 
 use bulkhead_proto::common::QueueStats;
 use bulkhead_proto::device::{
-    Confinement, HealthRequest, HealthResponse, HelloRequest, HelloResponse, RingHealth,
-    ShutdownRequest, ShutdownResponse, StatsRequest, StatsResponse, UpdateRequest, UpdateResponse,
+    Confinement, DrainRequest, DrainResponse, HealthRequest, HealthResponse, HelloRequest,
+    HelloResponse, ResumeRequest, ResumeResponse, RingHealth, ShutdownRequest, ShutdownResponse,
+    StatsRequest, StatsResponse, UpdateRequest, UpdateResponse,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::{CONTROL_MAX_FRAME, Closed, decode, encode};
 use bulkhead_proto::{ControlServer, DEVICE_SERVICE, RpcStatus};
 
 use crate::backend::Meanwhile;
-use crate::device::Device;
-use crate::status::QueueStatus;
+use crate::device::{Device, Update};
+use crate::mailbox::Signals;
 use crate::sys::PollFd;
 
 /// Version of the Device protocol that this runtime speaks.
@@ -33,9 +35,11 @@ pub(crate) struct ConfinementReport {
 
 struct Service {
     device: Arc<dyn Device>,
-    queues: Vec<Arc<QueueStatus>>,
+    queues: Vec<Signals>,
     confinement: ConfinementReport,
     shutdown: bool,
+    /// The driver is to be told that the configuration space has changed.
+    config_changed: bool,
 }
 
 /// The control channel and the state of its service. Without a channel (stand-alone mode)
@@ -50,7 +54,7 @@ impl Control {
     pub(crate) fn new(
         channel: Option<OwnedFd>,
         device: Arc<dyn Device>,
-        queues: Vec<Arc<QueueStatus>>,
+        queues: Vec<Signals>,
         confinement: ConfinementReport,
     ) -> Self {
         Self {
@@ -60,6 +64,7 @@ impl Control {
                 queues,
                 confinement,
                 shutdown: false,
+                config_changed: false,
             },
             closed: false,
         }
@@ -103,6 +108,10 @@ impl Meanwhile for Control {
             self.closed = true;
         }
     }
+
+    fn take_config_changed(&mut self) -> bool {
+        std::mem::take(&mut self.service.config_changed)
+    }
 }
 
 impl Service {
@@ -118,8 +127,17 @@ impl Service {
                 encode(&self.stats())
             }
             (DEVICE_SERVICE, "Update") => {
-                self.device.update(&decode::<UpdateRequest>(body)?)?;
+                self.update(&decode::<UpdateRequest>(body)?)?;
                 encode(&UpdateResponse::new())
+            }
+            (DEVICE_SERVICE, "Drain") => {
+                decode::<DrainRequest>(body)?;
+                encode(&self.drain())
+            }
+            (DEVICE_SERVICE, "Resume") => {
+                decode::<ResumeRequest>(body)?;
+                self.queues.iter().for_each(Signals::resume);
+                encode(&ResumeResponse::new())
             }
             (DEVICE_SERVICE, "Shutdown") => {
                 decode::<ShutdownRequest>(body)?;
@@ -144,16 +162,37 @@ impl Service {
         reply
     }
 
+    fn update(&mut self, request: &UpdateRequest) -> Result<(), RpcStatus> {
+        let Update { config_changed } = self.device.update(request)?;
+        self.queues.iter().for_each(Signals::refresh);
+        self.config_changed |= config_changed;
+        Ok(())
+    }
+
+    fn drain(&self) -> DrainResponse {
+        self.queues.iter().for_each(Signals::pause);
+        let mut reply = DrainResponse::new();
+        reply.drained = self.queues.iter().all(|q| q.status().is_drained());
+        reply
+    }
+
     fn health(&self) -> HealthResponse {
         let mut reply = HealthResponse::new();
         reply.rings = (0..)
             .zip(&self.queues)
             .map(|(index, q)| {
+                let q = q.status();
+                let (host_errors, last_errno, last_sector) = q.host_errors();
                 let mut ring = RingHealth::new();
                 ring.index = index;
                 ring.started = q.started.load(Ordering::Relaxed);
                 ring.broken = q.broken.load(Ordering::Relaxed);
                 ring.in_flight = q.in_flight.get();
+                ring.completed = q.requests.get();
+                ring.waits_for_host = q.waits_for_host.load(Ordering::Relaxed);
+                ring.host_errors = host_errors;
+                ring.last_errno = last_errno;
+                ring.last_sector = last_sector;
                 ring
             })
             .collect();
@@ -165,6 +204,7 @@ impl Service {
         reply.queues = (0..)
             .zip(&self.queues)
             .map(|(index, q)| {
+                let q = q.status();
                 let mut stats = QueueStats::new();
                 stats.index = index;
                 stats.requests = q.requests.get();
@@ -175,6 +215,11 @@ impl Service {
                 stats.kicks = q.kicks.get();
                 stats.interrupts = q.interrupts.get();
                 stats.syscalls = q.syscalls.get();
+                stats.latency_us_log2 = q.latency();
+                stats.discards = q.discards.get();
+                stats.write_zeroes = q.write_zeroes.get();
+                stats.dropped = q.dropped.get();
+                stats.throttled = q.throttled.get();
                 stats
             })
             .collect();

@@ -16,12 +16,17 @@
 
 pub mod active;
 mod backend;
+mod backend_channel;
 pub mod chain;
 pub mod channels;
 pub mod control;
+#[cfg(test)]
+mod crash;
 pub mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
+pub mod inflight;
+pub mod limit;
 mod link;
 pub mod logger;
 pub mod mailbox;

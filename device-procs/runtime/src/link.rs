@@ -1,10 +1,14 @@
 //! One vhost-user connection: takes messages off the socket only when a whole one is
 //! there, so that a peer that sends half a message, or reads no replies, never blocks the
 //! main thread (the `vhost` crate's handler reads and writes until it is done).
+//!
+//! Two messages are handled here, because the handler cannot: SET_VRING_ENABLE, which it
+//! refuses before SET_FEATURES (QEMU's vhost-user-net sends it there), and
+//! SET_BACKEND_REQ_FD, whose socket it wraps in a proxy that knows no configuration change.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
@@ -15,6 +19,24 @@ use crate::sys::{self, PollFd};
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(2);
 /// How often to look whether the rest of a message has come.
 const PARTIAL_RETRY_MS: i32 = 2;
+
+const SET_VRING_ENABLE: u32 = 18;
+const SET_BACKEND_REQ_FD: u32 = 21;
+/// Version 1 in a header's flags, and the bits that say "this is a reply" and "reply".
+const VERSION_MASK: u32 = 3;
+const VERSION: u32 = 1;
+const REPLY: u32 = 4;
+const NEED_REPLY: u32 = 8;
+
+/// What the back-end does on the messages that are handled here.
+pub(crate) trait Intercepted {
+    /// SET_VRING_ENABLE
+    fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Error>;
+    /// SET_BACKEND_REQ_FD
+    fn set_backend_channel(&mut self, socket: OwnedFd) -> Result<(), Error>;
+    /// VHOST_USER_PROTOCOL_F_REPLY_ACK was accepted.
+    fn acknowledges(&self) -> bool;
+}
 
 /// Bytes of a vhost-user message header: request, flags, size.
 const HEADER: usize = 12;
@@ -44,14 +66,24 @@ pub(crate) enum LinkError {
 /// A connection and the back-end behind it.
 pub(crate) struct Link<B: VhostUserBackendReqHandlerMut> {
     handler: BackendReqHandler<Mutex<B>>,
+    backend: Arc<Mutex<B>>,
     waiting_since: Option<Instant>,
     peeked: Box<[u8; HEADER + MAX_BODY]>,
 }
 
-impl<B: VhostUserBackendReqHandlerMut> Link<B> {
+/// A message that is handled here.
+struct Own {
+    request: u32,
+    flags: u32,
+    /// Of the whole message.
+    bytes: usize,
+}
+
+impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
     pub(crate) fn new(socket: UnixStream, backend: Arc<Mutex<B>>) -> Self {
         Self {
-            handler: BackendReqHandler::from_stream(socket, backend),
+            handler: BackendReqHandler::from_stream(socket, Arc::clone(&backend)),
+            backend,
             waiting_since: None,
             peeked: Box::new([0; HEADER + MAX_BODY]),
         }
@@ -89,11 +121,68 @@ impl<B: VhostUserBackendReqHandlerMut> Link<B> {
             };
         }
         self.waiting_since = None;
+        if let Some(own) = self.own_message() {
+            return self.handle(&own);
+        }
         match self.handler.handle_request() {
             Ok(()) => Ok(()),
             Err(Error::Disconnected) => Err(LinkError::Closed),
             Err(e) => Err(LinkError::Message(e)),
         }
+    }
+
+    /// The message at the front of the queue, if it is one of those handled here.
+    fn own_message(&self) -> Option<Own> {
+        let mut words = self.peeked.chunks_exact(4).map(|w| match w {
+            [a, b, c, d] => u32::from_le_bytes([*a, *b, *c, *d]),
+            _ => 0,
+        });
+        let (request, flags, size) = (words.next()?, words.next()?, words.next()?);
+        matches!(request, SET_VRING_ENABLE | SET_BACKEND_REQ_FD).then_some(Own {
+            request,
+            flags,
+            bytes: HEADER.saturating_add(size as usize),
+        })
+    }
+
+    fn handle(&mut self, own: &Own) -> Result<(), LinkError> {
+        let mut bytes = vec![0; own.bytes];
+        let (mut have, mut fds) = (0, Vec::new());
+        while let Some(rest) = bytes.get_mut(have..).filter(|r| !r.is_empty()) {
+            // All of it is there, and nobody else reads.
+            match sys::receive(self.fd(), rest)? {
+                Some((n, _)) if n == 0 => return Err(LinkError::Closed),
+                Some((n, more)) => {
+                    have = have.saturating_add(n);
+                    fds.extend(more);
+                }
+                None => {}
+            }
+        }
+        let body = bytes.get(HEADER..).unwrap_or_default();
+        let mut backend = self.backend.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = if own.flags & VERSION_MASK != VERSION || own.flags & REPLY != 0 {
+            Err(Error::InvalidMessage)
+        } else {
+            perform(&mut *backend, own.request, body, fds)
+        };
+        let acknowledges = backend.acknowledges();
+        drop(backend);
+        if acknowledges && own.flags & NEED_REPLY != 0 {
+            self.acknowledge(own.request, result.is_ok())?;
+        }
+        result.map_err(LinkError::Message)
+    }
+
+    /// The reply to a message that has none of its own: a u64, 0 for success.
+    fn acknowledge(&self, request: u32, success: bool) -> Result<(), LinkError> {
+        let words = [request, VERSION | REPLY, 8, u32::from(!success), 0];
+        let reply: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        // There is room: reply_fits.
+        if sys::send_now(self.fd(), &reply)? != reply.len() {
+            return Err(LinkError::Deadline);
+        }
+        Ok(())
     }
 
     fn message_complete(&mut self) -> Result<bool, LinkError> {
@@ -121,5 +210,29 @@ impl<B: VhostUserBackendReqHandlerMut> Link<B> {
         sys::poll(&mut fds, 0)?;
         let [fd] = fds;
         Ok(fd.revents() & libc::POLLOUT != 0)
+    }
+}
+
+fn perform(
+    backend: &mut impl Intercepted,
+    request: u32,
+    body: &[u8],
+    mut fds: Vec<OwnedFd>,
+) -> Result<(), Error> {
+    match (request, body) {
+        (SET_VRING_ENABLE, [i0, i1, i2, i3, n0, n1, n2, n3]) if fds.is_empty() => {
+            let index = u32::from_le_bytes([*i0, *i1, *i2, *i3]);
+            match u32::from_le_bytes([*n0, *n1, *n2, *n3]) {
+                0 => backend.enable_ring(index, false),
+                1 => backend.enable_ring(index, true),
+                _ => Err(Error::InvalidParam),
+            }
+        }
+        (SET_BACKEND_REQ_FD, _) if fds.len() == 1 => match fds.pop() {
+            Some(socket) => backend.set_backend_channel(socket),
+            None => Err(Error::IncorrectFds),
+        },
+        (SET_BACKEND_REQ_FD, _) => Err(Error::IncorrectFds),
+        _ => Err(Error::InvalidMessage),
     }
 }

@@ -4,11 +4,17 @@
 //! there; an order lies in the mailbox when that eventfd fires. The main thread waits for
 //! the answer on another eventfd together with its control channel, with a deadline, so a
 //! worker that must first finish slow I/O never makes the process deaf.
+//!
+//! Beside the orders there are [`Signals`], which need no answer and can be given at any
+//! time, even while an order is outstanding: "look again", "pause", "go on".
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::inflight::InflightRing;
 use crate::memory::Memory;
 use crate::ring::{RingFeatures, RingLayout};
 use crate::status::QueueStatus;
@@ -33,6 +39,8 @@ pub struct RingSetup {
     pub call: Option<Arc<File>>,
     /// To be signalled when the ring is malformed.
     pub err: Option<Arc<File>>,
+    /// Where requests in flight are logged, so that a later process can take over.
+    pub inflight: Option<InflightRing>,
 }
 
 /// An order to a worker.
@@ -76,6 +84,7 @@ struct Shared {
     slots: Mutex<Slots>,
     wakeup: File,
     answered: File,
+    refresh: AtomicBool,
 }
 
 impl Shared {
@@ -90,19 +99,48 @@ pub struct WorkerPort {
     shared: Arc<Shared>,
     status: Arc<QueueStatus>,
     index: u16,
+    fence: Option<OwnedFd>,
 }
 
 impl WorkerPort {
-    /// Becomes readable when there is an order.
+    /// Becomes readable when there is an order, or something to look at again.
     pub fn wakeup(&self) -> &File {
         &self.shared.wakeup
     }
 
     /// Takes the order, if there is one. Empties the eventfd first, so that an order that
-    /// arrives meanwhile fires it again.
+    /// arrives meanwhile fires it again. To be called each time that the wakeup fires, and
+    /// [`Self::take_refresh`] after it: one wakeup may stand for both.
     pub fn take(&self) -> Option<Order> {
         sys::drain(&self.shared.wakeup);
+        self.status.pause.look();
         self.shared.lock().order.take()
+    }
+
+    /// Whether the device was updated, paused or resumed since the last call: then the
+    /// worker looks again at whatever it shares with its device (limits, sizes), and for
+    /// requests in its ring.
+    pub fn take_refresh(&self) -> bool {
+        self.shared.refresh.load(Ordering::Relaxed)
+            && self.shared.refresh.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether the worker must not take new requests. [`ActiveRing`] sees to that by itself:
+    /// its `pop` finds nothing new meanwhile. A worker that takes its work from elsewhere
+    /// too (a tap) asks here.
+    ///
+    /// [`ActiveRing`]: crate::active::ActiveRing
+    pub fn paused(&self) -> bool {
+        self.status.pause.look()
+    }
+
+    /// The write end of the fence, if this process has one. A worker with a ring in io_uring
+    /// takes it, registers it there as a fixed file and closes it, all before it says that it
+    /// is prepared: then the fence falls when the kernel has ended the ring's last
+    /// operation, and not before. Left here, it falls when the process is gone, which is
+    /// right for a worker whose I/O is all in system calls of its own.
+    pub fn take_fence(&mut self) -> Option<OwnedFd> {
+        self.fence.take()
     }
 
     /// Answers the last order; each order gets exactly one answer.
@@ -122,6 +160,38 @@ impl WorkerPort {
     }
 }
 
+/// What may be told to a worker at any time.
+#[derive(Clone, Debug)]
+pub struct Signals {
+    shared: Arc<Shared>,
+    status: Arc<QueueStatus>,
+}
+
+impl Signals {
+    /// Makes the worker look again at what it shares with its device.
+    pub fn refresh(&self) {
+        self.shared.refresh.store(true, Ordering::Release);
+        sys::signal(&self.shared.wakeup);
+    }
+
+    /// Takes no new requests from now on; what is in flight goes on.
+    pub fn pause(&self) {
+        self.status.pause.set(true);
+        self.refresh();
+    }
+
+    /// Takes requests again.
+    pub fn resume(&self) {
+        self.status.pause.set(false);
+        self.refresh();
+    }
+
+    /// Health and counters of the queue.
+    pub fn status(&self) -> &Arc<QueueStatus> {
+        &self.status
+    }
+}
+
 /// The main thread's end.
 #[derive(Debug)]
 pub struct WorkerHandle {
@@ -130,6 +200,29 @@ pub struct WorkerHandle {
 }
 
 impl WorkerHandle {
+    /// The signals of this worker, to be given from elsewhere on the main thread.
+    pub fn signals(&self) -> Signals {
+        Signals {
+            shared: Arc::clone(&self.shared),
+            status: Arc::clone(&self.status),
+        }
+    }
+
+    /// See [`Signals::refresh`].
+    pub fn refresh(&self) {
+        self.signals().refresh();
+    }
+
+    /// See [`Signals::pause`].
+    pub fn pause(&self) {
+        self.signals().pause();
+    }
+
+    /// See [`Signals::resume`].
+    pub fn resume(&self) {
+        self.signals().resume();
+    }
+
     /// Gives an order. The answer to the one before must have been taken.
     pub fn order(&self, order: Order) {
         sys::drain(&self.shared.answered);
@@ -159,10 +252,19 @@ impl WorkerHandle {
 
 /// A mailbox for the worker of queue `index`.
 pub fn mailbox(index: u16) -> io::Result<(WorkerHandle, WorkerPort)> {
+    fenced_mailbox(index, None)
+}
+
+/// A mailbox, with a copy of the write end of the fence for the worker.
+pub(crate) fn fenced_mailbox(
+    index: u16,
+    fence: Option<OwnedFd>,
+) -> io::Result<(WorkerHandle, WorkerPort)> {
     let shared = Arc::new(Shared {
         slots: Mutex::default(),
         wakeup: sys::eventfd()?,
         answered: sys::eventfd()?,
+        refresh: AtomicBool::new(false),
     });
     let status = Arc::new(QueueStatus::default());
     Ok((
@@ -174,6 +276,7 @@ pub fn mailbox(index: u16) -> io::Result<(WorkerHandle, WorkerPort)> {
             shared,
             status,
             index,
+            fence,
         },
     ))
 }

@@ -13,6 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::chain::{Chain, ChainError};
+use crate::inflight::{InflightError, InflightRing, Log};
 use crate::memory::{Area, Memory};
 
 /// Largest ring accepted (QEMU's limit too).
@@ -58,6 +59,9 @@ pub enum RingError {
         /// What is wrong with it.
         source: ChainError,
     },
+    /// The in-flight region cannot be gone on from.
+    #[error("in-flight region {0}")]
+    Inflight(#[from] InflightError),
 }
 
 /// Where a ring lies, as SET_VRING_NUM and SET_VRING_ADDR told: user addresses are the
@@ -83,6 +87,51 @@ pub struct RingFeatures {
     pub indirect: bool,
 }
 
+/// The parts of a ring in one memory snapshot.
+#[derive(Debug)]
+struct Parts {
+    size: u16,
+    desc: Area,
+    avail: Area,
+    used: Area,
+}
+
+impl Parts {
+    fn resolve(memory: &Memory, layout: RingLayout) -> Result<Self, RingError> {
+        let size = u16::try_from(layout.size)
+            .ok()
+            .filter(|s| s.is_power_of_two() && *s <= MAX_RING_SIZE)
+            .ok_or(RingError::Size(layout.size))?;
+        let n = usize::from(size);
+        let area = |addr, len, align, what| {
+            memory
+                .area_at_user_addr(addr, len)
+                .filter(|a| a.is_aligned(align))
+                .ok_or(RingError::Address(what))
+        };
+        Ok(Self {
+            size,
+            desc: area(layout.desc, DESC_SIZE * n, 16, "descriptor table")?,
+            avail: area(layout.avail, AVAIL_HEADER + 2 * n + 2, 2, "available ring")?,
+            used: area(layout.used, USED_HEADER + USED_ELEM * n + 2, 4, "used ring")?,
+        })
+    }
+}
+
+/// Where the chain at a head is, as the device sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Head {
+    /// With the driver.
+    #[default]
+    Free,
+    /// Left in flight by a process before this one, and not popped yet.
+    Waiting,
+    /// Popped.
+    InFlight,
+    /// In the used ring, which does not show it yet.
+    Completed,
+}
+
 /// A running split ring.
 #[derive(Debug)]
 pub struct Ring {
@@ -103,9 +152,16 @@ pub struct Ring {
     published: u16,
     /// `next_used` when the driver was last signalled, if it ever was.
     signalled: Option<u16>,
-    /// One bit per head that was popped and not yet completed.
-    outstanding: Vec<u64>,
+    /// Where each head is.
+    heads: Vec<Head>,
+    /// Completed since the last `publish`.
+    batch: Vec<u16>,
     in_flight: u16,
+    /// Popped from the available ring and not put back.
+    taken: u64,
+    log: Option<Log>,
+    /// What a process before this one left in flight, the next one at the end.
+    resubmit: Vec<u16>,
 }
 
 impl Ring {
@@ -117,20 +173,12 @@ impl Ring {
         features: RingFeatures,
         base: u16,
     ) -> Result<Self, RingError> {
-        let size = u16::try_from(layout.size)
-            .ok()
-            .filter(|s| s.is_power_of_two() && *s <= MAX_RING_SIZE)
-            .ok_or(RingError::Size(layout.size))?;
-        let n = usize::from(size);
-        let area = |addr, len, align, what| {
-            memory
-                .area_at_user_addr(addr, len)
-                .filter(|a| a.is_aligned(align))
-                .ok_or(RingError::Address(what))
-        };
-        let desc = area(layout.desc, DESC_SIZE * n, 16, "descriptor table")?;
-        let avail = area(layout.avail, AVAIL_HEADER + 2 * n + 2, 2, "available ring")?;
-        let used = area(layout.used, USED_HEADER + USED_ELEM * n + 2, 4, "used ring")?;
+        let Parts {
+            size,
+            desc,
+            avail,
+            used,
+        } = Parts::resolve(&memory, layout)?;
         let mut ring = Self {
             layout,
             size,
@@ -143,13 +191,66 @@ impl Ring {
             next_used: 0,
             published: 0,
             signalled: None,
-            outstanding: vec![0; n.div_ceil(64)],
+            heads: vec![Head::Free; usize::from(size)],
+            batch: Vec::with_capacity(usize::from(size)),
             in_flight: 0,
+            taken: 0,
+            log: None,
+            resubmit: Vec::new(),
             memory,
         };
         ring.next_used = ring.load_u16(&ring.used, 2, Ordering::Acquire)?;
         ring.published = ring.next_used;
         Ok(ring)
+    }
+
+    /// Logs requests in flight from now on; to be called before anything is popped. If the
+    /// region holds a log already, the ring goes on where that ends: its requests come out of
+    /// `pop` first, in their old order, and the available index follows from the used index,
+    /// whatever base was given. True in that case.
+    pub fn keep_log(&mut self, region: InflightRing) -> Result<bool, RingError> {
+        let (log, recovered) = Log::open(region, self.size, self.next_used)?;
+        self.log = Some(log);
+        let Some(recovered) = recovered else {
+            return Ok(false);
+        };
+        for head in &recovered.resubmit {
+            if let Some(at) = self.heads.get_mut(usize::from(*head)) {
+                *at = Head::Waiting;
+            }
+        }
+        // As many as the ring has descriptors, at most.
+        let count = u16::try_from(recovered.resubmit.len()).unwrap_or(u16::MAX);
+        self.next_avail = self.next_used.wrapping_add(count);
+        self.seen_avail = self.next_avail;
+        self.resubmit = recovered.resubmit;
+        Ok(true)
+    }
+
+    /// Requests that a process before this one left in flight and that were not popped yet.
+    #[inline]
+    pub fn to_resubmit(&self) -> u16 {
+        u16::try_from(self.resubmit.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Forgets the log: a ring that ended as malformed is not gone on from, and its driver
+    /// sets up another.
+    pub fn discard_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            // The region cannot vanish while it is mapped.
+            let _ = log.discard();
+        }
+    }
+
+    /// The same ring in another memory snapshot. Nothing may be in flight: that would point
+    /// into the old one.
+    pub fn relocate(&mut self, memory: Arc<Memory>) -> Result<(), RingError> {
+        let parts = Parts::resolve(&memory, self.layout)?;
+        self.desc = parts.desc;
+        self.avail = parts.avail;
+        self.used = parts.used;
+        self.memory = memory;
+        Ok(())
     }
 
     /// The memory snapshot that this ring and its buffers live in.
@@ -202,7 +303,10 @@ impl Ring {
     ) -> Result<(), RingError> {
         area.slice()
             .and_then(|s| s.store(value.to_le(), offset, order).ok())
-            .ok_or(RingError::Address("ring"))
+            .ok_or(RingError::Address("ring"))?;
+        #[cfg(test)]
+        crate::crash::point();
+        Ok(())
     }
 
     #[inline]
@@ -211,42 +315,109 @@ impl Ring {
     }
 
     /// Takes the next available chain into `chain` (whose buffers are reused). `None`
-    /// when there is none.
+    /// when there is none. What is to be submitted again comes first.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
+        if !self.resubmit.is_empty() {
+            return self.pop_again(chain);
+        }
         if self.next_avail == self.seen_avail && !self.refresh_avail()? {
             return Ok(None);
         }
         let at = AVAIL_HEADER + 2 * self.slot(self.next_avail);
         // The Acquire load of the index ordered this one behind it.
         let head = self.load_u16(&self.avail, at, Ordering::Relaxed)?;
-        if head >= self.size {
-            return Err(RingError::Head(head));
-        }
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        let Some(bits) = self.outstanding.get_mut(word) else {
+        let Some(at) = self.heads.get_mut(usize::from(head)) else {
             return Err(RingError::Head(head));
         };
-        if *bits & bit != 0 {
+        if *at != Head::Free {
             return Err(RingError::Duplicate(head));
         }
-        let table: VolatileSlice<'_> = self
-            .desc
-            .slice()
-            .ok_or(RingError::Address("descriptor table"))?;
-        chain
-            .walk(
-                &self.memory,
-                &table,
-                self.size,
-                head,
-                self.features.indirect,
-            )
-            .map_err(|source| RingError::Chain { head, source })?;
-        *bits |= bit;
+        Self::walk(
+            &self.memory,
+            &self.desc,
+            self.size,
+            self.features,
+            head,
+            chain,
+        )?;
+        *at = Head::InFlight;
+        if let Some(log) = &mut self.log {
+            log.taken(head)?;
+        }
         self.in_flight = self.in_flight.saturating_add(1);
+        self.taken = self.taken.wrapping_add(1);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(head))
+    }
+
+    #[inline]
+    fn walk(
+        memory: &Memory,
+        desc: &Area,
+        size: u16,
+        features: RingFeatures,
+        head: u16,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        let table: VolatileSlice<'_> =
+            desc.slice().ok_or(RingError::Address("descriptor table"))?;
+        chain
+            .walk(memory, &table, size, head, features.indirect)
+            .map_err(|source| RingError::Chain { head, source })
+    }
+
+    /// The next request that a process before this one left in flight. It is in the log and
+    /// among the outstanding ones already.
+    #[cold]
+    fn pop_again(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
+        let Some(head) = self.resubmit.last().copied() else {
+            return Ok(None);
+        };
+        Self::walk(
+            &self.memory,
+            &self.desc,
+            self.size,
+            self.features,
+            head,
+            chain,
+        )?;
+        self.resubmit.pop();
+        self.mark(head, Head::Waiting, Head::InFlight)?;
+        self.in_flight = self.in_flight.saturating_add(1);
+        Ok(Some(head))
+    }
+
+    /// Puts back the request that was popped last, as if it had never been seen: the next
+    /// `pop` finds it again. Several are put back in the reverse of the order in which they
+    /// were popped, with nothing completed in between.
+    pub fn unpop(&mut self, head: u16) -> Result<(), RingError> {
+        let Some(taken) = self.taken.checked_sub(1) else {
+            // Nothing new was popped, so this one came from the log, and is still there.
+            self.mark(head, Head::InFlight, Head::Waiting)?;
+            self.in_flight = self.in_flight.saturating_sub(1);
+            self.resubmit.push(head);
+            return Ok(());
+        };
+        self.mark(head, Head::InFlight, Head::Free)?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.taken = taken;
+        self.next_avail = self.next_avail.wrapping_sub(1);
+        match &mut self.log {
+            Some(log) => Ok(log.untaken(head)?),
+            None => Ok(()),
+        }
+    }
+
+    #[inline]
+    fn mark(&mut self, head: u16, from: Head, to: Head) -> Result<(), RingError> {
+        match self.heads.get_mut(usize::from(head)) {
+            Some(at) if *at == from => {
+                *at = to;
+                Ok(())
+            }
+            _ => Err(RingError::Head(head)),
+        }
     }
 
     /// Reads the driver's index; true if there is something new.
@@ -267,11 +438,7 @@ impl Ring {
     /// [`publish`]: Self::publish
     #[inline]
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        match self.outstanding.get_mut(word) {
-            Some(bits) if *bits & bit != 0 => *bits &= !bit,
-            _ => return Err(RingError::Head(head)),
-        }
+        self.mark(head, Head::InFlight, Head::Completed)?;
         self.in_flight = self.in_flight.saturating_sub(1);
         let at = USED_HEADER + USED_ELEM * self.slot(self.next_used);
         let mut elem = [0u8; USED_ELEM];
@@ -282,17 +449,19 @@ impl Ring {
             .slice()
             .and_then(|s| s.write_slice(&elem, at).ok())
             .ok_or(RingError::Address("used ring"))?;
+        #[cfg(test)]
+        crate::crash::point();
+        if let Some(log) = &mut self.log {
+            log.completed(head)?;
+        }
+        self.batch.push(head);
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
 
     /// Gives up a popped chain without completing it: its ring is malformed and stops.
     pub fn forget(&mut self, head: u16) {
-        let bit = 1u64 << (head % 64);
-        if let Some(bits) = self.outstanding.get_mut(usize::from(head / 64))
-            && *bits & bit != 0
-        {
-            *bits &= !bit;
+        if self.mark(head, Head::InFlight, Head::Free).is_ok() {
             self.in_flight = self.in_flight.saturating_sub(1);
         }
     }
@@ -305,6 +474,14 @@ impl Ring {
         }
         self.store_u16(&self.used, 2, self.next_used, Ordering::Release)?;
         self.published = self.next_used;
+        if let Some(log) = &mut self.log {
+            log.shown(&self.batch, self.next_used)?;
+        }
+        for head in self.batch.drain(..) {
+            if let Some(at) = self.heads.get_mut(usize::from(head)) {
+                *at = Head::Free;
+            }
+        }
         // The index must be visible before the driver's wish is read (2.7.7.2).
         fence(Ordering::SeqCst);
         if !self.features.event_idx {

@@ -2,7 +2,9 @@
 //!
 //! [`serve`] runs on the main thread and returns when the process should exit.
 
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,8 +18,9 @@ use crate::backend::{Backend, Meanwhile};
 use crate::channels::Channels;
 use crate::control::{ConfinementReport, Control};
 use crate::device::{Device, Prepared};
+use crate::inflight::InflightFile;
 use crate::link::{Link, LinkError};
-use crate::mailbox::{WorkerHandle, mailbox};
+use crate::mailbox::{WorkerHandle, fenced_mailbox};
 use crate::sys::{self, PollFd};
 
 /// Stack of a worker thread: its frames are small and it never recurses.
@@ -39,6 +42,9 @@ pub enum ServeError {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// No memory for the in-flight region.
+    #[error("cannot make the in-flight region: {0}")]
+    Inflight(std::io::Error),
     /// A worker's own preparations failed.
     #[error("queue {queue}: {why}")]
     Prepare {
@@ -72,22 +78,37 @@ pub struct ServeOptions {
 /// Nothing is read from any channel before the process is confined.
 pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), ServeError> {
     let locked = Confinement::new(options.rlimits).lock_down()?;
-    let workers = start_workers(&device)?;
+    let (control, vhost, listener, fence) = match options.channels {
+        Channels::Inherited {
+            control,
+            vhost,
+            fence,
+        } => (Some(control), Some(vhost), None, fence),
+        Channels::Listener(listener) => (None, None, Some(listener), None),
+    };
+    let inflight = InflightFile::new(device.queues()).map_err(ServeError::Inflight)?;
+    let workers = start_workers(&device, fence.as_ref())?;
+    // From here on only the workers hold it, or their rings.
+    drop(fence);
     let landlock_abi = locked.landlock().abi;
-    let confined = locked.seal(options.policy)?;
+    let stderr = std::io::stderr();
+    // Under a launcher, stderr is a socket to it, over which it learns of violations.
+    let watched = control.is_some() && is_socket(stderr.as_fd())?;
+    let confined = if watched {
+        locked.seal_reported(options.policy, stderr.as_fd())?
+    } else {
+        locked.seal(options.policy)?
+    };
     log::debug!("{}", confined.report());
 
     let report = ConfinementReport {
         landlock_abi,
         policy: options.policy.name.into(),
     };
-    let queues = workers.iter().map(|w| Arc::clone(w.status())).collect();
-    let (control, vhost, listener) = match options.channels {
-        Channels::Inherited { control, vhost } => (Some(control), Some(vhost), None),
-        Channels::Listener(listener) => (None, None, Some(listener)),
-    };
+    let queues = workers.iter().map(WorkerHandle::signals).collect();
     let control = Control::new(control, Arc::clone(&device), queues, report);
-    let backend = Arc::new(Mutex::new(Backend::new(device, workers, control)));
+    let backend = Backend::new(device, workers, control, inflight);
+    let backend = Arc::new(Mutex::new(backend));
     let link = vhost.map(|socket| Link::new(socket, Arc::clone(&backend)));
     let ended = run(&backend, link, listener.as_ref());
     let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,12 +119,21 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     }
 }
 
-fn start_workers(device: &Arc<dyn Device>) -> Result<Vec<WorkerHandle>, ServeError> {
+fn is_socket(fd: BorrowedFd<'_>) -> std::io::Result<bool> {
+    let file = File::from(fd.try_clone_to_owned()?);
+    Ok(file.metadata()?.file_type().is_socket())
+}
+
+fn start_workers(
+    device: &Arc<dyn Device>,
+    fence: Option<&OwnedFd>,
+) -> Result<Vec<WorkerHandle>, ServeError> {
     let mut handles = Vec::new();
     let mut prepared = Vec::new();
     for queue in 0..device.queues() {
         let fail = |source| ServeError::Worker { queue, source };
-        let (handle, port) = mailbox(queue).map_err(fail)?;
+        let copy = fence.map(OwnedFd::try_clone).transpose().map_err(fail)?;
+        let (handle, port) = fenced_mailbox(queue, copy).map_err(fail)?;
         let worker = device.worker(port).map_err(fail)?;
         let (sender, receiver) = channel();
         std::thread::Builder::new()
@@ -146,7 +176,7 @@ fn run(
         let [control, channel] = fds;
 
         if control.revents() != 0 {
-            lock().meanwhile().serve();
+            lock().serve_control();
         }
         if lock().meanwhile().wants_exit() {
             return Ok(());

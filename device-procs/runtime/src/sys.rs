@@ -98,6 +98,21 @@ pub fn memfd(name: &str) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+/// An anonymous memory file of `len` bytes whose length is fixed.
+pub fn sealed_memfd(name: &str, len: u64) -> io::Result<File> {
+    let name = std::ffi::CString::new(name)?;
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a live C string.
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
+    // SAFETY: the descriptor is fresh and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
+}
+
 /// Takes ownership of an inherited descriptor, after checking that it is open, and makes
 /// it close-on-exec. To be called once per number, before anything else opens files.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
@@ -177,6 +192,111 @@ pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
             e => Err(e),
         },
     }
+}
+
+/// Room for the descriptors of one message: as many as SET_MEM_TABLE carries, and one more.
+const MAX_MESSAGE_FDS: usize = 33;
+
+/// Takes bytes off a socket without waiting, and the descriptors that travel with them.
+/// None: nothing there yet.
+pub(crate) fn receive(
+    fd: BorrowedFd<'_>,
+    buf: &mut [u8],
+) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+    const INT: usize = size_of::<libc::c_int>();
+    // In units of u64, so that the headers in it are aligned.
+    let mut control = [0u64; (MAX_MESSAGE_FDS * INT).div_ceil(8) + 4];
+    let mut iov = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: an all-zero msghdr is valid: no name, no buffers, no control data.
+    let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    msg.msg_control = control.as_mut_ptr().cast();
+    msg.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: msg points at one iovec over the live buffer and at the live control array,
+    // and says how long they are.
+    let n = unsafe {
+        libc::recvmsg(
+            fd.as_raw_fd(),
+            &raw mut msg,
+            libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
+        )
+    };
+    let mut fds = Vec::new();
+    if n >= 0 {
+        // SAFETY: msg is as recvmsg left it; control is alive.
+        let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const msg) };
+        while !header.is_null() {
+            // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR answer headers wholly inside control.
+            let (level, kind, len) = unsafe {
+                (
+                    (*header).cmsg_level,
+                    (*header).cmsg_type,
+                    (*header).cmsg_len,
+                )
+            };
+            if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+                // SAFETY: as above; the data begins right after the header.
+                let data = unsafe { libc::CMSG_DATA(header) }.cast::<libc::c_int>();
+                let bytes = (len as usize).saturating_sub(data as usize - header as usize);
+                for i in 0..bytes / INT {
+                    // SAFETY: the kernel wrote so many whole descriptors there, fresh ones
+                    // that nobody else owns.
+                    fds.push(unsafe { OwnedFd::from_raw_fd(data.add(i).read_unaligned()) });
+                }
+            }
+            // SAFETY: as for CMSG_FIRSTHDR.
+            header = unsafe { libc::CMSG_NXTHDR(&raw const msg, header) };
+        }
+    }
+    match usize::try_from(n) {
+        Ok(n) => Ok(Some((n, fds))),
+        Err(_) => match io::Error::last_os_error() {
+            e if matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) =>
+            {
+                Ok(None)
+            }
+            e => Err(e),
+        },
+    }
+}
+
+/// Sends what fits into a socket's buffer right now; the number of bytes.
+pub(crate) fn send_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: an all-zero msghdr is valid: no name, no buffers, no control data.
+    let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    // SAFETY: msg points at one iovec over the live bytes, which sendmsg only reads.
+    let n = unsafe {
+        libc::sendmsg(
+            fd.as_raw_fd(),
+            &raw const msg,
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Whether this is the write end of a pipe.
+pub fn is_pipe_writer(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: an all-zero stat is valid, and only a place to write to.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: st is live.
+    let r = unsafe { libc::fstat(fd.as_raw_fd(), &raw mut st) };
+    r == 0
+        && st.st_mode & libc::S_IFMT == libc::S_IFIFO
+        && status_flags(fd).is_ok_and(|f| f & libc::O_ACCMODE == libc::O_WRONLY)
 }
 
 /// Size and preferred block size of an open file, by fstat(2) itself: the C library's

@@ -1,0 +1,431 @@
+//! The in-flight region: which requests a device has taken and not yet given back, kept in
+//! memory that outlives the device process (vhost-user protocol, "Inflight I/O tracking",
+//! the layout for split virtqueues).
+//!
+//! ```text
+//!   region of queue i, each at a multiple of 64 bytes      descriptor state, 16 bytes each
+//!    0 features u64          12 last_batch_head u16         0 inflight u8      6 next u16
+//!    8 version u16 (1)       14 used_idx u16                1 padding [u8; 5]  8 counter u64
+//!   10 desc_num u16          16 descriptor states
+//! ```
+//!
+//! [`InflightRegion`] belongs to the main thread, which maps what the front-end hands over.
+//! [`Log`] belongs to a ring, and so to its worker: a few plain stores per request, in the
+//! order that the specification demands, so that the process may be killed between any two
+//! of them. Nothing is read back while the ring runs.
+//!
+//! What lies in the region when a ring starts was written by another process, or by
+//! anyone: it is checked as a whole before any of it is obeyed, and refused if it cannot
+//! have come from a device that keeps the rules. A front-end that shrinks its own file
+//! later ends this process by SIGBUS, as with guest memory.
+
+use std::fs::File;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{AtomicAccess, Bytes, VolatileSlice};
+
+use crate::memory::{Area, Memory, MemoryError, Region};
+use crate::ring::MAX_RING_SIZE;
+
+/// Version of the layout; 0 is a region that nobody has begun to use.
+const VERSION: u16 = 1;
+/// Each queue's region begins at a multiple of this (as libvhost-user and DPDK have it).
+const ALIGN: usize = 64;
+const HEADER: usize = 16;
+const STATE: usize = 16;
+
+// Offsets in the header, and in a descriptor's state.
+const AT_FEATURES: usize = 0;
+const AT_VERSION: usize = 8;
+const AT_DESC_NUM: usize = 10;
+const AT_LAST_BATCH_HEAD: usize = 12;
+const AT_USED_IDX: usize = 14;
+const OF_INFLIGHT: usize = 0;
+const OF_NEXT: usize = 6;
+const OF_COUNTER: usize = 8;
+
+/// What is wrong with a queue's part of the region: no device that keeps the rules leaves it
+/// like that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InflightError {
+    /// Not a layout of ours.
+    #[error("has version {version} and features {features:#x}, where 1 and 0 are known")]
+    Version {
+        /// The version that it says.
+        version: u16,
+        /// The features that it says.
+        features: u64,
+    },
+    /// The header contradicts the message that came with the region.
+    #[error("says {found} descriptors, the front-end {said}")]
+    Descriptors {
+        /// In the region.
+        found: u16,
+        /// In the message.
+        said: u16,
+    },
+    /// The ring has more descriptors than the region.
+    #[error("is for {have} descriptors, the ring has {need}")]
+    Small {
+        /// In the region.
+        have: u16,
+        /// In the ring.
+        need: u16,
+    },
+    /// A descriptor's state is neither 0 nor 1, or lies beyond the ring.
+    #[error("holds an impossible state for descriptor {0}")]
+    State(u16),
+    /// The used ring is further ahead than a batch can be.
+    #[error("is {0} completions behind the used ring, more than the ring holds")]
+    Batch(u16),
+    /// The list of the last batch leaves the table or runs in a circle.
+    #[error("has a broken list of completions at descriptor {0}")]
+    List(u16),
+    /// Two requests in flight claim the same place in the order.
+    #[error("gives two requests the same place in the order")]
+    Order,
+    /// The memory is not there.
+    #[error("is not mapped as it was described")]
+    Mapping,
+}
+
+/// Why a region was refused as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// More queues than the device has, or none.
+    #[error("in-flight region for {asked} queues; the device has {have}")]
+    Queues {
+        /// What the front-end said.
+        asked: u16,
+        /// What there is.
+        have: u16,
+    },
+    /// A ring size that no ring may have.
+    #[error("in-flight region for rings of {0}; from 1 to {MAX_RING_SIZE} is served")]
+    QueueSize(u16),
+    /// The region is smaller than its queues need.
+    #[error("in-flight region of {have:#x} bytes; its queues need {need:#x}")]
+    Size {
+        /// What the front-end said.
+        have: u64,
+        /// What is needed.
+        need: u64,
+    },
+    /// It begins at an odd place.
+    #[error("in-flight region at offset {0:#x}, which is no multiple of 8")]
+    Offset(u64),
+    /// It cannot be mapped.
+    #[error("in-flight region: {0}")]
+    Map(#[from] MemoryError),
+}
+
+fn queue_bytes(queue_size: u16) -> usize {
+    (HEADER + STATE * usize::from(queue_size)).next_multiple_of(ALIGN)
+}
+
+/// Bytes that a region for so many queues of such a size takes.
+pub fn region_bytes(queues: u16, queue_size: u16) -> u64 {
+    (queue_bytes(queue_size) as u64).saturating_mul(u64::from(queues))
+}
+
+/// Whether a device with `have` queues can keep such a region.
+fn check(asked: u16, queue_size: u16, have: u16) -> Result<(), RegionError> {
+    if asked == 0 || asked > have {
+        return Err(RegionError::Queues { asked, have });
+    }
+    if queue_size == 0 || queue_size > MAX_RING_SIZE {
+        return Err(RegionError::QueueSize(queue_size));
+    }
+    Ok(())
+}
+
+/// The file that this process offers as region (GET_INFLIGHT_FD). It is made before
+/// confinement, as large as it may ever have to be; until it is used it costs nothing.
+#[derive(Debug)]
+pub(crate) struct InflightFile {
+    file: File,
+    queues: u16,
+    used: bool,
+}
+
+impl InflightFile {
+    /// A file for a device of so many queues, which nobody can make larger or smaller.
+    pub(crate) fn new(queues: u16) -> std::io::Result<Self> {
+        let file = crate::sys::sealed_memfd("inflight", region_bytes(queues, MAX_RING_SIZE))?;
+        Ok(Self {
+            file,
+            queues,
+            used: false,
+        })
+    }
+
+    /// A region for so many queues of such a size, all zeros: its bytes, and the file. There
+    /// is only one, so no ring may be using it.
+    pub(crate) fn offer(
+        &mut self,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<(u64, &File), RegionError> {
+        check(queues, queue_size, self.queues)?;
+        let bytes = region_bytes(queues, queue_size);
+        if self.used {
+            let region = Memory::new(vec![Region::map(&self.file, 0, bytes, 0, 0)?])?;
+            region.write(0, &vec![0; usize::try_from(bytes).unwrap_or(0)]);
+        }
+        self.used = true;
+        Ok((bytes, &self.file))
+    }
+}
+
+/// A region that the front-end has handed over (SET_INFLIGHT_FD).
+#[derive(Debug)]
+pub(crate) struct InflightRegion {
+    mapped: Memory,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl InflightRegion {
+    /// Maps what the front-end describes, for a device with `have` queues.
+    pub(crate) fn map(
+        file: &File,
+        size: u64,
+        offset: u64,
+        queues: u16,
+        queue_size: u16,
+        have: u16,
+    ) -> Result<Self, RegionError> {
+        check(queues, queue_size, have)?;
+        let need = region_bytes(queues, queue_size);
+        if size < need {
+            return Err(RegionError::Size { have: size, need });
+        }
+        if !offset.is_multiple_of(8) {
+            return Err(RegionError::Offset(offset));
+        }
+        let region = Region::map(file, 0, need, 0, offset)?;
+        Ok(Self {
+            mapped: Memory::new(vec![region])?,
+            queues,
+            queue_size,
+        })
+    }
+
+    /// The part of one queue, if the region has one for it.
+    pub(crate) fn ring(&self, index: usize) -> Option<InflightRing> {
+        if index >= usize::from(self.queues) {
+            return None;
+        }
+        let bytes = queue_bytes(self.queue_size);
+        let at = u64::try_from(index.checked_mul(bytes)?).ok()?;
+        Some(InflightRing {
+            area: self.mapped.area_at_user_addr(at, bytes)?,
+            desc_num: self.queue_size,
+        })
+    }
+}
+
+/// One queue's part of the region.
+#[derive(Clone, Debug)]
+pub struct InflightRing {
+    area: Area,
+    desc_num: u16,
+}
+
+fn state(head: u16, field: usize) -> usize {
+    HEADER + STATE * usize::from(head) + field
+}
+
+impl InflightRing {
+    fn slice(&self) -> Result<VolatileSlice<'_>, InflightError> {
+        self.area.slice().ok_or(InflightError::Mapping)
+    }
+
+    fn load<T: AtomicAccess>(&self, at: usize) -> Result<T, InflightError> {
+        self.slice()?
+            .load(at, Ordering::Acquire)
+            .map_err(|_| InflightError::Mapping)
+    }
+
+    /// Release, so that no store is seen before those that the program makes before it.
+    #[inline]
+    fn store<T: AtomicAccess>(&self, at: usize, value: T) -> Result<(), InflightError> {
+        self.slice()?
+            .store(value, at, Ordering::Release)
+            .map_err(|_| InflightError::Mapping)?;
+        #[cfg(test)]
+        crate::crash::point();
+        Ok(())
+    }
+
+    /// Begins a log in which nothing is in flight.
+    fn initialise(&self, used_idx: u16) -> Result<(), InflightError> {
+        self.store(AT_VERSION, 0u16)?;
+        self.store(AT_FEATURES, 0u64)?;
+        self.store(AT_DESC_NUM, self.desc_num)?;
+        self.store(AT_LAST_BATCH_HEAD, 0u16)?;
+        self.store(AT_USED_IDX, used_idx)?;
+        for head in 0..self.desc_num {
+            self.store(state(head, OF_INFLIGHT), 0u8)?;
+            self.store(state(head, OF_NEXT), 0u16)?;
+            self.store(state(head, OF_COUNTER), 0u64)?;
+        }
+        self.store(AT_VERSION, VERSION)
+    }
+
+    /// Whether a request is in flight, for each descriptor.
+    fn states(&self, size: u16) -> Result<Vec<bool>, InflightError> {
+        (0..self.desc_num)
+            .map(|head| match self.load::<u8>(state(head, OF_INFLIGHT))? {
+                0 => Ok(false),
+                1 if head < size => Ok(true),
+                _ => Err(InflightError::State(head)),
+            })
+            .collect()
+    }
+
+    /// The last `count` completions, newest first.
+    fn last_batch(&self, count: u16, size: u16) -> Result<Vec<u16>, InflightError> {
+        if count > size {
+            return Err(InflightError::Batch(count));
+        }
+        let mut batch = Vec::with_capacity(usize::from(count));
+        let mut head = self.load::<u16>(AT_LAST_BATCH_HEAD)?;
+        for _ in 0..count {
+            if head >= size || batch.contains(&head) {
+                return Err(InflightError::List(head));
+            }
+            batch.push(head);
+            head = self.load(state(head, OF_NEXT))?;
+        }
+        Ok(batch)
+    }
+}
+
+/// What a ring that goes on where another process ended has to do first.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Recovered {
+    /// Heads in flight, those to be submitted first at the end.
+    pub(crate) resubmit: Vec<u16>,
+}
+
+/// The log of a running ring.
+#[derive(Debug)]
+pub(crate) struct Log {
+    ring: InflightRing,
+    /// Place in the order of the next request.
+    counter: u64,
+    last_batch_head: u16,
+}
+
+impl Log {
+    /// Goes on with the log that lies in the region, of a ring of `size` whose used index is
+    /// `used_idx`; begins one, and answers None, if there is none yet.
+    pub(crate) fn open(
+        ring: InflightRing,
+        size: u16,
+        used_idx: u16,
+    ) -> Result<(Self, Option<Recovered>), InflightError> {
+        if size > ring.desc_num {
+            return Err(InflightError::Small {
+                have: ring.desc_num,
+                need: size,
+            });
+        }
+        let version = ring.load(AT_VERSION)?;
+        if version == 0 {
+            ring.initialise(used_idx)?;
+            let log = Self {
+                ring,
+                counter: 0,
+                last_batch_head: 0,
+            };
+            return Ok((log, None));
+        }
+        let features = ring.load(AT_FEATURES)?;
+        if version != VERSION || features != 0 {
+            return Err(InflightError::Version { version, features });
+        }
+        let found = ring.load(AT_DESC_NUM)?;
+        if found != ring.desc_num {
+            return Err(InflightError::Descriptors {
+                found,
+                said: ring.desc_num,
+            });
+        }
+        let mut in_flight = ring.states(size)?;
+        let behind = used_idx.wrapping_sub(ring.load(AT_USED_IDX)?);
+        if behind != 0 {
+            // The last process ended while it noted a batch that the driver had been shown.
+            // With nothing in flight there is nothing to note, and the used ring may even
+            // be a new one.
+            if in_flight.contains(&true) {
+                let batch = ring.last_batch(behind, size)?;
+                for head in batch {
+                    ring.store(state(head, OF_INFLIGHT), 0u8)?;
+                    if let Some(flag) = in_flight.get_mut(usize::from(head)) {
+                        *flag = false;
+                    }
+                }
+            }
+            ring.store(AT_USED_IDX, used_idx)?;
+        }
+        let mut order = Vec::new();
+        for (head, _) in (0..).zip(&in_flight).filter(|(_, flag)| **flag) {
+            order.push((ring.load::<u64>(state(head, OF_COUNTER))?, head));
+        }
+        order.sort_unstable_by(|a, b| b.cmp(a));
+        let counters = order.iter().map(|(counter, _)| counter);
+        if counters.clone().zip(counters.skip(1)).any(|(a, b)| a == b) {
+            return Err(InflightError::Order);
+        }
+        let newest = order.first().map_or(Some(0), |(c, _)| c.checked_add(1));
+        let log = Self {
+            counter: newest.ok_or(InflightError::Order)?,
+            last_batch_head: ring.load(AT_LAST_BATCH_HEAD)?,
+            ring,
+        };
+        let resubmit = order.into_iter().map(|(_, head)| head).collect();
+        Ok((log, Some(Recovered { resubmit })))
+    }
+
+    /// A request was taken from the available ring.
+    #[inline]
+    pub(crate) fn taken(&mut self, head: u16) -> Result<(), InflightError> {
+        self.ring.store(state(head, OF_COUNTER), self.counter)?;
+        self.counter = self.counter.wrapping_add(1);
+        self.ring.store(state(head, OF_INFLIGHT), 1u8)
+    }
+
+    /// The request taken last goes back to the available ring, untouched.
+    pub(crate) fn untaken(&mut self, head: u16) -> Result<(), InflightError> {
+        self.ring.store(state(head, OF_INFLIGHT), 0u8)
+    }
+
+    /// A request was put into the used ring, which does not show it yet.
+    #[inline]
+    pub(crate) fn completed(&mut self, head: u16) -> Result<(), InflightError> {
+        self.ring
+            .store(state(head, OF_NEXT), self.last_batch_head)?;
+        self.last_batch_head = head;
+        self.ring.store(AT_LAST_BATCH_HEAD, head)
+    }
+
+    /// The used ring, at `used_idx` now, shows these completions.
+    #[inline]
+    pub(crate) fn shown(&mut self, batch: &[u16], used_idx: u16) -> Result<(), InflightError> {
+        for head in batch {
+            self.ring.store(state(*head, OF_INFLIGHT), 0u8)?;
+        }
+        self.ring.store(AT_USED_IDX, used_idx)
+    }
+
+    /// Forgets everything: the ring has ended in a way that nobody can go on from.
+    pub(crate) fn discard(&mut self) -> Result<(), InflightError> {
+        self.ring.store(AT_VERSION, 0u16)
+    }
+}
+
+#[cfg(test)]
+#[path = "inflight_tests.rs"]
+mod tests;
