@@ -1,197 +1,65 @@
-//! Block: 4 KiB random reads through `bulkhead-blk --socket` and through
-//! qemu-storage-daemon, driven by libblkio's blkio-bench, and fio on the file itself.
-//! No guest runs. The runs of the back-ends are interleaved.
+//! Block: loads on `bulkhead-blk --socket` (both engines) and on qemu-storage-daemon, driven
+//! by libblkio's blkio-bench, and fio with io_uring on the file itself, which is the limit.
+//! No guest runs. All runs of a load are interleaved.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
-use bulkhead_tests::vmm::{Scratch, bin};
+use bulkhead_tests::vmm::Scratch;
 
-use crate::process;
+use crate::Options;
+use crate::blk_backend::{self as backend, Backend, Sample};
 use crate::table::{Table, figure, median, spread};
 
-const SECONDS: u32 = 2;
 const FILE_SIZE: u64 = 512 << 20;
 
-/// A back-end that serves one file; ended when dropped.
-struct Backend {
-    name: &'static str,
-    socket: String,
-    child: Child,
+/// One load: what is asked for, how much at a time and how much at once.
+#[derive(Clone, Copy)]
+pub struct Load {
+    /// As blkio-bench and fio name it.
+    pub pattern: &'static str,
+    /// Bytes of a request.
+    pub block: u32,
+    /// Requests in flight on each queue.
+    pub depth: u32,
+    /// Queues, a thread each.
+    pub queues: u32,
 }
 
-impl Drop for Backend {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
-    }
-}
-
-impl Backend {
-    fn start(name: &'static str, socket: String, mut command: Command) -> Result<Self, String> {
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let child = command.spawn().map_err(|e| format!("{name}: {e}"))?;
-        let backend = Self {
-            name,
-            socket,
-            child,
-        };
-        process::appears(&backend.socket, Duration::from_secs(10))
-            .map_err(|e| format!("{name}: {e}"))?;
-        Ok(backend)
-    }
-
-    fn bulkhead(scratch: &Scratch, file: &str) -> Result<Self, String> {
-        let socket = scratch.path("bulkhead.sock");
-        let mut command = pinned(0, bin("bulkhead-blk").to_string_lossy().as_ref());
-        command.args([
-            "--socket",
-            &socket,
-            "--disk",
-            &format!("path={file}"),
-            "--queues",
-            "2",
-        ]);
-        Self::start("bulkhead-blk", socket, command)
-    }
-
-    fn qemu(scratch: &Scratch, file: &str, direct: bool) -> Result<Self, String> {
-        let socket = scratch.path("qemu.sock");
-        let direct = if direct { "on" } else { "off" };
-        let mut command = pinned(0, "qemu-storage-daemon");
-        command
-            .args(["--blockdev", &format!("driver=file,node-name=f,filename={file},aio=io_uring,cache.direct={direct}")])
-            .args(["--object", "iothread,id=t", "--export"])
-            .arg(format!(
-                "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,num-queues=2,iothread=t"
-            ));
-        Self::start("qemu-storage-daemon", socket, command)
-    }
-
-    /// One run: requests per second, CPU µs of the back-end per request.
-    fn load(&self, depth: u32) -> Result<(f64, f64), String> {
-        let before = process::cpu(self.child.id());
-        let mut command = pinned(1, &blkio_bench());
-        command.args([
-            "--num-threads=1",
-            "--readwrite=randread",
-            "--blocksize=4096",
-            &format!("--iodepth={depth}"),
-            &format!("--runtime={SECONDS}"),
-            "virtio-blk-vhost-user",
-            &format!("path={}", self.socket),
-        ]);
-        let answer = json(&finished(command)?)?;
-        let rate = answer
-            .pointer("/aggregate/kiops")
-            .and_then(serde_json::Value::as_f64);
-        let rate = rate.ok_or("blkio-bench: no kiops")? * 1000.0;
-        let used = process::cpu(self.child.id())
-            .saturating_sub(before)
-            .as_secs_f64()
-            * 1e6;
-        Ok((rate, used / (rate * f64::from(SECONDS))))
-    }
-
-    /// System calls per request, counted by strace while it slows them.
-    fn system_calls(&self, depth: u32, scratch: &Scratch) -> Result<f64, String> {
-        let report = scratch.path("strace");
-        let mut strace = Command::new("timeout")
-            .args([
-                "--signal=INT",
-                &(SECONDS + 2).to_string(),
-                "strace",
-                "-c",
-                "-f",
-                "-o",
-                &report,
-            ])
-            .args(["-p", &self.child.id().to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| e.to_string())?;
-        // Let it attach.
-        std::thread::sleep(Duration::from_millis(500));
-        let load = self.load(depth);
-        let _ = strace.wait();
-        let text = std::fs::read_to_string(&report).map_err(|e| e.to_string())?;
-        // `100.00    0.153612           3     43210        12 total`
-        let total = text
-            .lines()
-            .rev()
-            .find(|l| l.trim_end().ends_with(" total"));
-        let calls = total.and_then(|l| l.split_whitespace().nth(3)?.parse::<f64>().ok());
-        let (rate, _) = load?;
-        Ok(calls.ok_or("strace: no total")? / (rate * f64::from(SECONDS)))
+impl Load {
+    fn name(self, place: &str) -> String {
+        format!(
+            "{place} {} {}k d{} q{}",
+            self.pattern,
+            self.block / 1024,
+            self.depth,
+            self.queues
+        )
     }
 }
 
-/// A command on a CPU of its own, where there are two.
-fn pinned(cpu: usize, program: &str) -> Command {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    if cpus < 2 {
-        return Command::new(program);
+/// The loads of the table, in its order.
+fn loads() -> Vec<Load> {
+    let mut all = Vec::new();
+    for pattern in ["randread", "randwrite"] {
+        for (depth, queues) in [(1, 1), (32, 1), (1, 2), (32, 2)] {
+            all.push(Load {
+                pattern,
+                block: 4096,
+                depth,
+                queues,
+            });
+        }
     }
-    let mut command = Command::new("taskset");
-    command.args(["-c", &cpu.to_string(), program]);
-    command
-}
-
-fn blkio_bench() -> String {
-    std::env::var("BLKIO_BENCH").unwrap_or_else(|_| "blkio-bench".into())
-}
-
-/// Runs a command that ends by itself.
-fn finished(mut command: Command) -> Result<Output, String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| format!("{command:?}: {e}"))?;
-    if output.status.success() {
-        Ok(output)
-    } else {
-        Err(format!(
-            "{}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        ))
+    for pattern in ["read", "write"] {
+        all.push(Load {
+            pattern,
+            block: 128 << 10,
+            depth: 8,
+            queues: 1,
+        });
     }
-}
-
-fn json(output: &Output) -> Result<serde_json::Value, String> {
-    serde_json::from_slice(&output.stdout)
-        .map_err(|e| format!("{e} in {}", String::from_utf8_lossy(&output.stdout)))
-}
-
-/// fio on the file itself: what the host can do.
-fn fio(file: &str, depth: u32, direct: bool) -> Result<f64, String> {
-    let mut command = pinned(1, "fio");
-    command.args([
-        "--name=limit",
-        &format!("--filename={file}"),
-        "--readonly",
-        "--ioengine=io_uring",
-        "--rw=randread",
-        "--bs=4k",
-        &format!("--direct={}", u8::from(direct)),
-        &format!("--iodepth={depth}"),
-        "--time_based",
-        &format!("--runtime={SECONDS}"),
-        "--output-format=json",
-    ]);
-    let answer = json(&finished(command)?)?;
-    answer
-        .pointer("/jobs/0/read/iops")
-        .and_then(serde_json::Value::as_f64)
-        .ok_or_else(|| "fio: no iops".into())
+    all
 }
 
 /// A file without holes; says whether it takes O_DIRECT.
@@ -216,48 +84,67 @@ fn prepare(file: &str) -> Result<bool, String> {
         .is_ok())
 }
 
+/// What the runs of one back-end under one load gave.
+#[derive(Default)]
+struct Runs {
+    samples: Vec<Sample>,
+    calls_and_kicks: Option<(f64, f64)>,
+}
+
+impl Runs {
+    fn of(&self, field: fn(&Sample) -> f64) -> Vec<f64> {
+        self.samples.iter().map(field).collect()
+    }
+
+    fn rate(&self) -> Option<f64> {
+        median(&self.of(|s| s.rate))
+    }
+
+    fn cost(&self) -> Option<f64> {
+        median(&self.of(|s| s.cpu_us))
+    }
+}
+
 /// Runs the loads and prints the table.
-pub fn measure(runs: usize) -> crate::Report {
+pub fn measure(options: &Options) -> crate::Report {
+    let (runs, seconds) = (options.runs.unwrap_or(5), options.seconds.unwrap_or(2));
     let disk = std::env::var("BENCH_DISK_DIR").unwrap_or_else(|_| ".".into());
     let mut table = Table::new(&[
-        "4 KiB random read",
+        "load",
         "back-end",
-        "IOPS",
-        "of qemu-storage-daemon's",
-        "CPU µs per request",
-        "system calls per request (strace)",
+        "requests/s",
+        "of the limit",
+        "of QSD's",
+        "added µs",
+        "CPU µs",
+        "calls",
+        "kicks",
+        "interrupts",
+        "aims",
     ]);
     let scratch = Scratch::new("bench-blk")?;
     let mut notes = String::new();
     for (place, dir) in [("tmpfs", "/dev/shm"), ("disk", disk.as_str())] {
+        let wanted: Vec<Load> = loads()
+            .into_iter()
+            .filter(|l| options.wants(&l.name(place)))
+            .collect();
+        if wanted.is_empty() {
+            continue;
+        }
         let file = format!("{dir}/bulkhead-bench-{}.img", std::process::id());
         let result = prepare(&file).and_then(|direct| {
             if !direct {
                 notes +=
                     &format!("{place}: without O_DIRECT, which this file system does not take.\n");
             }
-            let backends = [
-                Backend::bulkhead(&scratch, &file)?,
-                Backend::qemu(&scratch, &file, direct)?,
-            ];
-            for depth in [1, 32] {
+            let backends = backend::all(&scratch, &file, direct)?;
+            for load in &wanted {
+                let name = load.name(place);
+                eprintln!("bench: {name}");
                 rows(
-                    &mut table,
-                    &format!("{place}, depth {depth}"),
-                    depth,
-                    runs,
-                    &backends,
-                    &scratch,
-                    &mut notes,
+                    &mut table, &name, *load, runs, seconds, &backends, &file, direct, &mut notes,
                 );
-                let limit: Result<Vec<f64>, String> =
-                    (0..runs).map(|_| fio(&file, depth, direct)).collect();
-                let limit = limit.map_or_else(|_| "–".into(), |all| spread(&all, 0));
-                table.row(vec![
-                    format!("{place}, depth {depth}"),
-                    "fio on the file".into(),
-                    limit,
-                ]);
             }
             Ok(())
         });
@@ -265,45 +152,133 @@ pub fn measure(runs: usize) -> crate::Report {
         result?;
     }
     Ok(format!(
-        "## blk: medians of {runs} interleaved runs of {SECONDS} s (least–most), one queue, back-end and load on a CPU each\n\n{}\n{notes}",
+        "## blk: medians of {runs} interleaved runs of {seconds} s (least–most)\n\n\
+         dD: D requests in flight on each queue; qQ: Q queues. Nothing is pinned. CPU µs of the \
+         back-end's process, its system calls and the driver's kicks (both of a further run, by perf) and the device's \
+         interrupts are per request. Added: time per request beyond the limit's.\n\n{}\n{notes}",
         table.text()
     ))
 }
 
+#[allow(clippy::too_many_arguments)]
 fn rows(
     table: &mut Table,
-    load: &str,
-    depth: u32,
+    name: &str,
+    load: Load,
     runs: usize,
+    seconds: u32,
     backends: &[Backend],
-    scratch: &Scratch,
+    file: &str,
+    direct: bool,
     notes: &mut String,
 ) {
-    let mut results: Vec<(Vec<f64>, Vec<f64>)> =
-        backends.iter().map(|_| Default::default()).collect();
+    let mut all: Vec<Runs> = backends.iter().map(|_| Runs::default()).collect();
+    let mut limit = Runs::default();
     for _ in 0..runs {
-        for (backend, (rates, costs)) in backends.iter().zip(&mut results) {
-            // blkio-bench gives up when half a second passes without a completion, which
-            // a busy machine can bring about: say so, and go on.
-            match backend.load(depth) {
-                Ok((rate, cost)) => {
-                    rates.push(rate);
-                    costs.push(cost);
-                }
-                Err(why) => *notes += &format!("{load}, {}: a run failed: {why}\n\n", backend.name),
+        for (backend, runs) in backends.iter().zip(&mut all) {
+            // blkio-bench gives up when 5 s pass without a completion: say so, and go on.
+            match backend.load(load, seconds) {
+                Ok(sample) => runs.samples.push(sample),
+                Err(why) => *notes += &format!("{name}, {}: a run failed: {why}\n\n", backend.name),
             }
         }
+        match backend::fio(file, load, seconds, direct) {
+            Ok(sample) => limit.samples.push(sample),
+            Err(why) => *notes += &format!("{name}, fio: a run failed: {why}\n\n"),
+        }
     }
-    let base = results.last().and_then(|(rates, _)| median(rates));
-    for (backend, (rates, costs)) in backends.iter().zip(&results) {
-        let ratio = median(rates).zip(base).map(|(ours, base)| ours / base);
+    for (backend, runs) in backends.iter().zip(&mut all) {
+        match backend.calls_and_kicks(load) {
+            Ok(counted) => runs.calls_and_kicks = Some(counted),
+            Err(why) if !notes.contains(&why) => {
+                *notes += &format!("Not counted: {why}\n\n");
+            }
+            Err(_) => {}
+        }
+    }
+    let peer = backends
+        .iter()
+        .zip(&all)
+        .find(|(b, _)| b.is_peer)
+        .map(|(_, runs)| runs);
+    for (backend, runs) in backends.iter().zip(&all) {
+        let of = |other: Option<f64>| runs.rate().zip(other).map(|(ours, base)| ours / base);
+        let peer_rate = peer.and_then(Runs::rate);
+        let added = (load.depth == 1)
+            .then(|| runs.rate().zip(limit.rate()))
+            .flatten()
+            .map(|(ours, limit)| (1e6 / ours - 1e6 / limit) * f64::from(load.queues));
+        let verdicts = if backend.is_peer {
+            String::new()
+        } else {
+            aims(
+                name,
+                load,
+                of(limit.rate()),
+                of(peer_rate),
+                added,
+                runs.cost().zip(peer.and_then(Runs::cost)),
+            )
+        };
         table.row(vec![
-            load.into(),
-            backend.name.into(),
-            spread(rates, 0),
-            figure(ratio, 2),
-            figure(median(costs), 1),
-            figure(backend.system_calls(depth, scratch).ok(), 2),
+            name.into(),
+            backend.name.clone(),
+            spread(&runs.of(|s| s.rate), 0),
+            figure(of(limit.rate()), 2),
+            figure(of(peer_rate), 2),
+            figure(added, 1),
+            figure(runs.cost(), 2),
+            figure(runs.calls_and_kicks.map(|c| c.0), 2),
+            figure(runs.calls_and_kicks.map(|c| c.1), 2),
+            figure(median(&runs.of(|s| s.interrupts)), 2),
+            verdicts,
         ]);
     }
+    table.row(vec![
+        name.into(),
+        "fio on the file".into(),
+        spread(&limit.of(|s| s.rate), 0),
+        "1.00".into(),
+        figure(
+            limit
+                .rate()
+                .zip(peer.and_then(Runs::rate))
+                .map(|(l, p)| l / p),
+            2,
+        ),
+        String::new(),
+        figure(limit.cost(), 2),
+    ]);
+}
+
+/// Which of the aims apply to a load, and whether they are met.
+fn aims(
+    name: &str,
+    load: Load,
+    of_limit: Option<f64>,
+    of_peer: Option<f64>,
+    added: Option<f64>,
+    costs: Option<(f64, f64)>,
+) -> String {
+    let mut all = Vec::new();
+    let mut judge = |met: Option<bool>, aim: &str| {
+        all.push(match met {
+            Some(true) => format!("{aim}: met"),
+            Some(false) => format!("{aim}: **missed**"),
+            None => format!("{aim}: –"),
+        });
+    };
+    let random = load.pattern.starts_with("rand");
+    if name.starts_with("disk ") && random && load.depth == 32 {
+        judge(of_limit.map(|r| r >= 0.95), "≥ 0.95 of the limit");
+        judge(of_peer.map(|r| r >= 1.3), "≥ 1.3 of QSD");
+    }
+    if name.starts_with("disk ") && random && load.depth == 1 {
+        judge(added.map(|a| a <= 8.0), "≤ 8 µs added");
+    }
+    if name.starts_with("tmpfs ") && random && load.depth == 32 {
+        judge(of_peer.map(|r| r >= 2.5), "≥ 2.5 of QSD");
+    }
+    judge(costs.map(|(ours, theirs)| ours < theirs), "less CPU");
+    all.join(", ")
 }

@@ -2,11 +2,12 @@
 //! never fails because something is slow, only because something does not work.
 //! `tests/bench/run` starts it: `boot` and `pss` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] SUBJECT…     (boot, pss, spawn, blk)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk)
 
 use std::process::ExitCode;
 
 mod blk;
+mod blk_backend;
 mod boot;
 mod guest;
 mod kvm;
@@ -18,32 +19,76 @@ mod table;
 /// What a benchmark prints, or why it could not measure.
 type Report = Result<String, String>;
 
-fn main() -> ExitCode {
-    let mut runs = None;
-    let mut subjects = Vec::new();
+/// What the command line says beyond the subjects.
+#[derive(Default)]
+pub struct Options {
+    /// Runs of each load.
+    pub runs: Option<usize>,
+    /// Seconds of a run.
+    pub seconds: Option<u32>,
+    /// Only loads whose name holds one of these.
+    pub only: Vec<String>,
+}
+
+impl Options {
+    /// Whether a load is to be run.
+    pub fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|o| name.contains(o))
+    }
+}
+
+/// Subjects and options.
+fn parse() -> Result<(Vec<String>, Options), String> {
+    fn number<T: std::str::FromStr + PartialOrd + From<u8>>(
+        name: &str,
+        value: Option<String>,
+    ) -> Result<Option<T>, String> {
+        let number = value
+            .and_then(|v| v.parse().ok())
+            .filter(|n| *n > T::from(0));
+        if number.is_none() {
+            return Err(format!("{name} needs a number above 0"));
+        }
+        Ok(number)
+    }
+    let (mut subjects, mut options) = (Vec::new(), Options::default());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
-        if argument == "--runs" {
-            let number = arguments
-                .next()
-                .and_then(|n| n.parse().ok())
-                .filter(|n| *n > 0);
-            if number.is_none() {
-                eprintln!("bench: --runs needs a number above 0");
-                return ExitCode::from(2);
+        match argument.as_str() {
+            // No number of runs exceeds what a u32 holds.
+            "--runs" => {
+                options.runs = number::<u32>("--runs", arguments.next())?
+                    .and_then(|n| usize::try_from(n).ok());
             }
-            runs = number;
-        } else {
-            subjects.push(argument);
+            "--seconds" => options.seconds = number("--seconds", arguments.next())?,
+            "--only" => options
+                .only
+                .push(arguments.next().ok_or("--only needs a text")?),
+            _ => subjects.push(argument),
         }
     }
-    let mut failed = subjects.is_empty();
+    if subjects.is_empty() {
+        return Err("no subject: give boot, pss, spawn or blk".into());
+    }
+    Ok((subjects, options))
+}
+
+fn main() -> ExitCode {
+    let (subjects, options) = match parse() {
+        Ok(parsed) => parsed,
+        Err(why) => {
+            eprintln!("bench: {why}");
+            return ExitCode::from(2);
+        }
+    };
+    let runs = options.runs;
+    let mut failed = false;
     for subject in &subjects {
         let report = match subject.as_str() {
             "boot" => boot::measure(runs.unwrap_or(10)),
             "pss" => pss::measure(runs.unwrap_or(2)),
             "spawn" => spawn::measure(runs.unwrap_or(20)),
-            "blk" => blk::measure(runs.unwrap_or(3)),
+            "blk" => blk::measure(&options),
             _ => Err("no such subject: give boot, pss, spawn or blk".into()),
         };
         match report {

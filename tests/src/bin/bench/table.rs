@@ -26,7 +26,9 @@ pub fn spread(values: &[f64], decimals: usize) -> String {
 
 /// A number with so many decimals; a dash for none.
 pub fn figure(value: Option<f64>, decimals: usize) -> String {
-    value.map_or_else(|| "–".into(), |v| format!("{v:.decimals$}"))
+    value
+        .filter(|v| v.is_finite())
+        .map_or_else(|| "–".into(), |v| format!("{v:.decimals$}"))
 }
 
 /// Rows below a heading.
