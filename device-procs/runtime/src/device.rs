@@ -95,6 +95,20 @@ pub trait Device: Send + Sync {
 
     /// The worker of one queue; runs on a thread of its own.
     fn worker(&self, port: WorkerPort) -> io::Result<Worker>;
+
+    /// How many queues, beginning with this one, share a thread: [`Self::shared_worker`]
+    /// serves them if it is more than one.
+    fn sharing(&self, _queue: u16) -> u16 {
+        1
+    }
+
+    /// The worker of several queues on one thread.
+    ///
+    /// # Errors
+    /// None of this kind share a thread.
+    fn shared_worker(&self, _ports: Vec<WorkerPort>) -> io::Result<Worker> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// All that the runtime offers to a driver of this device.

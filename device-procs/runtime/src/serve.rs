@@ -77,6 +77,8 @@ pub struct ServeOptions {
 /// Serves `device` until its channels close, then returns; the process should exit then.
 /// Nothing is read from any channel before the process is confined.
 pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), ServeError> {
+    // Before the limit on file sizes, which is the disk's and not this file's.
+    let inflight = InflightFile::new(device.queues()).map_err(ServeError::Inflight)?;
     let locked = Confinement::new(options.rlimits).lock_down()?;
     let (control, vhost, listener, fence) = match options.channels {
         Channels::Inherited {
@@ -86,7 +88,6 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         } => (Some(control), Some(vhost), None, fence),
         Channels::Listener(listener) => (None, None, Some(listener), None),
     };
-    let inflight = InflightFile::new(device.queues()).map_err(ServeError::Inflight)?;
     let workers = start_workers(&device, fence.as_ref())?;
     // From here on only the workers hold it, or their rings.
     drop(fence);
@@ -130,18 +131,36 @@ fn start_workers(
 ) -> Result<Vec<WorkerHandle>, ServeError> {
     let mut handles = Vec::new();
     let mut prepared = Vec::new();
-    for queue in 0..device.queues() {
+    let queues = device.queues();
+    let mut next = 0;
+    while next < queues {
+        let queue = next;
+        next = queue
+            .saturating_add(device.sharing(queue).max(1))
+            .min(queues);
         let fail = |source| ServeError::Worker { queue, source };
-        let copy = fence.map(OwnedFd::try_clone).transpose().map_err(fail)?;
-        let (handle, port) = fenced_mailbox(queue, copy).map_err(fail)?;
-        let worker = device.worker(port).map_err(fail)?;
+        let mut ports = Vec::new();
+        for index in queue..next {
+            let copy = fence.map(OwnedFd::try_clone).transpose().map_err(fail)?;
+            let (handle, port) = fenced_mailbox(index, copy).map_err(fail)?;
+            handles.push(handle);
+            ports.push(port);
+        }
+        let worker = match (ports.pop(), ports.is_empty()) {
+            (Some(port), true) => device.worker(port),
+            (Some(port), false) => {
+                ports.push(port);
+                device.shared_worker(ports)
+            }
+            (None, _) => break,
+        }
+        .map_err(fail)?;
         let (sender, receiver) = channel();
         std::thread::Builder::new()
             .name(format!("queue-{queue}"))
             .stack_size(WORKER_STACK)
             .spawn(move || worker(Prepared(sender)))
             .map_err(fail)?;
-        handles.push(handle);
         prepared.push((queue, receiver));
     }
     for (queue, receiver) in prepared {
