@@ -177,6 +177,7 @@ proptest! {
             kick: Arc::new(sys::eventfd().unwrap()),
             call: Some(Arc::new(sys::eventfd().unwrap())),
             err: Some(Arc::new(sys::eventfd().unwrap())),
+            inflight: None,
         };
         let ring = ActiveRing::start(setup, 0, &status).unwrap();
         let mut queue = Queue::new(ring, Arc::clone(&status), Arc::clone(&fixture.disk));

@@ -98,7 +98,7 @@ fn a_clock_that_steps_back_gives_nothing() {
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 256,
-        rng_seed: RngSeed::Fixed(0x6c69_6d69_74),
+        rng_seed: RngSeed::Fixed(0x006c_696d_6974),
         failure_persistence: None,
         ..ProptestConfig::default()
     })]

@@ -151,7 +151,7 @@ impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
         while let Some(rest) = bytes.get_mut(have..).filter(|r| !r.is_empty()) {
             // All of it is there, and nobody else reads.
             match sys::receive(self.fd(), rest)? {
-                Some((n, _)) if n == 0 => return Err(LinkError::Closed),
+                Some((0, _)) => return Err(LinkError::Closed),
                 Some((n, more)) => {
                     have = have.saturating_add(n);
                     fds.extend(more);

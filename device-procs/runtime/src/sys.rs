@@ -103,7 +103,12 @@ pub fn sealed_memfd(name: &str, len: u64) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a live C string.
-    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
+    let create = |flags| check(unsafe { libc::memfd_create(name.as_ptr(), flags) });
+    // A host may insist on "not executable" (vm.memfd_noexec), which Linux knows from 6.3 on.
+    let fd = match create(flags | libc::MFD_NOEXEC_SEAL) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => create(flags)?,
+        other => other?,
+    };
     // SAFETY: the descriptor is fresh and owned by nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
@@ -241,7 +246,7 @@ pub(crate) fn receive(
             if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
                 // SAFETY: as above; the data begins right after the header.
                 let data = unsafe { libc::CMSG_DATA(header) }.cast::<libc::c_int>();
-                let bytes = (len as usize).saturating_sub(data as usize - header as usize);
+                let bytes = len.saturating_sub(data as usize - header as usize);
                 for i in 0..bytes / INT {
                     // SAFETY: the kernel wrote so many whole descriptors there, fresh ones
                     // that nobody else owns.
