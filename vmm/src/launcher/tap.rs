@@ -1,0 +1,295 @@
+//! Taps (Linux's Documentation/networking/tuntap.rst): attaching to one by its name, looking
+//! at one that was inherited, and the descriptors of vhost-net that go with it. Every refusal
+//! is one line that names the tap and the remedy.
+//!
+//! By name, a tap is opened in the caller's network namespace, in one of two places. For a
+//! machine that the command line describes, the VMM opens it before it confines itself
+//! (`bulkhead run`, with the caller's own rights: root, or whoever has CAP_NET_ADMIN, gets a
+//! tap made, which ends with the machine). For a machine that comes by the API, the launcher
+//! opens it: it has no capability over the host's network, so that the tap must exist, and
+//! belong to nobody or to bulkhead's user.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::tap_sys::{self, Interfaces, flag};
+use super::{printable, sys};
+
+/// Where taps are made.
+const TUN: &str = "/dev/net/tun";
+/// Where the kernel's own back-end is had.
+const VHOST_NET: &str = "/dev/vhost-net";
+
+/// A tap, one descriptor for each queue pair, non-blocking.
+#[derive(Debug)]
+pub struct Tap {
+    /// Name of the interface.
+    pub name: String,
+    /// Its queues.
+    pub queues: Vec<OwnedFd>,
+    /// Its MTU, as the host's side has it.
+    pub mtu: u32,
+}
+
+/// What std prints for an error, without the "(os error N)".
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error")
+        .next()
+        .unwrap_or(&text)
+        .to_lowercase()
+}
+
+/// Attaches to the tap `name` by `queues` queues. A tap that does not exist is made where
+/// that is permitted, brought up, and given `mtu` (0: leave it); it ends when the last
+/// descriptor of it is closed.
+///
+/// # Errors
+/// One line.
+pub fn open(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
+    let say = |why: String| format!("tap {}: {why}", printable(name));
+    let interfaces = Interfaces::open().map_err(|e| say(format!("a socket: {}", reason(&e))))?;
+    let existed = match interfaces.mtu(name) {
+        Ok(_) => true,
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => false,
+        Err(error) => return Err(say(reason(&error))),
+    };
+    let mut fds = vec![attach_first(name, queues, existed).map_err(say)?];
+    for have in 1..queues {
+        let fd = attach(name, flag::MULTI_QUEUE).map_err(|e| {
+            say(match e.raw_os_error() {
+                Some(libc::E2BIG) => {
+                    format!("the kernel gives it {have} queues and no more: ask for {have}")
+                }
+                _ => format!("queue {have}: {}", explain(name, queues, existed, &e)),
+            })
+        })?;
+        fds.push(fd);
+    }
+    if !existed {
+        if mtu != 0 {
+            interfaces
+                .set_mtu(name, mtu)
+                .map_err(|e| say(format!("setting its MTU to {mtu}: {}", reason(&e))))?;
+        }
+        interfaces
+            .bring_up(name)
+            .map_err(|e| say(format!("bringing it up: {}", reason(&e))))?;
+    }
+    let has = interfaces.mtu(name).map_err(|e| say(reason(&e)))?;
+    Ok(Tap {
+        name: name.to_owned(),
+        queues: fds,
+        mtu: has,
+    })
+}
+
+fn open_tun() -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(TUN)
+}
+
+fn attach(name: &str, extra: i16) -> io::Result<OwnedFd> {
+    let tun = open_tun()?;
+    let flags = flag::TAP | flag::NO_PI | flag::VNET_HDR | extra;
+    tap_sys::attach(tun.as_fd(), name, flags)?;
+    Ok(tun.into())
+}
+
+/// The first queue. One queue of a tap with several is as good as a tap with one.
+fn attach_first(name: &str, queues: u32, existed: bool) -> Result<OwnedFd, String> {
+    open_tun().map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            format!("{TUN}: {}; load the kernel module tun", reason(&error))
+        }
+        _ => format!(
+            "{TUN}: {}; give bulkhead's user access to it",
+            reason(&error)
+        ),
+    })?;
+    if queues > 1 {
+        return attach(name, flag::MULTI_QUEUE).map_err(|e| explain(name, queues, existed, &e));
+    }
+    match attach(name, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            attach(name, flag::MULTI_QUEUE).map_err(|e| explain(name, queues, existed, &e))
+        }
+        other => other.map_err(|e| explain(name, queues, existed, &e)),
+    }
+}
+
+/// What is wrong with a tap that cannot be attached to, and what to do. sysfs is asked for
+/// the words only.
+fn explain(name: &str, queues: u32, existed: bool, error: &io::Error) -> String {
+    let attribute = |what: &str| {
+        fs::read_to_string(format!("/sys/class/net/{name}/{what}"))
+            .ok()
+            .map(|text| text.trim().to_owned())
+    };
+    let several = if queues > 1 { " multi_queue" } else { "" };
+    let (uid, _) = super::isolate::effective_ids();
+    let user = if uid == 0 {
+        String::new()
+    } else {
+        format!(" user {uid}")
+    };
+    let add = format!("`ip tuntap add {name} mode tap{several}{user}`");
+    match (error.raw_os_error(), existed) {
+        (Some(libc::EPERM), false) => format!(
+            "there is no such interface, and to make one takes CAP_NET_ADMIN: run {add} first"
+        ),
+        (Some(libc::EPERM), true) => {
+            let owner = attribute("owner").unwrap_or_else(|| "unknown".into());
+            format!(
+                "belongs to another user (owner {owner}): make it with {add}, or run bulkhead as its owner"
+            )
+        }
+        (Some(libc::EBUSY), _) => {
+            "busy: another program is attached to it: stop that, or choose another tap".into()
+        }
+        (Some(libc::E2BIG), _) => {
+            "busy: all its queues are taken: stop who holds them, or choose another tap".into()
+        }
+        (Some(libc::EINVAL), true) => match attribute("tun_flags").as_deref().map(parse_flags) {
+            None => "is an interface, but no tap: name a tap".into(),
+            Some(Some(flags)) if flags & i32::from(flag::TUN) != 0 => {
+                format!("is a tun (layer 3), not a tap: make another with {add}")
+            }
+            Some(Some(flags)) if queues > 1 && flags & i32::from(flag::MULTI_QUEUE) == 0 => {
+                format!(
+                    "has one queue, {queues} are asked for: make it with {add}, or ask for queues=1"
+                )
+            }
+            Some(_) => format!("{}; make it anew with {add}", reason(error)),
+        },
+        (Some(libc::EBADF | libc::ENODEV), _) => {
+            format!("{}; it is being removed: try again", reason(error))
+        }
+        _ => format!(
+            "{}; see whether `ip link show {name}` knows it",
+            reason(error)
+        ),
+    }
+}
+
+/// sysfs's `tun_flags`: hexadecimal with 0x.
+fn parse_flags(text: &str) -> Option<i32> {
+    i32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
+}
+
+/// Whether a descriptor is a queue of a tap or tun, and the name of the interface.
+pub fn interface_of(fd: BorrowedFd<'_>) -> Option<String> {
+    tap_sys::describe(fd).map(|(name, _)| name)
+}
+
+/// Takes every queue of a tap or tun among this process's descriptors, by their numbers. To
+/// be called before the process has opened any of its own.
+pub fn inherited() -> BTreeMap<i32, OwnedFd> {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return BTreeMap::new();
+    };
+    // All names first: the directory itself is among them, and closed again below.
+    let numbers: Vec<i32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|number| *number > 2)
+        .collect();
+    let mut taps = BTreeMap::new();
+    for number in numbers {
+        let Ok(fd) = sys::take_inherited(number) else {
+            continue;
+        };
+        if interface_of(fd.as_fd()).is_some() {
+            taps.insert(number, fd);
+        } else {
+            // Not ours to close.
+            let _ = fd.into_raw_fd();
+        }
+    }
+    taps
+}
+
+/// Looks at descriptors that this process inherited as one tap's queues, and makes them
+/// non-blocking.
+///
+/// # Errors
+/// One line that names the descriptor by the number under which it was inherited.
+pub fn adopt(fds: Vec<(i32, OwnedFd)>) -> Result<Tap, String> {
+    let several = fds.len() > 1;
+    let mut tap = Tap {
+        name: String::new(),
+        queues: Vec::new(),
+        mtu: 0,
+    };
+    for (number, fd) in fds {
+        let say = |why: &str| Err(format!("fd {number}: {why}"));
+        let Some((name, flags)) = tap_sys::describe(fd.as_fd()) else {
+            return say("is no tap: open /dev/net/tun and attach it with TUNSETIFF first");
+        };
+        let shown = printable(&name);
+        if flags & flag::TAP == 0 {
+            return say(&format!(
+                "{shown} is a tun (layer 3), not a tap: open it with IFF_TAP"
+            ));
+        }
+        if flags & flag::VNET_HDR == 0 || flags & flag::NO_PI == 0 {
+            return say(&format!(
+                "tap {shown} has no virtio header alone before its frames: open it with IFF_VNET_HDR | IFF_NO_PI"
+            ));
+        }
+        if several && flags & flag::MULTI_QUEUE == 0 {
+            return say(&format!(
+                "tap {shown} has one queue: open it with IFF_MULTI_QUEUE, or give one descriptor"
+            ));
+        }
+        if !tap.name.is_empty() && tap.name != name {
+            return say(&format!(
+                "is a queue of {shown}, the one before it of {}: give queues of one tap",
+                printable(&tap.name)
+            ));
+        }
+        sys::set_nonblocking(fd.as_fd())
+            .map_err(|e| format!("fd {number}: tap {shown}: {}", reason(&e)))?;
+        tap.name = name;
+        tap.queues.push(fd);
+    }
+    // The interface may lie in another network namespace than ours, by which it is not known.
+    tap.mtu = Interfaces::open()
+        .and_then(|interfaces| interfaces.mtu(&tap.name))
+        .unwrap_or(0);
+    Ok(tap)
+}
+
+/// A descriptor of vhost-net for each of `queues` queue pairs.
+///
+/// # Errors
+/// One line.
+pub fn open_vhost_net(queues: usize) -> Result<Vec<OwnedFd>, String> {
+    (0..queues)
+        .map(|_| {
+            File::options()
+                .read(true)
+                .write(true)
+                .open(VHOST_NET)
+                .map(OwnedFd::from)
+                .map_err(|error| {
+                    let remedy = match error.raw_os_error() {
+                        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                            "load the kernel module vhost_net, or choose backend=user"
+                        }
+                        _ => "give bulkhead's user access to it, or choose backend=user",
+                    };
+                    format!("{VHOST_NET}: {}; {remedy}", reason(&error))
+                })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

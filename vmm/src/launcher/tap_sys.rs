@@ -1,0 +1,122 @@
+#![allow(unsafe_code)] // ioctl(2) of taps and interfaces, which std does not offer.
+//! The ioctls of a tap (Linux's Documentation/networking/tuntap.rst) and of an interface by
+//! its name (netdevice(7)), as safe functions. Called by the VMM's main thread before it
+//! confines itself, and by the launcher's only thread; `tap` is their one user.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::ptr;
+
+/// <linux/if_tun.h>: _IOW('T', 202, int) and _IOR('T', 210, unsigned int).
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+
+/// IFF_* of <linux/if_tun.h> that matter here.
+pub mod flag {
+    /// Layer 3 packets.
+    pub const TUN: i16 = 0x0001;
+    /// Ethernet frames.
+    pub const TAP: i16 = 0x0002;
+    /// Several queues.
+    pub const MULTI_QUEUE: i16 = 0x0100;
+    /// No packet information before each frame.
+    pub const NO_PI: i16 = 0x1000;
+    /// A virtio_net_hdr before each frame.
+    pub const VNET_HDR: i16 = 0x4000;
+}
+
+/// An ifreq for the interface `name`, everything else zero.
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: ifreq is plain data for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte stays zero and ends the name.
+    if name.is_empty() || name.len() >= request.ifr_name.len() || name.contains('\0') {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+/// One of the ioctls below, all of which take an ifreq.
+fn ioctl(fd: BorrowedFd<'_>, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+    const { assert!(size_of::<libc::ifreq>() == 40) };
+    // SAFETY: every number that this module passes takes a pointer to an ifreq, which the
+    // kernel reads or fills within its size; the structure lives across the call. The
+    // request's type differs between C libraries, hence the inferred cast.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), number as _, ptr::from_mut(request)) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// TUNSETIFF: makes an open /dev/net/tun a queue of the interface `name`, which is made if
+/// it is absent.
+pub fn attach(tun: BorrowedFd<'_>, name: &str, flags: i16) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_flags = flags;
+    ioctl(tun, TUNSETIFF, &mut request)
+}
+
+/// TUNGETIFF: the interface that a descriptor is a queue of, and its flags; `None` when it is
+/// nothing of the kind.
+pub fn describe(fd: BorrowedFd<'_>) -> Option<(String, i16)> {
+    // SAFETY: all zeroes is an ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    ioctl(fd, TUNGETIFF, &mut request).ok()?;
+    let name: Vec<u8> = request
+        .ifr_name
+        .iter()
+        .map(|c| c.to_ne_bytes()[0])
+        .take_while(|c| *c != 0)
+        .collect();
+    // SAFETY: the kernel has filled the flags; any bits are an i16.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Some((String::from_utf8(name).ok()?, flags))
+}
+
+/// A socket by which interfaces of this network namespace are asked for; the kernel does not
+/// mind of which family it is.
+pub struct Interfaces(OwnedFd);
+
+impl Interfaces {
+    /// Opens it.
+    pub fn open() -> io::Result<Self> {
+        UnixDatagram::unbound().map(|socket| Self(socket.into()))
+    }
+
+    fn call(&self, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+        use std::os::fd::AsFd;
+        ioctl(self.0.as_fd(), number, request)
+    }
+
+    /// SIOCGIFMTU; `ENODEV` where there is no such interface.
+    pub fn mtu(&self, name: &str) -> io::Result<u32> {
+        let mut request = request(name)?;
+        self.call(libc::SIOCGIFMTU as libc::c_ulong, &mut request)?;
+        // SAFETY: the kernel has filled the MTU; any bits are an int.
+        let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+        u32::try_from(mtu).map_err(io::Error::other)
+    }
+
+    /// SIOCSIFMTU.
+    pub fn set_mtu(&self, name: &str, mtu: u32) -> io::Result<()> {
+        let mut request = request(name)?;
+        request.ifr_ifru.ifru_mtu = i32::try_from(mtu).map_err(io::Error::other)?;
+        self.call(libc::SIOCSIFMTU as libc::c_ulong, &mut request)
+    }
+
+    /// SIOCSIFFLAGS with IFF_UP added.
+    pub fn bring_up(&self, name: &str) -> io::Result<()> {
+        let mut request = request(name)?;
+        self.call(libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
+        // SAFETY: the kernel has filled the flags.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as i16;
+        self.call(libc::SIOCSIFFLAGS as libc::c_ulong, &mut request)
+    }
+}

@@ -1,0 +1,233 @@
+//! Taps before confinement: those that the VMM inherited, and those that it opens by their
+//! names in the caller's network namespace because the machine is known from the start. The
+//! main thread makes a [`Prepared`] as its first act, when every open descriptor beyond the
+//! standard ones is an inherited one; the manager thread takes from it while it makes the
+//! machine, when nothing can be opened any more but by the launcher.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_proto::machine::{
+    MachineConfig, NetConfig, TapBackend, net_config, tap_backend::Datapath,
+};
+
+use super::net_mac::MacAddress;
+use crate::launcher::{Launcher, LauncherError, tap};
+
+/// A tap and how its packets move.
+#[derive(Debug)]
+pub struct Link {
+    /// The tap.
+    pub tap: tap::Tap,
+    /// Descriptors of vhost-net, one for each queue; none: bulkhead-net moves the packets.
+    pub vhost: Vec<OwnedFd>,
+}
+
+/// What was opened before confinement.
+pub struct Prepared {
+    /// Taps by the number under which they were inherited.
+    inherited: BTreeMap<i32, OwnedFd>,
+    /// As many descriptors of vhost-net, or why there are none.
+    vhost: Result<Vec<OwnedFd>, String>,
+    /// Taps by the id of the device. An error is told when the machine is made.
+    links: BTreeMap<String, Result<Link, String>>,
+    /// What tells this host from others.
+    host: String,
+}
+
+impl Prepared {
+    /// Takes the inherited taps, and opens those that `first` names.
+    #[must_use]
+    pub fn new(first: Option<&MachineConfig>) -> Self {
+        let inherited = tap::inherited();
+        let mut prepared = Self {
+            vhost: tap::open_vhost_net(inherited.len()),
+            inherited,
+            links: BTreeMap::new(),
+            host: std::fs::read_to_string("/etc/machine-id").unwrap_or_default(),
+        };
+        for net in first.map(|c| c.nets.as_slice()).unwrap_or_default() {
+            if let Some(net_config::Backend::Tap(backend)) = &net.backend
+                && !backend.name.is_empty()
+            {
+                let link = open(net, backend);
+                prepared.links.insert(net.id.clone(), link);
+            }
+        }
+        prepared
+    }
+
+    /// The tap of a device: opened before, inherited, or opened by the launcher now.
+    ///
+    /// # Errors
+    /// One line that names the tap and the remedy.
+    pub fn take(
+        &mut self,
+        net: &NetConfig,
+        backend: &TapBackend,
+        launcher: &Launcher,
+    ) -> Result<Link, String> {
+        if backend.name.is_empty() {
+            return self.adopt(net, backend);
+        }
+        if let Some(link) = self.links.remove(&net.id) {
+            return link;
+        }
+        let open = |vhost_net| launcher.open_tap(&backend.name, queue_pairs(net), vhost_net);
+        let opened = match datapath(net, backend) {
+            Datapath::USER => open(false),
+            Datapath::VHOST_NET => open(true),
+            Datapath::AUTO => match open(true) {
+                Err(LauncherError::Refused(_)) => open(false),
+                other => other,
+            },
+        };
+        let (tap, vhost) = opened.map_err(|e| e.to_string())?;
+        Ok(Link { tap, vhost })
+    }
+
+    /// The inherited descriptors that a configuration names.
+    fn adopt(&mut self, net: &NetConfig, backend: &TapBackend) -> Result<Link, String> {
+        let mut fds = Vec::new();
+        for number in &backend.fds {
+            let fd = self.inherited.remove(number).ok_or_else(|| {
+                format!(
+                    "fd {number}: is no tap that bulkhead inherited, or another device has it: pass one that is attached with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR"
+                )
+            })?;
+            fds.push((*number, fd));
+        }
+        let tap = tap::adopt(fds)?;
+        let count = tap.queues.len();
+        let vhost = match (datapath(net, backend), &mut self.vhost) {
+            (Datapath::USER, _) | (Datapath::AUTO, Err(_)) => Vec::new(),
+            (Datapath::VHOST_NET, Err(why)) => return Err(why.clone()),
+            (_, Ok(pool)) => pool.split_off(pool.len().saturating_sub(count)),
+        };
+        Ok(Link { tap, vhost })
+    }
+
+    /// Fills in what a checked configuration leaves to us: queue pairs and MAC addresses.
+    pub fn fill_defaults(&self, config: &mut MachineConfig) {
+        for net in &mut config.nets {
+            net.queues = queue_pairs(net);
+            if net.mac.is_empty() {
+                let words = [self.host.trim(), &self.place(net), &net.id];
+                net.mac = MacAddress::derived(&words).bytes().to_vec();
+            }
+        }
+    }
+
+    /// What a device is attached to, by a name that no other has on this host.
+    fn place(&self, net: &NetConfig) -> String {
+        match &net.backend {
+            Some(net_config::Backend::Tap(tap)) if !tap.name.is_empty() => tap.name.clone(),
+            Some(net_config::Backend::Tap(tap)) => tap
+                .fds
+                .first()
+                .and_then(|number| self.inherited.get(number))
+                .and_then(|fd| tap::interface_of(fd.as_fd()))
+                .unwrap_or_default(),
+            Some(net_config::Backend::VhostUser(switch)) => switch.socket.clone(),
+            _ => String::new(),
+        }
+    }
+}
+
+/// Opens a tap by its name with the rights of the caller.
+fn open(net: &NetConfig, backend: &TapBackend) -> Result<Link, String> {
+    let tap = tap::open(&backend.name, queue_pairs(net), net.mtu)?;
+    let vhost = match datapath(net, backend) {
+        Datapath::USER => Vec::new(),
+        Datapath::AUTO => tap::open_vhost_net(tap.queues.len()).unwrap_or_default(),
+        Datapath::VHOST_NET => tap::open_vhost_net(tap.queues.len())?,
+    };
+    Ok(Link { tap, vhost })
+}
+
+/// Queue pairs of a device: as many as it names descriptors, else one unless it says more.
+fn queue_pairs(net: &NetConfig) -> u32 {
+    match &net.backend {
+        Some(net_config::Backend::Tap(tap)) if !tap.fds.is_empty() => {
+            u32::try_from(tap.fds.len()).unwrap_or(u32::MAX)
+        }
+        _ => net.queues.max(1),
+    }
+}
+
+/// Which datapath is asked for. Limits are bulkhead-net's, so that they choose it.
+fn datapath(net: &NetConfig, backend: &TapBackend) -> Datapath {
+    match backend.datapath.enum_value_or_default() {
+        Datapath::AUTO if net.to_guest.is_some() || net.from_guest.is_some() => Datapath::USER,
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing prepared: other tests' taps are among this process's descriptors.
+    fn bare() -> Prepared {
+        Prepared {
+            inherited: BTreeMap::new(),
+            vhost: Ok(Vec::new()),
+            links: BTreeMap::new(),
+            host: "host\n".into(),
+        }
+    }
+
+    fn net(id: &str, tap: &str) -> NetConfig {
+        let mut net = NetConfig::new();
+        net.id = id.into();
+        net.set_tap(TapBackend::new());
+        net.mut_tap().name = tap.into();
+        net
+    }
+
+    fn filled(nets: Vec<NetConfig>) -> Vec<NetConfig> {
+        let mut config = MachineConfig::new();
+        config.nets = nets;
+        bare().fill_defaults(&mut config);
+        config.nets
+    }
+
+    #[test]
+    fn defaults_are_one_pair_and_an_address_that_stays() {
+        let nets = || vec![net("a", "tap0"), net("b", "tap0"), net("a", "tap1")];
+        let first = filled(nets());
+        assert_eq!(first, filled(nets()));
+        assert!(
+            first
+                .iter()
+                .all(|n| n.queues == 1 && MacAddress::new(&n.mac).is_ok())
+        );
+        assert!(first[0].mac != first[1].mac && first[0].mac != first[2].mac);
+        let mut given = net("a", "tap0");
+        given.mac = vec![2, 0, 0, 0, 0, 9];
+        given.queues = 3;
+        let given = filled(vec![given]).remove(0);
+        assert_eq!((given.mac[5], given.queues), (9, 3));
+        let mut fds = net("a", "");
+        fds.mut_tap().fds = vec![98, 99];
+        assert_eq!(filled(vec![fds])[0].queues, 2);
+    }
+
+    #[test]
+    fn limits_choose_the_datapath_that_knows_them() {
+        let plain = net("a", "tap0");
+        assert_eq!(datapath(&plain, plain.tap()), Datapath::AUTO);
+        let mut limited = plain.clone();
+        limited.to_guest.mut_or_insert_default();
+        assert_eq!(datapath(&limited, limited.tap()), Datapath::USER);
+    }
+
+    #[test]
+    fn a_descriptor_that_was_not_inherited_is_refused_by_its_number() {
+        let mut prepared = bare();
+        let mut wrong = net("a", "");
+        wrong.mut_tap().fds = vec![4001];
+        let line = prepared.adopt(&wrong, wrong.tap()).unwrap_err();
+        assert!(line.starts_with("fd 4001: is no tap"), "{line}");
+    }
+}
