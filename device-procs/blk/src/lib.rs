@@ -5,12 +5,19 @@
 //! them as requests ([`request`]), and moves data by [`transfer`]s that its engine
 //! ([`engine_uring`], [`engine_plain`]) carries out.
 
+pub mod backing;
 pub mod cli;
 pub mod config;
 pub mod device;
 pub mod disk;
 pub mod engine_plain;
 pub mod engine_uring;
+pub mod image;
+pub mod image_io;
+pub mod qcow2_header;
+pub mod qcow2_map;
+pub mod qcow2_overlay;
+pub mod qcow2_store;
 pub mod queue;
 pub mod request;
 pub mod transfer;
