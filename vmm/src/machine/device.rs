@@ -122,6 +122,10 @@ impl MemoryMap for SharedRam {
             })
             .collect()
     }
+
+    fn memory(&self) -> &vm_memory::GuestMemoryMmap {
+        self.0.memory()
+    }
 }
 
 /// The root complex with a port for each of `devices`, on the buses. A port that nothing can
@@ -206,8 +210,10 @@ pub fn spawn_disk(
         .map_err(|e| undo(format!("its vhost-user channel: {e}")))?;
     let ready_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     let queues = u16::try_from(disk.queues).unwrap_or(kind.max_queues);
+    let mut options = VirtioPciOptions::new(&disk.id, kind.virtio_id, queues);
+    options.hook = crate::confine::helper_hook();
     let function = VirtioPciFunction::new(
-        VirtioPciOptions::new(&disk.id, kind.virtio_id, queues),
+        options,
         frontend,
         Arc::new(SharedRam(ram.clone())),
         Arc::clone(hypervisor),

@@ -6,7 +6,7 @@
 //! fatal error shuts the socket down, and every later call fails at once.
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use vhost::vhost_user::message::{
 
 use super::backend_channel::BackendChannel;
 use super::error::{VhostUserError, Violation};
-use super::transport::{MAX_SENT_FDS, receive_exact, send_all};
+use super::transport::{MAX_SENT_FDS, Slot, receive_exact, send_all};
 use super::wire::{HEADER_SIZE, Header};
 use super::{Deadline, MemoryRegion, user_address};
 
@@ -26,6 +26,7 @@ type Result<T> = std::result::Result<T, VhostUserError>;
 const WANTED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::CONFIG)
+    .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::BACKEND_REQ);
 
 const U64_SIZE: u32 = 8;
@@ -121,6 +122,11 @@ impl Frontend {
     /// Whether the back-end serves the device's configuration space.
     pub fn has_config(&self) -> bool {
         self.protocol.contains(Protocol::CONFIG)
+    }
+
+    /// Whether the back-end keeps a log of the requests that it has in flight.
+    pub fn has_inflight(&self) -> bool {
+        self.protocol.contains(Protocol::INFLIGHT_SHMFD)
     }
 
     /// The channel for requests of the back-end's own, once.
@@ -392,7 +398,7 @@ impl Frontend {
     }
 
     /// A request without an answer of its own: acknowledged where that was negotiated.
-    fn command(
+    pub(super) fn command(
         &mut self,
         request: FrontendReq,
         what: &'static str,
@@ -406,7 +412,7 @@ impl Frontend {
             if !acknowledged {
                 return Ok(());
             }
-            let reply = this.receive(request, what, U64_SIZE, deadline)?;
+            let reply = this.receive(request, what, U64_SIZE, None, deadline)?;
             exact_size(&reply, U64_SIZE)?;
             if reply.iter().any(|byte| *byte != 0) {
                 return Err(VhostUserError::Refused(what));
@@ -439,7 +445,25 @@ impl Frontend {
     ) -> Result<Vec<u8>> {
         self.guarded(deadline, |this, deadline| {
             this.send(request, what, payload, &[], false, deadline)?;
-            this.receive(request, what, max_size, deadline)
+            this.receive(request, what, max_size, None, deadline)
+        })
+    }
+
+    /// A request with an answer of exactly `size` bytes that one descriptor may come with.
+    pub(super) fn ask_for_fd(
+        &mut self,
+        request: FrontendReq,
+        what: &'static str,
+        payload: &[u8],
+        size: u32,
+        deadline: Deadline,
+    ) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+        self.guarded(deadline, |this, deadline| {
+            this.send(request, what, payload, &[], false, deadline)?;
+            let mut fd = None;
+            let reply = this.receive(request, what, size, Some(&mut fd), deadline)?;
+            exact_size(&reply, size)?;
+            Ok((reply, fd))
         })
     }
 
@@ -466,14 +490,16 @@ impl Frontend {
         request: FrontendReq,
         what: &'static str,
         max_size: u32,
+        mut slot: Slot<'_>,
         deadline: Deadline,
     ) -> Result<Vec<u8>> {
         let mut header = [0; HEADER_SIZE];
-        receive_exact(&self.socket, &mut header, deadline, what)?;
+        let first = slot.as_mut().map(|slot| &mut **slot);
+        receive_exact(&self.socket, &mut header, first, deadline, what)?;
         let header = Header::decode(&header);
         header.check_reply(request.into(), max_size)?;
         let mut body = vec![0; usize::try_from(header.size).unwrap_or_default()];
-        receive_exact(&self.socket, &mut body, deadline, what)?;
+        receive_exact(&self.socket, &mut body, slot, deadline, what)?;
         Ok(body)
     }
 
@@ -490,7 +516,7 @@ impl Frontend {
         exchange(self, deadline).map_err(|error| self.breach(error))
     }
 
-    fn breach(&mut self, error: VhostUserError) -> VhostUserError {
+    pub(super) fn breach(&mut self, error: VhostUserError) -> VhostUserError {
         if error.is_fatal() {
             self.shut_down();
         }

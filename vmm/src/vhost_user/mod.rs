@@ -12,6 +12,7 @@
 mod backend_channel;
 mod error;
 mod frontend;
+mod inflight;
 #[cfg(test)]
 pub(crate) mod test_backend;
 mod transport;
@@ -24,6 +25,8 @@ use std::time::{Duration, Instant};
 pub use backend_channel::{BackendChannel, Drained};
 pub use error::{VhostUserError, Violation};
 pub use frontend::{Frontend, RingAddresses};
+pub use inflight::{Geometry, InflightRegion};
+use vm_memory::GuestMemoryMmap;
 
 /// A point in time by which an operation must have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,6 +69,10 @@ pub struct MemoryRegion {
 pub trait MemoryMap: Send + Sync {
     /// The regions to hand to the device, as they are now.
     fn regions(&self) -> Vec<MemoryRegion>;
+
+    /// The same memory in the VMM's own address space: for ring indices after a device
+    /// process has died, and for the control queues that the VMM serves itself.
+    fn memory(&self) -> &GuestMemoryMmap;
 }
 
 /// Guest-physical address 0 in the address space of the messages. Not zero, so that no

@@ -40,6 +40,10 @@ pub struct Recorder {
     pub config: Vec<u8>,
     /// Requests that the device refuses from now on.
     pub refuse: Option<&'static str>,
+    /// Changes the answer to GET_INFLIGHT_FD.
+    pub spoil_inflight: fn(&mut VhostUserInflight),
+    /// What SET_INFLIGHT_FD brought.
+    pub inflight: Option<(VhostUserInflight, File)>,
     pub features: u64,
     pub regions: Vec<Region>,
     pub rings: Vec<Ring>,
@@ -75,6 +79,8 @@ impl TestBackend {
             queues: 2,
             config: config.to_vec(),
             refuse: None,
+            spoil_inflight: |_| {},
+            inflight: None,
             features: 0,
             regions: Vec::new(),
             rings: (0..2).map(|_| Ring::default()).collect(),
@@ -114,6 +120,16 @@ impl Drop for TestBackend {
             let _ = thread.join();
         }
     }
+}
+
+/// A memfd that cannot shrink.
+pub fn sealed_memfd(size: u64) -> File {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create(c"inflight", flags).unwrap());
+    file.set_len(size).unwrap();
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    file
 }
 
 impl Recorder {
@@ -243,10 +259,17 @@ impl VhostUserBackendReqHandlerMut for Recorder {
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
         Err(Error::InvalidParam)
     }
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidParam)
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.note("GET_INFLIGHT_FD")?;
+        let size = u64::from(asked.num_queues) * (64 + 16 * u64::from(asked.queue_size));
+        let file = sealed_memfd(size);
+        let mut reply = *asked;
+        reply.mmap_size = size;
+        (self.spoil_inflight)(&mut reply);
+        Ok((reply, file))
     }
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
+        self.inflight = Some((*region, file));
         self.note("SET_INFLIGHT_FD")
     }
     fn get_max_mem_slots(&mut self) -> Result<u64> {

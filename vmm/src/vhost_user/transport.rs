@@ -8,14 +8,14 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 use super::Deadline;
@@ -33,15 +33,41 @@ pub enum Received {
     WouldBlock,
 }
 
+/// Where a descriptor goes that belongs to a message.
+pub type Slot<'a> = Option<&'a mut Option<OwnedFd>>;
+
 /// Receives what is there, at most `buffer.len()` bytes. Any descriptor is a violation.
 pub fn receive_some(socket: &UnixStream, buffer: &mut [u8]) -> Result<Received, VhostUserError> {
+    receive_with(socket, buffer, &mut None)
+}
+
+/// The same, where one descriptor may come along: it goes to `slot`, and any other one is
+/// a violation.
+fn receive_with(
+    socket: &UnixStream,
+    buffer: &mut [u8],
+    slot: &mut Slot<'_>,
+) -> Result<Received, VhostUserError> {
     // Room for one descriptor: enough to notice that there was any. The kernel closes
     // those that do not fit and says so by the truncation flag.
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let result = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags);
-    let surplus = control.drain().count() > 0;
+    let mut surplus = false;
+    for message in control.drain() {
+        let RecvAncillaryMessage::ScmRights(fds) = message else {
+            surplus = true;
+            continue;
+        };
+        // Alignment makes room for a second one: all that are not kept are closed here.
+        for fd in fds {
+            match slot.as_deref_mut() {
+                Some(place @ None) => *place = Some(fd),
+                _ => surplus = true,
+            }
+        }
+    }
     match result {
         Ok(message) if surplus || message.flags.contains(ReturnFlags::CTRUNC) => {
             Err(Violation::SurplusFds.into())
@@ -54,10 +80,12 @@ pub fn receive_some(socket: &UnixStream, buffer: &mut [u8]) -> Result<Received, 
     }
 }
 
-/// Fills `buffer` or fails at the deadline.
+/// Fills `buffer` or fails at the deadline. A descriptor may come along where there is a
+/// slot for it.
 pub fn receive_exact(
     socket: &UnixStream,
     mut buffer: &mut [u8],
+    mut slot: Slot<'_>,
     deadline: Deadline,
     what: &'static str,
 ) -> Result<(), VhostUserError> {
@@ -66,7 +94,7 @@ pub fn receive_exact(
         if deadline.remaining().is_none() {
             return Err(VhostUserError::Timeout(what));
         }
-        match receive_some(socket, buffer)? {
+        match receive_with(socket, buffer, &mut slot)? {
             Received::Bytes(count) => {
                 buffer = std::mem::take(&mut buffer)
                     .get_mut(count..)

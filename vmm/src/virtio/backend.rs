@@ -1,8 +1,10 @@
 //! Drives a device process through the life of a driver: activation at DRIVER_OK, reset,
-//! interrupt vectors, device-specific configuration (vhost-user protocol, "Ring states";
-//! VIRTIO 1.2 sections 3.1 and 2.4).
+//! interrupt vectors, and the same again for a successor that goes on where the process
+//! before it ended (vhost-user protocol, "Ring states", "Inflight I/O tracking"; VIRTIO 1.2
+//! section 3.1).
 //!
-//! vCPU threads call this under the function's lock; every call is over by its deadline.
+//! vCPU threads and the thread that brings a successor in call this under the function's
+//! lock; every call is over by its deadline.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -11,10 +13,11 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::common::{CommonConfig, Queue};
 use super::doorbell::Doorbells;
-use super::{ConfigSource, registers};
+use super::ring::{self, Indices};
 use crate::pci::{Msix, NO_VECTOR};
 use crate::vhost_user::{
-    Deadline, Frontend, MemoryMap, MemoryRegion, RingAddresses, VhostUserError,
+    Deadline, Frontend, Geometry, InflightRegion, MemoryMap, MemoryRegion, RingAddresses,
+    VhostUserError,
 };
 
 const DESCRIPTOR_SIZE: u64 = 16;
@@ -29,145 +32,249 @@ pub enum StartError {
     /// The driver put a ring where it cannot be.
     #[error("queue {0} is misaligned or outside memory")]
     BadRing(u16),
+    /// Requests were in flight when the process before this one ended, and there is no log
+    /// that says which.
+    #[error("nobody knows which requests of queue {0} the last process had in flight")]
+    Unknown(u16),
     /// The device process refused or failed.
     #[error(transparent)]
     Backend(#[from] VhostUserError),
 }
 
-/// The descriptors that a queue's device shares.
-struct QueueEvents<'a> {
-    kick: BorrowedFd<'a>,
-    call: BorrowedFd<'a>,
-    error: BorrowedFd<'a>,
+/// Which of the driver's queues the device process serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Those below this one.
+    pub served: u16,
+    /// Those below this one are enabled.
+    pub enabled: u16,
+}
+
+/// A ring, checked and ready to be handed over.
+#[derive(Clone, Copy, Debug)]
+struct Ring {
+    index: u16,
+    size: u16,
+    vector: u16,
+    base: u16,
+    addresses: RingAddresses,
+    enabled: bool,
 }
 
 /// The device process as the function sees it.
 pub struct Backend {
-    frontend: Frontend,
+    frontend: Option<Frontend>,
     memory: Arc<dyn MemoryMap>,
     doorbells: Arc<Doorbells>,
     msix: Arc<Msix>,
-    errors: Arc<[OwnedFd]>,
+    errors: Arc<[Arc<OwnedFd>]>,
     /// Signalled in vain by queues without a vector.
     nowhere: OwnedFd,
+    device_type: u16,
+    /// Unsealed in-flight regions are accepted.
+    external: bool,
+    geometry: Geometry,
     /// Queues that were handed to the device process.
     started: Vec<u16>,
-    config: Vec<u8>,
-    config_writable: bool,
+    /// Rings of this driver have been handed to some process: they may have moved on.
+    touched: bool,
+    inflight: Option<InflightRegion>,
+}
+
+/// What a [`Backend`] is made of beside its process.
+pub struct Parts {
+    pub memory: Arc<dyn MemoryMap>,
+    pub doorbells: Arc<Doorbells>,
+    pub msix: Arc<Msix>,
+    pub errors: Arc<[Arc<OwnedFd>]>,
+    pub device_type: u16,
+    pub external: bool,
+    pub geometry: Geometry,
 }
 
 impl Backend {
-    pub fn new(
-        frontend: Frontend,
-        memory: Arc<dyn MemoryMap>,
-        doorbells: Arc<Doorbells>,
-        msix: Arc<Msix>,
-        errors: Arc<[OwnedFd]>,
-        config: &ConfigSource,
-    ) -> std::io::Result<Self> {
-        let (config, config_writable) = match config {
-            ConfigSource::Fixed(bytes) => (bytes.clone(), false),
-            ConfigSource::Backend(size) => (vec![0; *size], frontend.has_config()),
-        };
+    pub fn new(frontend: Option<Frontend>, parts: Parts) -> std::io::Result<Self> {
         Ok(Self {
             frontend,
-            memory,
-            doorbells,
-            msix,
-            errors,
+            memory: parts.memory,
+            doorbells: parts.doorbells,
+            msix: parts.msix,
+            errors: parts.errors,
             nowhere: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            device_type: parts.device_type,
+            external: parts.external,
+            geometry: parts.geometry,
             started: Vec::new(),
-            config,
-            config_writable,
+            touched: false,
+            inflight: None,
         })
     }
 
-    /// The device-specific configuration as last fetched.
-    pub fn config(&self) -> &[u8] {
-        &self.config
+    /// The process that is there now.
+    pub fn frontend(&mut self) -> Result<&mut Frontend, VhostUserError> {
+        self.frontend.as_mut().ok_or(VhostUserError::Broken)
     }
 
-    /// Fetches the device-specific configuration anew.
-    pub fn refresh_config(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
-        if self.config_writable && !self.config.is_empty() {
-            self.config = self.frontend.get_config(self.config.len(), deadline)?;
-        }
-        Ok(())
+    /// Guest memory.
+    pub fn memory(&self) -> &Arc<dyn MemoryMap> {
+        &self.memory
     }
 
-    /// The driver wrote to the device-specific configuration. Writes past its end and to
-    /// a fixed one are ignored.
-    pub fn write_config(
-        &mut self,
-        offset: usize,
-        data: &[u8],
-        deadline: Deadline,
-    ) -> Result<(), VhostUserError> {
-        let end = offset.saturating_add(data.len());
-        let (true, Ok(at)) = (self.config_writable, u32::try_from(offset)) else {
-            return Ok(());
-        };
-        if self.config.get(offset..end).is_none() {
-            return Ok(());
-        }
-        self.frontend.set_config(at, data, deadline)?;
-        // What the device makes of it is its own affair: read it back.
-        self.refresh_config(deadline)
+    /// Puts another process in the place of the one that was there; no ring runs.
+    pub fn replace(&mut self, frontend: Option<Frontend>) -> Option<Frontend> {
+        self.started.clear();
+        std::mem::replace(&mut self.frontend, frontend)
     }
 
-    /// Hands memory and the enabled queues to the device process.
-    pub fn start(&mut self, common: &CommonConfig, deadline: Deadline) -> Result<(), StartError> {
+    /// Queues that the device process serves now.
+    pub fn started(&self) -> &[u16] {
+        &self.started
+    }
+
+    /// Whether there is a log of requests in flight.
+    pub fn logged(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    /// Checks where the driver has put its rings, without asking anybody.
+    pub fn check(&self, common: &CommonConfig) -> Result<(), StartError> {
         let regions = self.memory.regions();
-        let mut rings = Vec::new();
         for (index, queue) in common.queues().filter(|(_, queue)| queue.enabled) {
-            let ring = place(queue, &regions).ok_or(StartError::BadRing(index))?;
-            rings.push((index, queue.size, queue.vector, ring));
+            place(queue, &regions).ok_or(StartError::BadRing(index))?;
         }
-        self.frontend.set_features(common.accepted(), deadline)?;
-        self.frontend.set_mem_table(&regions, deadline)?;
-        for (index, size, vector, ring) in rings {
-            // Before the first message, so that a failure half way is cleaned up too.
-            self.started.push(index);
-            self.start_queue(index, size, vector, ring, deadline)?;
-        }
-        self.frontend.barrier(deadline)?;
         Ok(())
     }
 
-    fn start_queue(
+    /// Hands memory and the enabled queues to the device process: each from where
+    /// `stopped` says that the process before stopped, else from where the ring says that
+    /// it ended, else from the start.
+    pub fn start(
         &mut self,
-        index: u16,
-        size: u16,
-        vector: u16,
-        ring: RingAddresses,
+        common: &CommonConfig,
+        shape: Shape,
+        stopped: &[(u16, u16)],
         deadline: Deadline,
     ) -> Result<(), StartError> {
+        let regions = self.memory.regions();
+        let rings = self.rings(common, shape, stopped, &regions)?;
+        let (geometry, external) = (self.geometry, self.external);
+        let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
+        frontend.set_features(common.accepted(), deadline)?;
+        if frontend.has_inflight() {
+            let region = match self.inflight.take() {
+                Some(region) => region,
+                None => frontend.get_inflight_fd(geometry, external, deadline)?,
+            };
+            // Kept from here on: a process that fails half way has a successor.
+            let region = self.inflight.insert(region);
+            frontend.set_inflight_fd(region, deadline)?;
+        } else {
+            self.inflight = None;
+        }
+        frontend.set_mem_table(&regions, deadline)?;
+        for ring in rings {
+            // Before the first message, so that a failure half way is cleaned up too.
+            self.started.push(ring.index);
+            self.touched = true;
+            self.start_ring(ring, deadline)?;
+        }
+        self.frontend()?.barrier(deadline)?;
+        Ok(())
+    }
+
+    /// The rings to hand over, each with the index at which to go on.
+    fn rings(
+        &self,
+        common: &CommonConfig,
+        shape: Shape,
+        stopped: &[(u16, u16)],
+        regions: &[MemoryRegion],
+    ) -> Result<Vec<Ring>, StartError> {
+        // A log that the new process cannot read is none.
+        let logged =
+            self.inflight.is_some() && self.frontend.as_ref().is_some_and(Frontend::has_inflight);
+        let mut rings = Vec::new();
+        for (index, queue) in common.queues().filter(|(_, queue)| queue.enabled) {
+            let addresses = place(queue, regions).ok_or(StartError::BadRing(index))?;
+            if index >= shape.served {
+                continue;
+            }
+            let base = match stopped.iter().find(|(at, _)| *at == index) {
+                Some((_, base)) => *base,
+                None if !self.touched => 0,
+                None => {
+                    let Indices { available, used } =
+                        ring::indices(self.memory.memory(), &addresses)
+                            .ok_or(StartError::BadRing(index))?;
+                    let in_order = super::kinds::in_order(self.device_type, index);
+                    if !logged && !in_order && available != used {
+                        return Err(StartError::Unknown(index));
+                    }
+                    used
+                }
+            };
+            rings.push(Ring {
+                index,
+                size: queue.size,
+                vector: queue.vector,
+                base,
+                addresses,
+                enabled: index < shape.enabled,
+            });
+        }
+        Ok(rings)
+    }
+
+    fn start_ring(&mut self, ring: Ring, deadline: Deadline) -> Result<(), StartError> {
         let missing = VhostUserError::Unencodable("a queue without eventfds");
-        let kick = self.doorbells.kick(index);
-        let error = self.errors.get(usize::from(index)).map(AsFd::as_fd);
+        let kick = self.doorbells.kick(ring.index);
+        let error = self.errors.get(usize::from(ring.index)).map(AsFd::as_fd);
         let (Some(kick), Some(error)) = (kick, error) else {
             return Err(missing.into());
         };
-        let call = call_event(&self.msix, &self.nowhere, vector);
-        let events = QueueEvents { kick, call, error };
-        let frontend = &mut self.frontend;
-        frontend.set_vring_num(index, size, deadline)?;
-        frontend.set_vring_addr(index, ring, deadline)?;
-        frontend.set_vring_base(index, 0, deadline)?;
-        frontend.set_vring_err(index, events.error, deadline)?;
-        frontend.set_vring_call(index, events.call, deadline)?;
-        frontend.set_vring_kick(index, events.kick, deadline)?;
-        frontend.set_vring_enable(index, true, deadline)?;
+        let call = call_event(&self.msix, &self.nowhere, ring.vector);
+        let index = ring.index;
+        let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
+        frontend.set_vring_num(index, ring.size, deadline)?;
+        frontend.set_vring_addr(index, ring.addresses, deadline)?;
+        frontend.set_vring_base(index, ring.base, deadline)?;
+        frontend.set_vring_err(index, error, deadline)?;
+        frontend.set_vring_call(index, call, deadline)?;
+        frontend.set_vring_kick(index, kick, deadline)?;
+        frontend.set_vring_enable(index, ring.enabled, deadline)?;
         Ok(())
     }
 
-    /// Takes every queue back; on success the device process no longer touches memory.
-    pub fn stop(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
+    /// Takes every queue back and says where each has stopped; on success the device
+    /// process no longer touches memory.
+    pub fn stop(&mut self, deadline: Deadline) -> Result<Vec<(u16, u16)>, VhostUserError> {
+        let mut bases = Vec::new();
         for index in std::mem::take(&mut self.started) {
-            self.frontend.set_vring_enable(index, false, deadline)?;
-            self.frontend.get_vring_base(index, deadline)?;
+            let frontend = self.frontend()?;
+            frontend.set_vring_enable(index, false, deadline)?;
+            bases.push((index, frontend.get_vring_base(index, deadline)?));
         }
-        Ok(())
+        Ok(bases)
+    }
+
+    /// The driver has reset the device: nothing of its rings counts any more.
+    pub fn forget(&mut self) {
+        self.started.clear();
+        self.touched = false;
+        self.inflight = None;
+    }
+
+    /// Enables or disables a queue that the device process has.
+    pub fn enable(
+        &mut self,
+        queue: u16,
+        on: bool,
+        deadline: Deadline,
+    ) -> Result<(), VhostUserError> {
+        if !self.started.contains(&queue) {
+            return Ok(());
+        }
+        self.frontend()?.set_vring_enable(queue, on, deadline)
     }
 
     /// A running queue has another interrupt vector.
@@ -181,14 +288,28 @@ impl Backend {
             return Ok(());
         }
         let call = call_event(&self.msix, &self.nowhere, vector);
-        self.frontend.set_vring_call(queue, call, deadline)?;
-        self.frontend.barrier(deadline)
+        let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
+        frontend.set_vring_call(queue, call, deadline)?;
+        frontend.barrier(deadline)
+    }
+
+    /// Greets a process that took over: what arrived meanwhile is looked at, and what was
+    /// completed without an interrupt is seen.
+    pub fn greet(&self, common: &CommonConfig) {
+        for (index, queue) in common.queues().filter(|(at, _)| self.started.contains(at)) {
+            self.doorbells.ring(usize::from(index));
+            if queue.vector != NO_VECTOR {
+                self.doorbells.call(queue.vector);
+            }
+        }
     }
 
     /// Ends the connection.
     pub fn shut_down(&mut self) {
         self.started.clear();
-        self.frontend.shut_down();
+        if let Some(frontend) = &mut self.frontend {
+            frontend.shut_down();
+        }
     }
 }
 
@@ -219,9 +340,4 @@ fn place(queue: &Queue, regions: &[MemoryRegion]) -> Option<RingAddresses> {
         available: inside(queue.driver, 2, length(AVAILABLE_ENTRY, RING_OVERHEAD))?,
         used: inside(queue.device, 4, length(USED_ENTRY, RING_OVERHEAD))?,
     })
-}
-
-/// The features to offer of what a device process offers.
-pub fn offered(features: u64) -> u64 {
-    features & registers::PASSED_ON
 }

@@ -98,6 +98,12 @@ impl CommonConfig {
         self.usable = usable;
     }
 
+    /// Another device is behind the registers, which offers this: what a driver reads from
+    /// now on.
+    pub fn set_offered(&mut self, offered: u64) {
+        self.offered = offered;
+    }
+
     /// The status as the driver wrote it.
     pub fn status(&self) -> u8 {
         self.status

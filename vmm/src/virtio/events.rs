@@ -1,7 +1,9 @@
 //! What the manager thread watches for a function and what comes of it.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use super::succession::{ReconnectError, Reconnected};
 use crate::vhost_user::VhostUserError;
 
 /// A descriptor of a function that the manager watches.
@@ -13,11 +15,14 @@ pub enum EventSource {
     Backend,
     /// The vhost-user socket: only its end is of interest.
     Hangup,
+    /// A successor that was handed to `adopt` serves, or will not.
+    Successor,
 }
 
 impl EventSource {
     const BACKEND: u32 = 0x1_0000;
     const HANGUP: u32 = 0x1_0001;
+    const SUCCESSOR: u32 = 0x1_0002;
 
     /// As part of an epoll token.
     pub fn to_u32(self) -> u32 {
@@ -25,6 +30,7 @@ impl EventSource {
             Self::RingError(queue) => queue.into(),
             Self::Backend => Self::BACKEND,
             Self::Hangup => Self::HANGUP,
+            Self::Successor => Self::SUCCESSOR,
         }
     }
 
@@ -33,6 +39,7 @@ impl EventSource {
         match token {
             Self::BACKEND => Some(Self::Backend),
             Self::HANGUP => Some(Self::Hangup),
+            Self::SUCCESSOR => Some(Self::Successor),
             queue => u16::try_from(queue).ok().map(Self::RingError),
         }
     }
@@ -41,19 +48,22 @@ impl EventSource {
 /// What to register with epoll. The flags matter: an error eventfd is shared with the
 /// device process, which may change its flags, so it is watched edge-triggered and never
 /// read.
-#[derive(Clone, Copy, Debug)]
-pub struct PollFd<'a> {
-    /// The descriptor; valid as long as the function.
-    pub fd: BorrowedFd<'a>,
+#[derive(Clone, Debug)]
+pub struct PollFd {
+    /// The descriptor.
+    pub fd: Arc<OwnedFd>,
     /// What to pass to `on_event`.
     pub source: EventSource,
     /// EPOLL flags.
     pub events: u32,
 }
 
-/// Why a function gave its device process up.
+/// Why a function has no device process, or gave it up.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FailReason {
+    /// It has not been there yet.
+    #[error("its back-end has not been there yet")]
+    Absent,
     /// The process closed its channel.
     #[error("its process closed the vhost-user channel")]
     Hangup,
@@ -63,6 +73,9 @@ pub enum FailReason {
     /// The process broke the protocol.
     #[error("its process broke the vhost-user protocol: {0}")]
     Violation(String),
+    /// The process refused to stop: it may write to memory that the driver has taken back.
+    #[error("its process refused to stop its rings")]
+    Unquiet,
     /// Another failure of the channel.
     #[error("{0}")]
     Channel(String),
@@ -83,10 +96,19 @@ impl From<&VhostUserError> for FailReason {
 }
 
 /// What became of an event.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Outcome {
     /// Handled; the device process goes on.
     Handled,
+    /// The device process is lost and a successor expected. It must be ended (it may still
+    /// write to guest memory), and the descriptors of `link_fds` must leave the epoll set.
+    /// Said once for each process that is lost.
+    Suspended(FailReason),
+    /// A successor serves: the descriptors of `link_fds`, which are new, are to be watched.
+    Reconnected(Reconnected),
+    /// A successor could not take over and was hung up on. The function is as it was
+    /// before, or failed when no such back-end can ever serve this driver.
+    NotReconnected(ReconnectError),
     /// The device process is given up: it must be ended (it may still write to guest
     /// memory), and all the function's descriptors must leave the epoll set.
     Failed(FailReason),
@@ -98,13 +120,17 @@ mod tests {
 
     #[test]
     fn tokens_round_trip() {
-        let sources = [EventSource::Backend, EventSource::Hangup];
+        let sources = [
+            EventSource::Backend,
+            EventSource::Hangup,
+            EventSource::Successor,
+        ];
         for source in sources
             .into_iter()
             .chain([0, 255, u16::MAX].map(EventSource::RingError))
         {
             assert_eq!(EventSource::from_u32(source.to_u32()), Some(source));
         }
-        assert_eq!(EventSource::from_u32(0x1_0002), None);
+        assert_eq!(EventSource::from_u32(0x1_0003), None);
     }
 }

@@ -1,33 +1,34 @@
-//! The PCI function: configuration space, BAR 0 and what ties the parts together.
+//! The PCI function: what it consists of, and what the manager thread asks of it.
 //!
-//! Locks: `config` (configuration space) may be held while MSI-X and the BAR decoder are
-//! called; `device` (virtio registers and the channel to the process) is held through a
-//! whole activation or reset, which a deadline bounds. Neither is taken while the other
-//! is held. The manager thread takes neither: what it has to say travels by atomics and
+//! Locks: `config` (PCI configuration space) may be held while MSI-X and the BAR decoder
+//! are called; `device` (virtio registers and the channel to the process) is held through
+//! a whole activation, reset or replacement of the process, which a deadline bounds.
+//! Neither is taken while the other is held. `space` (device-specific configuration) and
+//! those inside [`Link`] are held for a few instructions only. The manager thread takes
+//! neither of the first two: what it has to say travels by the others, by atomics and by
 //! the VMM's own interrupt eventfd, so that no device process can hold it up.
 
-use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::backend::{Backend, StartError, offered};
-use super::capabilities::{Places, build, window};
-use super::common::{CommonConfig, Effect};
+use super::access::Bar0;
+use super::backend::{Backend, Parts, Shape};
+use super::capabilities::{Places, build};
+use super::common::CommonConfig;
+use super::control::NetControl;
+use super::device_config::DeviceConfig;
 use super::doorbell::Doorbells;
 use super::events::{EventSource, FailReason, Outcome, PollFd};
-use super::registers::{ISR_CONFIG, NOTIFY_MULTIPLIER, bar, status};
+use super::link::{Ends, Link, Presence};
+use super::registers::{ISR_CONFIG, bar, net, status};
+use super::service::Service;
 use super::{VirtioError, VirtioPciOptions};
-use crate::bus::BusDevice;
 use crate::hypervisor::Hypervisor;
-use crate::pci::{
-    BarClaim, BarDecoder, BarKind, COMMAND_MEMORY, ConfigSpace, Msix, NO_VECTOR, PciFunction, reg,
-};
-use crate::vhost_user::{BackendChannel, Deadline, Frontend, MemoryMap, VhostUserError};
+use crate::pci::{BarClaim, BarDecoder, ConfigSpace, Msix};
+use crate::vhost_user::{Deadline, Frontend, Geometry, MemoryMap, VhostUserError};
 
 const EDGE: u32 = libc::EPOLLET as u32;
 
@@ -44,115 +45,173 @@ pub struct FunctionStatus {
     pub features: u64,
     /// Why the device process was given up, if it was.
     pub failure: Option<FailReason>,
+    /// Why a successor of the device process is waited for, if it is.
+    pub awaiting: Option<FailReason>,
+    /// A network device whose link the VMM keeps: whether it is up.
+    pub link_up: Option<bool>,
+    /// A network device whose control queue the VMM serves: queue pairs in use.
+    pub queue_pairs: Option<u16>,
 }
 
-struct Config {
-    space: ConfigSpace,
+pub(super) struct Config {
+    pub(super) space: ConfigSpace,
     /// The function has left the bus: BARs stay off.
-    gone: bool,
+    pub(super) gone: bool,
 }
 
-struct Device {
-    common: CommonConfig,
-    backend: Backend,
+pub(super) struct Device {
+    pub(super) common: CommonConfig,
+    pub(super) backend: Backend,
+    pub(super) control: Option<NetControl>,
+}
+
+impl Device {
+    /// Which queues the device process has.
+    pub(super) fn shape(&self) -> Shape {
+        match &self.control {
+            Some(control) => control.shape(self.common.accepted()),
+            None => Shape {
+                served: u16::MAX,
+                enabled: u16::MAX,
+            },
+        }
+    }
 }
 
 /// What is shared with the manager thread without a lock.
 #[derive(Default)]
-struct Signals {
-    isr: AtomicU8,
-    generation: AtomicU8,
+pub(super) struct Signals {
+    pub(super) isr: AtomicU8,
+    pub(super) generation: AtomicU8,
     /// The cached configuration is out of date.
-    stale: AtomicBool,
-    needs_reset: AtomicBool,
-    dead: AtomicBool,
+    pub(super) stale: AtomicBool,
+    /// The driver broke a ring, or the process refused one: only a reset repairs it.
+    pub(super) broken: AtomicBool,
+    /// What the API wants of a network device's link.
+    pub(super) link_down: AtomicBool,
     /// Copies for `status()`.
-    status: AtomicU8,
-    features: AtomicU64,
+    pub(super) status: AtomicU8,
+    pub(super) features: AtomicU64,
+    pub(super) pairs: AtomicU64,
 }
 
 /// A virtio device on PCI whose device side is a process that speaks vhost-user.
 pub struct VirtioPciFunction {
-    id: String,
-    operation_timeout: Duration,
-    places: Places,
-    config: Mutex<Config>,
-    device: Mutex<Device>,
-    bar: OnceLock<BarClaim>,
-    msix: Arc<Msix>,
-    doorbells: Arc<Doorbells>,
-    errors: Arc<[OwnedFd]>,
-    signals: Signals,
-    failure: Mutex<Option<FailReason>>,
-    socket: UnixStream,
-    channel: Mutex<Option<BackendChannel>>,
-    channel_socket: Option<UnixStream>,
+    pub(super) options: VirtioPciOptions,
+    pub(super) places: Places,
+    pub(super) config: Mutex<Config>,
+    pub(super) device: Mutex<Device>,
+    pub(super) space: Mutex<DeviceConfig>,
+    pub(super) bar: OnceLock<BarClaim>,
+    pub(super) msix: Arc<Msix>,
+    pub(super) doorbells: Arc<Doorbells>,
+    errors: Arc<[Arc<OwnedFd>]>,
+    pub(super) signals: Signals,
+    pub(super) link: Link,
+    pub(super) service: Option<Service>,
 }
 
 impl VirtioPciFunction {
     /// A function in front of the process behind `frontend`, which may map `memory` once
-    /// a driver is up. It asks the process for its configuration.
+    /// a driver is up. It asks the process for its configuration. Without a front-end
+    /// (`None`) the function waits for its first process, if the options say what to offer
+    /// until then.
+    ///
+    /// Starts the function's threads: to be called before the process is confined to what
+    /// a running machine needs.
     pub fn new(
         options: VirtioPciOptions,
-        mut frontend: Frontend,
+        frontend: impl Into<Option<Frontend>>,
         memory: Arc<dyn MemoryMap>,
         hypervisor: Arc<dyn Hypervisor>,
         decoder: &Arc<BarDecoder>,
     ) -> Result<Arc<Self>, VirtioError> {
-        options.check(&frontend)?;
-        let id = options.id;
+        let mut frontend = frontend.into();
+        options.check()?;
+        let id = options.id.clone();
         let io = |error: std::io::Error| VirtioError::Io(id.clone(), error);
         let backend_error = |error| VirtioError::Backend(id.clone(), error);
+        let offered = match (&frontend, options.assumed_features) {
+            (Some(frontend), _) => {
+                options.check_backend(frontend)?;
+                frontend.features()
+            }
+            (None, Some(assumed)) => assumed,
+            (None, None) => return Err(VirtioError::Absent(id)),
+        };
+        let offered = options.offer(offered);
 
         let vectors = options.queues.saturating_add(1);
         let msix = Msix::new(vectors, Arc::clone(&hypervisor))
             .map_err(|error| VirtioError::Pci(id.clone(), error))?;
         let msix = Arc::new(msix);
-        let (space, places) = build(options.device_type, options.queues, &msix)
+        let (pci_space, places) = build(options.device_type, options.queues, &msix)
             .map_err(|error| VirtioError::Pci(id.clone(), error))?;
-        let doorbells = Arc::new(Doorbells::new(options.queues, hypervisor).map_err(io)?);
+        let hook = Arc::clone(&options.hook);
+        let doorbells = Doorbells::new(options.queues, &msix, hypervisor, hook);
+        let doorbells = Arc::new(doorbells.map_err(io)?);
         let errors = (0..options.queues)
-            .map(|_| Ok(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
-            .collect::<std::io::Result<Arc<[OwnedFd]>>>()
+            .map(|_| {
+                let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+                Ok(Arc::new(event))
+            })
+            .collect::<std::io::Result<Arc<[Arc<OwnedFd>]>>>()
             .map_err(io)?;
-        let features = offered(frontend.features());
-        let socket = frontend.clone_socket().map_err(backend_error)?;
-        let channel = frontend.take_backend_channel();
-        let channel_socket = channel
-            .as_ref()
-            .map(BackendChannel::clone_socket)
-            .transpose()
-            .map_err(backend_error)?;
-        let mut backend = Backend::new(
-            frontend,
+        let mut space = DeviceConfig::new(&options.config);
+        if let Some(frontend) = &mut frontend
+            && space.served_size() > 0
+        {
+            let deadline = Deadline::after(options.operation_timeout);
+            let bytes = frontend.get_config(space.served_size(), deadline);
+            space.replace(bytes.map_err(backend_error)?);
+        }
+        let ends = frontend.as_mut().map(Ends::of).transpose();
+        let link = Link::new(ends.map_err(backend_error)?);
+        let parts = Parts {
             memory,
-            Arc::clone(&doorbells),
-            Arc::clone(&msix),
-            Arc::clone(&errors),
-            &options.config,
-        )
-        .map_err(io)?;
-        backend
-            .refresh_config(Deadline::after(options.operation_timeout))
-            .map_err(backend_error)?;
-        let common = CommonConfig::new(features, options.queues, options.queue_size, vectors);
+            doorbells: Arc::clone(&doorbells),
+            msix: Arc::clone(&msix),
+            errors: Arc::clone(&errors),
+            device_type: options.device_type,
+            external: options.external,
+            geometry: Geometry {
+                queues: options.queues,
+                queue_size: options.queue_size,
+            },
+        };
+        let backend = Backend::new(frontend, parts).map_err(io)?;
+        let common = CommonConfig::new(offered, options.queues, options.queue_size, vectors);
+        let control = options.net_control.map(NetControl::new);
+        let service = (options.successor || control.is_some())
+            .then(Service::new)
+            .transpose()
+            .map_err(io)?;
         let listener = Arc::clone(&doorbells);
         let function = Arc::new(Self {
-            id,
-            operation_timeout: options.operation_timeout,
+            options,
             places,
-            config: Mutex::new(Config { space, gone: false }),
-            device: Mutex::new(Device { common, backend }),
+            config: Mutex::new(Config {
+                space: pci_space,
+                gone: false,
+            }),
+            device: Mutex::new(Device {
+                common,
+                backend,
+                control,
+            }),
+            space: Mutex::new(space),
             bar: OnceLock::new(),
             msix,
             doorbells,
             errors,
             signals: Signals::default(),
-            failure: Mutex::new(None),
-            socket,
-            channel: Mutex::new(channel),
-            channel_socket,
+            link,
+            service,
         });
+        function.follow_link();
+        if let Some(service) = &function.service {
+            service.start(&function).map_err(io)?;
+        }
         let registers = Arc::new(Bar0(Arc::downgrade(&function)));
         function
             .bar
@@ -160,79 +219,141 @@ impl VirtioPciFunction {
         Ok(function)
     }
 
-    /// What the manager thread shall watch.
-    pub fn poll_fds(&self) -> Vec<PollFd<'_>> {
+    /// What the manager thread shall watch as long as the function exists, and beside it
+    /// what [`link_fds`](Self::link_fds) says at that time.
+    pub fn poll_fds(&self) -> Vec<PollFd> {
         let readable = libc::EPOLLIN as u32;
         let mut fds: Vec<_> = (0..)
             .zip(self.errors.iter())
             .map(|(queue, fd)| PollFd {
-                fd: fd.as_fd(),
+                fd: Arc::clone(fd),
                 source: EventSource::RingError(queue),
                 events: readable | EDGE,
             })
             .collect();
-        let hangup = libc::EPOLLRDHUP as u32 | EDGE;
-        fds.push(PollFd {
-            fd: self.socket.as_fd(),
-            source: EventSource::Hangup,
-            events: hangup,
-        });
-        if let Some(channel) = &self.channel_socket {
-            let source = EventSource::Backend;
+        if let Some(service) = &self.service {
             fds.push(PollFd {
-                fd: channel.as_fd(),
-                source,
-                events: readable,
+                fd: service.done(),
+                source: EventSource::Successor,
+                events: readable | EDGE,
             });
         }
+        fds.extend(self.link_fds());
         fds
+    }
+
+    /// The descriptors of the process that serves now, which its successor has none of.
+    pub fn link_fds(&self) -> Vec<PollFd> {
+        let (socket, channel) = self.link.sockets();
+        let hangup = socket.map(|fd| PollFd {
+            fd,
+            source: EventSource::Hangup,
+            events: libc::EPOLLRDHUP as u32 | EDGE,
+        });
+        let requests = channel.map(|fd| PollFd {
+            fd,
+            source: EventSource::Backend,
+            events: libc::EPOLLIN as u32,
+        });
+        hangup.into_iter().chain(requests).collect()
     }
 
     /// Handles an event of a descriptor from [`poll_fds`](Self::poll_fds). Never blocks.
     pub fn on_event(&self, source: EventSource) -> Outcome {
         match source {
             EventSource::RingError(queue) => self.on_ring_error(queue),
-            EventSource::Hangup => self.fail(FailReason::Hangup),
+            // An event of a predecessor's socket may come late.
+            EventSource::Hangup if self.link.hung_up() => self.lose(FailReason::Hangup),
+            EventSource::Hangup => {}
             EventSource::Backend => self.on_backend_request(),
+            EventSource::Successor => match self.service.as_ref().and_then(Service::take) {
+                Some(Ok(reconnected)) => return Outcome::Reconnected(reconnected),
+                Some(Err(error)) => return Outcome::NotReconnected(error),
+                None => {}
+            },
         }
-        match self.failure() {
-            Some(reason) => Outcome::Failed(reason),
-            None => Outcome::Handled,
+        match self.link.presence() {
+            Presence::Failed(reason) => Outcome::Failed(reason),
+            Presence::Serving | Presence::Awaiting(_) => {
+                let lost = self.link.loss();
+                lost.map_or(Outcome::Handled, Outcome::Suspended)
+            }
         }
     }
 
     /// Gives the device process up: the driver is told that the device needs a reset, and
     /// nothing waits for the process any more. The first reason stays. Never blocks.
     pub fn fail(&self, reason: FailReason) {
-        {
-            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-            if failure.is_some() {
-                return;
-            }
-            log::warn!("device {}: {reason}", self.id);
-            *failure = Some(reason);
+        let text = reason.to_string();
+        if self.link.fail(reason) {
+            log::warn!("device {}: {text}", self.options.id);
+            self.follow_link();
+            self.notify_config();
         }
-        self.signals.dead.store(true, Ordering::Release);
-        // Wakes a vCPU that waits for an answer, and the manager by the hang-up.
-        let _ = self.socket.shutdown(Shutdown::Both);
-        self.require_reset();
+    }
+
+    /// The device process is gone and a successor expected: the driver is told nothing
+    /// (but that a network device's link is down), its accesses are answered from what is
+    /// known, what it sets up is kept for the successor, and a reset is done at once.
+    /// Ends in [`reconnect`](Self::reconnect), [`adopt`](Self::adopt) or
+    /// [`fail`](Self::fail). Never blocks.
+    pub fn suspend(&self, reason: FailReason) {
+        let text = reason.to_string();
+        if self.link.suspend(reason) {
+            log::info!(
+                "device {}: {text}; waiting for a successor",
+                self.options.id
+            );
+            self.follow_link();
+        }
+    }
+
+    /// The device process is lost: suspended or failed, as the options say.
+    pub(super) fn lose(&self, reason: FailReason) {
+        if self.options.successor {
+            self.suspend(reason);
+        } else {
+            self.fail(reason);
+        }
+    }
+
+    /// Takes a network device's link up or down, where the VMM keeps it (a configuration
+    /// space of the VMM's own). It is up only while there is a back-end, too. False for
+    /// any other device. Never blocks.
+    pub fn set_link(&self, up: bool) -> bool {
+        if self.options.net_control.is_none() {
+            return false;
+        }
+        self.signals.link_down.store(!up, Ordering::Release);
+        self.follow_link();
+        true
     }
 
     /// The function's state.
     pub fn status(&self) -> FunctionStatus {
-        let needs_reset = self.signals.needs_reset.load(Ordering::Acquire);
+        let needs_reset = self.needs_reset();
         let written = self.signals.status.load(Ordering::Acquire);
         let shown = if needs_reset && written != 0 {
             status::NEEDS_RESET
         } else {
             0
         };
+        let (failure, awaiting) = match self.link.presence() {
+            Presence::Serving => (None, None),
+            Presence::Awaiting(reason) => (None, Some(reason)),
+            Presence::Failed(reason) => (Some(reason), None),
+        };
+        let ours = self.options.net_control.is_some();
+        let pairs = self.signals.pairs.load(Ordering::Acquire);
         FunctionStatus {
             device_status: written | shown,
             active: self.in_use(),
             needs_reset,
             features: self.signals.features.load(Ordering::Acquire),
-            failure: self.failure(),
+            failure,
+            awaiting,
+            link_up: ours.then(|| self.link_up()),
+            queue_pairs: ours.then(|| u16::try_from(pairs).unwrap_or(u16::MAX).max(1)),
         }
     }
 
@@ -241,328 +362,101 @@ impl VirtioPciFunction {
         self.bar.get().and_then(BarClaim::mapped_at)
     }
 
-    fn failure(&self) -> Option<FailReason> {
-        self.failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
     fn on_ring_error(&self, queue: u16) {
-        if self.in_use() && !self.signals.needs_reset.load(Ordering::Acquire) {
-            log::info!("device {}: the ring of queue {queue} is malformed", self.id);
+        if self.in_use() && !self.signals.broken.load(Ordering::Acquire) {
+            let id = &self.options.id;
+            log::info!("device {id}: the ring of queue {queue} is malformed");
             self.require_reset();
         }
     }
 
     fn on_backend_request(&self) {
-        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(open) = channel.as_mut() else { return };
-        match open.on_readable() {
+        match self.link.drain_channel() {
             Ok(drained) if drained.config_changed => {
                 self.signals.stale.store(true, Ordering::Release);
-                self.signals.generation.fetch_add(1, Ordering::AcqRel);
-                self.notify_config();
+                self.config_changed();
             }
             Ok(_) => {}
-            Err(error) => {
-                *channel = None;
-                self.fail(FailReason::from(&error));
-            }
+            Err(error) => self.lose(FailReason::from(&error)),
         }
     }
 
-    fn in_use(&self) -> bool {
+    fn link_up(&self) -> bool {
+        self.link.serving() && !self.signals.link_down.load(Ordering::Acquire)
+    }
+
+    /// A network device's link status follows the back-end and the API.
+    pub(super) fn follow_link(&self) {
+        if self.options.net_control.is_none() {
+            return;
+        }
+        let changed = {
+            let mut space = self.lock_space();
+            let up = self.link_up();
+            let went = space.set_link(up);
+            // Whoever is behind the link now must learn where the guest is.
+            let announce = self.signals.features.load(Ordering::Acquire) & net::F_GUEST_ANNOUNCE;
+            if went && up && announce != 0 && self.in_use() {
+                space.set_announce(true);
+            }
+            went
+        };
+        if changed {
+            self.config_changed();
+        }
+    }
+
+    pub(super) fn in_use(&self) -> bool {
         self.signals.status.load(Ordering::Acquire) & status::DRIVER_OK != 0
     }
 
-    fn is_dead(&self) -> bool {
-        self.signals.dead.load(Ordering::Acquire)
+    pub(super) fn needs_reset(&self) -> bool {
+        self.signals.broken.load(Ordering::Acquire) || self.link.failed()
     }
 
-    fn require_reset(&self) {
-        self.signals.needs_reset.store(true, Ordering::Release);
+    pub(super) fn require_reset(&self) {
+        self.signals.broken.store(true, Ordering::Release);
+        self.notify_config();
+    }
+
+    /// The device-specific configuration is different from now on.
+    pub(super) fn config_changed(&self) {
+        self.signals.generation.fetch_add(1, Ordering::AcqRel);
         self.notify_config();
     }
 
     /// The configuration change interrupt, once the driver is up.
-    fn notify_config(&self) {
+    pub(super) fn notify_config(&self) {
         if self.in_use() {
             self.signals.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
             self.msix.signal_own();
         }
     }
 
-    fn lock_config(&self) -> MutexGuard<'_, Config> {
+    pub(super) fn lock_config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_device(&self) -> MutexGuard<'_, Device> {
+    pub(super) fn lock_device(&self) -> MutexGuard<'_, Device> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn deadline(&self) -> Deadline {
-        Deadline::after(self.operation_timeout)
+    pub(super) fn lock_space(&self) -> MutexGuard<'_, DeviceConfig> {
+        self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request to the process failed: fatal errors give it up, a refusal asks the
-    /// driver for a reset.
-    fn on_backend_error(&self, error: &VhostUserError) {
+    pub(super) fn deadline(&self) -> Deadline {
+        Deadline::after(self.options.operation_timeout)
+    }
+
+    /// A request to the process failed: fatal errors end it, a refusal asks the driver for
+    /// a reset.
+    pub(super) fn on_backend_error(&self, error: &VhostUserError) {
         if error.is_fatal() {
-            self.fail(FailReason::from(error));
+            self.lose(FailReason::from(error));
         } else {
-            log::info!("device {}: {error}", self.id);
+            log::info!("device {}: {error}", self.options.id);
             self.require_reset();
-        }
-    }
-
-    fn write_common(&self, offset: u64, data: &[u8]) {
-        let mut device = self.lock_device();
-        device.common.set_usable(!self.is_dead());
-        match device.common.write(offset, data) {
-            Effect::None => {}
-            Effect::Reset => self.reset_device(&mut device),
-            Effect::Activate => {
-                self.publish(&device);
-                self.activate(&mut device);
-            }
-            Effect::ConfigVector(vector) => {
-                self.msix
-                    .set_own_vector((vector != NO_VECTOR).then_some(vector));
-            }
-            Effect::QueueVector { queue, vector } => {
-                let set = device.backend.set_vector(queue, vector, self.deadline());
-                if let Err(error) = set {
-                    self.on_backend_error(&error);
-                }
-            }
-        }
-        self.publish(&device);
-    }
-
-    /// Copies what `status()` and the manager look at.
-    fn publish(&self, device: &Device) {
-        self.signals
-            .status
-            .store(device.common.status(), Ordering::Release);
-        self.signals
-            .features
-            .store(device.common.accepted(), Ordering::Release);
-    }
-
-    fn activate(&self, device: &mut Device) {
-        if self.is_dead() {
-            return self.require_reset();
-        }
-        match device.backend.start(&device.common, self.deadline()) {
-            Ok(()) => log::debug!("device {}: driver is up", self.id),
-            Err(StartError::Backend(error)) => self.on_backend_error(&error),
-            Err(error @ StartError::BadRing(_)) => {
-                log::debug!("device {}: {error}", self.id);
-                self.require_reset();
-            }
-        }
-    }
-
-    fn reset_device(&self, device: &mut Device) {
-        if self.is_dead() {
-            device.backend.shut_down();
-        } else if let Err(error) = device.backend.stop(self.deadline()) {
-            // Not known to be quiet: the process may still write to memory.
-            self.fail(FailReason::from(&error));
-            device.backend.shut_down();
-        }
-        device.common.reset();
-        self.publish(device);
-        self.msix.set_own_vector(None);
-        self.signals.isr.store(0, Ordering::Release);
-        self.signals
-            .needs_reset
-            .store(self.is_dead(), Ordering::Release);
-    }
-
-    fn read_device_config(&self, offset: u64, data: &mut [u8]) {
-        let mut device = self.lock_device();
-        if !self.is_dead()
-            && self.signals.stale.swap(false, Ordering::AcqRel)
-            && let Err(error) = device.backend.refresh_config(self.deadline())
-        {
-            self.on_backend_error(&error);
-        }
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data
-            .iter_mut()
-            .zip(device.backend.config().iter().skip(start))
-        {
-            *to = *from;
-        }
-    }
-
-    fn write_device_config(&self, offset: u64, data: &[u8]) {
-        let (false, Ok(offset)) = (self.is_dead(), usize::try_from(offset)) else {
-            return;
-        };
-        let mut device = self.lock_device();
-        if let Err(error) = device.backend.write_config(offset, data, self.deadline()) {
-            // A refused write changes nothing; the driver sees that when it reads back.
-            if error.is_fatal() {
-                self.fail(FailReason::from(&error));
-            }
-        }
-    }
-
-    fn read_bar(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let inside = offset % bar::STEP;
-        match offset - inside {
-            bar::COMMON => {
-                let needs_reset = self.signals.needs_reset.load(Ordering::Acquire);
-                let generation = self.signals.generation.load(Ordering::Acquire);
-                self.lock_device()
-                    .common
-                    .read(inside, data, needs_reset, generation);
-            }
-            bar::ISR if inside == 0 => {
-                if let Some(first) = data.first_mut() {
-                    *first = self.signals.isr.swap(0, Ordering::AcqRel);
-                }
-            }
-            bar::DEVICE => self.read_device_config(inside, data),
-            bar::MSIX_TABLE => self.msix.read_table(inside, data),
-            bar::MSIX_PBA => self.msix.read_pba(inside, data),
-            _ => {}
-        }
-    }
-
-    fn write_bar(&self, offset: u64, data: &[u8]) {
-        let inside = offset % bar::STEP;
-        match offset - inside {
-            bar::COMMON => self.write_common(inside, data),
-            bar::DEVICE => self.write_device_config(inside, data),
-            bar::MSIX_TABLE => self.msix.write_table(inside, data),
-            bar::NOTIFY if inside.is_multiple_of(NOTIFY_MULTIPLIER.into()) => {
-                let queue = inside / u64::from(NOTIFY_MULTIPLIER);
-                self.doorbells
-                    .ring(usize::try_from(queue).unwrap_or(usize::MAX));
-            }
-            _ => {}
-        }
-    }
-
-    /// BAR 0 follows its register and the command register.
-    fn decode_bar(&self, config: &Config) {
-        let on = config.space.read_u16(reg::COMMAND) & COMMAND_MEMORY != 0 && !config.gone;
-        let base = u64::from(config.space.read_u32(reg::BAR0) & !0xf);
-        if let Some(claim) = self.bar.get() {
-            claim.decode(on.then_some(base));
-        }
-    }
-
-    /// What an access to the data field of the PCI configuration access capability
-    /// reaches in BAR 0: nothing unless width, alignment and range are right.
-    fn window_target(&self, config: &Config, offset: u16, len: usize) -> Option<(u64, usize)> {
-        let data = self.places.window.checked_add(window::DATA)?;
-        let touched = usize::from(offset) < usize::from(data) + 4
-            && usize::from(offset).saturating_add(len) > usize::from(data);
-        let [bar, _] = config
-            .space
-            .read_u16(self.places.window + window::BAR)
-            .to_le_bytes();
-        let at = config.space.read_u32(self.places.window + window::OFFSET);
-        let width = config.space.read_u32(self.places.window + window::LENGTH);
-        let allowed = bar == 0
-            && matches!(width, 1 | 2 | 4)
-            && at.is_multiple_of(width)
-            && u64::from(at).saturating_add(width.into()) <= bar::SIZE;
-        (touched && allowed).then_some((at.into(), usize::try_from(width).ok()?))
-    }
-}
-
-impl PciFunction for VirtioPciFunction {
-    fn id(&self) -> &str {
-        &self.id
-    }
-
-    fn config_read(&self, offset: u16, data: &mut [u8]) {
-        let target = self.window_target(&self.lock_config(), offset, data.len());
-        let mut value = [0; 4];
-        if let Some((at, width)) = target
-            && let Some(value) = value.get_mut(..width)
-        {
-            self.read_bar(at, value);
-            self.lock_config()
-                .space
-                .set(self.places.window + window::DATA, value);
-        }
-        self.lock_config().space.read(offset, data);
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) {
-        let mut value = [0; 4];
-        let target = {
-            let mut config = self.lock_config();
-            config.space.write(offset, data);
-            self.decode_bar(&config);
-            if !config.gone {
-                self.msix
-                    .set_control(config.space.read_u16(self.places.msix + 2));
-            }
-            config
-                .space
-                .read(self.places.window + window::DATA, &mut value);
-            self.window_target(&config, offset, data.len())
-        };
-        if let Some((at, width)) = target
-            && let Some(value) = value.get(..width)
-        {
-            self.write_bar(at, value);
-        }
-    }
-
-    fn place_bars(&self, place: &mut dyn FnMut(BarKind, u64) -> Option<u64>) {
-        let base = place(BarKind::Memory32, bar::SIZE);
-        if let Some(base) = base.and_then(|base| u32::try_from(base).ok()) {
-            self.lock_config().space.set(reg::BAR0, &base.to_le_bytes());
-        }
-    }
-
-    fn bus_reset(&self) {
-        self.reset_device(&mut self.lock_device());
-        let mut config = self.lock_config();
-        config.space.set(reg::COMMAND, &[0; 2]);
-        config.space.set(reg::BAR0, &[0; 4]);
-        let control = self.msix.vectors().saturating_sub(1);
-        config
-            .space
-            .set(self.places.msix + 2, &control.to_le_bytes());
-        self.decode_bar(&config);
-        self.msix.reset();
-    }
-
-    fn unplug(&self) {
-        {
-            let mut config = self.lock_config();
-            config.gone = true;
-            self.decode_bar(&config);
-        }
-        self.msix.reset();
-    }
-}
-
-/// BAR 0 on the memory bus. Holds the function weakly: the bus must not keep a removed
-/// device alive.
-struct Bar0(Weak<VirtioPciFunction>);
-
-impl BusDevice for Bar0 {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some(function) = self.0.upgrade() {
-            function.read_bar(offset, data);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(function) = self.0.upgrade() {
-            function.write_bar(offset, data);
         }
     }
 }

@@ -8,7 +8,8 @@
 /// VIRTIO_F_VERSION_1.
 pub const F_VERSION_1: u64 = 1 << 32;
 const F_INDIRECT_DESC: u64 = 1 << 28;
-const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_EVENT_IDX.
+pub const F_EVENT_IDX: u64 = 1 << 29;
 const F_IN_ORDER: u64 = 1 << 35;
 const F_ORDER_PLATFORM: u64 = 1 << 36;
 const DEVICE_TYPE_FEATURES: u64 = 0x00ff_ffff | !((1 << 50) - 1);
@@ -23,6 +24,32 @@ pub const PASSED_ON: u64 = DEVICE_TYPE_FEATURES
     | F_EVENT_IDX
     | F_IN_ORDER
     | F_ORDER_PLATFORM;
+
+/// Feature bits of a network device (section 5.1.3).
+pub mod net {
+    /// The device has a maximum MTU to tell.
+    pub const F_MTU: u64 = 1 << 3;
+    /// The device has an address.
+    pub const F_MAC: u64 = 1 << 5;
+    /// The driver can merge receive buffers.
+    pub const F_MRG_RXBUF: u64 = 1 << 15;
+    /// The configuration space has a status.
+    pub const F_STATUS: u64 = 1 << 16;
+    /// There is a control queue.
+    pub const F_CTRL_VQ: u64 = 1 << 17;
+    /// The driver can announce itself.
+    pub const F_GUEST_ANNOUNCE: u64 = 1 << 21;
+    /// Several queue pairs, chosen by a control command.
+    pub const F_MQ: u64 = 1 << 22;
+    /// VIRTIO_NET_F_SPEED_DUPLEX, HASH_REPORT, RSS and STANDBY need a larger configuration
+    /// space or a partner.
+    pub const WITHHELD: u64 = 1 << 63 | 1 << 62 | 1 << 60 | 1 << 57;
+    /// What is carried out by control commands: CTRL_GUEST_OFFLOADS, CTRL_VQ, CTRL_RX,
+    /// CTRL_VLAN, CTRL_RX_EXTRA, GUEST_ANNOUNCE, CTRL_MAC_ADDR, and those from 50 on
+    /// (DEVICE_STATS, VQ_NOTF_COAL, NOTF_COAL, GUEST_HDRLEN aside, RSC_EXT).
+    pub const CONTROLLED: u64 =
+        1 << 2 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 23 | 0b111 << 50 | 1 << 53;
+}
 
 /// Device status bits.
 pub mod status {

@@ -372,6 +372,8 @@ impl Host {
                     log::warn!("device {}: {detail}", device.id);
                 }
             }
+            // No device has a successor yet.
+            Outcome::Suspended(_) | Outcome::Reconnected(_) | Outcome::NotReconnected(_) => {}
             Outcome::Failed(why) => {
                 let why = why.to_string();
                 if device.failed.is_none() {

@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
 use super::super::VirtioPciFunction;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -33,15 +35,39 @@ pub const WINDOWS: Windows = Windows {
 };
 pub const BAR: u64 = layout::PCI_MEM32_START + 0x10_0000;
 
-pub struct Ram;
+/// Guest memory in a file of its own.
+#[derive(Clone)]
+pub struct Ram {
+    pub file: Arc<File>,
+    pub memory: GuestMemoryMmap,
+}
+
+impl Ram {
+    pub fn new() -> Self {
+        let name = c"ram";
+        let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(file);
+        file.set_len(RAM).unwrap();
+        let file = Arc::new(file);
+        let offset = FileOffset::from_arc(Arc::clone(&file), 0);
+        let range = (GuestAddress(0), RAM as usize, Some(offset));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        Self { file, memory }
+    }
+}
+
 impl MemoryMap for Ram {
     fn regions(&self) -> Vec<MemoryRegion> {
         vec![MemoryRegion {
             guest_base: 0,
             size: RAM,
-            file: Arc::new(File::open("/dev/null").unwrap()),
+            file: Arc::clone(&self.file),
             file_offset: 0,
         }]
+    }
+
+    fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
     }
 }
 
@@ -57,6 +83,7 @@ pub struct Machine {
 pub struct Guest {
     pub machine: Machine,
     pub backend: TestBackend,
+    pub ram: Ram,
 }
 
 impl Deref for Guest {
@@ -80,15 +107,36 @@ pub fn options() -> VirtioPciOptions {
 }
 
 pub fn guest() -> Guest {
-    let (backend, socket) = TestBackend::start(&[1, 2, 3, 4, 5, 6, 7, 8]);
-    let machine = machine(options(), socket, Arc::new(Ram));
-    Guest { machine, backend }
+    guest_with(options())
+}
+
+pub const CONFIG: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+
+pub fn guest_with(options: VirtioPciOptions) -> Guest {
+    let (backend, socket) = TestBackend::start(&CONFIG);
+    let ram = Ram::new();
+    let machine = machine(options, socket, Arc::new(ram.clone()));
+    Guest {
+        machine,
+        backend,
+        ram,
+    }
 }
 
 /// A machine in front of the back-end at the other end of `socket`.
 pub fn machine(
     options: VirtioPciOptions,
     socket: UnixStream,
+    memory: Arc<dyn MemoryMap>,
+) -> Machine {
+    let frontend = Frontend::connect(socket, PATIENT).unwrap();
+    machine_in_front_of(options, Some(frontend), memory)
+}
+
+/// A machine in front of a back-end, or of none.
+pub fn machine_in_front_of(
+    options: VirtioPciOptions,
+    frontend: Option<Frontend>,
     memory: Arc<dyn MemoryMap>,
 ) -> Machine {
     let (mmio, pio) = (Arc::new(Bus::new()), Bus::new());
@@ -100,7 +148,6 @@ pub fn machine(
     let complex = RootComplex::new(Arc::clone(&mmio), WINDOWS, &[port]).unwrap();
     complex.attach_to_buses(&mmio, &pio).unwrap();
     let hypervisor = Arc::new(MockHypervisor::default());
-    let frontend = Frontend::connect(socket, PATIENT).unwrap();
     let decoder = complex.decoder();
     let function =
         VirtioPciFunction::new(options, frontend, memory, hypervisor.clone(), decoder).unwrap();

@@ -6,11 +6,14 @@ mod guest;
 mod real_backends;
 
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
+use crate::pci::PciFunction;
 use crate::pci::mock_hypervisor::{MockHypervisor, consume, is_signalled};
+use crate::vhost_user::BackendChannel;
 use crate::vhost_user::test_backend::{FEATURES, Recorder, TestBackend};
 use crate::virtio::registers::{common, status as bits};
 use crate::virtio::{ConfigSource, DEFAULT_QUEUE_SIZE};
@@ -149,8 +152,11 @@ fn a_malformed_ring_asks_for_a_reset_which_repairs_it() {
         .iter()
         .find(|fd| fd.source == EventSource::RingError(1))
         .unwrap();
-    assert!(is_signalled(fd.fd));
-    assert_eq!(guest.function.on_event(fd.source), Outcome::Handled);
+    assert!(is_signalled(&fd.fd));
+    assert!(matches!(
+        guest.function.on_event(fd.source),
+        Outcome::Handled
+    ));
     assert_eq!(guest.device_status(), 15 | bits::NEEDS_RESET);
     assert_eq!(guest.interrupts(), [0x40]);
     assert_eq!(guest.read(BAR + bar::ISR, 1), u64::from(ISR_CONFIG));
@@ -209,7 +215,7 @@ fn a_dead_process_leaves_a_function_that_answers_sanely() {
     guest.bring_up();
     guest.backend.die();
     let outcome = guest.function.on_event(EventSource::Hangup);
-    assert_eq!(outcome, Outcome::Failed(FailReason::Hangup));
+    assert!(matches!(outcome, Outcome::Failed(FailReason::Hangup)));
     assert_eq!(guest.device_status(), 15 | bits::NEEDS_RESET);
     assert_eq!(guest.interrupts(), [0x40]);
     assert_eq!(
@@ -271,22 +277,19 @@ fn device_configuration_is_cached_written_through_and_refreshed_on_change() {
     guest.backend.lock().config[0] = 0x55;
     // The crate's back-end cannot send this message: a socket in its place.
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    *guest.function.channel.lock().unwrap() = Some(BackendChannel::new(ours, true));
+    let channel = BackendChannel::new(ours, true);
+    guest.function.link.set_channel(channel);
     for word in [2_u32, 1, 0] {
         theirs.write_all(&word.to_ne_bytes()).unwrap();
     }
-    assert_eq!(
-        guest.function.on_event(EventSource::Backend),
-        Outcome::Handled
-    );
+    let outcome = guest.function.on_event(EventSource::Backend);
+    assert!(matches!(outcome, Outcome::Handled));
     assert_eq!(guest.interrupts(), [0x40]);
     assert_eq!(guest.common(20, 2) >> 8, generation + 1);
     assert_eq!(guest.read(BAR + bar::DEVICE, 1), 0x55);
     drop(theirs);
-    assert_eq!(
-        guest.function.on_event(EventSource::Backend),
-        Outcome::Failed(FailReason::Hangup)
-    );
+    let outcome = guest.function.on_event(EventSource::Backend);
+    assert!(matches!(outcome, Outcome::Failed(FailReason::Hangup)));
 }
 
 #[test]
@@ -398,7 +401,7 @@ fn a_removed_function_leaves_nothing_behind() {
     guest.function = VirtioPciFunction::new(
         options(),
         Frontend::connect(socket, PATIENT).unwrap(),
-        Arc::new(Ram),
+        Arc::new(Ram::new()),
         guest.hypervisor.clone(),
         guest.complex.decoder(),
     )
@@ -433,7 +436,13 @@ fn options_are_checked_against_limits_and_the_process() {
         let frontend = Frontend::connect(socket, PATIENT).unwrap();
         let decoder = BarDecoder::new(Arc::new(Bus::new()), WINDOWS);
         let hypervisor = Arc::new(MockHypervisor::default());
-        let made = VirtioPciFunction::new(options, frontend, Arc::new(Ram), hypervisor, &decoder);
+        let made = VirtioPciFunction::new(
+            options,
+            frontend,
+            Arc::new(Ram::new()),
+            hypervisor,
+            &decoder,
+        );
         made.err().unwrap().to_string()
     };
     let text = refused(|o| o.queues = 3, |_| {});

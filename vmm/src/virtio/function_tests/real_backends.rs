@@ -17,7 +17,6 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::guest::*;
 use crate::pci::mock_hypervisor::consume;
-use crate::vhost_user::{MemoryMap, MemoryRegion};
 use crate::virtio::VirtioPciOptions;
 use crate::virtio::registers::{bar, common};
 
@@ -29,18 +28,6 @@ const HEADER: u64 = 0x8_0000;
 const DATA: u64 = 0x8_1000;
 const STATUS: u64 = 0x8_2000;
 const DESCRIPTORS: u64 = 0x1_0000;
-
-struct FileRam(Arc<File>);
-impl MemoryMap for FileRam {
-    fn regions(&self) -> Vec<MemoryRegion> {
-        vec![MemoryRegion {
-            guest_base: 0,
-            size: RAM,
-            file: Arc::clone(&self.0),
-            file_offset: 0,
-        }]
-    }
-}
 
 /// A process that ends with the test.
 struct Process(Child);
@@ -128,10 +115,11 @@ fn request(machine: &Machine, ram: &File, kind: u32, sector: u64, index: u16) {
 /// Brings the device up, reads and writes, resets it, and does it again.
 fn drive(directory: &TempDir, socket: &Path, mut process: Process) {
     let disk = made(&directory.as_path().join("disk"), DISK_SECTORS * 512);
-    let ram = Arc::new(made(&directory.as_path().join("ram"), RAM));
+    let memory = Ram::new();
+    let ram = Arc::clone(&memory.file);
     let stream = connect(socket, &mut process);
     let options = VirtioPciOptions::new("disk0", BLOCK, 1);
-    let machine = machine(options, stream, Arc::new(FileRam(Arc::clone(&ram))));
+    let machine = machine(options, stream, Arc::new(memory));
     machine.map();
     assert_eq!(machine.read(BAR + bar::DEVICE, 8), DISK_SECTORS, "capacity");
     for round in 1..3_u8 {

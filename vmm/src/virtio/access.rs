@@ -1,0 +1,343 @@
+//! What a guest reaches of the function: BAR 0 with its structures (VIRTIO 1.2 section
+//! 4.1.4), the PCI configuration space and the window through it into the BAR (4.1.4.9).
+//!
+//! vCPU threads enter here. An access waits for the device process only where the driver
+//! asks something of it (DRIVER_OK, reset, a vector, a change of configuration), and never
+//! past the deadline; while the process is gone nothing is waited for at all.
+
+use std::sync::Weak;
+use std::sync::atomic::Ordering;
+
+use super::backend::StartError;
+use super::capabilities::window;
+use super::common::Effect;
+use super::events::FailReason;
+use super::function::{Config, Device, VirtioPciFunction};
+use super::registers::{NOTIFY_MULTIPLIER, bar};
+use crate::bus::BusDevice;
+use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, reg};
+use crate::vhost_user::VhostUserError;
+
+impl VirtioPciFunction {
+    fn write_common(&self, offset: u64, data: &[u8]) {
+        let mut device = self.lock_device();
+        // A process that is only being replaced will be there again.
+        device.common.set_usable(!self.link.failed());
+        match device.common.write(offset, data) {
+            Effect::None => {}
+            Effect::Reset => self.reset_device(&mut device),
+            Effect::Activate => {
+                self.publish(&device);
+                self.activate(&mut device);
+            }
+            Effect::ConfigVector(vector) => {
+                self.msix
+                    .set_own_vector((vector != NO_VECTOR).then_some(vector));
+            }
+            Effect::QueueVector { queue, vector } if self.link.serving() => {
+                let set = device.backend.set_vector(queue, vector, self.deadline());
+                if let Err(error) = set {
+                    self.on_backend_error(&error);
+                }
+            }
+            Effect::QueueVector { .. } => {}
+        }
+        self.publish(&device);
+    }
+
+    /// Copies what `status()` and the manager look at.
+    pub(super) fn publish(&self, device: &Device) {
+        self.signals
+            .status
+            .store(device.common.status(), Ordering::Release);
+        self.signals
+            .features
+            .store(device.common.accepted(), Ordering::Release);
+        let pairs = device
+            .control
+            .as_ref()
+            .map_or(0, |control| control.in_use());
+        self.signals.pairs.store(pairs.into(), Ordering::Release);
+    }
+
+    fn activate(&self, device: &mut Device) {
+        if self.link.failed() {
+            return self.notify_config();
+        }
+        let checked = device.backend.check(&device.common);
+        if checked.is_ok()
+            && let Some(control) = &mut device.control
+        {
+            control.start(&device.common);
+            if let Some(service) = &self.service {
+                service.wake();
+            }
+        }
+        let shape = device.shape();
+        let started = match checked {
+            // Whoever brings the successor in finds DRIVER_OK set and goes on here.
+            Ok(()) if !self.link.serving() => return,
+            Ok(()) => device
+                .backend
+                .start(&device.common, shape, &[], self.deadline()),
+            Err(error) => Err(error),
+        };
+        self.on_started(started);
+    }
+
+    /// What became of handing the rings over.
+    pub(super) fn on_started(&self, started: Result<(), StartError>) {
+        let id = &self.options.id;
+        match started {
+            Ok(()) => log::debug!("device {id}: driver is up"),
+            Err(StartError::Backend(error)) => self.on_backend_error(&error),
+            Err(error @ StartError::BadRing(_)) => {
+                log::debug!("device {id}: {error}");
+                self.require_reset();
+            }
+            Err(error @ StartError::Unknown(_)) => {
+                log::warn!("device {id}: {error}: it needs a reset by its driver");
+                self.require_reset();
+            }
+        }
+    }
+
+    fn reset_device(&self, device: &mut Device) {
+        if self.link.serving()
+            && let Err(error) = device.backend.stop(self.deadline())
+        {
+            // Not known to be quiet: the process may still write to memory.
+            self.lose(match error {
+                VhostUserError::Refused(_) => FailReason::Unquiet,
+                error => FailReason::from(&error),
+            });
+        }
+        if !self.link.serving() {
+            device.backend.shut_down();
+        }
+        device.backend.forget();
+        device.common.reset();
+        if let Some(control) = &mut device.control {
+            control.reset();
+        }
+        {
+            let mut space = self.lock_space();
+            space.forget_writes();
+            if device.control.is_some() {
+                space.set_announce(false);
+            }
+        }
+        self.publish(device);
+        self.msix.set_own_vector(None);
+        self.signals.isr.store(0, Ordering::Release);
+        self.signals.broken.store(false, Ordering::Release);
+    }
+
+    fn read_device_config(&self, offset: u64, data: &mut [u8]) {
+        if self.link.serving() && self.signals.stale.load(Ordering::Acquire) {
+            let mut device = self.lock_device();
+            self.refresh_config(&mut device);
+        }
+        self.lock_space().read(offset, data);
+    }
+
+    /// Fetches the configuration anew where it is out of date.
+    fn refresh_config(&self, device: &mut Device) {
+        let stale = self.signals.stale.swap(false, Ordering::AcqRel);
+        let size = self.lock_space().served_size();
+        if size == 0 || !stale {
+            return;
+        }
+        let deadline = self.deadline();
+        let bytes = device
+            .backend
+            .frontend()
+            .and_then(|frontend| frontend.get_config(size, deadline));
+        match bytes {
+            Ok(bytes) => {
+                self.lock_space().replace(bytes);
+            }
+            Err(error) => self.on_backend_error(&error),
+        }
+    }
+
+    fn write_device_config(&self, offset: u64, data: &[u8]) {
+        let (false, Ok(offset)) = (self.link.failed(), usize::try_from(offset)) else {
+            return;
+        };
+        let mut device = self.lock_device();
+        // Kept first: a process that is lost over it has a successor that is told.
+        if !self.lock_space().write(offset, data) || !self.link.serving() {
+            return;
+        }
+        let deadline = self.deadline();
+        let written = device.backend.frontend().and_then(|frontend| {
+            let at = u32::try_from(offset).unwrap_or(u32::MAX);
+            frontend.set_config(at, data, deadline)
+        });
+        match written {
+            Err(error) if error.is_fatal() => self.lose(FailReason::from(&error)),
+            // What the device makes of it is its own affair, and a refused write changes
+            // nothing: read it back.
+            _ => {
+                self.signals.stale.store(true, Ordering::Release);
+                self.refresh_config(&mut device);
+            }
+        }
+    }
+
+    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let inside = offset % bar::STEP;
+        match offset - inside {
+            bar::COMMON => {
+                let needs_reset = self.needs_reset();
+                let generation = self.signals.generation.load(Ordering::Acquire);
+                self.lock_device()
+                    .common
+                    .read(inside, data, needs_reset, generation);
+            }
+            bar::ISR if inside == 0 => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.signals.isr.swap(0, Ordering::AcqRel);
+                }
+            }
+            bar::DEVICE => self.read_device_config(inside, data),
+            bar::MSIX_TABLE => self.msix.read_table(inside, data),
+            bar::MSIX_PBA => self.msix.read_pba(inside, data),
+            _ => {}
+        }
+    }
+
+    fn write_bar(&self, offset: u64, data: &[u8]) {
+        let inside = offset % bar::STEP;
+        match offset - inside {
+            bar::COMMON => self.write_common(inside, data),
+            bar::DEVICE => self.write_device_config(inside, data),
+            bar::MSIX_TABLE => self.msix.write_table(inside, data),
+            bar::NOTIFY if inside.is_multiple_of(NOTIFY_MULTIPLIER.into()) => {
+                let queue = inside / u64::from(NOTIFY_MULTIPLIER);
+                self.doorbells
+                    .ring(usize::try_from(queue).unwrap_or(usize::MAX));
+            }
+            _ => {}
+        }
+    }
+
+    /// BAR 0 follows its register and the command register.
+    fn decode_bar(&self, config: &Config) {
+        let on = config.space.read_u16(reg::COMMAND) & COMMAND_MEMORY != 0 && !config.gone;
+        let base = u64::from(config.space.read_u32(reg::BAR0) & !0xf);
+        if let Some(claim) = self.bar.get() {
+            claim.decode(on.then_some(base));
+        }
+    }
+
+    /// What an access to the data field of the PCI configuration access capability
+    /// reaches in BAR 0: nothing unless width, alignment and range are right.
+    fn window_target(&self, config: &Config, offset: u16, len: usize) -> Option<(u64, usize)> {
+        let data = self.places.window.checked_add(window::DATA)?;
+        let touched = usize::from(offset) < usize::from(data) + 4
+            && usize::from(offset).saturating_add(len) > usize::from(data);
+        let [bar, _] = config
+            .space
+            .read_u16(self.places.window + window::BAR)
+            .to_le_bytes();
+        let at = config.space.read_u32(self.places.window + window::OFFSET);
+        let width = config.space.read_u32(self.places.window + window::LENGTH);
+        let allowed = bar == 0
+            && matches!(width, 1 | 2 | 4)
+            && at.is_multiple_of(width)
+            && u64::from(at).saturating_add(width.into()) <= bar::SIZE;
+        (touched && allowed).then_some((at.into(), usize::try_from(width).ok()?))
+    }
+}
+
+impl PciFunction for VirtioPciFunction {
+    fn id(&self) -> &str {
+        &self.options.id
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let target = self.window_target(&self.lock_config(), offset, data.len());
+        let mut value = [0; 4];
+        if let Some((at, width)) = target
+            && let Some(value) = value.get_mut(..width)
+        {
+            self.read_bar(at, value);
+            self.lock_config()
+                .space
+                .set(self.places.window + window::DATA, value);
+        }
+        self.lock_config().space.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut value = [0; 4];
+        let target = {
+            let mut config = self.lock_config();
+            config.space.write(offset, data);
+            self.decode_bar(&config);
+            if !config.gone {
+                self.msix
+                    .set_control(config.space.read_u16(self.places.msix + 2));
+            }
+            config
+                .space
+                .read(self.places.window + window::DATA, &mut value);
+            self.window_target(&config, offset, data.len())
+        };
+        if let Some((at, width)) = target
+            && let Some(value) = value.get(..width)
+        {
+            self.write_bar(at, value);
+        }
+    }
+
+    fn place_bars(&self, place: &mut dyn FnMut(BarKind, u64) -> Option<u64>) {
+        let base = place(BarKind::Memory32, bar::SIZE);
+        if let Some(base) = base.and_then(|base| u32::try_from(base).ok()) {
+            self.lock_config().space.set(reg::BAR0, &base.to_le_bytes());
+        }
+    }
+
+    fn bus_reset(&self) {
+        self.reset_device(&mut self.lock_device());
+        let mut config = self.lock_config();
+        config.space.set(reg::COMMAND, &[0; 2]);
+        config.space.set(reg::BAR0, &[0; 4]);
+        let control = self.msix.vectors().saturating_sub(1);
+        config
+            .space
+            .set(self.places.msix + 2, &control.to_le_bytes());
+        self.decode_bar(&config);
+        self.msix.reset();
+    }
+
+    fn unplug(&self) {
+        {
+            let mut config = self.lock_config();
+            config.gone = true;
+            self.decode_bar(&config);
+        }
+        self.msix.reset();
+    }
+}
+
+/// BAR 0 on the memory bus. Holds the function weakly: the bus must not keep a removed
+/// device alive.
+pub(super) struct Bar0(pub(super) Weak<VirtioPciFunction>);
+
+impl BusDevice for Bar0 {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(function) = self.0.upgrade() {
+            function.read_bar(offset, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(function) = self.0.upgrade() {
+            function.write_bar(offset, data);
+        }
+    }
+}

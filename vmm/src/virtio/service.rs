@@ -1,0 +1,206 @@
+//! The function's own thread: brings successors of the back-end in, and serves the control
+//! queue of a network device whose back-end does not. It may wait for the back-end, within
+//! deadlines; neither the manager nor a vCPU waits for it but by the function's lock.
+//!
+//! Made with the function, since confined threads make none, and ends with it: it holds
+//! the function only while it works.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use rustix::event::{EventfdFlags, eventfd};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::DEFAULT_MESSAGE_TIMEOUT;
+use super::function::VirtioPciFunction;
+use super::succession::{ReconnectError, Reconnected};
+use crate::threads;
+use crate::vhost_user::Frontend;
+
+type Finished = Result<Reconnected, ReconnectError>;
+
+const WAKE: u64 = 0;
+const CONTROL: u64 = 1;
+
+#[derive(Default)]
+struct Desk {
+    /// A successor that waits to be brought in.
+    next: Option<UnixStream>,
+    /// One is being brought in, or its end has not been taken note of.
+    busy: bool,
+    finished: Option<Finished>,
+    closed: bool,
+}
+
+struct Shared {
+    desk: Mutex<Desk>,
+    /// Both are the VMM's alone: no write to them can wait.
+    wake: OwnedFd,
+    done: Arc<OwnedFd>,
+}
+
+/// The function's side of its thread.
+pub struct Service {
+    shared: Arc<Shared>,
+}
+
+impl Service {
+    /// Without its thread yet.
+    pub fn new() -> std::io::Result<Self> {
+        let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+        Ok(Self {
+            shared: Arc::new(Shared {
+                desk: Mutex::default(),
+                wake: event()?,
+                done: Arc::new(event()?),
+            }),
+        })
+    }
+
+    /// Starts the thread.
+    pub fn start(&self, function: &Arc<VirtioPciFunction>) -> std::io::Result<()> {
+        let epoll = Epoll::new()?;
+        watch(&epoll, &self.shared.wake, WAKE)?;
+        let worker = Worker {
+            function: Arc::downgrade(function),
+            shared: Arc::clone(&self.shared),
+            epoll,
+            control: None,
+        };
+        let hook = Arc::clone(&function.options.hook);
+        threads::spawn("device".to_owned(), hook, || Ok(()), move || worker.run())?;
+        Ok(())
+    }
+
+    /// Signalled when [`take`](Self::take) has something.
+    pub fn done(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.shared.done)
+    }
+
+    /// Hands a successor in; false while another one is being brought in.
+    pub fn submit(&self, socket: UnixStream) -> bool {
+        {
+            let mut desk = self.shared.lock();
+            if desk.busy || desk.closed {
+                return false;
+            }
+            desk.busy = true;
+            desk.next = Some(socket);
+        }
+        self.wake();
+        true
+    }
+
+    /// What became of it, once.
+    pub fn take(&self) -> Option<Finished> {
+        let mut desk = self.shared.lock();
+        let finished = desk.finished.take();
+        if finished.is_some() {
+            desk.busy = false;
+        }
+        finished
+    }
+
+    /// Has the thread look at the function again.
+    pub fn wake(&self) {
+        signal(&self.shared.wake);
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.wake();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Worker {
+    function: Weak<VirtioPciFunction>,
+    shared: Arc<Shared>,
+    epoll: Epoll,
+    /// The control queue whose doorbell is watched.
+    control: Option<u16>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut ready = [EpollEvent::default(); 2];
+        loop {
+            match self.epoll.wait(-1, &mut ready) {
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    log::error!("a device's own thread ends: {error}");
+                    return;
+                }
+            }
+            let next = {
+                let mut desk = self.shared.lock();
+                if desk.closed {
+                    return;
+                }
+                desk.next.take()
+            };
+            // Dropping the last reference here is fine: nothing joins this thread.
+            let Some(function) = self.function.upgrade() else {
+                return;
+            };
+            if let Some(socket) = next {
+                let finished = bring_in(&function, socket);
+                self.shared.lock().finished = Some(finished);
+                signal(&self.shared.done);
+            }
+            self.follow_control(&function);
+            if function.serve_control() {
+                signal(&self.shared.wake);
+            }
+        }
+    }
+
+    /// Watches the doorbell of the control queue that the driver uses now. It may be one
+    /// that a back-end has shared, so it is never read: each signal is an edge.
+    fn follow_control(&mut self, function: &VirtioPciFunction) {
+        let wanted = function.control_queue();
+        if wanted == self.control {
+            return;
+        }
+        if let Some(kick) = self
+            .control
+            .and_then(|queue| function.doorbells.kick(queue))
+        {
+            let gone = EpollEvent::default();
+            let _ = self
+                .epoll
+                .ctl(ControlOperation::Delete, kick.as_raw_fd(), gone);
+        }
+        if let Some(kick) = wanted.and_then(|queue| function.doorbells.kick(queue))
+            && let Err(error) = watch(&self.epoll, kick, CONTROL)
+        {
+            log::error!("a control queue is not served: {error}");
+        }
+        self.control = wanted;
+    }
+}
+
+fn bring_in(function: &VirtioPciFunction, socket: UnixStream) -> Finished {
+    let frontend = Frontend::connect(socket, DEFAULT_MESSAGE_TIMEOUT)
+        .map_err(|error| ReconnectError::Backend(function.options.id.clone(), error))?;
+    function.reconnect(frontend)
+}
+
+fn watch(epoll: &Epoll, fd: impl AsFd, token: u64) -> std::io::Result<()> {
+    let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+    epoll.ctl(ControlOperation::Add, fd.as_fd().as_raw_fd(), event)
+}
+
+fn signal(event: &OwnedFd) {
+    // A full one is signalled already.
+    let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
+}
