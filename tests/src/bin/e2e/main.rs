@@ -13,6 +13,9 @@ mod bad_input;
 mod block;
 mod boot;
 mod death;
+mod disk;
+mod disk_faults;
+mod disk_formats;
 mod hostile_guest;
 
 fn main() -> ExitCode {
@@ -31,6 +34,9 @@ fn main() -> ExitCode {
     } else {
         tests.extend(boot::tests());
         tests.extend(block::tests());
+        tests.extend(disk::tests());
+        tests.extend(disk_formats::tests());
+        tests.extend(disk_faults::tests());
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(death::tests());
