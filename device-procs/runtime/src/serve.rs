@@ -92,14 +92,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     // From here on only the workers hold it, or their rings.
     drop(fence);
     let landlock_abi = locked.landlock().abi;
-    let stderr = std::io::stderr();
-    // Under a launcher, stderr is a socket to it, over which it learns of violations.
-    let watched = control.is_some() && is_socket(stderr.as_fd())?;
-    let confined = if watched {
-        locked.seal_reported(options.policy, stderr.as_fd())?
-    } else {
-        locked.seal(options.policy)?
-    };
+    let confined = locked.seal(options.policy)?;
     log::debug!("{}", confined.report());
 
     let report = ConfinementReport {
@@ -118,11 +111,6 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         Ok(()) => Err(ServeError::Stuck),
         Err(e) => Err(e),
     }
-}
-
-fn is_socket(fd: BorrowedFd<'_>) -> std::io::Result<bool> {
-    let file = File::from(fd.try_clone_to_owned()?);
-    Ok(file.metadata()?.file_type().is_socket())
 }
 
 fn start_workers(
@@ -237,3 +225,7 @@ fn accept(listener: &UnixListener) -> Option<std::os::unix::net::UnixStream> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "serve_tests.rs"]
+mod tests;
