@@ -138,17 +138,49 @@ impl ActiveRing {
 
     /// Shows the driver all completions since the last call, with at most one interrupt.
     pub fn flush(&mut self) {
-        match self.ring.publish() {
-            Ok(false) => {}
-            Ok(true) => {
-                if let Some(call) = &self.call {
-                    sys::signal(call);
-                    self.status.interrupts.add(1);
-                    self.status.syscalls.add(1);
-                }
-            }
-            Err(e) => self.break_with(&e),
+        if self.publish()
+            && let Some(call) = &self.call
+        {
+            sys::signal(call);
+            self.status.syscalls.add(1);
         }
+    }
+
+    /// Shows the driver all completions since the last call; true if the caller must signal
+    /// [`Self::call`] for them. [`Self::flush`] does both.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        match self.ring.publish() {
+            Ok(wanted) => {
+                let signal = wanted && self.call.is_some();
+                if signal {
+                    self.status.interrupts.add(1);
+                }
+                signal
+            }
+            Err(e) => {
+                self.break_with(&e);
+                false
+            }
+        }
+    }
+
+    /// The eventfd to be signalled for completions, if the front-end gave one.
+    pub fn call(&self) -> Option<&Arc<File>> {
+        self.call.as_ref()
+    }
+
+    /// How many requests wait to be popped, as far as the driver has told by now. Unlike
+    /// [`Self::enable_kicks`], asks for no kick.
+    #[inline]
+    pub fn available(&mut self) -> u16 {
+        if self.broken || self.status.pause.look() {
+            return 0;
+        }
+        self.ring.available().unwrap_or_else(|e| {
+            self.break_with(&e);
+            0
+        })
     }
 
     /// Wants kicks again; true if the caller must look for requests before it sleeps. A

@@ -433,6 +433,17 @@ impl Ring {
         Ok(idx != self.next_avail)
     }
 
+    /// How many chains wait to be popped, those of the log included, as far as the driver
+    /// has told by now.
+    #[inline]
+    pub fn available(&mut self) -> Result<u16, RingError> {
+        self.refresh_avail()?;
+        Ok(self
+            .seen_avail
+            .wrapping_sub(self.next_avail)
+            .saturating_add(self.to_resubmit()))
+    }
+
     /// Puts a completed chain into the used ring. The driver sees it after [`publish`].
     ///
     /// [`publish`]: Self::publish
