@@ -98,6 +98,7 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     ("TUNSETVNETHDRSZ", 0x4004_54d8),
     ("TUNSETQUEUE", 0x4004_54d9),
     ("TUNSETVNETLE", 0x4004_54dc),
+    ("TUNSETCARRIER", 0x4004_54e2),
     // linux/sockios.h
     ("SIOCGIFMTU", 0x8921),
     // linux/kvm.h

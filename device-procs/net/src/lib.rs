@@ -1,0 +1,19 @@
+//! virtio-net (virtio 1.2, 5.1) as a process of its own, over vhost-user.
+//!
+//! `main` attaches or inherits the tap ([`tap`]) and hands a [`device::Net`] to the runtime.
+//! One worker thread serves each queue pair ([`pair`]): frames go from the guest to the tap
+//! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_plain`]). The control
+//! queue ([`control`]) has a thread of its own; what it is told lies in [`state`].
+
+pub mod cli;
+pub mod control;
+pub mod device;
+pub mod engine_plain;
+pub mod features;
+pub mod filter;
+pub mod pair;
+pub mod receive;
+pub mod state;
+pub mod tap;
+mod tap_ioctl;
+pub mod transmit;

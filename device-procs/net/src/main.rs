@@ -1,0 +1,146 @@
+//! bulkhead-net: see `--help`, and the library beside this file.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bulkhead_net::cli::{self, Command, Endpoint, EngineChoice, HELP, Options, TapSource};
+use bulkhead_net::device::{EngineKind, Net};
+use bulkhead_net::filter::Mac;
+use bulkhead_net::state::{Settings, State};
+use bulkhead_net::tap::{Tap, TapError};
+use bulkhead_runtime::channels::{ChannelError, Channels};
+use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
+use bulkhead_seccomp::policy::{self, Policy};
+use bulkhead_seccomp::privileges::Rlimits;
+use bulkhead_seccomp::uring::{self, UringError};
+use log::LevelFilter;
+
+/// Descriptors of the process itself, and those that come and go with messages.
+const BASE_FDS: u64 = 80;
+/// Descriptors of a pair: of each ring kick, call, err, their successors and two eventfds;
+/// the tap's, vhost-net's, a ring's.
+const FDS_PER_PAIR: u64 = 24;
+
+#[derive(Debug, thiserror::Error)]
+enum MainError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error("{0}; use --io-engine plain")]
+    Uring(#[from] UringError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+fn main() -> ExitCode {
+    sys::frugal_malloc();
+    let options = match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Serve(options)) => options,
+        Ok(Command::Help) => return print(HELP),
+        Ok(Command::Version) => {
+            return print(concat!("bulkhead-net ", env!("CARGO_PKG_VERSION"), "\n"));
+        }
+        Err(e) => {
+            complain(&e);
+            return ExitCode::from(2);
+        }
+    };
+    logger::init(if options.verbose {
+        LevelFilter::Debug
+    } else {
+        LevelFilter::Info
+    });
+    match run(&options) {
+        Ok(()) => sys::exit(0),
+        Err(e) => {
+            complain(&e);
+            sys::exit(1)
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn complain(e: &dyn std::error::Error) {
+    let _ = writeln!(std::io::stderr(), "bulkhead-net: {e}");
+}
+
+/// A random address that nobody has been assigned.
+fn random_mac() -> Mac {
+    let [a, b, c, d, e, f, ..] = RandomState::new().build_hasher().finish().to_le_bytes();
+    [a & 0xfc | 2, b, c, d, e, f]
+}
+
+fn run(options: &Options) -> Result<(), MainError> {
+    // Inherited numbers first, before anything else can take them.
+    let channels = match &options.endpoint {
+        Endpoint::Inherited {
+            control,
+            vhost,
+            fence,
+        } => {
+            let channels = Channels::inherit(*control, *vhost)?;
+            Some(match fence {
+                Some(fence) => channels.with_fence(*fence)?,
+                None => channels,
+            })
+        }
+        Endpoint::Socket(_) => None,
+    };
+    let tap = match &options.tap {
+        TapSource::Fds(fds) => Tap::inherit(fds)?,
+        TapSource::Name(name) => Tap::attach(name, options.pairs)?,
+    };
+    let channels = match (channels, &options.endpoint) {
+        (Some(channels), _) => channels,
+        (None, Endpoint::Socket(path)) => Channels::listen(path)?,
+        (None, Endpoint::Inherited { control, vhost, .. }) => Channels::inherit(*control, *vhost)?,
+    };
+    let engine = match options.engine {
+        EngineChoice::Plain => EngineKind::Plain,
+        EngineChoice::IoUring => {
+            uring::available()?;
+            EngineKind::IoUring
+        }
+        EngineChoice::Auto => match uring::available() {
+            Ok(()) => EngineKind::IoUring,
+            Err(e) => {
+                log::info!("{e}; the plain engine serves instead");
+                EngineKind::Plain
+            }
+        },
+    };
+    let policy: &'static Policy = match (&options.endpoint, engine) {
+        (Endpoint::Socket(_), _) => &policy::BULKHEAD_NET_SOCKET,
+        (_, EngineKind::IoUring) => &policy::BULKHEAD_NET,
+        (_, EngineKind::Plain) => &policy::BULKHEAD_NET_PLAIN,
+    };
+    let rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_PAIR * u64::from(options.pairs));
+    log::debug!("tap {}, {} queue pairs", tap.name(), tap.queues());
+    let settings = Settings {
+        mac: options.mac.unwrap_or_else(random_mac),
+        mtu: options.mtu,
+        link_up: options.link_up,
+        to_guest: options.to_guest,
+        from_guest: options.from_guest,
+    };
+    let device = Arc::new(Net::new(State::new(tap, &settings), engine));
+    serve(
+        device,
+        ServeOptions {
+            channels,
+            policy,
+            rlimits,
+        },
+    )?;
+    Ok(())
+}

@@ -1,0 +1,290 @@
+//! What one worker thread serves: the two rings of a queue pair, or the control queue, and
+//! the orders of the main thread about them. Independent of how the thread sleeps.
+//!
+//! Which ring is what (virtio 1.2, 5.1.2): rx0, tx0, rx1, tx1 …, and last the control queue;
+//! but the control queue is ring 2 for a driver that did not take VIRTIO_NET_F_MQ.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bulkhead_runtime::active::ActiveRing;
+use bulkhead_runtime::device::F_VERSION_1;
+use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
+
+use crate::control::Control;
+use crate::features::{F_CTRL_VQ, F_MQ};
+use crate::receive::Receive;
+use crate::state::State;
+use crate::transmit::Transmit;
+
+/// What a ring is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Frames to the guest.
+    Receive,
+    /// Frames from the guest.
+    Transmit,
+    /// Commands.
+    Control,
+}
+
+/// What ring `index` of a device with `pairs` queue pairs is for, given the accepted features.
+pub fn role(index: u16, pairs: u16, features: u64) -> Option<Role> {
+    let used = if features & F_MQ != 0 { pairs } else { 1 };
+    let control = used.saturating_mul(2);
+    if index < control {
+        Some(if index.is_multiple_of(2) {
+            Role::Receive
+        } else {
+            Role::Transmit
+        })
+    } else if index == control && features & F_CTRL_VQ != 0 {
+        Some(Role::Control)
+    } else {
+        None
+    }
+}
+
+/// A ring that is being served.
+pub enum Serving {
+    /// Frames to the guest.
+    Receive(Receive),
+    /// Frames from the guest.
+    Transmit(Transmit),
+    /// Commands.
+    Control(Control),
+}
+
+impl Serving {
+    /// The ring.
+    pub fn ring(&mut self) -> &mut ActiveRing {
+        match self {
+            Self::Receive(half) => half.ring(),
+            Self::Transmit(half) => half.ring(),
+            Self::Control(control) => control.ring(),
+        }
+    }
+
+    fn stop(self) -> u16 {
+        match self {
+            Self::Receive(half) => half.stop(),
+            Self::Transmit(half) => half.stop(),
+            Self::Control(control) => control.stop(),
+        }
+    }
+}
+
+/// Rings that one thread serves, at most.
+pub const PLACES: usize = 2;
+
+/// One of the thread's rings.
+pub struct Place {
+    /// Its mailbox.
+    pub port: WorkerPort,
+    /// The ring, while it is served.
+    pub serving: Option<Serving>,
+}
+
+/// The rings of one thread.
+pub struct Pair {
+    /// Number of the pair; the control queue's thread has the number after the last pair's.
+    pub number: usize,
+    /// Its rings: two, or the control queue's one.
+    pub places: Vec<Place>,
+    /// What all threads share.
+    pub state: Arc<State>,
+}
+
+/// What an order changed, for the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing that it need know.
+    None,
+    /// There is a new kick eventfd.
+    Started,
+    /// The kick eventfd is gone.
+    Stopped,
+}
+
+impl Pair {
+    /// The thread of these mailboxes.
+    pub fn new(number: usize, ports: Vec<WorkerPort>, state: Arc<State>) -> Self {
+        let places = ports.into_iter().map(|port| Place {
+            port,
+            serving: None,
+        });
+        Self {
+            number,
+            places: places.collect(),
+            state,
+        }
+    }
+
+    /// The receiving half.
+    pub fn receive(&mut self) -> Option<&mut Receive> {
+        self.places.iter_mut().find_map(|p| match &mut p.serving {
+            Some(Serving::Receive(half)) => Some(half),
+            _ => None,
+        })
+    }
+
+    /// The transmitting half.
+    pub fn transmit(&mut self) -> Option<&mut Transmit> {
+        self.places.iter_mut().find_map(|p| match &mut p.serving {
+            Some(Serving::Transmit(half)) => Some(half),
+            _ => None,
+        })
+    }
+
+    /// The control queue, where this thread has it.
+    pub fn control(&mut self) -> Option<&mut Control> {
+        self.places.iter_mut().find_map(|p| match &mut p.serving {
+            Some(Serving::Control(control)) => Some(control),
+            _ => None,
+        })
+    }
+
+    /// Whether frames are to be read from the tap now: the ring is there, sound and not
+    /// paused, and the driver uses this pair.
+    pub fn is_receiving(&mut self) -> bool {
+        let used = self.state.is_used(self.number);
+        let paused = self.places.first().is_none_or(|p| p.port.paused());
+        used && !paused && self.receive().is_some_and(|half| !half.ring().is_broken())
+    }
+
+    /// Takes and carries out the order in the mailbox of a place. No I/O of this thread is
+    /// under way.
+    pub fn obey(&mut self, place: usize) -> Change {
+        let Some(order) = self.places.get(place).and_then(|p| p.port.take()) else {
+            return Change::None;
+        };
+        let (answer, change) = self.carry_out(place, order);
+        if let Some(place) = self.places.get(place) {
+            place.port.take_refresh();
+            place.port.answer(answer);
+        }
+        change
+    }
+
+    fn carry_out(&mut self, place: usize, order: Order) -> (Answer, Change) {
+        match order {
+            Order::Start(setup) => match self.start(place, *setup) {
+                Ok(()) => (Answer::Done, Change::Started),
+                Err(why) => (Answer::Refused(why), Change::None),
+            },
+            Order::Stop => {
+                let serving = self.places.get_mut(place).and_then(|p| p.serving.take());
+                if let Some(Serving::Receive(_)) = serving {
+                    self.state.set_receiving(self.number, false);
+                }
+                let change = match serving {
+                    Some(_) => Change::Stopped,
+                    None => Change::None,
+                };
+                let next_avail = serving.map(Serving::stop);
+                (Answer::Stopped { next_avail }, change)
+            }
+            Order::Memory(memory) => {
+                if let Some(transmit) = self.transmit() {
+                    transmit.abandon();
+                }
+                let answer = match self.serving(place).map(|s| s.ring().swap_memory(memory)) {
+                    Some(Err(why)) => Answer::Refused(why.to_string()),
+                    _ => Answer::Done,
+                };
+                (answer, Change::None)
+            }
+            Order::Call(call) => {
+                if let Some(serving) = self.serving(place) {
+                    serving.ring().set_call(call);
+                }
+                (Answer::Done, Change::None)
+            }
+            Order::Err(err) => {
+                if let Some(serving) = self.serving(place) {
+                    serving.ring().set_err(err);
+                }
+                (Answer::Done, Change::None)
+            }
+        }
+    }
+
+    fn serving(&mut self, place: usize) -> Option<&mut Serving> {
+        self.places.get_mut(place)?.serving.as_mut()
+    }
+
+    fn start(&mut self, place: usize, setup: RingSetup) -> Result<(), String> {
+        let number = self.number;
+        let Some(place) = self.places.get_mut(place) else {
+            return Err("no such ring".into());
+        };
+        let (index, features) = (place.port.index(), setup.features);
+        if features & F_VERSION_1 == 0 {
+            return Err("the driver did not accept VIRTIO_F_VERSION_1".into());
+        }
+        let Some(role) = role(index, self.state.traits().pairs, features) else {
+            return Err("the driver's features leave this ring without a use".into());
+        };
+        let status = Arc::clone(place.port.status());
+        let ring = ActiveRing::start(setup, index, &status).map_err(|e| e.to_string())?;
+        let state = Arc::clone(&self.state);
+        place.serving = Some(match role {
+            Role::Receive => Serving::Receive(Receive::new(ring, status, state)),
+            Role::Transmit => Serving::Transmit(Transmit::new(ring, status, state)),
+            Role::Control => Serving::Control(Control::new(ring, status, state)),
+        });
+        if role == Role::Receive {
+            self.state.set_receiving(number, true);
+        }
+        Ok(())
+    }
+
+    /// Counts a system call of this thread, on the ring of a place.
+    pub fn count_syscalls(&self, place: usize, n: u64) {
+        if let Some(place) = self.places.get(place) {
+            place.port.status().syscalls.add(n);
+        }
+    }
+
+    /// The kick of a place fired.
+    pub fn count_kick(&self, place: usize) {
+        if let Some(place) = self.places.get(place) {
+            place.port.status().kicks.add(1);
+        }
+    }
+
+    /// Says to the outside whether frames wait for the tap, not for this thread.
+    pub fn waits_for_host(&mut self) {
+        for place in &mut self.places {
+            let blocked = match &place.serving {
+                Some(Serving::Transmit(half)) => half.is_blocked(),
+                _ => false,
+            };
+            let status = place.port.status();
+            status.waits_for_host.store(blocked, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_control_queue_is_the_last_ring_or_ring_two() {
+        let all = F_MQ | F_CTRL_VQ;
+        assert_eq!(role(0, 4, all), Some(Role::Receive));
+        assert_eq!(role(7, 4, all), Some(Role::Transmit));
+        assert_eq!(role(8, 4, all), Some(Role::Control));
+        assert_eq!(role(9, 4, all), None);
+        // Without MQ there is one pair, however many the device has.
+        assert_eq!(role(1, 4, F_CTRL_VQ), Some(Role::Transmit));
+        assert_eq!(role(2, 4, F_CTRL_VQ), Some(Role::Control));
+        assert_eq!(role(3, 4, F_CTRL_VQ), None);
+        assert_eq!(role(8, 4, F_CTRL_VQ), None);
+        assert_eq!(role(2, 1, F_CTRL_VQ), Some(Role::Control));
+        assert_eq!(role(2, 4, F_MQ), Some(Role::Receive));
+        assert_eq!(role(8, 4, F_MQ), None);
+        assert_eq!(role(2, 4, 0), None);
+    }
+}

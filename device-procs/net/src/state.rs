@@ -1,0 +1,244 @@
+//! What all threads of the device share: the driver's wishes (filter, offloads, pairs), the
+//! link, the limits.
+//!
+//! The main thread writes on behalf of the front-end and the VMM, the worker of the control
+//! queue on behalf of the driver; the workers of pairs read. They look at atomics only, and
+//! take the lock when the filter has changed.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use bulkhead_runtime::limit::{Limiter, Rate};
+use bulkhead_runtime::sys;
+
+use crate::features::{self, Traits};
+use crate::filter::{Filter, Mac};
+use crate::tap::Tap;
+
+/// Limits of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes per second.
+    pub bytes: Option<Rate>,
+    /// Frames per second.
+    pub packets: Option<Rate>,
+}
+
+/// How the device starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The address that the driver is told.
+    pub mac: Mac,
+    /// MTU that the driver is told.
+    pub mtu: Option<u16>,
+    /// The cable is in.
+    pub link_up: bool,
+    /// Limits on what goes to the guest.
+    pub to_guest: Limits,
+    /// Limits on what comes from it.
+    pub from_guest: Limits,
+}
+
+/// The device's shared state.
+#[derive(Debug)]
+pub struct State {
+    traits: Traits,
+    default_mac: Mac,
+    tap: Tap,
+    features: AtomicU64,
+    link_up: AtomicBool,
+    announce: AtomicBool,
+    /// Pairs in use.
+    pairs: AtomicU16,
+    /// The rx ring of each pair is being served.
+    receiving: Vec<AtomicBool>,
+    filter: Mutex<Filter>,
+    /// Grows with each change of the filter.
+    generation: AtomicU64,
+    /// Limits on what goes to the guest.
+    pub to_guest: Limiter,
+    /// Limits on what comes from it.
+    pub from_guest: Limiter,
+    /// Wakes the worker of each pair.
+    wakeups: OnceLock<Vec<File>>,
+}
+
+impl State {
+    /// The state after start, without a driver.
+    pub fn new(tap: Tap, settings: &Settings) -> Self {
+        let pairs = u16::try_from(tap.queues()).unwrap_or(u16::MAX).max(1);
+        let now = Instant::now();
+        let state = Self {
+            traits: Traits {
+                pairs,
+                mtu: settings.mtu,
+                offloads: tap.supported(),
+            },
+            default_mac: settings.mac,
+            features: AtomicU64::new(0),
+            link_up: AtomicBool::new(settings.link_up),
+            announce: AtomicBool::new(false),
+            pairs: AtomicU16::new(1),
+            receiving: (0..pairs).map(|_| AtomicBool::new(false)).collect(),
+            filter: Mutex::new(Filter::new(settings.mac, false)),
+            generation: AtomicU64::new(0),
+            to_guest: Limiter::new(settings.to_guest.bytes, settings.to_guest.packets, now),
+            from_guest: Limiter::new(settings.from_guest.bytes, settings.from_guest.packets, now),
+            wakeups: OnceLock::new(),
+            tap,
+        };
+        state.attach_queues();
+        state.tap.set_carrier(settings.link_up);
+        state
+    }
+
+    /// What the device is.
+    pub fn traits(&self) -> &Traits {
+        &self.traits
+    }
+
+    /// The tap.
+    pub fn tap(&self) -> &Tap {
+        &self.tap
+    }
+
+    /// Says how to wake the worker of each pair. Once, before the first of them runs.
+    pub fn set_wakeups(&self, wakeups: Vec<File>) {
+        let _ = self.wakeups.set(wakeups);
+    }
+
+    fn wake_pairs(&self) {
+        for wakeup in self.wakeups.get().into_iter().flatten() {
+            sys::signal(wakeup);
+        }
+    }
+
+    /// The configuration space as it is now.
+    pub fn config(&self) -> Vec<u8> {
+        let mut status = 0;
+        if self.is_link_up() {
+            status |= features::S_LINK_UP;
+        }
+        if self.announce.load(Ordering::Relaxed) {
+            status |= features::S_ANNOUNCE;
+        }
+        features::space(&self.traits, &self.filter().mac, status)
+    }
+
+    /// Features that the driver accepted; 0 while there is none.
+    pub fn features(&self) -> u64 {
+        self.features.load(Ordering::Relaxed)
+    }
+
+    /// The driver accepted these features, or there is none any more (0): everything that a
+    /// driver sets is as after a reset.
+    pub fn accept(&self, accepted: u64) {
+        self.features.store(accepted, Ordering::Relaxed);
+        let by_vlan = accepted & features::F_CTRL_VLAN != 0;
+        self.change_filter(|filter| *filter = Filter::new(self.default_mac, by_vlan));
+        self.announce.store(false, Ordering::Relaxed);
+        self.tap
+            .set_offload(features::tap_flags(accepted & features::GUEST_OFFLOADS));
+        // Who has no control queue here (QEMU keeps it to itself) starts and stops rings.
+        let by_ring = accepted & features::F_MQ != 0 && accepted & features::F_CTRL_VQ == 0;
+        self.set_pairs(if by_ring { self.traits.pairs } else { 1 });
+    }
+
+    /// The driver chose these offloads among those that it accepted; false if not.
+    pub fn choose_offloads(&self, offloads: u64) -> bool {
+        let known = self.features() & features::GUEST_OFFLOADS;
+        offloads & !known == 0 && self.tap.set_offload(features::tap_flags(offloads))
+    }
+
+    /// Pairs that the driver uses.
+    pub fn pairs(&self) -> u16 {
+        self.pairs.load(Ordering::Relaxed)
+    }
+
+    /// Uses so many pairs from now on; the caller has bounded the number.
+    pub fn set_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::SeqCst);
+        self.attach_queues();
+        self.wake_pairs();
+    }
+
+    /// The rx ring of a pair is served, or no more.
+    pub fn set_receiving(&self, pair: usize, receiving: bool) {
+        if let Some(flag) = self.receiving.get(pair) {
+            flag.store(receiving, Ordering::SeqCst);
+        }
+        self.attach_queues();
+    }
+
+    /// Whether frames for this pair are to be taken from its queue of the tap.
+    #[inline]
+    pub fn is_used(&self, pair: usize) -> bool {
+        pair < usize::from(self.pairs.load(Ordering::Relaxed))
+    }
+
+    /// The kernel spreads frames over attached queues, so one that nobody reads is detached.
+    fn attach_queues(&self) {
+        for (pair, receiving) in self.receiving.iter().enumerate() {
+            let attached = self.is_used(pair) && receiving.load(Ordering::SeqCst);
+            self.tap.set_attached(pair, attached);
+        }
+    }
+
+    /// Whether the cable is in.
+    #[inline]
+    pub fn is_link_up(&self) -> bool {
+        self.link_up.load(Ordering::Relaxed)
+    }
+
+    /// Plugs the cable in or out; true if that changes the configuration space. Plugging in
+    /// a cable that is in already makes the driver announce itself, where it can: so the VMM
+    /// does after it has replaced this process.
+    pub fn set_link(&self, up: bool) -> bool {
+        let was = self.link_up.swap(up, Ordering::Relaxed);
+        if was != up {
+            self.tap.set_carrier(up);
+        }
+        let announce = up && self.features() & features::F_GUEST_ANNOUNCE != 0;
+        let announced = self.announce.swap(announce, Ordering::Relaxed);
+        was != up || announce != announced
+    }
+
+    /// The driver has announced itself.
+    pub fn announced(&self) {
+        self.announce.store(false, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Filter> {
+        self.filter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy of the filter.
+    pub fn filter(&self) -> Filter {
+        self.lock().clone()
+    }
+
+    /// Changes the filter; workers see it with the next frame.
+    pub fn change_filter<T>(&self, change: impl FnOnce(&mut Filter) -> T) -> T {
+        let mut filter = self.lock();
+        let answer = change(&mut filter);
+        self.generation.fetch_add(1, Ordering::Release);
+        answer
+    }
+
+    /// Brings a worker's copy of the filter up to date.
+    #[inline]
+    pub fn refresh_filter(&self, copy: &mut Filter, generation: &mut u64) {
+        let now = self.generation.load(Ordering::Acquire);
+        if now != *generation {
+            copy.clone_from(&self.lock());
+            *generation = now;
+        }
+    }
+
+    /// Changes limits on one direction.
+    pub fn limit(limiter: &Limiter, limits: Limits) {
+        limiter.set(limits.bytes, limits.packets, Instant::now());
+    }
+}
