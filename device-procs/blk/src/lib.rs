@@ -13,6 +13,7 @@ pub mod disk;
 pub mod engine_plain;
 pub mod engine_uring;
 pub mod image;
+pub mod image_chain;
 pub mod image_io;
 pub mod qcow2_header;
 pub mod qcow2_map;

@@ -1,0 +1,504 @@
+//! The qcow2 engine by itself, on images that `qemu-img` made and checks: random requests
+//! against a model, chains, crashes at any moment.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use bulkhead_blk::image::Image;
+use bulkhead_blk::image_chain::{ImageError, Layer};
+use bulkhead_blk::qcow2_store::Backend;
+use bulkhead_blk::transfer::{Direction, Transfer};
+
+const MIB: u64 = 1 << 20;
+
+/// A directory of the test's own, removed with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("bh-qcow2-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// `qemu-img create -f qcow2 …`
+    fn create(&self, name: &str, size: u64, options: &[&str]) -> PathBuf {
+        let path = self.path(name);
+        let mut args = vec!["create", "-q", "-f", "qcow2"];
+        args.extend(options);
+        let size = size.to_string();
+        args.extend([path.to_str().unwrap(), &size]);
+        qemu_img(&args);
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn run_qemu_img(args: &[&str]) -> Output {
+    Command::new("qemu-img")
+        .args(args)
+        .output()
+        .expect("qemu-img; tests/setup installs it")
+}
+
+fn qemu_img(args: &[&str]) {
+    let out = run_qemu_img(args);
+    assert!(
+        out.status.success(),
+        "qemu-img {args:?}: {}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// What `qemu-img check` says. 0: clean, 3: leaks only.
+fn check(path: &Path) -> (i32, String) {
+    let out = run_qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
+    let text =
+        String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    (out.status.code().unwrap_or(-1), text)
+}
+
+fn assert_clean(path: &Path) {
+    let (code, text) = check(path);
+    assert_eq!(code, 0, "{text}");
+}
+
+fn assert_no_worse_than_leaks(path: &Path) {
+    let (code, text) = check(path);
+    assert!(code == 0 || code == 3, "{code}: {text}");
+}
+
+fn layer(path: &Path, writable: bool) -> Layer {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(writable)
+        .open(path)
+        .unwrap();
+    Layer {
+        name: path.file_name().unwrap().to_str().unwrap().into(),
+        backend: Backend {
+            len: file.metadata().unwrap().len(),
+            file,
+            direct: None,
+            durable: true,
+        },
+    }
+}
+
+fn open(chain: &[&Path], writable: bool) -> Result<Image, ImageError> {
+    let mut first = true;
+    let layers = chain
+        .iter()
+        .map(|path| layer(path, std::mem::take(&mut first) && writable));
+    Image::open(layers.collect(), writable)
+}
+
+fn transfer(image: &Image, direction: Direction, offset: u64, parts: &mut [&mut [u8]]) {
+    let mut t = Transfer::default();
+    let len = parts.iter().map(|p| p.len()).sum::<usize>();
+    let list = t.segments_mut();
+    for part in parts {
+        list.push(libc::iovec {
+            iov_base: part.as_mut_ptr().cast(),
+            iov_len: part.len(),
+        });
+    }
+    t.begin(direction, offset, len as u32);
+    while t.remaining() > 0 {
+        let step = t.step();
+        let done = image.transfer(direction, &step, false).unwrap();
+        t.advance(done);
+    }
+}
+
+fn read(image: &Image, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0xaa; len];
+    let (a, b) = bytes.split_at_mut(len / 3 / 512 * 512);
+    transfer(image, Direction::Read, offset, &mut [a, b]);
+    bytes
+}
+
+fn write(image: &Image, offset: u64, bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    let at = bytes.len() / 2 / 512 * 512;
+    let (a, b) = bytes.split_at_mut(at);
+    transfer(image, Direction::Write, offset, &mut [a, b]);
+}
+
+/// A small deterministic generator.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % below
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let seed = self.roll(255) as u8 + 1;
+        (0..len)
+            .map(|i| seed.wrapping_add(((i / 512) as u8).wrapping_mul(3)) | 1)
+            .collect()
+    }
+
+    /// A range of sectors.
+    fn range(&mut self, size: u64) -> (u64, usize) {
+        let sectors = size / 512;
+        let most = match self.roll(10) {
+            0 => 600,
+            1..4 => 100,
+            _ => 12,
+        };
+        let at = self.roll(sectors);
+        let len = (1 + self.roll(most)).min(sectors - at);
+        (at * 512, len as usize * 512)
+    }
+}
+
+/// Random requests; the model is changed along. Discarded sectors are None: they read as
+/// zeros or as before.
+fn play(image: &Image, model: &mut [u8], dice: &mut Dice, rounds: usize, discards: bool) {
+    let size = model.len() as u64;
+    for _ in 0..rounds {
+        let (at, len) = dice.range(size);
+        let place = at as usize..at as usize + len;
+        match dice.roll(12) {
+            0..6 => {
+                let bytes = dice.bytes(len);
+                write(image, at, &bytes);
+                model[place].copy_from_slice(&bytes);
+            }
+            6..9 => assert!(read(image, at, len) == model[place], "at {at:#x}+{len:#x}"),
+            9 => {
+                image
+                    .write_zeroes(at, len as u64, dice.roll(2) == 0)
+                    .unwrap();
+                model[place].fill(0);
+            }
+            10 if discards => {
+                image.discard(at, len as u64).unwrap();
+                let now = read(image, at, len);
+                for (now, old) in now.chunks(512).zip(model[place].chunks_mut(512)) {
+                    assert!(now == old || now.iter().all(|&b| b == 0));
+                    old.copy_from_slice(now);
+                }
+            }
+            _ => image.flush().unwrap(),
+        }
+    }
+}
+
+fn assert_content(image: &Image, model: &[u8]) {
+    for (i, chunk) in model.chunks(MIB as usize).enumerate() {
+        assert!(read(image, i as u64 * MIB, chunk.len()) == chunk, "MiB {i}");
+    }
+}
+
+/// What qemu-img makes of the image.
+fn assert_qemu_sees(path: &Path, model: &[u8], scratch: &Scratch) {
+    let raw = scratch.path("converted");
+    qemu_img(&[
+        "convert",
+        "-O",
+        "raw",
+        path.to_str().unwrap(),
+        raw.to_str().unwrap(),
+    ]);
+    assert!(
+        std::fs::read(&raw).unwrap() == model,
+        "qemu-img reads something else"
+    );
+}
+
+const FLAVOURS: [&[&str]; 8] = [
+    &[],
+    &["-o", "cluster_size=512"],
+    &["-o", "cluster_size=4k"],
+    &["-o", "cluster_size=2M"],
+    &["-o", "compat=0.10"],
+    &["-o", "refcount_bits=1"],
+    &["-o", "refcount_bits=64,cluster_size=1k"],
+    &["-o", "preallocation=metadata,lazy_refcounts=on"],
+];
+
+#[test]
+fn random_requests_agree_with_a_model_and_with_qemu() {
+    let scratch = Scratch::new("model");
+    for (i, options) in FLAVOURS.iter().enumerate() {
+        let size = 8 * MIB + 512 * 3;
+        let path = scratch.create(&format!("{i}.qcow2"), size, options);
+        let mut model = vec![0; size as usize];
+        let mut dice = Dice(0x9e37_79b9 + i as u64);
+        {
+            let image = open(&[&path], true).unwrap();
+            assert_eq!(image.size(), size);
+            play(&image, &mut model, &mut dice, 400, true);
+            image.flush().unwrap();
+        }
+        assert_clean(&path);
+        assert_qemu_sees(&path, &model, &scratch);
+        let image = open(&[&path], false).unwrap();
+        assert_content(&image, &model);
+        drop(image);
+        let image = open(&[&path], true).unwrap();
+        play(&image, &mut model, &mut dice, 200, true);
+        image.flush().unwrap();
+        drop(image);
+        assert_clean(&path);
+        assert_qemu_sees(&path, &model, &scratch);
+    }
+}
+
+#[test]
+fn a_chain_of_three_is_one_disk() {
+    let scratch = Scratch::new("chain");
+    let (base, mid, top) = (
+        scratch.path("base.raw"),
+        scratch.path("mid.qcow2"),
+        "top.qcow2",
+    );
+    let size = 6 * MIB;
+    let mut dice = Dice(7);
+    // The raw base is shorter than the disk, and ends within a sector.
+    let base_bytes: Vec<u8> = (0..3 * MIB as usize + 100)
+        .map(|i| (i / 700) as u8 | 1)
+        .collect();
+    std::fs::write(&base, &base_bytes).unwrap();
+    let mut model = base_bytes.clone();
+    model.resize(size as usize, 0);
+    let on_base = ["-b", base.to_str().unwrap(), "-F", "raw"];
+    let mid = {
+        scratch.create("mid.qcow2", size, &on_base);
+        mid
+    };
+    {
+        let image = open(&[&mid, &base], true).unwrap();
+        play(&image, &mut model, &mut dice, 150, true);
+        image.flush().unwrap();
+    }
+    assert_clean(&mid);
+    let on_mid = ["-b", mid.to_str().unwrap(), "-F", "qcow2"];
+    let top = scratch.create(top, size, &on_mid);
+    let before = (std::fs::read(&mid).unwrap(), std::fs::read(&base).unwrap());
+    {
+        let image = open(&[&top, &mid, &base], true).unwrap();
+        assert_content(&image, &model);
+        play(&image, &mut model, &mut dice, 400, true);
+        image.flush().unwrap();
+        assert_content(&image, &model);
+    }
+    assert_clean(&top);
+    assert_qemu_sees(&top, &model, &scratch);
+    let after = (std::fs::read(&mid).unwrap(), std::fs::read(&base).unwrap());
+    assert!(before == after, "a file beneath was written");
+}
+
+#[test]
+fn compressed_clusters_are_read_and_replaced() {
+    let scratch = Scratch::new("zlib");
+    let raw = scratch.path("raw");
+    let size = 4 * MIB;
+    let mut model: Vec<u8> = (0..size as usize).map(|i| (i / 4096) as u8).collect();
+    std::fs::write(&raw, &model).unwrap();
+    let path = scratch.path("c.qcow2");
+    let (raw, name) = (raw.to_str().unwrap(), path.to_str().unwrap());
+    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", raw, name]);
+    let mut dice = Dice(3);
+    let image = open(&[&path], true).unwrap();
+    assert_content(&image, &model);
+    play(&image, &mut model, &mut dice, 300, true);
+    image.flush().unwrap();
+    drop(image);
+    assert_clean(&path);
+    assert_qemu_sees(&path, &model, &scratch);
+}
+
+/// The file as it is at any moment is what a killed process leaves.
+#[test]
+fn a_killed_process_leaves_nothing_worse_than_leaks() {
+    let scratch = Scratch::new("killed");
+    for (i, options) in FLAVOURS.iter().enumerate().step_by(2) {
+        let size = 8 * MIB;
+        let path = scratch.create(&format!("{i}.qcow2"), size, options);
+        let copy = scratch.path("copy.qcow2");
+        let mut model = vec![0; size as usize];
+        let mut dice = Dice(0x1234_5678 + i as u64);
+        let image = open(&[&path], true).unwrap();
+        for round in 0..16 {
+            play(&image, &mut model, &mut dice, 8, true);
+            let flushed = round % 4 == 0;
+            if flushed {
+                image.flush().unwrap();
+            }
+            std::fs::copy(&path, &copy).unwrap();
+            assert_no_worse_than_leaks(&copy);
+            let successor = open(&[&copy], true).unwrap();
+            if flushed {
+                assert_content(&successor, &model);
+            }
+            let mut other = model.clone();
+            if flushed {
+                play(&successor, &mut other, &mut Dice(99 + round), 20, true);
+            }
+            successor.flush().unwrap();
+            drop(successor);
+            assert_no_worse_than_leaks(&copy);
+        }
+    }
+}
+
+#[test]
+fn several_workers_share_an_image() {
+    let scratch = Scratch::new("shared");
+    let base = scratch.create("base.qcow2", 16 * MIB, &[]);
+    let options = [
+        "-b",
+        base.to_str().unwrap(),
+        "-F",
+        "qcow2",
+        "-o",
+        "cluster_size=4k",
+    ];
+    let path = scratch.create("top.qcow2", 16 * MIB, &options);
+    let image = open(&[&path, &base], true).unwrap();
+    // Each worker has sectors of its own, side by side with the others' in every cluster.
+    std::thread::scope(|scope| {
+        for worker in 0..4u64 {
+            let image = &image;
+            scope.spawn(move || {
+                let mut dice = Dice(worker + 77);
+                let mut mine = std::collections::HashMap::new();
+                for _ in 0..1500 {
+                    let sector = dice.roll(8192) * 4 + worker;
+                    match dice.roll(8) {
+                        0..4 => {
+                            let bytes = dice.bytes(512);
+                            write(image, sector * 512, &bytes);
+                            mine.insert(sector, bytes);
+                        }
+                        4 => image.flush().unwrap(),
+                        5 => {
+                            image.write_zeroes(sector * 512, 512, true).unwrap();
+                            mine.insert(sector, vec![0; 512]);
+                        }
+                        _ => {
+                            let zeros = vec![0; 512];
+                            let want = mine.get(&sector).unwrap_or(&zeros);
+                            assert!(read(image, sector * 512, 512) == *want);
+                        }
+                    }
+                }
+                for (sector, want) in mine {
+                    assert!(read(image, sector * 512, 512) == want);
+                }
+            });
+        }
+    });
+    image.flush().unwrap();
+    drop(image);
+    assert_clean(&path);
+}
+
+#[test]
+fn a_disk_grows_and_nothing_beneath_comes_to_light() {
+    let scratch = Scratch::new("grow");
+    let base = scratch.path("base.raw");
+    std::fs::write(&base, vec![5u8; 12 * MIB as usize]).unwrap();
+    let on_base = [
+        "-b",
+        base.to_str().unwrap(),
+        "-F",
+        "raw",
+        "-o",
+        "cluster_size=512",
+    ];
+    let path = scratch.create("top.qcow2", 4 * MIB, &on_base);
+    let mut model = vec![5u8; 4 * MIB as usize];
+    let mut dice = Dice(11);
+    {
+        let image = open(&[&path, &base], true).unwrap();
+        play(&image, &mut model, &mut dice, 100, true);
+        image.grow(40 * MIB).unwrap();
+        assert_eq!(image.size(), 40 * MIB);
+        model.resize(40 * MIB as usize, 0);
+        assert_content(&image, &model);
+        play(&image, &mut model, &mut dice, 300, true);
+        image.flush().unwrap();
+        assert!(image.grow(1 << 60).is_err());
+        image.grow(MIB).unwrap();
+        assert_eq!(image.size(), 40 * MIB);
+    }
+    assert_clean(&path);
+    assert_qemu_sees(&path, &model, &scratch);
+}
+
+#[test]
+fn a_discard_gives_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let scratch = Scratch::new("discard");
+    let path = scratch.create("d.qcow2", 64 * MIB, &[]);
+    let image = open(&[&path], true).unwrap();
+    for i in 0..16 {
+        write(&image, i * MIB, &vec![9; MIB as usize]);
+    }
+    image.flush().unwrap();
+    let blocks = || std::fs::metadata(&path).unwrap().blocks() * 512;
+    assert!(blocks() > 16 * MIB);
+    image.discard(512, 16 * MIB - 1024).unwrap();
+    assert!(blocks() < 2 * MIB, "{}", blocks());
+    // The clusters are free for others: the file does not grow.
+    let len = std::fs::metadata(&path).unwrap().len();
+    for i in 0..15 {
+        write(&image, (40 + i) * MIB, &vec![3; MIB as usize]);
+    }
+    image.flush().unwrap();
+    assert!(std::fs::metadata(&path).unwrap().len() <= len);
+    drop(image);
+    assert_clean(&path);
+}
+
+#[test]
+fn a_chain_is_the_files_that_were_given() {
+    let scratch = Scratch::new("granted");
+    let base = scratch.create("base.qcow2", MIB, &[]);
+    let on_base = ["-b", base.to_str().unwrap(), "-F", "qcow2"];
+    let top = scratch.create("top.qcow2", MIB, &on_base);
+    let refused = |chain: &[&Path], writable| open(chain, writable).unwrap_err().to_string();
+    let missing = refused(&[&top], true);
+    assert!(
+        missing.contains("base.qcow2, which was not granted"),
+        "{missing}"
+    );
+    let surplus = refused(&[&top, &base, &base], false);
+    assert!(
+        surplus.contains("names no backing file, but 1 more"),
+        "{surplus}"
+    );
+    assert!(refused(&[&base, &base], false).contains("names no backing file"));
+    open(&[&top, &base], true).unwrap();
+    // A backing file is read as the header says, whatever it is.
+    let raw = scratch.path("raw");
+    std::fs::copy(&base, &raw).unwrap();
+    let on_raw = ["-b", raw.to_str().unwrap(), "-F", "raw"];
+    let top = scratch.create("onraw.qcow2", MIB, &on_raw);
+    let image = open(&[&top, &raw], false).unwrap();
+    assert_eq!(&read(&image, 0, 512)[..4], b"QFI\xfb");
+    let file = File::open(&raw).unwrap();
+    assert!(file.metadata().unwrap().len() < MIB);
+}
