@@ -287,4 +287,5 @@ fn steady_state_is_small() {
     let count = |policy: &Policy| policy.syscalls(Stage::Steady).unwrap().len();
     assert!(count(&policy::BULKHEAD_BLK) <= 16);
     assert!(count(&policy::BULKHEAD_BLK_PLAIN) <= 16);
+    assert!(count(&policy::BULKHEAD_BLK_IMAGE) <= 16);
 }
