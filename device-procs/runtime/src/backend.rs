@@ -499,21 +499,9 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
 
     fn get_inflight_fd(
         &mut self,
-        inflight: &VhostUserInflight,
+        _inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        if self.rings.iter().any(|r| r.serving) {
-            return Err(refuse(
-                "a new in-flight region was asked for while rings run; stop them first",
-            ));
-        }
-        let (queues, queue_size) = (inflight.num_queues, inflight.queue_size);
-        let (bytes, file) = self
-            .inflight_file
-            .offer(queues, queue_size)
-            .map_err(refuse)?;
-        // The reply takes its descriptor along, so it is a copy.
-        let file = file.try_clone().map_err(Error::ReqHandlerError)?;
-        Ok((VhostUserInflight::new(bytes, 0, queues, queue_size), file))
+        Err(Error::InvalidOperation("answered without the handler"))
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
@@ -591,6 +579,19 @@ impl<M: Meanwhile> Intercepted for Backend<M> {
         }
         self.channel = BackendChannel::new(socket).map_err(Error::ReqHandlerError)?;
         Ok(())
+    }
+
+    fn offer_inflight(&mut self, queues: u16, queue_size: u16) -> Result<(u64, &File)> {
+        let feature = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        if !self.acked_protocol.contains(feature) {
+            return Err(Error::InactiveOperation(feature));
+        }
+        if self.rings.iter().any(|r| r.serving) {
+            return Err(refuse(
+                "a new in-flight region was asked for while rings run; stop them first",
+            ));
+        }
+        self.inflight_file.offer(queues, queue_size).map_err(refuse)
     }
 
     fn acknowledges(&self) -> bool {

@@ -57,7 +57,7 @@ impl BackendChannel {
                 self.config_changed = false;
                 self.rest = &CONFIG_CHANGE;
             }
-            match sys::send_now(socket.as_fd(), self.rest) {
+            match sys::send_now(socket.as_fd(), self.rest, None) {
                 Ok(n) => self.rest = self.rest.get(n..).unwrap_or_default(),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,

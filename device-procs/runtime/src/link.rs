@@ -2,11 +2,14 @@
 //! there, so that a peer that sends half a message, or reads no replies, never blocks the
 //! main thread (the `vhost` crate's handler reads and writes until it is done).
 //!
-//! Two messages are handled here, because the handler cannot: SET_VRING_ENABLE, which it
-//! refuses before SET_FEATURES (QEMU's vhost-user-net sends it there), and
-//! SET_BACKEND_REQ_FD, whose socket it wraps in a proxy that knows no configuration change.
+//! Three messages are handled here, because the handler cannot: SET_VRING_ENABLE, which it
+//! refuses before SET_FEATURES (QEMU's vhost-user-net sends it there), SET_BACKEND_REQ_FD,
+//! whose socket it wraps in a proxy that knows no configuration change, and
+//! GET_INFLIGHT_FD, for which it would have the file to itself: there is one, and no call
+//! to make another is left.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +25,7 @@ const PARTIAL_RETRY_MS: i32 = 2;
 
 const SET_VRING_ENABLE: u32 = 18;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_INFLIGHT_FD: u32 = 31;
 /// Version 1 in a header's flags, and the bits that say "this is a reply" and "reply".
 const VERSION_MASK: u32 = 3;
 const VERSION: u32 = 1;
@@ -34,6 +38,9 @@ pub(crate) trait Intercepted {
     fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Error>;
     /// SET_BACKEND_REQ_FD
     fn set_backend_channel(&mut self, socket: OwnedFd) -> Result<(), Error>;
+    /// GET_INFLIGHT_FD: a region for so many queues of such a size, all zeros; its bytes, and
+    /// the file that it begins.
+    fn offer_inflight(&mut self, queues: u16, queue_size: u16) -> Result<(u64, &File), Error>;
     /// VHOST_USER_PROTOCOL_F_REPLY_ACK was accepted.
     fn acknowledges(&self) -> bool;
 }
@@ -138,7 +145,11 @@ impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
             _ => 0,
         });
         let (request, flags, size) = (words.next()?, words.next()?, words.next()?);
-        matches!(request, SET_VRING_ENABLE | SET_BACKEND_REQ_FD).then_some(Own {
+        matches!(
+            request,
+            SET_VRING_ENABLE | SET_BACKEND_REQ_FD | GET_INFLIGHT_FD
+        )
+        .then_some(Own {
             request,
             flags,
             bytes: HEADER.saturating_add(size as usize),
@@ -161,25 +172,44 @@ impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
         }
         let body = bytes.get(HEADER..).unwrap_or_default();
         let mut backend = self.backend.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = if own.flags & VERSION_MASK != VERSION || own.flags & REPLY != 0 {
-            Err(Error::InvalidMessage)
-        } else {
-            perform(&mut *backend, own.request, body, fds)
-        };
+        if own.flags & VERSION_MASK != VERSION || own.flags & REPLY != 0 {
+            return Err(LinkError::Message(Error::InvalidMessage));
+        }
+        if own.request == GET_INFLIGHT_FD {
+            let (queues, queue_size) = inflight_wanted(body).map_err(LinkError::Message)?;
+            let (size, file) = backend
+                .offer_inflight(queues, queue_size)
+                .map_err(LinkError::Message)?;
+            let mut reply = size.to_le_bytes().to_vec();
+            reply.extend(0u64.to_le_bytes());
+            reply.extend(queues.to_le_bytes());
+            reply.extend(queue_size.to_le_bytes());
+            reply.extend([0; 4]);
+            return self.reply(own.request, &reply, Some(file.as_fd()));
+        }
+        let result = perform(&mut *backend, own.request, body, fds);
         let acknowledges = backend.acknowledges();
         drop(backend);
         if acknowledges && own.flags & NEED_REPLY != 0 {
-            self.acknowledge(own.request, result.is_ok())?;
+            // A u64, 0 for success.
+            let value = u64::from(result.is_err());
+            self.reply(own.request, &value.to_le_bytes(), None)?;
         }
         result.map_err(LinkError::Message)
     }
 
-    /// The reply to a message that has none of its own: a u64, 0 for success.
-    fn acknowledge(&self, request: u32, success: bool) -> Result<(), LinkError> {
-        let words = [request, VERSION | REPLY, 8, u32::from(!success), 0];
-        let reply: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    fn reply(
+        &self,
+        request: u32,
+        body: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), LinkError> {
+        let size = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        let words = [request, VERSION | REPLY, size];
+        let mut reply: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        reply.extend(body);
         // There is room: reply_fits.
-        if sys::send_now(self.fd(), &reply)? != reply.len() {
+        if sys::send_now(self.fd(), &reply, fd)? != reply.len() {
             return Err(LinkError::Deadline);
         }
         Ok(())
@@ -210,6 +240,18 @@ impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
         sys::poll(&mut fds, 0)?;
         let [fd] = fds;
         Ok(fd.revents() & libc::POLLOUT != 0)
+    }
+}
+
+/// The body of GET_INFLIGHT_FD: sizes that the back-end decides, queues, queue size, and what
+/// the compiler of the front-end pads with.
+fn inflight_wanted(body: &[u8]) -> Result<(u16, u16), Error> {
+    match body.get(16..) {
+        Some([n0, n1, s0, s1, rest @ ..]) if rest.len() <= 4 => Ok((
+            u16::from_le_bytes([*n0, *n1]),
+            u16::from_le_bytes([*s0, *s1]),
+        )),
+        _ => Err(Error::InvalidMessage),
     }
 }
 

@@ -272,8 +272,16 @@ pub(crate) fn receive(
     }
 }
 
-/// Sends what fits into a socket's buffer right now; the number of bytes.
-pub(crate) fn send_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+/// Sends what fits into a socket's buffer right now, with a copy of a descriptor if there is
+/// one; the number of bytes.
+pub(crate) fn send_now(
+    to: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<usize> {
+    const INT: u32 = size_of::<libc::c_int>() as u32;
+    // In units of u64, so that the header in it is aligned; more than one needs.
+    let mut control = [0u64; 8];
     let mut iov = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
@@ -282,10 +290,27 @@ pub(crate) fn send_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
     msg.msg_iov = &raw mut iov;
     msg.msg_iovlen = 1;
-    // SAFETY: msg points at one iovec over the live bytes, which sendmsg only reads.
+    if let Some(fd) = fd {
+        msg.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: arithmetic only.
+        msg.msg_controllen = unsafe { libc::CMSG_SPACE(INT) } as _;
+        // SAFETY: control is longer than a header with one descriptor, so the header is not
+        // null, lies in control, and its data has room for the number.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const msg);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(INT) as _;
+            libc::CMSG_DATA(header)
+                .cast::<libc::c_int>()
+                .write_unaligned(fd.as_raw_fd());
+        }
+    }
+    // SAFETY: msg points at one iovec over the live bytes, and at the live control data;
+    // sendmsg only reads them.
     let n = unsafe {
         libc::sendmsg(
-            fd.as_raw_fd(),
+            to.as_raw_fd(),
             &raw const msg,
             libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
         )

@@ -1,0 +1,425 @@
+//! Given a block process that is killed under load, again and again, another takes over with
+//! the in-flight region: each request is completed exactly once, by an interrupt, and what was
+//! written is on the disk. BULKHEAD_TAKEOVERS makes it longer.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_runtime::driver::{DriverRing, WRITE};
+use bulkhead_runtime::sys::{self, PollFd};
+use support::*;
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VringConfigData};
+
+const QUEUES: u16 = 2;
+/// Descriptors per request: header, data, status.
+const PARTS: u16 = 3;
+const DEPTH: u16 = RING_SIZE / PARTS;
+const LEN: u32 = 512;
+/// Buffers are used in turn: the kernel may still write to those of a process that was just
+/// killed, and here nobody waits for that as a supervisor does. For the same reason no sector
+/// is written twice.
+const BUFFERS: u64 = 3000;
+const HEADERS: u64 = GPA;
+const DATA: u64 = GPA + 0x4000;
+/// Sectors that hold their own number and are only read.
+const READ_ONLY: u64 = 64;
+
+/// A small generator of numbers; the same ones each time.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    write: bool,
+    sector: u64,
+    data: u64,
+}
+
+/// A guest that outlives its block processes, and the front-end's part that does.
+struct Machine {
+    vm: Vm,
+    region: Option<(VhostUserInflight, File)>,
+    flying: Vec<HashMap<u16, Request>>,
+    next_sector: u64,
+    next_buffer: u64,
+    completed: u64,
+}
+
+/// What a front-end says before it says anything about memory or rings.
+fn negotiate(stream: UnixStream) -> Frontend {
+    let mut f = Frontend::from_stream(stream, u64::from(QUEUES));
+    f.set_owner().unwrap();
+    let features = f.get_features().unwrap();
+    f.set_features(features).unwrap();
+    let protocol = f.get_protocol_features().unwrap();
+    assert!(protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
+    f.set_protocol_features(protocol).unwrap();
+    f.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    f
+}
+
+/// A message of the setup: what it is about, and for which queue.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Inflight,
+    Memory,
+    Num(usize),
+    Base(usize),
+    Addr(usize),
+    Call(usize),
+    Err(usize),
+    Kick(usize),
+    Enable(usize),
+}
+
+fn steps() -> Vec<Step> {
+    let mut all = vec![Step::Inflight, Step::Memory];
+    for q in 0..usize::from(QUEUES) {
+        all.extend([
+            Step::Num(q),
+            Step::Base(q),
+            Step::Addr(q),
+            Step::Call(q),
+            Step::Err(q),
+            Step::Kick(q),
+            Step::Enable(q),
+        ]);
+    }
+    all
+}
+
+impl Machine {
+    fn new(socket: &Path) -> Self {
+        let mut vm = Vm::connect(socket, QUEUES);
+        for q in &mut vm.queues {
+            q.ring.reset();
+        }
+        Self {
+            vm,
+            region: None,
+            flying: vec![HashMap::new(); usize::from(QUEUES)],
+            next_sector: READ_ONLY,
+            next_buffer: 0,
+            completed: 0,
+        }
+    }
+
+    /// The front-end meets a new process.
+    fn reconnect(&mut self, socket: &Path) {
+        self.vm.frontend = negotiate(UnixStream::connect(socket).unwrap());
+    }
+
+    fn ring(&self, queue: usize) -> &DriverRing {
+        &self.vm.queues[queue].ring
+    }
+
+    fn step(&mut self, step: Step) {
+        let region = self.vm.region();
+        let Vm {
+            frontend: f,
+            queues,
+            ..
+        } = &mut self.vm;
+        match step {
+            Step::Inflight => {
+                let (region, file) = self.region.get_or_insert_with(|| {
+                    let wanted = VhostUserInflight::new(0, 0, QUEUES, RING_SIZE);
+                    f.get_inflight_fd(&wanted).unwrap()
+                });
+                f.set_inflight_fd(region, file.as_raw_fd()).unwrap();
+            }
+            Step::Memory => drop(f.set_mem_table(&[region]).unwrap()),
+            Step::Num(q) => f.set_vring_num(q, RING_SIZE).unwrap(),
+            // All that a front-end can know after a crash.
+            Step::Base(q) => f.set_vring_base(q, queues[q].ring.used_idx()).unwrap(),
+            Step::Addr(q) => {
+                let l = queues[q].ring.layout();
+                let config = VringConfigData {
+                    queue_max_size: RING_SIZE,
+                    queue_size: RING_SIZE,
+                    flags: 0,
+                    desc_table_addr: l.desc,
+                    used_ring_addr: l.used,
+                    avail_ring_addr: l.avail,
+                    log_addr: None,
+                };
+                f.set_vring_addr(q, &config).unwrap();
+            }
+            Step::Call(q) => f.set_vring_call(q, &queues[q].call).unwrap(),
+            Step::Err(q) => f.set_vring_err(q, &queues[q].err).unwrap(),
+            Step::Kick(q) => f.set_vring_kick(q, &queues[q].kick).unwrap(),
+            Step::Enable(q) => f.set_vring_enable(q, true).unwrap(),
+        }
+    }
+
+    fn set_up(&mut self) {
+        for step in steps() {
+            self.step(step);
+        }
+    }
+
+    /// Makes one more request available on a queue, if there is room.
+    fn submit(&mut self, queue: usize, write: bool, numbers: &mut Numbers) {
+        let free = (0..DEPTH)
+            .map(|slot| slot * PARTS)
+            .find(|head| !self.flying[queue].contains_key(head));
+        let Some(head) = free else {
+            return;
+        };
+        let data = DATA + u64::from(LEN) * (self.next_buffer % BUFFERS);
+        self.next_buffer += 1;
+        let sector = if write {
+            self.next_sector += 1;
+            self.vm.write_mem(data, &sector(self.next_sector));
+            self.next_sector
+        } else {
+            self.vm.write_mem(data, &[0xee; LEN as usize]);
+            numbers.below(READ_ONLY)
+        };
+        let header = HEADERS + 32 * (u64::from(head) + u64::from(RING_SIZE) * queue as u64);
+        let status = header + 16;
+        self.vm
+            .header(header, if write { T_OUT } else { T_IN }, sector);
+        self.vm.write_mem(status, &[0xff]);
+        let flags = if write { 0 } else { WRITE };
+        let chain = [d(header, 16, 0), d(data, LEN, flags), d(status, 1, WRITE)];
+        let ring = &mut self.vm.queues[queue].ring;
+        ring.chain(head, &chain);
+        ring.offer(head);
+        let request = Request {
+            write,
+            sector,
+            data,
+        };
+        self.flying[queue].insert(head, request);
+        self.vm.kick(queue);
+    }
+
+    /// Takes the completions that are there; each must belong to a request.
+    fn reap(&mut self) {
+        for queue in 0..usize::from(QUEUES) {
+            while let Some((head, len)) = self.vm.queues[queue].ring.take_used() {
+                let head = u16::try_from(head).unwrap();
+                let Some(request) = self.flying[queue].remove(&head) else {
+                    panic!("queue {queue}: descriptor {head} was completed twice");
+                };
+                let header = HEADERS + 32 * (u64::from(head) + u64::from(RING_SIZE) * queue as u64);
+                assert_eq!(self.vm.read_mem(header + 16, 1), [0], "{request:?}");
+                assert_eq!(len, if request.write { 1 } else { LEN + 1 });
+                if !request.write {
+                    let got = self.vm.read_mem(request.data, LEN as usize);
+                    assert_eq!(got, sector(request.sector), "{request:?}");
+                }
+                self.completed += 1;
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flying.iter().map(HashMap::len).sum()
+    }
+
+    /// Sleeps until there is an interrupt for a queue with requests.
+    fn wait_interrupt(&mut self) {
+        let mut fds = Vec::new();
+        for (queue, flying) in self.flying.iter().enumerate() {
+            let call = &self.vm.queues[queue].call;
+            let _ = call.read();
+            if !flying.is_empty() {
+                if self.ring(queue).want_interrupt() {
+                    return;
+                }
+                fds.push(PollFd::new(BorrowedCall(call).as_fd(), libc::POLLIN));
+            }
+        }
+        let n = sys::poll(&mut fds, PATIENCE.as_millis() as i32).unwrap();
+        assert!(n > 0, "no interrupt for {:?}", self.flying);
+    }
+
+    /// Waits for everything that is in flight.
+    fn finish(&mut self) {
+        self.reap();
+        while self.in_flight() > 0 {
+            self.wait_interrupt();
+            self.reap();
+        }
+    }
+}
+
+struct BorrowedCall<'a>(&'a vmm_sys_util::eventfd::EventFd);
+
+impl AsFd for BorrowedCall<'_> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        #[allow(unsafe_code)]
+        // SAFETY: the eventfd is open as long as it is borrowed.
+        unsafe {
+            std::os::fd::BorrowedFd::borrow_raw(self.0.as_raw_fd())
+        }
+    }
+}
+
+fn kill(mut blk: Blk) {
+    blk.child.kill().unwrap();
+    blk.child.wait().unwrap();
+}
+
+fn takeovers(default: u64) -> u64 {
+    std::env::var("BULKHEAD_TAKEOVERS")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
+}
+
+/// A disk on which the first sectors hold their numbers and there is room for the writes.
+fn disk(scratch: &Scratch) -> PathBuf {
+    let path = scratch.disk(READ_ONLY);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(512 << 20).unwrap();
+    path
+}
+
+/// Everything that was written is where it belongs.
+fn verify(path: &Path, machine: &Machine) {
+    for s in READ_ONLY + 1..=machine.next_sector {
+        assert_eq!(on_disk(path, s, 512), sector(s), "sector {s}");
+    }
+}
+
+#[test]
+fn a_process_killed_under_load_is_replaced_and_no_request_lost_or_done_twice() {
+    for engine in ["io_uring", "preadv2"] {
+        let scratch = Scratch::new(&format!("takeover-{engine}"));
+        let disk = disk(&scratch);
+        let socket = scratch.path("s");
+        // Past the host's cache where that can be, so that requests take a while.
+        let spec = format!("path={}", disk.display());
+        let args = ["--queues", "2", "--io-engine", engine];
+        let mut numbers = Numbers(0x5eed_1234_5678_9abc);
+        let mut blk = Blk::listen(&socket, &spec, &args);
+        let mut machine = Machine::new(&socket);
+        machine.set_up();
+        for round in 0..takeovers(15) {
+            // Some work, and the end at a moment of its own in the middle of it.
+            let moment = Duration::from_micros(numbers.below(5000));
+            let killer = std::thread::spawn(move || {
+                std::thread::sleep(moment);
+                kill(blk);
+            });
+            while !killer.is_finished() {
+                for _ in 0..=numbers.below(20) {
+                    let queue = numbers.below(u64::from(QUEUES)) as usize;
+                    let write = numbers.below(2) == 0;
+                    machine.submit(queue, write, &mut numbers);
+                }
+                machine.reap();
+            }
+            killer.join().unwrap();
+            // The guest goes on meanwhile.
+            machine.submit(round as usize % 2, true, &mut numbers);
+            blk = Blk::listen(&socket, &spec, &args);
+            machine.reconnect(&socket);
+            machine.set_up();
+            if round % 4 == 0 {
+                machine.finish();
+            }
+        }
+        machine.finish();
+        verify(&disk, &machine);
+        assert!(blk.is_running());
+    }
+}
+
+#[test]
+fn a_process_may_be_killed_at_every_step_of_its_setup() {
+    let scratch = Scratch::new("takeover-steps");
+    let disk = disk(&scratch);
+    let socket = scratch.path("s");
+    let spec = format!("path={},direct=off", disk.display());
+    let args = ["--queues", "2"];
+    let mut numbers = Numbers(0x5eed_0000_1111_2222);
+    let mut blk = Blk::listen(&socket, &spec, &args);
+    let mut machine = Machine::new(&socket);
+    machine.set_up();
+    for count in 0..=steps().len() {
+        for i in 0..10 {
+            machine.submit(i % 2, i % 3 > 0, &mut numbers);
+        }
+        kill(blk);
+        blk = Blk::listen(&socket, &spec, &args);
+        machine.reconnect(&socket);
+        for step in steps().into_iter().take(count) {
+            machine.step(step);
+            // A ring may be at work before the others are set up.
+            machine.reap();
+        }
+    }
+    kill(blk);
+    let _blk = Blk::listen(&socket, &spec, &args);
+    machine.reconnect(&socket);
+    machine.set_up();
+    machine.finish();
+    assert!(machine.completed > 0);
+    verify(&disk, &machine);
+}
+
+#[test]
+fn a_region_that_was_tampered_with_costs_its_ring_until_the_driver_resets_it() {
+    let scratch = Scratch::new("takeover-tampered");
+    let disk = disk(&scratch);
+    let socket = scratch.path("s");
+    let spec = format!("path={},direct=off", disk.display());
+    let args = ["--queues", "2"];
+    let mut numbers = Numbers(1);
+    let blk = Blk::listen(&socket, &spec, &args);
+    let mut machine = Machine::new(&socket);
+    machine.set_up();
+    machine.submit(0, true, &mut numbers);
+    machine.submit(1, true, &mut numbers);
+    machine.finish();
+    kill(blk);
+    // Descriptor 9 of queue 0 is said to be in flight, twice over.
+    let (_, region) = machine.region.as_ref().unwrap();
+    std::os::unix::fs::FileExt::write_all_at(region, &[7], 16 + 16 * 9).unwrap();
+    let mut blk = Blk::listen(&socket, &spec, &args);
+    machine.reconnect(&socket);
+    machine.set_up();
+    assert!(machine.vm.err_fired(0) && !machine.vm.err_fired(1));
+    machine.submit(1, true, &mut numbers);
+    machine.finish();
+    // The driver's reset: the front-end takes a new region, the driver sets up a new ring.
+    for queue in 0..2 {
+        machine.vm.frontend.get_vring_base(queue).unwrap();
+        machine.vm.queues[queue].ring.reset();
+    }
+    machine.region = None;
+    machine.set_up();
+    for queue in [0, 1, 0, 1] {
+        machine.submit(queue, true, &mut numbers);
+    }
+    machine.finish();
+    verify(&disk, &machine);
+    assert!(blk.is_running());
+    blk.child.kill().unwrap();
+    let said = blk.stderr();
+    assert!(
+        said.contains("queue 0") && said.contains("in-flight region"),
+        "{said}"
+    );
+}
