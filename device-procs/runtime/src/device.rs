@@ -60,6 +60,16 @@ pub trait Device: Send + Sync {
     /// "io_uring" or "preadv2".
     fn io_engine(&self) -> &'static str;
 
+    /// The process has given up all that it will: the device looks at what it does not trust
+    /// (the format of an image), before any channel is read. Features, configuration and
+    /// requests are asked for only afterwards.
+    ///
+    /// # Errors
+    /// One line with the remedy; the process ends with it.
+    fn confined(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// The kind's own feature bits. The runtime adds what rings need: VERSION_1,
     /// INDIRECT_DESC, EVENT_IDX and vhost-user's protocol features.
     fn features(&self) -> u64;

@@ -57,6 +57,9 @@ pub enum ServeError {
     /// Requests wait for the host and did not end.
     #[error("requests still wait for the host; see the kernel's log for the disk's errors")]
     Stuck,
+    /// The device refuses what it found after confinement.
+    #[error("{0}")]
+    Device(String),
     /// Waiting failed.
     #[error("poll: {0}")]
     Poll(#[from] std::io::Error),
@@ -92,6 +95,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     let landlock_abi = locked.landlock().abi;
     let confined = locked.seal(options.policy)?;
     log::debug!("{}", confined.report());
+    device.confined().map_err(ServeError::Device)?;
 
     let report = ConfinementReport {
         landlock_abi,
