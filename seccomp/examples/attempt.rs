@@ -8,7 +8,7 @@
 use bulkhead_seccomp::confine::{self, Confinement};
 use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::{self, Rlimits};
-use bulkhead_seccomp::{filter, landlock_empty};
+use bulkhead_seccomp::{filter, landlock_empty, notify};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -20,6 +20,22 @@ fn main() {
     };
     let answer = match (kind.as_str(), what.as_str()) {
         ("call", call) => confined_call(&policy::BULKHEAD_BLK, call),
+        ("watched", call) => {
+            let _confined = lock_down().seal_watched(&policy::BULKHEAD_BLK).unwrap();
+            call_by_name(call).to_string()
+        }
+        ("unsealed", call) => {
+            // A program that does not confine itself; it may want a listener of its own.
+            privileges::no_new_privs().unwrap();
+            if call == "listener" {
+                match notify::apply_filter_with_listener(&policy::BULKHEAD_BLK) {
+                    Ok(_) => "a listener".to_owned(),
+                    Err(_) => "no listener".to_owned(),
+                }
+            } else {
+                call_by_name(call).to_string()
+            }
+        }
         ("socket-mode", call) => confined_call(&policy::BULKHEAD_BLK_SOCKET, call),
         ("vmm", call) => confined_call(&policy::BULKHEAD_VMM, call),
         ("vmm-setup", call) => {

@@ -21,7 +21,6 @@ use crate::notify;
 use crate::policy::Policy;
 use crate::privileges::{self, CapabilityStatus, PrivilegeError, Rlimits};
 use std::fmt;
-use std::os::fd::AsFd;
 use thiserror::Error;
 
 /// Why a process is not confined. It must end.
@@ -36,9 +35,6 @@ pub enum ConfineError {
     /// No filter.
     #[error("confinement: {0}")]
     Filter(#[from] FilterError),
-    /// The launcher cannot be handed the listener.
-    #[error("confinement: handing the seccomp listener to the launcher: {0}")]
-    Watcher(std::io::Error),
 }
 
 /// What is to be done.
@@ -111,21 +107,14 @@ impl LockedDown {
         Ok(self.confined(policy))
     }
 
-    /// Step two for a device under a launcher: as [`Self::seal`], but what the filter does not
-    /// allow is reported over the stream socket `watcher` instead of killing unnamed. The
-    /// policy must allow sendmsg and close.
+    /// Step two for a device under a launcher that holds a listener ([`crate::notify`]): as
+    /// [`Self::seal`], but milder than the launcher's filter, so that it can report what it
+    /// stops. Tells the launcher that set-up is over.
     ///
     /// # Errors
-    /// The process is not confined, or nobody can be told of violations; end the process.
-    pub fn seal_reported(
-        self,
-        policy: &'static Policy,
-        watcher: std::os::fd::BorrowedFd<'_>,
-    ) -> Result<Confined, ConfineError> {
-        let listener = notify::apply_filter_reported(policy)?;
-        notify::send_descriptor(watcher, listener.as_fd()).map_err(ConfineError::Watcher)?;
-        // A process that kept it could answer its own reports.
-        drop(listener);
+    /// No filter is in force; end the process.
+    pub fn seal_watched(self, policy: &'static Policy) -> Result<Confined, ConfineError> {
+        notify::apply_inner_filter_all_threads(policy)?;
         Ok(self.confined(policy))
     }
 

@@ -11,7 +11,7 @@
 //! | [`confine`] | the order of things, as types |
 //! | [`policy`] | the compiled policies, and how to read a filter back as a list of calls |
 //! | [`filter`] | installing a policy (seccomp(2)) |
-//! | [`notify`] | reporting the call that a process was stopped at |
+//! | [`notify`] | the launcher as the judge of a device's system calls |
 //! | [`privileges`] | capabilities(7), no_new_privs, dumpable, rlimits |
 //! | [`landlock_empty`] | landlock(7) with no rule at all |
 //! | [`uring`] | io_uring rings restricted by registration |

@@ -1,43 +1,89 @@
-//! Naming the system call that a confined process was stopped at (seccomp_unotify(2)).
+//! The launcher as the judge of a device's system calls (seccomp_unotify(2)): the call that a
+//! process is stopped at is known by its name, and a device binary need not be trusted to
+//! confine itself.
 //!
-//! A device's own filter does not kill: what it does not allow is reported to a listener, whose
-//! descriptor the device hands to its launcher before it reads a byte from anyone, and keeps
-//! no copy of. The calling thread then hangs in the kernel until the launcher, which has read
-//! number, architecture and arguments there, has killed the process. A hostile process can
-//! neither forge the report nor go on past the call: nothing but the listener can let it, and
-//! the launcher only ever reads from it.
+//! Between clone and exec the launcher's child installs the device's *steady* policy with a
+//! listener that the launcher keeps ([`apply_filter_with_listener`]). What the policy does not
+//! allow is not killed but reported: the calling thread hangs in the kernel until the launcher
+//! has read architecture, number and arguments ([`receive`]). Until the device says that its set-up
+//! is over, which it does by installing its own filter ([`Report::seals`]), the launcher lets
+//! through what the outer policy allows ([`judge`], [`answer`]); from then on it records and
+//! kills. A hostile process can neither forge a report nor go on past a call, and has no way to a
+//! listener of its own: a thread's filters can have one only.
 //!
-//! Of a thread's filters the strictest action wins, and a kill is stricter than a report. So
-//! the launcher's outer filter answers by [`apply_outer_filter`] with SECCOMP_RET_TRACE, which
-//! is milder than a report and, where no tracer is, fails the call with ENOSYS.
-//!
-//! The device's main thread calls [`apply_filter_reported`]; the launcher calls [`receive`].
-#![allow(unsafe_code)] // sendmsg(2) with a descriptor, and an ioctl that fills a structure.
+//! Of a thread's filters the strictest answer wins, and a kill is stricter than a report. So the
+//! launcher's own filter, which its children inherit, and the device's own
+//! ([`apply_inner_filter_all_threads`]) answer by SECCOMP_RET_TRACE, which is milder and, where no
+//! tracer is, fails the call with ENOSYS.
+#![allow(unsafe_code)] // ioctls that read and fill structures.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use crate::filter::{FilterError, install};
-use crate::policy::{Policy, sock_filter};
+use crate::filter::{self, FilterError, install};
+use crate::policy::{Policy, evaluate, sock_filter};
 
 /// BPF_RET | BPF_K: the instruction that ends a filter with a fixed action.
 const RETURN: u16 = 0x06;
-/// SECCOMP_FILTER_FLAG_TSYNC_ESRCH: with a listener, the number of a thread that cannot follow
-/// has no place in the answer.
-const TSYNC_ESRCH: libc::c_ulong = 1 << 4;
-/// `struct seccomp_notif`: id, pid, flags, and seccomp_data (nr, arch, ip, six arguments).
-const NOTIF_SIZE: usize = 80;
 /// SECCOMP_IOCTL_NOTIF_RECV: _IOWR('!', 0, struct seccomp_notif).
 pub const SECCOMP_IOCTL_NOTIF_RECV: u32 = 0xc050_2100;
+/// SECCOMP_IOCTL_NOTIF_SEND: _IOWR('!', 1, struct seccomp_notif_resp).
+pub const SECCOMP_IOCTL_NOTIF_SEND: u32 = 0xc018_2101;
+/// SECCOMP_USER_NOTIF_FLAG_CONTINUE
+const CONTINUE: u32 = 1;
 
-/// A system call that a process was stopped at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Violation {
-    /// The thread, in the reader's pid namespace.
-    pub pid: u32,
+/// In the environment of a device whose launcher holds its listener.
+pub const WATCHED: &std::ffi::CStr = c"BULKHEAD_WATCHED=1";
+
+/// Whether this process's launcher holds a listener of it. A process that was told so wrongly is
+/// confined all the same: what its filter does not allow fails instead of killing it.
+#[must_use]
+pub fn is_watched() -> bool {
+    std::env::var_os("BULKHEAD_WATCHED").is_some()
+}
+
+/// `struct seccomp_data`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Data {
     /// Number of the call.
     pub nr: u32,
-    /// Audit architecture of the call.
+    /// Audit architecture.
+    pub arch: u32,
+    /// Where the call was made.
+    pub instruction_pointer: u64,
+    /// Its arguments.
+    pub args: [u64; 6],
+}
+
+/// `struct seccomp_notif`: a system call that a process hangs at.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    id: u64,
+    /// The thread, in the reader's pid namespace.
+    pub pid: u32,
+    flags: u32,
+    /// The call.
+    pub data: Data,
+}
+
+/// `struct seccomp_notif_resp`
+#[repr(C)]
+#[derive(Default)]
+struct Response {
+    id: u64,
+    val: i64,
+    error: i32,
+    flags: u32,
+}
+
+/// What a call was, for those who were not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Number of the call.
+    pub nr: u32,
+    /// Its audit architecture.
     pub arch: u32,
 }
 
@@ -45,11 +91,55 @@ impl Violation {
     /// The call by its name, or what it was if it has none here.
     #[must_use]
     pub fn name(&self) -> String {
-        let native = crate::filter::AUDIT_ARCH == Some(self.arch);
+        let native = filter::AUDIT_ARCH == Some(self.arch);
         match crate::policy::syscall_name(self.nr).filter(|_| native) {
             Some(name) => name.to_owned(),
-            None => format!("call {} of architecture {:#x}", self.nr, self.arch),
+            None => format!("{} of architecture {:#x}", self.nr, self.arch),
         }
+    }
+}
+
+impl Report {
+    /// The call as an event carries it.
+    #[must_use]
+    pub fn violation(&self) -> Violation {
+        Violation {
+            nr: self.data.nr,
+            arch: self.data.arch,
+        }
+    }
+
+    /// Whether this call ends the set-up: the process installs its own filter.
+    #[must_use]
+    pub fn seals(&self) -> bool {
+        filter::AUDIT_ARCH == Some(self.data.arch)
+            && i64::from(self.data.nr) == libc::SYS_seccomp
+            && self.data.args[0] == u64::from(libc::SECCOMP_SET_MODE_FILTER)
+    }
+}
+
+/// What is to become of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    /// It is made.
+    Proceed,
+    /// It fails with this errno.
+    Fail(i32),
+    /// It is outside the policy.
+    Forbidden,
+}
+
+/// What a policy's steady filter says to a call, arguments and all.
+#[must_use]
+pub fn judge(policy: &Policy, data: &Data) -> Judgement {
+    let action = evaluate(policy.steady, data);
+    match action & libc::SECCOMP_RET_ACTION_FULL {
+        libc::SECCOMP_RET_ALLOW | libc::SECCOMP_RET_LOG => Judgement::Proceed,
+        libc::SECCOMP_RET_ERRNO => {
+            let errno = action & libc::SECCOMP_RET_DATA;
+            Judgement::Fail(i32::try_from(errno).unwrap_or(libc::EPERM))
+        }
+        _ => Judgement::Forbidden,
     }
 }
 
@@ -65,118 +155,96 @@ fn with_default(filter: &[sock_filter], action: u32) -> Vec<sock_filter> {
     filter.iter().map(change).collect()
 }
 
-/// Installs the policy's steady filter on every thread of the process, at once; what it does
-/// not allow is reported to the listener that is returned.
+fn failed(policy: &Policy) -> impl FnOnce(io::Error) -> FilterError {
+    let policy = policy.name;
+    move |source| FilterError::Seccomp { policy, source }
+}
+
+/// Installs the policy's steady filter on the calling thread and what it clones or executes;
+/// what it does not allow is reported to the listener that is returned, close-on-exec.
 ///
 /// # Errors
-/// The kernel refused; no thread is filtered then.
-pub fn apply_filter_reported(policy: &Policy) -> Result<OwnedFd, FilterError> {
-    let flags =
-        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_TSYNC | TSYNC_ESRCH;
+/// The kernel refused (it is older than 5.5, or there is a listener already).
+pub fn apply_filter_with_listener(policy: &Policy) -> Result<OwnedFd, FilterError> {
     let filter = with_default(policy.steady, libc::SECCOMP_RET_USER_NOTIF);
-    let failed = |source| FilterError::Seccomp {
-        policy: policy.name,
-        source,
-    };
-    let fd = install(&filter, flags).map_err(failed)?;
-    let fd = RawFd::try_from(fd).map_err(|_| failed(io::Error::from_raw_os_error(libc::EBADF)))?;
+    let fd = install(&filter, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER).map_err(failed(policy))?;
+    let fd = RawFd::try_from(fd)
+        .map_err(|_| failed(policy)(io::Error::from_raw_os_error(libc::EBADF)))?;
     // SAFETY: with NEW_LISTENER the call answers with a new descriptor, which nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Installs the policy's steady filter on the calling thread as the launcher's outer one: what
-/// it does not allow fails with ENOSYS, unless a filter installed later is stricter.
+/// Installs the policy's steady filter on the calling thread as the launcher's own: what it does
+/// not allow fails with ENOSYS, unless a filter installed later is stricter.
 ///
 /// # Errors
 /// The kernel refused.
-pub fn apply_outer_filter(policy: &Policy) -> Result<(), FilterError> {
+pub fn apply_mild_filter_this_thread(policy: &Policy) -> Result<(), FilterError> {
     let filter = with_default(policy.steady, libc::SECCOMP_RET_TRACE);
-    match install(&filter, 0) {
-        Ok(_) => Ok(()),
-        Err(source) => Err(FilterError::Seccomp {
+    install(&filter, 0).map(drop).map_err(failed(policy))
+}
+
+/// Installs the policy's steady filter on every thread of a device whose launcher holds a
+/// listener: what it does not allow fails with ENOSYS, after the launcher's filter has reported
+/// what that does not allow.
+///
+/// # Errors
+/// The kernel refused; no thread is filtered then.
+pub fn apply_inner_filter_all_threads(policy: &Policy) -> Result<(), FilterError> {
+    let filter = with_default(policy.steady, libc::SECCOMP_RET_TRACE);
+    match install(&filter, libc::SECCOMP_FILTER_FLAG_TSYNC).map_err(failed(policy))? {
+        0 => Ok(()),
+        thread => Err(FilterError::Thread {
             policy: policy.name,
-            source,
+            thread,
         }),
     }
 }
 
-/// Hands a descriptor over a stream socket, beside one line end.
+/// Takes a report off a listener that poll(2) calls readable; on one that is not, it waits.
 ///
 /// # Errors
-/// The socket failed or its buffer is full.
-pub fn send_descriptor(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let byte = b"\n";
-    let raw = fd.as_raw_fd();
-    // Room and alignment for one cmsghdr with one descriptor.
-    let mut control = [0u64; 4];
-    let mut part = libc::iovec {
-        iov_base: byte.as_ptr().cast_mut().cast(),
-        iov_len: byte.len(),
-    };
-    // SAFETY: all zeroes is a msghdr; `control` is aligned for cmsghdr and larger than
-    // CMSG_SPACE(4) = 24, so the first item lies in it; iovec and control outlive the call,
-    // which only reads them.
-    let sent = unsafe {
-        let mut header: libc::msghdr = std::mem::zeroed();
-        header.msg_iov = &raw mut part;
-        header.msg_iovlen = 1;
-        header.msg_control = control.as_mut_ptr().cast();
-        header.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
-        let item = libc::CMSG_FIRSTHDR(&raw const header);
-        if item.is_null() {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
-        (*item).cmsg_level = libc::SOL_SOCKET;
-        (*item).cmsg_type = libc::SCM_RIGHTS;
-        (*item).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
-        std::ptr::write_unaligned(libc::CMSG_DATA(item).cast(), raw);
-        libc::sendmsg(
-            socket.as_raw_fd(),
-            &raw const header,
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
-    };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// Takes a report off a listener that poll(2) calls readable. `listener` may be any descriptor
-/// that a hostile process sent in a listener's place: it is asked nothing but this.
-///
-/// # Errors
-/// ENOENT when the caller of the system call is gone already; ENOTTY or EINVAL when it is no
-/// listener.
-pub fn receive(listener: BorrowedFd<'_>) -> io::Result<Violation> {
-    let mut notif = [0u64; NOTIF_SIZE / 8];
-    // SAFETY: the ioctl reads and fills one seccomp_notif, which the array is large enough and
-    // aligned for; the kernel wants it zeroed, and it is.
+/// ENOENT when the caller is gone already.
+pub fn receive(listener: BorrowedFd<'_>) -> io::Result<Report> {
+    let mut report = Report::default();
+    // SAFETY: the ioctl reads (it wants zeroes) and fills one seccomp_notif, which Report is,
+    // and which outlives the call.
     let answer = unsafe {
         libc::ioctl(
-            listener.as_fd().as_raw_fd(),
+            listener.as_raw_fd(),
             SECCOMP_IOCTL_NOTIF_RECV.into(),
-            notif.as_mut_ptr(),
+            std::ptr::from_mut(&mut report),
         )
     };
     if answer < 0 {
         return Err(io::Error::last_os_error());
     }
-    // id; pid and flags; nr and arch; …
-    let [_, pid, call, ..] = notif;
-    let halves = |word: u64| {
-        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-        (
-            u32::from_ne_bytes([a, b, c, d]),
-            u32::from_ne_bytes([e, f, g, h]),
+    Ok(report)
+}
+
+/// Lets a reported call be made, or fail with an errno.
+///
+/// # Errors
+/// ENOENT when the caller is gone already.
+pub fn answer(listener: BorrowedFd<'_>, report: &Report, errno: Option<i32>) -> io::Result<()> {
+    let response = Response {
+        id: report.id,
+        val: 0,
+        error: errno.map_or(0, i32::wrapping_neg),
+        flags: if errno.is_some() { 0 } else { CONTINUE },
+    };
+    // SAFETY: the ioctl reads one seccomp_notif_resp, which Response is, and which outlives it.
+    let answer = unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            SECCOMP_IOCTL_NOTIF_SEND.into(),
+            std::ptr::from_ref(&response),
         )
     };
-    let (nr, arch) = halves(call);
-    Ok(Violation {
-        pid: halves(pid).0,
-        nr,
-        arch,
-    })
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -208,8 +276,55 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_listener_is_told_from_one() {
-        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(receive(a.as_fd()).is_err());
+    fn the_structures_are_the_kernels() {
+        assert_eq!(size_of::<Data>(), 64);
+        assert_eq!(size_of::<Report>(), 80);
+        assert_eq!(size_of::<Response>(), 24);
+    }
+
+    #[test]
+    fn arguments_decide_a_judgement() {
+        let arch = filter::AUDIT_ARCH.unwrap();
+        let call = |nr: libc::c_long, args: [u64; 6]| Data {
+            nr: u32::try_from(nr).unwrap(),
+            arch,
+            instruction_pointer: 0,
+            args,
+        };
+        let outer = |data| judge(&policy::DEVICE_OUTER, &data);
+        let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
+        let private = u64::from((libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).unsigned_abs());
+        let mmap = |prot| call(libc::SYS_mmap, [0, 4096, prot, private, u64::MAX, 0]);
+        assert_eq!(outer(mmap(3)), Judgement::Proceed);
+        assert_eq!(outer(mmap(3 | exec)), Judgement::Forbidden);
+        let open = call(libc::SYS_openat, [0; 6]);
+        assert_eq!(outer(open), Judgement::Fail(libc::EACCES));
+        let socket = call(libc::SYS_socket, [1, 1, 0, 0, 0, 0]);
+        assert_eq!(outer(socket), Judgement::Forbidden);
+        let other = Data {
+            arch: 0x4000_0003,
+            ..mmap(3)
+        };
+        assert_eq!(outer(other), Judgement::Forbidden);
+    }
+
+    #[test]
+    fn a_judgement_is_among_what_the_filter_can_answer() {
+        let arch = filter::AUDIT_ARCH.unwrap();
+        for policy in policy::all() {
+            for nr in 0..600 {
+                let possible = policy::verdict(policy.steady, arch, nr).unwrap();
+                for arg in [0, 1, 2, u64::MAX, 0x8912] {
+                    let data = Data {
+                        nr,
+                        arch,
+                        instruction_pointer: 1,
+                        args: [arg; 6],
+                    };
+                    let action = evaluate(policy.steady, &data);
+                    assert!(possible.actions().contains(&action), "{} {nr}", policy.name);
+                }
+            }
+        }
     }
 }

@@ -5,8 +5,10 @@
 //! the source: [`allowed_syscalls`] reads it back from the compiled instructions.
 
 mod decode;
+mod evaluate;
 
 pub use decode::{DecodeError, Verdict, allowed_syscalls, verdict};
+pub use evaluate::evaluate;
 pub use libc::sock_filter;
 
 /// When a rule is in force.
