@@ -140,10 +140,11 @@ impl Frontend {
         Ok(self.socket.try_clone()?)
     }
 
-    /// SET_FEATURES: what the driver accepted.
+    /// SET_FEATURES: what the driver accepted of what the back-end offers. The VMM may
+    /// have offered more that is its own business.
     pub fn set_features(&mut self, driver: u64, deadline: Deadline) -> Result<()> {
         let transport = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let bits = (driver | transport).to_ne_bytes();
+        let bits = (driver & self.features | transport).to_ne_bytes();
         self.command(
             FrontendReq::SET_FEATURES,
             "SET_FEATURES",
@@ -494,7 +495,7 @@ impl Frontend {
         deadline: Deadline,
     ) -> Result<Vec<u8>> {
         let mut header = [0; HEADER_SIZE];
-        let first = slot.as_mut().map(|slot| &mut **slot);
+        let first = slot.as_deref_mut();
         receive_exact(&self.socket, &mut header, first, deadline, what)?;
         let header = Header::decode(&header);
         header.check_reply(request.into(), max_size)?;

@@ -40,6 +40,9 @@ pub struct Recorder {
     pub config: Vec<u8>,
     /// Requests that the device refuses from now on.
     pub refuse: Option<&'static str>,
+    /// The message with this number ends the device before it is answered.
+    pub dies_at: Option<usize>,
+    socket: UnixStream,
     /// Changes the answer to GET_INFLIGHT_FD.
     pub spoil_inflight: fn(&mut VhostUserInflight),
     /// What SET_INFLIGHT_FD brought.
@@ -79,6 +82,8 @@ impl TestBackend {
             queues: 2,
             config: config.to_vec(),
             refuse: None,
+            dies_at: None,
+            socket: theirs.try_clone().unwrap(),
             spoil_inflight: |_| {},
             inflight: None,
             features: 0,
@@ -91,8 +96,10 @@ impl TestBackend {
         let recorder = Arc::new(Mutex::new(recorder));
         let socket = theirs.try_clone().unwrap();
         let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&recorder));
+        let ours_to_end = socket.try_clone().unwrap();
         let serve = move || {
             while let Ok(()) | Err(Error::InvalidParam) = handler.handle_request() {}
+            let _ = ours_to_end.shutdown(std::net::Shutdown::Both);
         };
         let thread = Some(std::thread::spawn(serve));
         let backend = Self {
@@ -134,6 +141,10 @@ pub fn sealed_memfd(size: u64) -> File {
 
 impl Recorder {
     fn note(&mut self, what: &'static str) -> Result<()> {
+        if self.dies_at == Some(self.log.len()) {
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            return Err(Error::Disconnected);
+        }
         self.log.push(what);
         if self.refuse == Some(what) {
             return Err(Error::InvalidParam);
@@ -201,9 +212,8 @@ impl VhostUserBackendReqHandlerMut for Recorder {
         self.note("SET_VRING_BASE")
     }
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let ring = self.ring(index as usize)?;
-        *ring = Ring::default();
         self.note("GET_VRING_BASE")?;
+        *self.ring(index as usize)? = Ring::default();
         Ok(VhostUserVringState::new(index, 17))
     }
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -251,7 +261,6 @@ impl VhostUserBackendReqHandlerMut for Recorder {
     }
     fn set_backend_req_fd(&mut self, backend: Backend) {
         self.channel = Some(backend);
-        self.log.push("SET_BACKEND_REQ_FD");
     }
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
         self.note("GPU_SET_SOCKET")

@@ -10,8 +10,10 @@
 //! and bytes, and one that breaks the rules stops the queue until a reset. The function's
 //! own thread calls this under the function's lock.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::backend::{Backend, Shape};
 use super::common::CommonConfig;
@@ -33,6 +35,8 @@ const BATCH: usize = 64;
 
 const CLASS_ANNOUNCE: u8 = 3;
 const CLASS_MQ: u8 = 4;
+/// VRING_AVAIL_F_NO_INTERRUPT.
+const NO_INTERRUPT: u16 = 1;
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
@@ -181,7 +185,9 @@ impl NetControl {
             ring.add_used(memory, head, 1).map_err(|_| Malformed)?;
             used = true;
         }
-        let signal = used && ring.needs_notification(memory).map_err(|_| Malformed)?;
+        let signal = used
+            && ring.needs_notification(memory).map_err(|_| Malformed)?
+            && (ring.event_idx_enabled() || wants_interrupts(&ring, memory)?);
         self.ring = Some(ring);
         Ok(Served { signal, more })
     }
@@ -208,6 +214,14 @@ impl NetControl {
             _ => None,
         }
     }
+}
+
+/// What the driver says where event indices are not used (section 2.7.7).
+fn wants_interrupts(ring: &Queue, memory: &GuestMemoryMmap) -> Result<bool, Malformed> {
+    let flags: u16 = memory
+        .load(GuestAddress(ring.avail_ring()), Ordering::Acquire)
+        .map_err(|_| Malformed)?;
+    Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
 }
 
 /// The first bytes of a command and where its status goes.
@@ -248,7 +262,7 @@ fn read(
     }
     // The iterator ends without a word where a chain leads out of the table.
     match status {
-        Some(status) if !unfinished => Ok((request, status)),
+        Some(status) if !unfinished && memory.address_in_range(status) => Ok((request, status)),
         _ => Err(Malformed),
     }
 }

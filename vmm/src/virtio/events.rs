@@ -107,7 +107,7 @@ pub enum Outcome {
     /// A successor serves: the descriptors of `link_fds`, which are new, are to be watched.
     Reconnected(Reconnected),
     /// A successor could not take over and was hung up on. The function is as it was
-    /// before, or failed when no such back-end can ever serve this driver.
+    /// before, or failed where it was a process of ours that can never serve this driver.
     NotReconnected(ReconnectError),
     /// The device process is given up: it must be ended (it may still write to guest
     /// memory), and all the function's descriptors must leave the epoll set.

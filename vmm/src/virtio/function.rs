@@ -269,7 +269,7 @@ impl VirtioPciFunction {
             EventSource::Successor => match self.service.as_ref().and_then(Service::take) {
                 Some(Ok(reconnected)) => return Outcome::Reconnected(reconnected),
                 Some(Err(error)) => return Outcome::NotReconnected(error),
-                None => {}
+                None => return Outcome::Handled,
             },
         }
         match self.link.presence() {

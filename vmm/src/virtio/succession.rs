@@ -68,7 +68,7 @@ pub enum ReconnectError {
 }
 
 impl ReconnectError {
-    /// No back-end like this one can ever serve: the function has failed.
+    /// No back-end like this one can ever serve this driver.
     pub fn is_permanent(&self) -> bool {
         matches!(self, Self::Features { .. } | Self::Unfit(_))
     }
@@ -97,9 +97,10 @@ impl VirtioPciFunction {
     /// May take as long as `operation_timeout`: not for the manager thread.
     ///
     /// # Errors
-    /// The new connection is closed and the function is as it was before (a back-end that
-    /// serves still goes on), or failed if the error [is
-    /// permanent](ReconnectError::is_permanent).
+    /// The new connection is closed and the function is as it was before: a back-end that
+    /// serves still goes on. If a process of ours is of the wrong kind ([permanent
+    /// errors](ReconnectError::is_permanent)), the function has failed; for somebody else's
+    /// another one is waited for.
     pub fn reconnect(&self, mut frontend: Frontend) -> Result<Reconnected, ReconnectError> {
         let begun = Instant::now();
         let id = || self.options.id.clone();
@@ -114,7 +115,8 @@ impl VirtioPciFunction {
             Ok(done) => log::info!("device {}: a new process serves: {done:?}", id()),
             Err(error) => {
                 self.link.abandon();
-                if error.is_permanent() && !self.link.serving() {
+                let ours = !self.options.external;
+                if ours && error.is_permanent() && !self.link.serving() {
                     self.fail(FailReason::Channel(error.to_string()));
                 }
             }
@@ -143,11 +145,13 @@ impl VirtioPciFunction {
         let failed = |error| ReconnectError::Backend(self.options.id.clone(), error);
 
         // One that serves still says itself how far it has come.
-        let serving = self.link.serving();
+        let mut serving = self.link.serving();
         let mut stopped = Vec::new();
         if serving {
             match device.backend.stop(deadline) {
                 Ok(bases) => stopped = bases,
+                // Just then it died.
+                Err(VhostUserError::Closed) => serving = false,
                 Err(error) => {
                     self.lose(FailReason::from(&error));
                     return Err(failed(error));

@@ -2,8 +2,11 @@
 //! crate's back-end behind it and a hypervisor that treats eventfds as KVM does.
 
 mod any_access;
+mod external;
 mod guest;
+mod killed;
 mod real_backends;
+mod succession;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -14,7 +17,7 @@ use crate::bus::Bus;
 use crate::pci::PciFunction;
 use crate::pci::mock_hypervisor::{MockHypervisor, consume, is_signalled};
 use crate::vhost_user::BackendChannel;
-use crate::vhost_user::test_backend::{FEATURES, Recorder, TestBackend};
+use crate::vhost_user::test_backend::{FEATURES, Recorder, Ring, TestBackend};
 use crate::virtio::registers::{common, status as bits};
 use crate::virtio::{ConfigSource, DEFAULT_QUEUE_SIZE};
 use guest::*;

@@ -20,9 +20,9 @@ use crate::pci::mock_hypervisor::consume;
 use crate::virtio::VirtioPciOptions;
 use crate::virtio::registers::{bar, common};
 
-const BLOCK: u16 = 2;
-const SECTOR: usize = 512;
-const DISK_SECTORS: u64 = 2048;
+pub const BLOCK: u16 = 2;
+pub const SECTOR: usize = 512;
+pub const DISK_SECTORS: u64 = 2048;
 /// Where the driver keeps a request's header, data and status.
 const HEADER: u64 = 0x8_0000;
 const DATA: u64 = 0x8_1000;
@@ -30,7 +30,7 @@ const STATUS: u64 = 0x8_2000;
 const DESCRIPTORS: u64 = 0x1_0000;
 
 /// A process that ends with the test.
-struct Process(Child);
+pub struct Process(pub Child);
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -38,7 +38,7 @@ impl Drop for Process {
     }
 }
 
-fn made(path: &Path, size: u64) -> File {
+pub fn made(path: &Path, size: u64) -> File {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).open(path);
     let file = file.unwrap();
@@ -46,7 +46,7 @@ fn made(path: &Path, size: u64) -> File {
     file
 }
 
-fn connect(path: &Path, process: &mut Process) -> UnixStream {
+pub fn connect(path: &Path, process: &mut Process) -> UnixStream {
     loop {
         if let Ok(socket) = UnixStream::connect(path) {
             return socket;
@@ -178,8 +178,8 @@ fn qemu_storage_daemon_serves_a_disk() {
     drive(&directory, &socket, Process(child.unwrap()));
 }
 
-#[test]
-fn bulkhead_blk_serves_a_disk() {
+/// Where cargo puts `bulkhead-blk`, if it has.
+pub fn bulkhead_blk() -> Option<PathBuf> {
     let built: PathBuf = std::env::var_os("BULKHEAD_BLK").map_or_else(
         || {
             let test = std::env::current_exe().unwrap();
@@ -189,8 +189,16 @@ fn bulkhead_blk_serves_a_disk() {
     );
     if !built.is_file() {
         eprintln!("skipped: {} is not built", built.display());
-        return;
+        return None;
     }
+    Some(built)
+}
+
+#[test]
+fn bulkhead_blk_serves_a_disk() {
+    let Some(built) = bulkhead_blk() else {
+        return;
+    };
     let directory = TempDir::new().unwrap();
     let (disk, socket) = (
         directory.as_path().join("disk"),
