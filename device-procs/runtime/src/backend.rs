@@ -104,7 +104,8 @@ impl<M: Meanwhile> Backend<M> {
     /// Serves the control channel, and does what came of it.
     pub(crate) fn serve_control(&mut self) {
         self.meanwhile.serve();
-        if self.meanwhile.take_config_changed() {
+        let told = VhostUserProtocolFeatures::CONFIG;
+        if self.meanwhile.take_config_changed() && self.acked_protocol.contains(told) {
             self.channel.config_changed();
         }
         self.tell_config();

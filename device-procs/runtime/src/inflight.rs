@@ -33,6 +33,7 @@ const VERSION: u16 = 1;
 const ALIGN: usize = 64;
 const HEADER: usize = 16;
 const STATE: usize = 16;
+const WORD: usize = 8;
 
 // Offsets in the header, and in a descriptor's state.
 const AT_FEATURES: usize = 0;
@@ -315,7 +316,16 @@ pub(crate) struct Log {
     ring: InflightRing,
     /// Place in the order of the next request.
     counter: u64,
+    /// As the header has them.
     last_batch_head: u16,
+    used_idx: u16,
+}
+
+/// The first word of a descriptor's state.
+#[inline]
+fn state_word(inflight: u8, next: u16) -> u64 {
+    let [n0, n1] = next.to_ne_bytes();
+    u64::from_ne_bytes([inflight, 0, 0, 0, 0, 0, n0, n1])
 }
 
 impl Log {
@@ -339,6 +349,7 @@ impl Log {
                 ring,
                 counter: 0,
                 last_batch_head: 0,
+                used_idx,
             };
             return Ok((log, None));
         }
@@ -383,18 +394,50 @@ impl Log {
         let log = Self {
             counter: newest.ok_or(InflightError::Order)?,
             last_batch_head: ring.load(AT_LAST_BATCH_HEAD)?,
+            used_idx,
             ring,
         };
         let resubmit = order.into_iter().map(|(_, head)| head).collect();
         Ok((log, Some(Recovered { resubmit })))
     }
 
+    /// Stores whole words: fields that lie in one are known, and a store is a point at which
+    /// the process may be killed.
+    #[inline]
+    fn store(&self, word: usize, value: u64) -> Result<(), InflightError> {
+        let words = self.ring.area.words().ok_or(InflightError::Mapping)?;
+        let word = words.get(word).ok_or(InflightError::Mapping)?;
+        // Release: see InflightRing::store.
+        word.store(value, Ordering::Release);
+        #[cfg(test)]
+        crate::crash::point();
+        Ok(())
+    }
+
+    #[inline]
+    fn store_state(&self, head: u16, inflight: u8, next: u16) -> Result<(), InflightError> {
+        let word = (HEADER + STATE * usize::from(head)) / WORD;
+        self.store(word, state_word(inflight, next))
+    }
+
+    /// Version, size, head of the last batch, used index.
+    #[inline]
+    fn store_header(&self) -> Result<(), InflightError> {
+        let [v0, v1] = VERSION.to_ne_bytes();
+        let [d0, d1] = self.ring.desc_num.to_ne_bytes();
+        let [l0, l1] = self.last_batch_head.to_ne_bytes();
+        let [u0, u1] = self.used_idx.to_ne_bytes();
+        let word = u64::from_ne_bytes([v0, v1, d0, d1, l0, l1, u0, u1]);
+        self.store(AT_VERSION / WORD, word)
+    }
+
     /// A request was taken from the available ring.
     #[inline]
     pub(crate) fn taken(&mut self, head: u16) -> Result<(), InflightError> {
-        self.ring.store(state(head, OF_COUNTER), self.counter)?;
+        self.store(state(head, OF_COUNTER) / WORD, self.counter)?;
         self.counter = self.counter.wrapping_add(1);
-        self.ring.store(state(head, OF_INFLIGHT), 1u8)
+        // Its link was of use only until the batch that it was in had been noted.
+        self.store_state(head, 1, 0)
     }
 
     /// The request taken last goes back to the available ring, untouched.
@@ -405,19 +448,23 @@ impl Log {
     /// A request was put into the used ring, which does not show it yet.
     #[inline]
     pub(crate) fn completed(&mut self, head: u16) -> Result<(), InflightError> {
-        self.ring
-            .store(state(head, OF_NEXT), self.last_batch_head)?;
+        self.store_state(head, 1, self.last_batch_head)?;
         self.last_batch_head = head;
-        self.ring.store(AT_LAST_BATCH_HEAD, head)
+        self.store_header()
     }
 
-    /// The used ring, at `used_idx` now, shows these completions.
+    /// The used ring, at `used_idx` now, shows these completions: all since the last time.
     #[inline]
     pub(crate) fn shown(&mut self, batch: &[u16], used_idx: u16) -> Result<(), InflightError> {
+        // The links stay: a process that is killed here leaves the list to the next one. The
+        // oldest one's leads out of the batch, and is not followed.
+        let mut next = 0;
         for head in batch {
-            self.ring.store(state(*head, OF_INFLIGHT), 0u8)?;
+            self.store_state(*head, 0, next)?;
+            next = *head;
         }
-        self.ring.store(AT_USED_IDX, used_idx)
+        self.used_idx = used_idx;
+        self.store_header()
     }
 
     /// Forgets everything: the ring has ended in a way that nobody can go on from.

@@ -19,6 +19,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use vm_memory::VolatileSlice;
 
@@ -230,6 +231,21 @@ impl Area {
     #[inline]
     pub fn slice(&self) -> Option<VolatileSlice<'_>> {
         self.region.slice(self.offset, self.len)
+    }
+
+    /// The area as words that others may change at any time; None if it does not consist of
+    /// whole, aligned ones.
+    #[inline]
+    pub fn words(&self) -> Option<&[AtomicU64]> {
+        let slice = self.slice()?;
+        let base = slice.ptr_guard_mut().as_ptr();
+        if !(base as usize).is_multiple_of(8) || !self.len.is_multiple_of(8) {
+            return None;
+        }
+        // SAFETY: the range lies in the mapping (slice), which is readable and writable and
+        // lives as long as the borrow of self; base is aligned. Atomics may be changed
+        // through a shared reference, by other processes too.
+        Some(unsafe { std::slice::from_raw_parts(base.cast::<AtomicU64>(), self.len / 8) })
     }
 
     /// Whether the area starts at a multiple of `align` bytes in this process.

@@ -179,9 +179,17 @@ fn messages_that_are_handled_here_are_checked() {
     let fd = eventfd.as_raw_fd();
     let (one, _other) = UnixStream::pair().unwrap();
     let socket = one.as_raw_fd();
-    let protocol = Protocol::BACKEND_REQ.bits().to_le_bytes();
+    let protocol = Protocol::BACKEND_REQ | Protocol::INFLIGHT_SHMFD;
+    let protocol = protocol.bits().to_le_bytes();
     type Bad<'a> = (&'a str, Q, u32, Vec<u8>, Vec<RawFd>);
-    let bad: [Bad<'_>; 10] = [
+    let wanted = |queues: u16, queue_size: u16, padding: usize| {
+        let mut body = vec![0; 16];
+        body.extend(queues.to_le_bytes());
+        body.extend(queue_size.to_le_bytes());
+        body.resize(20 + padding, 0);
+        body
+    };
+    let bad: [Bad<'_>; 16] = [
         (
             "neither on nor off",
             Q::SET_VRING_ENABLE,
@@ -216,6 +224,36 @@ fn messages_that_are_handled_here_are_checked() {
             vec![socket; 2],
         ),
         ("an eventfd", Q::SET_BACKEND_REQ_FD, 0, vec![], vec![fd]),
+        ("no queues", Q::GET_INFLIGHT_FD, 0, wanted(0, 8, 4), vec![]),
+        (
+            "too many queues",
+            Q::GET_INFLIGHT_FD,
+            0,
+            wanted(2, 8, 4),
+            vec![],
+        ),
+        (
+            "no descriptors",
+            Q::GET_INFLIGHT_FD,
+            0,
+            wanted(1, 0, 4),
+            vec![],
+        ),
+        (
+            "too many descriptors",
+            Q::GET_INFLIGHT_FD,
+            0,
+            wanted(1, 1025, 4),
+            vec![],
+        ),
+        (
+            "an odd body",
+            Q::GET_INFLIGHT_FD,
+            0,
+            wanted(1, 8, 5),
+            vec![],
+        ),
+        ("half a body", Q::GET_INFLIGHT_FD, 0, vec![0; 19], vec![]),
     ];
     for (what, request, flags, body, fds) in bad {
         let (runtime, socket) = Runtime::start(1);
@@ -228,10 +266,14 @@ fn messages_that_are_handled_here_are_checked() {
         );
     }
     // Not negotiated.
-    let (runtime, stream) = Runtime::start(1);
-    let raw = Raw(stream);
-    raw.say(Q::SET_BACKEND_REQ_FD, &[], &[socket]);
-    assert!(matches!(runtime.end(), Err(ServeError::Channel(_))));
+    for (request, body, fds) in [
+        (Q::SET_BACKEND_REQ_FD, vec![], vec![socket]),
+        (Q::GET_INFLIGHT_FD, wanted(1, 8, 4), vec![]),
+    ] {
+        let (runtime, stream) = Runtime::start(1);
+        Raw(stream).say(request, &body, &fds);
+        assert!(matches!(runtime.end(), Err(ServeError::Channel(_))));
+    }
 }
 
 #[test]
