@@ -14,10 +14,10 @@ use bulkhead_runtime::device::{Device, Update, Worker};
 use bulkhead_runtime::limit::Rate;
 use bulkhead_runtime::mailbox::WorkerPort;
 
-use crate::engine_plain;
 use crate::features;
 use crate::pair::Pair;
 use crate::state::{Limits, State};
+use crate::{engine_plain, engine_uring};
 
 /// Which engine moves the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,16 @@ impl Net {
         }
         let state = Arc::clone(&self.state);
         Ok(match self.engine {
-            EngineKind::IoUring | EngineKind::Plain => Box::new(move |prepared| {
+            EngineKind::IoUring => Box::new(move |prepared| {
+                match engine_uring::Engine::new(Pair::new(number, ports, state)) {
+                    Ok(engine) => {
+                        prepared.ready();
+                        engine.run()
+                    }
+                    Err(why) => prepared.failed(why),
+                }
+            }),
+            EngineKind::Plain => Box::new(move |prepared| {
                 let engine = engine_plain::Engine::new(Pair::new(number, ports, state));
                 prepared.ready();
                 engine.run()

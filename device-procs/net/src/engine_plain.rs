@@ -150,7 +150,6 @@ impl Engine {
             };
             match half.deliver(frame, Instant::now) {
                 Delivery::Done => self.pending = None,
-                Delivery::NoBuffers if half.ring().enable_kicks() => {}
                 Delivery::NoBuffers => break,
                 Delivery::Held(time) => {
                     wait.nap(time);

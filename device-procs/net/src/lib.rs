@@ -2,13 +2,15 @@
 //!
 //! `main` attaches or inherits the tap ([`tap`]) and hands a [`device::Net`] to the runtime.
 //! One worker thread serves each queue pair ([`pair`]): frames go from the guest to the tap
-//! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_plain`]). The control
+//! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_uring`],
+//! [`engine_plain`]). The control
 //! queue ([`control`]) has a thread of its own; what it is told lies in [`state`].
 
 pub mod cli;
 pub mod control;
 pub mod device;
 pub mod engine_plain;
+pub mod engine_uring;
 pub mod features;
 pub mod filter;
 pub mod pair;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bulkhead_net::cli::{self, Command, Endpoint, EngineChoice, HELP, Options, TapSource};
 use bulkhead_net::device::{EngineKind, Net};
+use bulkhead_net::engine_uring;
 use bulkhead_net::filter::Mac;
 use bulkhead_net::state::{Settings, State};
 use bulkhead_net::tap::{Tap, TapError};
@@ -15,7 +16,6 @@ use bulkhead_runtime::channels::{ChannelError, Channels};
 use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::Rlimits;
-use bulkhead_seccomp::uring::{self, UringError};
 use log::LevelFilter;
 
 /// Descriptors of the process itself, and those that come and go with messages.
@@ -31,7 +31,7 @@ enum MainError {
     #[error(transparent)]
     Tap(#[from] TapError),
     #[error("{0}; use --io-engine plain")]
-    Uring(#[from] UringError),
+    Uring(String),
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
@@ -108,13 +108,13 @@ fn run(options: &Options) -> Result<(), MainError> {
     let engine = match options.engine {
         EngineChoice::Plain => EngineKind::Plain,
         EngineChoice::IoUring => {
-            uring::available()?;
+            engine_uring::supported(&tap).map_err(MainError::Uring)?;
             EngineKind::IoUring
         }
-        EngineChoice::Auto => match uring::available() {
+        EngineChoice::Auto => match engine_uring::supported(&tap) {
             Ok(()) => EngineKind::IoUring,
-            Err(e) => {
-                log::info!("{e}; the plain engine serves instead");
+            Err(why) => {
+                log::info!("{why}; the plain engine serves instead");
                 EngineKind::Plain
             }
         },

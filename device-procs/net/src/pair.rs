@@ -48,7 +48,7 @@ pub fn role(index: u16, pairs: u16, features: u64) -> Option<Role> {
 /// A ring that is being served.
 pub enum Serving {
     /// Frames to the guest.
-    Receive(Receive),
+    Receive(Box<Receive>),
     /// Frames from the guest.
     Transmit(Transmit),
     /// Commands.
@@ -104,6 +104,8 @@ pub enum Change {
     Started,
     /// The kick eventfd is gone.
     Stopped,
+    /// There is a new call eventfd, or none.
+    Call,
 }
 
 impl Pair {
@@ -123,7 +125,7 @@ impl Pair {
     /// The receiving half.
     pub fn receive(&mut self) -> Option<&mut Receive> {
         self.places.iter_mut().find_map(|p| match &mut p.serving {
-            Some(Serving::Receive(half)) => Some(half),
+            Some(Serving::Receive(half)) => Some(half.as_mut()),
             _ => None,
         })
     }
@@ -155,12 +157,17 @@ impl Pair {
     /// Takes and carries out the order in the mailbox of a place. No I/O of this thread is
     /// under way.
     pub fn obey(&mut self, place: usize) -> Change {
-        let Some(order) = self.places.get(place).and_then(|p| p.port.take()) else {
+        let Some(port) = self.places.get(place).map(|p| &p.port) else {
+            return Change::None;
+        };
+        let order = port.take();
+        // What may have changed is looked at with every batch.
+        port.take_refresh();
+        let Some(order) = order else {
             return Change::None;
         };
         let (answer, change) = self.carry_out(place, order);
         if let Some(place) = self.places.get(place) {
-            place.port.take_refresh();
             place.port.answer(answer);
         }
         change
@@ -198,7 +205,7 @@ impl Pair {
                 if let Some(serving) = self.serving(place) {
                     serving.ring().set_call(call);
                 }
-                (Answer::Done, Change::None)
+                (Answer::Done, Change::Call)
             }
             Order::Err(err) => {
                 if let Some(serving) = self.serving(place) {
@@ -229,7 +236,7 @@ impl Pair {
         let ring = ActiveRing::start(setup, index, &status).map_err(|e| e.to_string())?;
         let state = Arc::clone(&self.state);
         place.serving = Some(match role {
-            Role::Receive => Serving::Receive(Receive::new(ring, status, state)),
+            Role::Receive => Serving::Receive(Box::new(Receive::new(ring, status, state))),
             Role::Transmit => Serving::Transmit(Transmit::new(ring, status, state)),
             Role::Control => Serving::Control(Control::new(ring, status, state)),
         });

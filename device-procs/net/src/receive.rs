@@ -36,7 +36,7 @@ enum Malformed {
 pub enum Delivery {
     /// The guest has it, or nobody wants it.
     Done,
-    /// The ring has no room for it now.
+    /// The ring has no room for it now; the driver kicks when it has added some.
     NoBuffers,
     /// A limit holds it back for so long.
     Held(Duration),
@@ -133,6 +133,11 @@ impl Receive {
                 return self.drop_frame();
             }
             let Some(head) = self.ring.pop(&mut self.chain) else {
+                // Asked for before the rest is put back: the next kick is to tell of more
+                // buffers than there are now.
+                if self.ring.enable_kicks() {
+                    continue;
+                }
                 self.put_back();
                 return if self.ring.is_broken() {
                     self.drop_frame()

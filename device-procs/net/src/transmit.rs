@@ -137,7 +137,7 @@ impl Transmit {
             for buffer in self.chain.readable() {
                 // Within guest memory, as the chain's walk has found: no piece is missing.
                 memory.for_each_slice(buffer.addr, u64::from(buffer.len), |slice| {
-                    if slice.len() > 0 {
+                    if !slice.is_empty() {
                         self.segments.push(iovec {
                             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                             iov_len: slice.len(),
