@@ -23,7 +23,8 @@ fn run() -> Result<(), Error> {
     }
     let env = |name: &str| std::env::var(name).map_err(|e| Error(format!("{name}: {e}")));
     let arch = env("CARGO_CFG_TARGET_ARCH")?;
-    let policies = read_all(Path::new("policies"), &arch)?;
+    let mut policies = read_all(Path::new("policies"), &arch)?;
+    compiler::extend(&mut policies)?;
     compiler::check_outers(&policies)?;
     let source = compiler::generate(&policies, &arch)?;
     let out = Path::new(&env("OUT_DIR")?).join("policies.rs");

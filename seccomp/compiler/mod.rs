@@ -92,6 +92,8 @@ pub struct Policy {
     pub about: String,
     /// The policy that lies beneath this one in the same process, which must admit all of it.
     pub outer: Option<String>,
+    /// The policy whose rules this one has too: see [`extend`].
+    pub extends: Option<String>,
     /// In file order.
     pub rules: Vec<Rule>,
 }
@@ -106,6 +108,14 @@ const MAX_COMBINATIONS: usize = 128;
 /// rules one of which says nothing new.
 pub fn parse(name: &str, text: &str, arch: &str) -> Result<Policy, Error> {
     source::parse(name, text, arch).map_err(|e| Error(format!("policies/{name}.toml: {e}")))
+}
+
+/// Gives each policy that extends another one the rules of that, before its own.
+///
+/// # Errors
+/// There is no such policy, it extends one itself, or an own rule says nothing new.
+pub fn extend(policies: &mut [Policy]) -> Result<(), Error> {
+    source::extend(policies).map_err(Error)
 }
 
 /// The filter that is in force at `stage`: at `Setup` every rule, at `Steady` the steady ones.

@@ -14,6 +14,7 @@ use super::syscalls;
 struct RawPolicy {
     about: String,
     outer: Option<String>,
+    extends: Option<String>,
     #[serde(default)]
     rule: Vec<RawRule>,
 }
@@ -104,6 +105,7 @@ pub(super) fn parse(name: &str, text: &str, arch: &str) -> Result<Policy, String
         name: name.to_owned(),
         about: raw.about,
         outer: raw.outer,
+        extends: raw.extends,
         rules,
     })
 }
@@ -238,6 +240,39 @@ fn alternatives(test: &RawTest, width: Width) -> Result<(Vec<Masked>, String), S
                 .into(),
         ),
     }
+}
+
+/// Puts the rules of the policy that each one extends before its own. A rule of the former
+/// that one of the latter widens is left out.
+pub(super) fn extend(policies: &mut [Policy]) -> Result<(), String> {
+    let bases = policies.to_vec();
+    for policy in policies {
+        let Some(name) = &policy.extends else {
+            continue;
+        };
+        let said = |why: String| Err(format!("policies/{}.toml: {why}", policy.name));
+        let Some(base) = bases.iter().find(|p| p.name == *name) else {
+            return said(format!("there is no policies/{name}.toml"));
+        };
+        if base.extends.is_some() {
+            return said(format!(
+                "{name} extends another policy itself: extend that one"
+            ));
+        }
+        let widened = |rule: &Rule| {
+            policy.rules.iter().any(|own| {
+                own.errno == rule.errno
+                    && super::coverage::implies(rule, own)
+                    && !super::coverage::implies(own, rule)
+            })
+        };
+        let kept: Vec<Rule> = base.rules.iter().filter(|r| !widened(r)).cloned().collect();
+        policy.rules.splice(..0, kept);
+        if let Err(why) = redundant(&policy.rules) {
+            return said(format!("with the rules of {name} before its own, {why}"));
+        }
+    }
+    Ok(())
 }
 
 /// A rule that another rule already says hides what the policy is.

@@ -305,6 +305,37 @@ fn what_the_outer_filter_would_kill_is_refused() {
 }
 
 #[test]
+fn a_policy_that_extends_another_has_its_rules_too() {
+    let base = |lines: &str| compiler::parse("base", &rule(lines), ARCH).unwrap();
+    let extended = |base: &Policy, lines: &str| {
+        let text = format!("extends = \"base\"\n{}", rule(lines));
+        let mut both = [parsed(&text), base.clone()];
+        compiler::extend(&mut both)
+            .map(|()| both[0].clone())
+            .map_err(|e| e.to_string())
+    };
+    let read = base("syscall = \"read\"\nwhy = \"some reason\"");
+    let write = "syscall = \"write\"\nwhy = \"some reason\"";
+    let policy = extended(&read, write).unwrap();
+    let calls: Vec<_> = policy.rules.iter().map(|r| r.syscall.as_str()).collect();
+    assert_eq!(calls, ["read", "write"]);
+
+    // A wider rule takes the place of the narrow one; one that says nothing new is refused.
+    let narrow = "syscall = \"socket\"\nargs.domain = { eq = 1 }\nwhy = \"some reason\"";
+    let wide = "syscall = \"socket\"\nwhy = \"some reason\"";
+    assert_eq!(extended(&base(narrow), wide).unwrap().rules.len(), 1);
+    let refusal = extended(&base(wide), narrow).unwrap_err();
+    assert!(
+        refusal.contains("base") && refusal.contains("drop it"),
+        "{refusal}"
+    );
+
+    let mut alone = [parsed(&format!("extends = \"base\"\n{}", rule(write)))];
+    let refusal = compiler::extend(&mut alone).unwrap_err().to_string();
+    assert!(refusal.contains("no policies/base.toml"), "{refusal}");
+}
+
+#[test]
 fn the_generated_source_has_one_static_for_each_policy() {
     let text = rule("syscall = \"read\"\nwhy = \"some reason\"");
     let policy = compiler::parse("bulkhead-x", &text, ARCH).unwrap();
