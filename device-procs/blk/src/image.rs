@@ -11,9 +11,10 @@
 //! writes that allocate take turns; a discard waits until it is alone, because it gives
 //! clusters away that others might be about to write.
 //!
-//! A write that has completed is in the file, or in a table that the next flush writes
-//! ([`crate::qcow2_overlay`]): like a disk's write cache, but it does not outlive this
-//! process.
+//! A write that has completed is in the file, but the table that leads to it may wait for the
+//! next flush ([`crate::qcow2_overlay`]). Where the front-end keeps memory for it, that
+//! table outlives this process ([`crate::qcow2_journal`]); elsewhere it is lost with it,
+//! like the write cache of a disk.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +26,7 @@ use imago::{FormatAccess, Mapping, ShallowMapping};
 
 use crate::image_chain::{self, ImageError, Layer, MAX_PENDING, Opened};
 use crate::image_io::{self, Buffer};
-use crate::qcow2_header::Header;
+use crate::qcow2_journal::{Journal, JournalError, Kept};
 use crate::qcow2_store::Store;
 use crate::transfer::{Direction, Step};
 use crate::vectored;
@@ -40,14 +41,25 @@ const ZEROS: usize = 64 * 1024;
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
-    access: RwLock<FormatAccess<Store>>,
-    top: Store,
+    state: RwLock<Opened>,
     /// Held while clusters are allocated or metadata are written.
     alloc: Mutex<()>,
-    /// Size of what lies beneath the top file.
-    beneath: Option<u64>,
-    header: Header,
+    chain: Vec<Layer>,
     writable: bool,
+}
+
+/// Why the memory that outlives this process is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeepError {
+    /// What was changed before cannot be written.
+    #[error("the image's tables cannot be written: {0}")]
+    Write(io::Error),
+    /// There is no log.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// What was left does not make an image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 /// What a stretch of the top file's guest clusters is.
@@ -71,34 +83,55 @@ fn eio() -> io::Error {
 
 impl Image {
     /// Opens a qcow2 image and what lies beneath it, top first.
+    ///
+    /// # Errors
+    /// One line with the remedy.
     pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Self, ImageError> {
-        let Opened {
-            access,
-            top,
-            header,
-            beneath,
-        } = image_chain::open(chain, writable)?;
+        let state = image_chain::open(&chain, writable, Vec::new())?;
         Ok(Self {
-            access: RwLock::new(access),
-            top,
+            state: RwLock::new(state),
             alloc: Mutex::new(()),
-            beneath,
-            header,
+            chain,
             writable,
         })
     }
 
+    /// From now on, what a completed write needs to be found again is in `kept` too, which
+    /// outlives this process. What another process left there is put into the image first.
+    /// No request may be in flight.
+    ///
+    /// # Errors
+    /// One line; the image is as it was.
+    pub fn keep(&self, kept: Box<dyn Kept>) -> Result<(), KeepError> {
+        if !self.writable {
+            return Ok(());
+        }
+        let mut state = self.write_state();
+        self.write_tables(&state).map_err(KeepError::Write)?;
+        let (mut journal, left) = Journal::open(kept)?;
+        if !left.is_empty() {
+            log::info!(
+                "the process before this one left {} changed sectors: written",
+                left.len()
+            );
+            *state = image_chain::open(&self.chain, self.writable, left)?;
+        }
+        journal.clear();
+        state.top.set_journal(journal);
+        Ok(())
+    }
+
     /// Size of the virtual disk in bytes.
     pub fn size(&self) -> u64 {
-        self.read_access().size()
+        self.read_state().access.size()
     }
 
-    fn read_access(&self) -> RwLockReadGuard<'_, FormatAccess<Store>> {
-        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    fn read_state(&self) -> RwLockReadGuard<'_, Opened> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_access(&self) -> RwLockWriteGuard<'_, FormatAccess<Store>> {
-        self.access.write().unwrap_or_else(PoisonError::into_inner)
+    fn write_state(&self) -> RwLockWriteGuard<'_, Opened> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_alloc(&self) -> MutexGuard<'_, ()> {
@@ -132,8 +165,8 @@ impl Image {
     }
 
     fn read(&self, step: &Step, len: u64) -> io::Result<u64> {
-        let access = self.read_access();
-        let (mapping, mapped) = access.get_mapping(step.offset, len)?;
+        let state = self.read_state();
+        let (mapping, mapped) = state.access.get_mapping(step.offset, len)?;
         let len = len.min(mapped);
         match mapping {
             Mapping::Raw {
@@ -142,7 +175,7 @@ impl Image {
             Mapping::Special { .. } => {
                 let len = len.min(UNPACK);
                 let mut buffer = Buffer::new(usize::try_from(len).unwrap_or(0), 4096);
-                access.read(buffer.bytes(), step.offset)?;
+                state.access.read(buffer.bytes(), step.offset)?;
                 image_io::fill(step, buffer.bytes());
                 Ok(len)
             }
@@ -157,88 +190,43 @@ impl Image {
 
     fn write(&self, step: &Step, len: u64, durable: bool) -> io::Result<u64> {
         self.need_writable()?;
-        let access = self.read_access();
-        let (extent, mapped) = extent(&access, step.offset, len)?;
+        let state = self.read_state();
+        let (extent, mapped) = extent(&state.access, step.offset, len)?;
         let len = len.min(mapped);
         if let Extent::Data(host) = extent {
-            let (from, mut scratch) = (host..host.saturating_add(len), Vec::new());
-            self.top.check_data(&from)?;
+            let (top, mut scratch) = (&state.top, Vec::new());
+            top.check_data(&(host..host.saturating_add(len)))?;
             let part = image_io::part(step, len, host, &mut scratch);
-            let done = vectored::perform(self.top.file(), Direction::Write, &part, durable)?;
-            self.top.wrote_to(host.saturating_add(u64::from(done)));
+            let done = vectored::perform(top.file(), Direction::Write, &part, durable)?;
+            top.wrote_to(host.saturating_add(u64::from(done)));
             return Ok(u64::from(done));
         }
-        let alloc = self.lock_alloc();
-        let done = self.allocate(&access, step, len)?;
-        self.settle(
-            &access,
-            &alloc,
-            extent != Extent::Nothing && extent != Extent::Beneath,
-        )?;
+        let _alloc = self.lock_alloc();
+        let done = allocate(&state, step, len)?;
+        let may_have_freed = extent != Extent::Nothing && extent != Extent::Beneath;
+        self.settle(&state, may_have_freed)?;
         if durable {
-            self.write_tables(&access, &alloc)?;
+            self.write_tables(&state)?;
         }
         Ok(done)
     }
 
-    /// Writes where there is no cluster yet: the data first, then the mapping.
-    fn allocate(&self, access: &FormatAccess<Store>, step: &Step, len: u64) -> io::Result<u64> {
-        let prepared = access.prepare_data_mapping(step.offset, len, true)?;
-        if !prepared.storage().is(&self.top) {
-            return Err(eio());
-        }
-        let (host, len) = (prepared.offset(), len.min(prepared.length()));
-        let end = host.saturating_add(len);
-        self.top.check_data(&(host..end))?;
-        let mut list = Vec::new();
-        image_io::part(step, len, host, &mut list);
-        let mut at = host;
-        while !list.is_empty() {
-            let segments = list.get(..list.len().min(1024)).unwrap_or_default();
-            let part = Step {
-                segments: segments.as_ptr(),
-                count: u32::try_from(segments.len()).unwrap_or(0),
-                single: None,
-                offset: at,
-            };
-            match vectored::perform(self.top.file(), Direction::Write, &part, false) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => {
-                    at = at.saturating_add(u64::from(n));
-                    image_io::skip(&mut list, n as usize);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        self.top.wrote_to(end);
-        access.commit_data_mapping(prepared)?;
-        Ok(len)
-    }
-
-    /// After an allocation: what must not wait for the guest's next flush.
-    fn settle(
-        &self,
-        access: &FormatAccess<Store>,
-        alloc: &MutexGuard<'_, ()>,
-        may_have_freed: bool,
-    ) -> io::Result<()> {
-        if may_have_freed {
+    /// After tables were changed, under the lock: what must not wait for the guest's next
+    /// flush.
+    fn settle(&self, state: &Opened, may_have_freed: bool) -> io::Result<()> {
+        let Opened { access, top, .. } = state;
+        if may_have_freed || top.is_logged() {
             access.flush()?;
         }
-        if self.top.must_apply() || self.top.pending() > MAX_PENDING {
-            self.write_tables(access, alloc)?;
+        if top.must_apply() || top.pending() > MAX_PENDING || !top.log() {
+            self.write_tables(state)?;
         }
         Ok(())
     }
 
-    fn write_tables(
-        &self,
-        access: &FormatAccess<Store>,
-        _alloc: &MutexGuard<'_, ()>,
-    ) -> io::Result<()> {
-        access.flush()?;
-        self.top.apply()
+    fn write_tables(&self, state: &Opened) -> io::Result<()> {
+        state.access.flush()?;
+        state.top.apply()
     }
 
     /// Makes everything that was written durable.
@@ -246,44 +234,42 @@ impl Image {
         if !self.writable {
             return Ok(());
         }
-        let access = self.read_access();
-        let alloc = self.lock_alloc();
-        self.write_tables(&access, &alloc)
+        let state = self.read_state();
+        let _alloc = self.lock_alloc();
+        self.write_tables(&state)
     }
 
     /// Gives up what the guest does not need any more, cluster by cluster; what is not a
     /// whole cluster stays. Reads as zeros then, or as before.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.need_writable()?;
-        let mut access = self.write_access();
-        self.release(&mut access, offset, len).map(|_| ())
+        self.release(&mut self.write_state(), offset, len)
     }
 
     /// Makes a range read as zeros. With `unmap`, its clusters are given up.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.need_writable()?;
         if unmap {
-            let mut access = self.write_access();
-            self.release(&mut access, offset, len)?;
+            self.release(&mut self.write_state(), offset, len)?;
         }
         let end = offset.saturating_add(len);
         let mut at = offset;
         while at < end {
-            let access = self.read_access();
+            let state = self.read_state();
             let alloc = self.lock_alloc();
-            let (extent, len) = extent(&access, at, end.saturating_sub(at))?;
+            let (extent, len) = extent(&state.access, at, end.saturating_sub(at))?;
             if len == 0 {
                 return Err(eio());
             }
             match extent {
                 Extent::Zero | Extent::Nothing => {}
-                _ if self.header.version == 3 => {
-                    access.write_zeroes(at, len)?;
-                    self.settle(&access, &alloc, true)?;
+                _ if state.header.version == 3 => {
+                    state.access.write_zeroes(at, len)?;
+                    self.settle(&state, true)?;
                 }
                 _ => {
                     drop(alloc);
-                    drop(access);
+                    drop(state);
                     self.write_zero_data(at, len)?;
                 }
             }
@@ -314,89 +300,133 @@ impl Image {
     }
 
     /// Frees clusters, in the image and in the file system, nobody else being at work.
-    fn release(&self, access: &mut FormatAccess<Store>, offset: u64, len: u64) -> io::Result<()> {
+    fn release(&self, state: &mut Opened, offset: u64, len: u64) -> io::Result<()> {
+        // Version 2 cannot hide what lies beneath.
+        if state.header.version < 3 && state.beneath.is_some() {
+            return Ok(());
+        }
         let end = offset.saturating_add(len);
         let mut at = offset;
         while at < end {
             let mut holes: Vec<Range<u64>> = Vec::new();
             while at < end && holes.len() < MAX_PUNCHED {
+                let access = &mut state.access;
                 let (extent, len) = extent(access, at, end.saturating_sub(at))?;
                 if len == 0 {
                     return Err(eio());
                 }
-                let allocated = matches!(extent, Extent::Data(_) | Extent::Shared);
-                if allocated && self.can_release() {
-                    if let Extent::Data(host) = extent {
-                        let size = access.size();
-                        holes.extend(self.whole_clusters(at, len, host, size));
-                    }
-                    if self.beneath.is_none() {
+                if let Extent::Data(host) = extent {
+                    let (cluster, size) = (state.header.cluster_size(), access.size());
+                    holes.extend(whole_clusters(
+                        at..at.saturating_add(len),
+                        host,
+                        size,
+                        cluster,
+                    ));
+                }
+                match extent {
+                    Extent::Data(_) | Extent::Shared if state.beneath.is_none() => {
                         access.discard_to_backing(at, len)?;
-                    } else {
-                        access.discard_to_any(at, len)?;
                     }
+                    Extent::Data(_) | Extent::Shared => access.discard_to_any(at, len)?,
+                    _ => {}
                 }
                 at = at.saturating_add(len);
             }
-            access.flush()?;
-            self.top.apply()?;
+            self.write_tables(state)?;
             for hole in holes {
                 // Only now that nothing refers to it. Not every file system can.
-                if self.top.check_data(&hole).is_ok() {
-                    let _ = image_io::punch(
-                        self.top.file(),
-                        hole.start,
-                        hole.end.saturating_sub(hole.start),
-                    );
+                if state.top.check_data(&hole).is_ok() {
+                    let len = hole.end.saturating_sub(hole.start);
+                    let _ = image_io::punch(state.top.file(), hole.start, len);
                 }
             }
         }
         Ok(())
     }
 
-    /// Version 2 cannot hide what lies beneath.
-    fn can_release(&self) -> bool {
-        self.header.version == 3 || self.beneath.is_none()
-    }
-
-    /// The host clusters that discarding a range of guest data frees.
-    fn whole_clusters(&self, at: u64, len: u64, host: u64, size: u64) -> Option<Range<u64>> {
-        let mask = self.header.cluster_size() - 1;
-        let start = at.checked_add(mask)? & !mask;
-        let end = at.checked_add(len)?;
-        // The disk's last cluster is whole wherever the disk ends.
-        let end = if end == size {
-            end.checked_add(mask)? & !mask
-        } else {
-            end & !mask
-        };
-        let first = host.checked_add(start.checked_sub(at)?)?;
-        (start < end).then(|| first..first.saturating_add(end - start))
-    }
-
     /// Makes the virtual disk larger; `Ok` if it is as large already.
     pub fn grow(&self, size: u64) -> io::Result<()> {
         self.need_writable()?;
-        let access = self.write_access();
-        let old = access.size();
+        let state = self.write_state();
+        let old = state.access.size();
         if size <= old {
             return Ok(());
         }
-        if !self.header.may_grow_to(size) {
+        if !state.header.may_grow_to(size) {
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
-        self.top.expect_size(size);
+        state.top.expect_size(size);
         // What lies beneath must not come to light in the new part.
-        let mode = if self.beneath.is_some_and(|beneath| beneath > old) {
+        let mode = if state.beneath.is_some_and(|beneath| beneath > old) {
             PreallocateMode::Zero
         } else {
             PreallocateMode::None
         };
-        let grown = access.resize_grow(size, mode);
-        access.flush()?;
-        self.top.apply()?;
+        let grown = state.access.resize_grow(size, mode);
+        self.write_tables(&state)?;
         grown
     }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if let Err(e) = self.flush() {
+            log::error!("the image's tables cannot be written: {e}");
+        }
+    }
+}
+
+/// Writes where there is no cluster yet: the data first, then the mapping.
+fn allocate(state: &Opened, step: &Step, len: u64) -> io::Result<u64> {
+    let Opened { access, top, .. } = state;
+    let prepared = access.prepare_data_mapping(step.offset, len, true)?;
+    if !prepared.storage().is(top) {
+        return Err(eio());
+    }
+    let (host, len) = (prepared.offset(), len.min(prepared.length()));
+    let end = host.saturating_add(len);
+    top.check_data(&(host..end))?;
+    let mut list = Vec::new();
+    image_io::part(step, len, host, &mut list);
+    let mut at = host;
+    while !list.is_empty() {
+        let segments = list.get(..list.len().min(1024)).unwrap_or_default();
+        let part = Step {
+            segments: segments.as_ptr(),
+            count: u32::try_from(segments.len()).unwrap_or(0),
+            single: None,
+            offset: at,
+        };
+        match vectored::perform(top.file(), Direction::Write, &part, false) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                at = at.saturating_add(u64::from(n));
+                image_io::skip(&mut list, n as usize);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    top.wrote_to(end);
+    access.commit_data_mapping(prepared)?;
+    Ok(len)
+}
+
+/// The host clusters that discarding a range of guest data frees: those that are in it as a
+/// whole.
+fn whole_clusters(guest: Range<u64>, host: u64, size: u64, cluster: u64) -> Option<Range<u64>> {
+    let mask = cluster.checked_sub(1)?;
+    let start = guest.start.checked_add(mask)? & !mask;
+    // The disk's last cluster is whole wherever the disk ends.
+    let end = if guest.end == size {
+        guest.end.checked_add(mask)? & !mask
+    } else {
+        guest.end & !mask
+    };
+    let first = host.checked_add(start.checked_sub(guest.start)?)?;
+    let len = end.checked_sub(start).filter(|&len| len > 0)?;
+    Some(first..first.checked_add(len)?)
 }
 
 fn extent(access: &FormatAccess<Store>, offset: u64, len: u64) -> io::Result<(Extent, u64)> {

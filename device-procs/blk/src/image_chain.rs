@@ -13,7 +13,9 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
 use crate::image_io::{self, Buffer};
 use crate::qcow2_header::{AT_AUTOCLEAR, Format, Header, HeaderError, LOOK, Name};
+use crate::qcow2_journal::Record;
 use crate::qcow2_map::{Map, MapError};
+use crate::qcow2_overlay::Overlay;
 use crate::qcow2_store::{Backend, Store};
 
 /// Memory that the tables of one disk may come to occupy, in bytes.
@@ -25,12 +27,20 @@ const CACHED_REFBLOCKS: u64 = 32;
 pub const MAX_PENDING: usize = 16 * 1024;
 
 /// One file of a chain.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Layer {
     /// What it is called in an error.
     pub name: String,
     /// The file.
-    pub backend: Backend,
+    pub backend: Arc<Backend>,
+}
+
+impl Layer {
+    /// Length of the file now.
+    fn len(&self) -> u64 {
+        let now = image_io::length(&self.backend.file).unwrap_or(0);
+        now.max(self.backend.len)
+    }
 }
 
 /// Why an image is not served: one line with the remedy.
@@ -39,6 +49,14 @@ pub enum ImageError {
     /// The file cannot be read.
     #[error("disk {name}: cannot read: {source}")]
     Read {
+        /// Which file.
+        name: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("disk {name}: cannot write: {source}")]
+    Write {
         /// Which file.
         name: String,
         /// The kernel's answer.
@@ -81,14 +99,12 @@ pub enum ImageError {
     },
     /// O_DIRECT cannot do what the image needs.
     #[error(
-        "disk {name}: its clusters of {cluster} bytes are smaller than what O_DIRECT takes \
-         ({align} bytes): leave O_DIRECT out (cache=writeback)"
+        "disk {name}: O_DIRECT takes blocks of {align} bytes here, and the image has sectors of \
+         512: leave O_DIRECT out (cache=writeback)"
     )]
     Unaligned {
         /// Which file.
         name: String,
-        /// Bytes of a cluster.
-        cluster: u64,
         /// Bytes of a block.
         align: u32,
     },
@@ -105,6 +121,12 @@ pub enum ImageError {
         /// MiB.
         most: u64,
     },
+    /// The log of another image.
+    #[error("disk {name}: the log that the front-end keeps belongs to another image")]
+    ForeignLog {
+        /// Which file.
+        name: String,
+    },
     /// The format driver refuses it.
     #[error("disk {name}: {source}")]
     Driver {
@@ -116,6 +138,7 @@ pub enum ImageError {
 }
 
 /// A chain that was opened.
+#[derive(Debug)]
 pub struct Opened {
     /// What the guest sees.
     pub access: FormatAccess<Store>,
@@ -127,9 +150,11 @@ pub struct Opened {
     pub beneath: Option<u64>,
 }
 
-/// Opens a qcow2 image and what lies beneath it, top first.
-pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Opened, ImageError> {
-    let mut layers = read_headers(chain, writable)?;
+/// Opens a qcow2 image and what lies beneath it, top first. `recovered` is what another
+/// process had changed and not written: it is written before anything is believed.
+pub fn open(chain: &[Layer], writable: bool, recovered: Vec<Record>) -> Result<Opened, ImageError> {
+    let overlay = Overlay::recovered(recovered);
+    let mut layers = read_headers(chain, writable, &overlay)?;
     let Some((top, Some(header))) = layers.pop_front() else {
         return Err(ImageError::Surplus {
             name: String::new(),
@@ -141,7 +166,7 @@ pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Opened, ImageError> {
         .filter_map(|(_, header)| header.as_ref())
         .map(|h| table_memory(h, None))
         .fold(
-            table_memory(&header, writable.then_some(top.backend.len)),
+            table_memory(&header, writable.then_some(top.len())),
             u64::saturating_add,
         );
     if needed > BUDGET {
@@ -153,7 +178,8 @@ pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Opened, ImageError> {
     }
     let mut beneath: Option<Arc<FormatAccess<Store>>> = None;
     while let Some((layer, header)) = layers.pop_back() {
-        let store = Store::read_only(layer.backend, header.as_ref());
+        let len = layer.len();
+        let store = Store::read_only(layer.backend, len, header.as_ref());
         let access = match header {
             None => open_raw(store),
             Some(_) => open_qcow2(store, beneath.take(), false),
@@ -165,21 +191,30 @@ pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Opened, ImageError> {
         beneath = Some(Arc::new(access));
     }
     let size_beneath = beneath.as_ref().map(|b| b.size());
-    let Layer { name, backend } = top;
+    let len = top.len();
     let store = if writable {
-        let map = read_map(&name, &backend, &header)?;
-        Store::writable(backend, &header, map)
+        let end = len.div_ceil(header.cluster_size()) << header.cluster_bits;
+        if !overlay.fits(end) {
+            return Err(ImageError::ForeignLog { name: top.name });
+        }
+        let map = read_map(&top, &header, &overlay)?;
+        Store::writable(top.backend, len, &header, map, overlay)
     } else {
-        Store::read_only(backend, Some(&header))
+        Store::read_only(top.backend, len, Some(&header))
     };
+    let name = top.name;
+    store.apply().map_err(|source| ImageError::Write {
+        name: name.clone(),
+        source,
+    })?;
     if writable && header.autoclear != 0 {
         log::warn!(
-            "disk {name}: it holds what this program does not keep up to date (dirty \
-                 bitmaps): marked as stale"
+            "disk {name}: it holds what this program does not keep up to date (dirty bitmaps): \
+             marked as stale"
         );
         store
             .write_header(&[0; 8], AT_AUTOCLEAR)
-            .map_err(|source| ImageError::Driver {
+            .map_err(|source| ImageError::Write {
                 name: name.clone(),
                 source,
             })?;
@@ -197,9 +232,9 @@ pub fn open(chain: Vec<Layer>, writable: bool) -> Result<Opened, ImageError> {
 type Layers = std::collections::VecDeque<(Layer, Option<Header>)>;
 
 /// Reads the headers of a chain from the top down, as far as it goes.
-fn read_headers(chain: Vec<Layer>, writable: bool) -> Result<Layers, ImageError> {
+fn read_headers(chain: &[Layer], writable: bool, overlay: &Overlay) -> Result<Layers, ImageError> {
     let mut layers = Layers::new();
-    let mut left = chain.into_iter();
+    let mut left = chain.iter();
     let mut format = Format::Qcow2;
     let mut named: Option<(String, Name)> = None;
     loop {
@@ -209,11 +244,15 @@ fn read_headers(chain: Vec<Layer>, writable: bool) -> Result<Layers, ImageError>
         };
         let header = match format {
             Format::Raw => None,
-            Format::Qcow2 => Some(read_header(&layer, writable && layers.is_empty())?),
+            Format::Qcow2 => Some(if layers.is_empty() {
+                read_header(layer, writable, overlay)?
+            } else {
+                read_header(layer, false, &Overlay::default())?
+            }),
         };
         let name = layer.name.clone();
         let backing = header.as_ref().and_then(|h| h.backing.clone());
-        layers.push_back((layer, header));
+        layers.push_back((layer.clone(), header));
         let Some(backing) = backing else {
             return match left.len() {
                 0 => Ok(layers),
@@ -225,54 +264,47 @@ fn read_headers(chain: Vec<Layer>, writable: bool) -> Result<Layers, ImageError>
     }
 }
 
-fn read_at(name: &str, backend: &Backend, offset: u64, len: u64) -> Result<Vec<u8>, ImageError> {
-    let align = backend.direct.map_or(1, |d| d.offset.max(d.memory));
+fn read_at(layer: &Layer, offset: u64, len: u64, overlay: &Overlay) -> Result<Vec<u8>, ImageError> {
+    let direct = layer.backend.direct;
+    let align = direct.map_or(1, |d| d.offset.max(d.memory)) as usize;
     let len = usize::try_from(len).unwrap_or(0);
-    let whole = len.next_multiple_of(align as usize);
-    let mut buffer = Buffer::new(whole, align as usize);
-    image_io::read(&backend.file, buffer.bytes(), offset).map_err(|source| ImageError::Read {
-        name: name.into(),
-        source,
-    })?;
-    Ok(buffer.bytes().get(..len).unwrap_or_default().to_vec())
-}
-
-fn read_header(layer: &Layer, writable: bool) -> Result<Header, ImageError> {
-    let len = layer.backend.len.min(LOOK as u64);
-    let bytes = read_at(&layer.name, &layer.backend, 0, len)?;
-    let header = Header::parse(&bytes, layer.backend.len, writable).map_err(|source| {
-        ImageError::Header {
+    let mut buffer = Buffer::new(len.next_multiple_of(align), align);
+    image_io::read(&layer.backend.file, buffer.bytes(), offset).map_err(|source| {
+        ImageError::Read {
             name: layer.name.clone(),
             source,
         }
     })?;
+    let mut bytes = buffer.bytes().get(..len).unwrap_or_default().to_vec();
+    overlay.patch(&mut bytes, offset);
+    Ok(bytes)
+}
+
+fn read_header(layer: &Layer, writable: bool, overlay: &Overlay) -> Result<Header, ImageError> {
+    let len = layer.len();
+    let bytes = read_at(layer, 0, len.min(LOOK as u64), overlay)?;
+    let header = Header::parse(&bytes, len, writable).map_err(|source| ImageError::Header {
+        name: layer.name.clone(),
+        source,
+    })?;
     if let Some(direct) = layer.backend.direct
-        && u64::from(direct.offset) > header.cluster_size()
+        && direct.offset > 512
     {
         return Err(ImageError::Unaligned {
             name: layer.name.clone(),
-            cluster: header.cluster_size(),
             align: direct.offset,
         });
     }
     Ok(header)
 }
 
-fn read_map(name: &str, backend: &Backend, header: &Header) -> Result<Map, ImageError> {
-    let l1 = read_at(
-        name,
-        backend,
-        header.l1_offset,
-        u64::from(header.l1_entries) * 8,
-    )?;
-    let reftable = read_at(
-        name,
-        backend,
-        header.reftable_offset,
-        header.reftable_entries() * 8,
-    )?;
-    Map::new(header, &l1, &reftable, backend.len).map_err(|source| ImageError::Tables {
-        name: name.into(),
+fn read_map(layer: &Layer, header: &Header, overlay: &Overlay) -> Result<Map, ImageError> {
+    let l1 = u64::from(header.l1_entries) * 8;
+    let l1 = read_at(layer, header.l1_offset, l1, overlay)?;
+    let reftable = header.reftable_entries() * 8;
+    let reftable = read_at(layer, header.reftable_offset, reftable, overlay)?;
+    Map::new(header, &l1, &reftable, layer.len()).map_err(|source| ImageError::Tables {
+        name: layer.name.clone(),
         source,
     })
 }

@@ -85,6 +85,15 @@ pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     .map(|_| ())
 }
 
+/// Length of a regular file; 0 for a block device.
+pub fn length(file: &File) -> io::Result<u64> {
+    // SAFETY: an all-zero stat is valid, and only a place to write to.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: st is live and of the right type.
+    check(unsafe { libc::fstat(file.as_raw_fd(), &raw mut st) } as isize)?;
+    Ok(u64::try_from(st.st_size).unwrap_or(0))
+}
+
 /// Makes what was written durable.
 pub fn sync(file: &File) -> io::Result<()> {
     // SAFETY: no memory is involved.

@@ -16,6 +16,7 @@ pub mod image;
 pub mod image_chain;
 pub mod image_io;
 pub mod qcow2_header;
+pub mod qcow2_journal;
 pub mod qcow2_map;
 pub mod qcow2_overlay;
 pub mod qcow2_store;

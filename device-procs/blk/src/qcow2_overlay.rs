@@ -15,13 +15,18 @@
 //!
 //! Called under the image's lock by whichever thread flushes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
+use crate::qcow2_journal::{Journal, Record};
 use crate::qcow2_map::{Kind, Map};
 
 /// Granularity.
 pub const SECTOR: usize = 512;
+/// Tables whose content is remembered, so that it need not be read to see what changed.
+const REMEMBERED: usize = 8;
+/// Longest table that is remembered.
+const MEMORABLE: usize = 64 * 1024;
 /// Longest single write.
 const RUN: usize = 64 * 1024;
 
@@ -44,6 +49,12 @@ pub struct Overlay {
     sectors: BTreeMap<u64, Box<Sector>>,
     /// A reference count in it fell to zero since the last [`Self::take_freed`].
     freed: bool,
+    /// Where what outlives this process is put, if anywhere.
+    journal: Option<Journal>,
+    /// Sectors that are not in the journal yet.
+    unlogged: BTreeSet<u64>,
+    /// Whole tables as they were written last.
+    recent: VecDeque<(u64, Vec<u8>)>,
 }
 
 fn place(sector: u64) -> u64 {
@@ -59,6 +70,48 @@ impl Overlay {
     /// Number of sectors held.
     pub fn len(&self) -> usize {
         self.sectors.len()
+    }
+
+    /// An overlay that another process left.
+    pub fn recovered(records: Vec<Record>) -> Self {
+        let sectors = records.into_iter().map(|(n, bytes)| (n, Box::new(bytes)));
+        Self {
+            sectors: sectors.collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether everything in it lies before `end`.
+    pub fn fits(&self, end: u64) -> bool {
+        self.sectors
+            .last_key_value()
+            .is_none_or(|(&last, _)| last < end / SECTOR as u64)
+    }
+
+    /// From now on, what changes is logged; the overlay is empty.
+    pub fn set_journal(&mut self, journal: Option<Journal>) {
+        self.journal = journal;
+        self.unlogged.clear();
+    }
+
+    /// Whether there is a journal.
+    pub fn is_logged(&self) -> bool {
+        self.journal.is_some()
+    }
+
+    /// Puts what has changed into the journal. False: there is no room, apply instead.
+    pub fn log(&mut self) -> bool {
+        let Some(journal) = &mut self.journal else {
+            return true;
+        };
+        let unlogged = std::mem::take(&mut self.unlogged);
+        let mut changed = Vec::with_capacity(unlogged.len());
+        for sector in unlogged {
+            if let Some(bytes) = self.sectors.get(&sector) {
+                changed.push((sector, &**bytes));
+            }
+        }
+        changed.is_empty() || journal.append(changed.into_iter())
     }
 
     /// Whether clusters were freed since the last call: they must not be used anew before
@@ -97,9 +150,7 @@ impl Overlay {
         let start = offset - offset % SECTOR as u64;
         let skip = (offset - start) as usize;
         let len = (skip + bytes.len()).next_multiple_of(SECTOR);
-        let mut old = vec![0; len];
-        medium.read(&mut old, start)?;
-        self.patch(&mut old, start);
+        let old = self.old(medium, start, len)?;
         let mut new = old.clone();
         if let Some(place) = new.get_mut(skip..skip + bytes.len()) {
             place.copy_from_slice(bytes);
@@ -117,9 +168,40 @@ impl Overlay {
             }
             if let Ok(new) = <Sector>::try_from(new) {
                 self.sectors.insert(sector, Box::new(new));
+                if self.journal.is_some() {
+                    self.unlogged.insert(sector);
+                }
             }
         }
+        self.remember(start, new);
         Ok(())
+    }
+
+    /// What is there now.
+    fn old(&mut self, medium: &dyn Medium, start: u64, len: usize) -> io::Result<Vec<u8>> {
+        let known = |(at, table): &(u64, Vec<u8>)| *at == start && table.len() == len;
+        if let Some(index) = self.recent.iter().position(known)
+            && let Some((_, table)) = self.recent.remove(index)
+        {
+            return Ok(table);
+        }
+        let mut old = vec![0; len];
+        medium.read(&mut old, start)?;
+        self.patch(&mut old, start);
+        Ok(old)
+    }
+
+    fn remember(&mut self, start: u64, table: Vec<u8>) {
+        // Nothing else may have written to it meanwhile: only whole tables are written whole.
+        let end = start.saturating_add(table.len() as u64);
+        self.recent
+            .retain(|(at, t)| *at >= end || at.saturating_add(t.len() as u64) <= start);
+        if (4096..=MEMORABLE).contains(&table.len()) {
+            if self.recent.len() >= REMEMBERED {
+                self.recent.pop_front();
+            }
+            self.recent.push_back((start, table));
+        }
     }
 
     /// Forgets what is held of a range that means nothing any more.
@@ -128,6 +210,7 @@ impl Overlay {
         let last = range.end / SECTOR as u64;
         self.sectors
             .retain(|&sector, _| !(first..last).contains(&sector));
+        self.recent.clear();
     }
 
     /// Writes everything to the file, in the order of the module comment. On an error,
@@ -172,6 +255,10 @@ impl Overlay {
         }
         run.end(medium)?;
         self.sectors.clear();
+        self.unlogged.clear();
+        if let Some(journal) = &mut self.journal {
+            journal.clear();
+        }
         Ok(())
     }
 }

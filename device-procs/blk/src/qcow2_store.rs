@@ -28,6 +28,7 @@ use crate::image_io::{self, Buffer};
 use crate::qcow2_header::{
     AT_L1_ENTRIES, AT_L1_OFFSET, AT_REFTABLE_CLUSTERS, AT_REFTABLE_OFFSET, AT_SIZE, Header,
 };
+use crate::qcow2_journal::Journal;
 use crate::qcow2_map::{Kind, Map, MapError};
 use crate::qcow2_overlay::{Medium, Overlay};
 
@@ -41,7 +42,7 @@ const SLACK: u64 = 64 << 20;
 pub struct Backend {
     /// The file.
     pub file: File,
-    /// Its length in bytes.
+    /// Its length in bytes when it was opened.
     pub len: u64,
     /// What O_DIRECT asks for, if it is on.
     pub direct: Option<Alignment>,
@@ -51,13 +52,12 @@ pub struct Backend {
 
 #[derive(Debug)]
 struct Inner {
-    file: File,
+    backend: Arc<Backend>,
     memory_align: usize,
     align: u64,
     len: AtomicU64,
     /// No write goes beyond.
     limit: AtomicU64,
-    durable: bool,
     /// What the driver is shown in place of the first cluster.
     header: Option<(u64, Vec<u8>)>,
     meta: Option<Mutex<Meta>>,
@@ -91,33 +91,44 @@ fn corrupt(why: &MapError) -> io::Error {
 
 impl Store {
     /// A file that is only read. With a header, it is a qcow2 image.
-    pub fn read_only(backend: Backend, header: Option<&Header>) -> Self {
-        Self::new(backend, header, None, 0)
+    pub fn read_only(backend: Arc<Backend>, len: u64, header: Option<&Header>) -> Self {
+        Self::new(backend, len, header, None, 0)
     }
 
     /// A qcow2 image that is written.
-    pub fn writable(backend: Backend, header: &Header, map: Map) -> Self {
-        let limit = growth_limit(backend.len, header.size);
+    pub fn writable(
+        backend: Arc<Backend>,
+        len: u64,
+        header: &Header,
+        map: Map,
+        overlay: Overlay,
+    ) -> Self {
+        let limit = growth_limit(len, header.size);
         let meta = Meta {
             map,
-            overlay: Overlay::default(),
+            overlay,
             header: header.clone(),
             moved: false,
         };
-        Self::new(backend, Some(header), Some(meta), limit)
+        Self::new(backend, len, Some(header), Some(meta), limit)
     }
 
-    fn new(backend: Backend, header: Option<&Header>, meta: Option<Meta>, limit: u64) -> Self {
+    fn new(
+        backend: Arc<Backend>,
+        len: u64,
+        header: Option<&Header>,
+        meta: Option<Meta>,
+        limit: u64,
+    ) -> Self {
         let (memory_align, align) = backend
             .direct
             .map_or((1, 1), |d| (d.memory.max(1), d.offset.max(1)));
         Self(Arc::new(Inner {
-            file: backend.file,
             memory_align: memory_align as usize,
             align: u64::from(align),
-            len: AtomicU64::new(backend.len),
+            len: AtomicU64::new(len),
             limit: AtomicU64::new(limit),
-            durable: backend.durable,
+            backend,
             header: header.map(|h| (h.cluster_size(), h.sanitized().to_vec())),
             meta: meta.map(Mutex::new),
             helper: CommonStorageHelper::default(),
@@ -126,7 +137,7 @@ impl Store {
 
     /// The file, for data.
     pub fn file(&self) -> &File {
-        &self.0.file
+        &self.0.backend.file
     }
 
     /// Whether these are clones of one.
@@ -188,6 +199,23 @@ impl Store {
     pub fn must_apply(&self) -> bool {
         self.meta()
             .is_some_and(|mut m| m.overlay.take_freed() | m.moved)
+    }
+
+    /// Puts what has changed where it outlives this process. False: it must be applied.
+    pub fn log(&self) -> bool {
+        self.meta().is_none_or(|mut m| m.overlay.log())
+    }
+
+    /// Whether what changes is logged.
+    pub fn is_logged(&self) -> bool {
+        self.meta().is_some_and(|m| m.overlay.is_logged())
+    }
+
+    /// From now on, what changes is logged there. Everything must have been applied.
+    pub fn set_journal(&self, journal: Journal) {
+        if let Some(mut meta) = self.meta() {
+            meta.overlay.set_journal(Some(journal));
+        }
     }
 
     /// Sectors that wait to be applied.
@@ -349,14 +377,14 @@ fn growth_limit(len: u64, size: u64) -> u64 {
 impl Medium for Store {
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         if self.0.memory_align == 1 && self.0.align == 1 {
-            return image_io::read(&self.0.file, buffer, offset);
+            return image_io::read(self.file(), buffer, offset);
         }
         let mask = self.0.align - 1;
         let start = offset & !mask;
         let skip = (offset - start) as usize;
         let len = (skip + buffer.len()).next_multiple_of(self.0.align as usize);
         let mut bounce = Buffer::new(len, self.0.memory_align);
-        image_io::read(&self.0.file, bounce.bytes(), start)?;
+        image_io::read(self.file(), bounce.bytes(), start)?;
         let from = bounce.bytes().get(skip..).unwrap_or_default();
         for (to, from) in buffer.iter_mut().zip(from) {
             *to = *from;
@@ -367,7 +395,7 @@ impl Medium for Store {
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let end = offset.saturating_add(bytes.len() as u64);
         if self.0.memory_align == 1 && self.0.align == 1 {
-            image_io::write(&self.0.file, bytes, offset)?;
+            image_io::write(self.file(), bytes, offset)?;
             self.wrote_to(end);
             return Ok(());
         }
@@ -377,19 +405,19 @@ impl Medium for Store {
         let len = (skip + bytes.len()).next_multiple_of(self.0.align as usize);
         let mut bounce = Buffer::new(len, self.0.memory_align);
         if !self.is_aligned(offset, bytes.len()) {
-            image_io::read(&self.0.file, bounce.bytes(), start)?;
+            image_io::read(self.file(), bounce.bytes(), start)?;
         }
         if let Some(place) = bounce.bytes().get_mut(skip..skip + bytes.len()) {
             place.copy_from_slice(bytes);
         }
-        image_io::write(&self.0.file, bounce.bytes(), start)?;
+        image_io::write(self.file(), bounce.bytes(), start)?;
         self.wrote_to(start.saturating_add(len as u64));
         Ok(())
     }
 
     fn barrier(&self) -> io::Result<()> {
-        if self.0.durable {
-            image_io::sync(&self.0.file)
+        if self.0.backend.durable {
+            image_io::sync(self.file())
         } else {
             Ok(())
         }
@@ -422,7 +450,7 @@ impl Storage for Store {
                         *to = *from;
                     }
                 }
-                _ => image_io::read(&self.0.file, &mut part, offset)?,
+                _ => image_io::read(self.file(), &mut part, offset)?,
             }
             if let Some(meta) = self.meta()
                 && self.0.header.as_ref().is_some_and(|(c, _)| offset >= *c)
@@ -441,7 +469,7 @@ impl Storage for Store {
             let end = offset.saturating_add(part.len() as u64);
             if !part.is_empty() && !self.metadata_written(&part, offset)? {
                 self.check_data(&(offset..end))?;
-                image_io::write(&self.0.file, &part, offset)?;
+                image_io::write(self.file(), &part, offset)?;
                 self.wrote_to(end);
             }
             offset = end;
@@ -459,7 +487,7 @@ impl Storage for Store {
         if within == 0 {
             return Ok(());
         }
-        match image_io::punch(&self.0.file, offset, within) {
+        match image_io::punch(self.file(), offset, within) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 Err(io::ErrorKind::Unsupported.into())
             }

@@ -6,9 +6,11 @@
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
 
 use bulkhead_blk::image::Image;
 use bulkhead_blk::image_chain::{ImageError, Layer};
+use bulkhead_blk::qcow2_journal::Kept;
 use bulkhead_blk::qcow2_store::Backend;
 use bulkhead_blk::transfer::{Direction, Transfer};
 
@@ -90,12 +92,12 @@ fn layer(path: &Path, writable: bool) -> Layer {
         .unwrap();
     Layer {
         name: path.file_name().unwrap().to_str().unwrap().into(),
-        backend: Backend {
+        backend: Arc::new(Backend {
             len: file.metadata().unwrap().len(),
             file,
             direct: None,
             durable: true,
-        },
+        }),
     }
 }
 
@@ -360,6 +362,97 @@ fn a_killed_process_leaves_nothing_worse_than_leaks() {
             drop(successor);
             assert_no_worse_than_leaks(&copy);
         }
+    }
+}
+
+/// Memory of the front-end.
+#[derive(Clone, Debug)]
+struct Memory(Arc<Mutex<Vec<u8>>>);
+
+impl Memory {
+    fn new(len: usize) -> Self {
+        Self(Arc::new(Mutex::new(vec![0; len])))
+    }
+
+    /// What it is now, for a successor.
+    fn copy(&self) -> Box<Self> {
+        let bytes = self.0.lock().unwrap().clone();
+        Box::new(Self(Arc::new(Mutex::new(bytes))))
+    }
+}
+
+impl Kept for Memory {
+    fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+    fn read(&self, at: usize, buffer: &mut [u8]) {
+        buffer.copy_from_slice(&self.0.lock().unwrap()[at..at + buffer.len()]);
+    }
+    fn write(&self, at: usize, bytes: &[u8]) {
+        self.0.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    fn store(&self, at: usize, value: u64) {
+        self.write(at, &value.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_successor_finds_every_completed_write() {
+    let scratch = Scratch::new("successor");
+    let base = scratch.path("base.raw");
+    std::fs::write(&base, vec![5u8; 3 * MIB as usize]).unwrap();
+    let flavours: [&[&str]; 4] = [
+        &[],
+        &["-o", "cluster_size=512"],
+        &["-o", "compat=0.10"],
+        &[
+            "-o",
+            "cluster_size=4k",
+            "-b",
+            base.to_str().unwrap(),
+            "-F",
+            "raw",
+        ],
+    ];
+    for (i, options) in flavours.iter().enumerate() {
+        let size = 8 * MIB;
+        let path = scratch.create(&format!("{i}.qcow2"), size, options);
+        let (copy, third) = (scratch.path("copy.qcow2"), scratch.path("third.qcow2"));
+        let mut model = vec![0; size as usize];
+        let chain = |top| if i == 3 { vec![top, &*base] } else { vec![top] };
+        if i == 3 {
+            model[..3 * MIB as usize].fill(5);
+        }
+        let mut dice = Dice(0x5555 + i as u64);
+        let image = open(&chain(&path), true).unwrap();
+        // A small log, so that it is full now and then.
+        let memory = Memory::new(64 * 1024);
+        image.keep(Box::new(memory.clone())).unwrap();
+        for _ in 0..24 {
+            play(&image, &mut model, &mut dice, 8, true);
+            std::fs::copy(&path, &copy).unwrap();
+            let left = memory.copy();
+            assert_no_worse_than_leaks(&copy);
+            let successor = open(&chain(&copy), true).unwrap();
+            successor.keep(left.clone()).unwrap();
+            assert_no_worse_than_leaks(&copy);
+            assert_content(&successor, &model);
+            // And its successor, after more writes.
+            let mut other = model.clone();
+            play(&successor, &mut other, &mut dice, 8, true);
+            std::fs::copy(&copy, &third).unwrap();
+            let left = left.copy();
+            drop(successor);
+            let successor = open(&chain(&third), true).unwrap();
+            successor.keep(left).unwrap();
+            assert_content(&successor, &other);
+        }
+        // Somebody else's log is not obeyed.
+        let foreign = Memory::new(64 * 1024);
+        foreign.write(0, b"whatever");
+        assert!(image.keep(Box::new(foreign)).is_err());
+        drop(image);
+        assert_clean(&path);
     }
 }
 
