@@ -13,7 +13,7 @@ use super::capabilities::window;
 use super::common::Effect;
 use super::events::FailReason;
 use super::function::{Config, Device, VirtioPciFunction};
-use super::registers::{NOTIFY_MULTIPLIER, bar};
+use super::registers::{NOTIFY_MULTIPLIER, bar, common};
 use crate::bus::BusDevice;
 use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, reg};
 use crate::vhost_user::VhostUserError;
@@ -21,6 +21,10 @@ use crate::vhost_user::VhostUserError;
 impl VirtioPciFunction {
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut device = self.lock_device();
+        if self.resetting(&mut device).is_some() {
+            // Nothing may be set up before the status reads as zero.
+            return;
+        }
         // A process that is only being replaced will be there again.
         device.common.set_usable(!self.link.failed());
         match device.common.write(offset, data) {
@@ -43,6 +47,14 @@ impl VirtioPciFunction {
             Effect::QueueVector { .. } => {}
         }
         self.publish(&device);
+    }
+
+    /// What the status register shows while a reset waits for the I/O of a lost process.
+    fn resetting(&self, device: &mut Device) -> Option<u8> {
+        if !self.signals.unquiet.load(Ordering::Acquire) {
+            device.resetting = None;
+        }
+        device.resetting
     }
 
     /// Copies what `status()` and the manager look at.
@@ -103,6 +115,7 @@ impl VirtioPciFunction {
     }
 
     fn reset_device(&self, device: &mut Device) {
+        let shown = device.common.status();
         if self.link.serving()
             && let Err(error) = device.backend.stop(self.deadline())
         {
@@ -117,6 +130,9 @@ impl VirtioPciFunction {
         }
         device.backend.forget();
         device.common.reset();
+        if shown != 0 && self.signals.unquiet.load(Ordering::Acquire) {
+            device.resetting = Some(shown);
+        }
         if let Some(control) = &mut device.control {
             control.reset();
         }
@@ -193,9 +209,14 @@ impl VirtioPciFunction {
             bar::COMMON => {
                 let needs_reset = self.needs_reset();
                 let generation = self.signals.generation.load(Ordering::Acquire);
-                self.lock_device()
-                    .common
-                    .read(inside, data, needs_reset, generation);
+                let mut device = self.lock_device();
+                device.common.read(inside, data, needs_reset, generation);
+                let status = common::DEVICE_STATUS
+                    .checked_sub(inside)
+                    .and_then(|at| data.get_mut(usize::try_from(at).ok()?));
+                if let (Some(byte), Some(shown)) = (status, self.resetting(&mut device)) {
+                    *byte = shown;
+                }
             }
             bar::ISR if inside == 0 => {
                 if let Some(first) = data.first_mut() {

@@ -166,7 +166,12 @@ impl NetControl {
             return Ok(Served::default());
         };
         ring.disable_notification(memory).map_err(|_| Malformed)?;
+        let mut waited = false;
         for _ in 0..BATCH {
+            // Whoever waits for the lock waits for one back-end's answer, not for many.
+            if waited {
+                break;
+            }
             let chain = ring.iter(memory).map_err(|_| Malformed)?.next();
             let Some(chain) = chain else {
                 if ring.enable_notification(memory).map_err(|_| Malformed)? {
@@ -177,9 +182,9 @@ impl NetControl {
             };
             let head = chain.head_index();
             let (request, status) = read(chain, memory)?;
-            let done = self
-                .parse(&request)
-                .is_some_and(|command| self.carry_out(command, act));
+            let command = self.parse(&request);
+            waited = matches!(command, Some(Command::Pairs(pairs)) if pairs != self.in_use);
+            let done = command.is_some_and(|command| self.carry_out(command, act));
             let answer = if done { OK } else { ERR };
             memory.write_obj(answer, status).map_err(|_| Malformed)?;
             ring.add_used(memory, head, 1).map_err(|_| Malformed)?;

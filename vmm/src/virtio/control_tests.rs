@@ -110,13 +110,10 @@ impl Bed {
         self.offer(0);
         let before = self.used();
         let served = self.serve().unwrap();
-        assert_eq!(
-            served,
-            Served {
-                signal: true,
-                more: false
-            }
-        );
+        assert!(served.signal);
+        if served.more {
+            assert_eq!(self.serve(), Ok(Served::default()), "there was no more");
+        }
         assert_eq!(self.used(), before + 1);
         self.memory.read_obj(GuestAddress(STATUS)).unwrap()
     }
@@ -262,6 +259,17 @@ fn a_turn_is_bounded_and_interrupts_follow_the_drivers_wish() {
     let served = bed.serve().unwrap();
     assert!(!served.signal && !served.more);
     assert_eq!(bed.used(), SIZE + 1);
+    // One for which the back-end is waited for ends its turn.
+    bed.memory
+        .write_slice(&[4, 0, 3, 0], GuestAddress(DATA))
+        .unwrap();
+    bed.descriptor(TABLE, 0, DATA, 4, NEXT, 2);
+    bed.offer(0);
+    bed.offer(0);
+    assert!(bed.serve().unwrap().more);
+    assert_eq!(bed.used(), SIZE + 2);
+    assert!(!bed.serve().unwrap().more);
+    assert_eq!(bed.used(), SIZE + 3);
 }
 
 proptest! {

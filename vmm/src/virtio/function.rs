@@ -63,6 +63,8 @@ pub(super) struct Device {
     pub(super) common: CommonConfig,
     pub(super) backend: Backend,
     pub(super) control: Option<NetControl>,
+    /// What the status register shows of a reset until it is complete.
+    pub(super) resetting: Option<u8>,
 }
 
 impl Device {
@@ -87,6 +89,8 @@ pub(super) struct Signals {
     pub(super) stale: AtomicBool,
     /// The driver broke a ring, or the process refused one: only a reset repairs it.
     pub(super) broken: AtomicBool,
+    /// What the last process had in flight may still write to guest memory.
+    pub(super) unquiet: AtomicBool,
     /// What the API wants of a network device's link.
     pub(super) link_down: AtomicBool,
     /// Copies for `status()`.
@@ -198,6 +202,7 @@ impl VirtioPciFunction {
                 common,
                 backend,
                 control,
+                resetting: None,
             }),
             space: Mutex::new(space),
             bar: OnceLock::new(),
@@ -285,6 +290,7 @@ impl VirtioPciFunction {
     /// nothing waits for the process any more. The first reason stays. Never blocks.
     pub fn fail(&self, reason: FailReason) {
         let text = reason.to_string();
+        self.expect_fence();
         if self.link.fail(reason) {
             log::warn!("device {}: {text}", self.options.id);
             self.follow_link();
@@ -299,6 +305,7 @@ impl VirtioPciFunction {
     /// [`fail`](Self::fail). Never blocks.
     pub fn suspend(&self, reason: FailReason) {
         let text = reason.to_string();
+        self.expect_fence();
         if self.link.suspend(reason) {
             log::info!(
                 "device {}: {text}; waiting for a successor",
@@ -314,6 +321,19 @@ impl VirtioPciFunction {
             self.suspend(reason);
         } else {
             self.fail(reason);
+        }
+    }
+
+    /// The process that was lost has ended, and so has all of its I/O: a reset that waited
+    /// for this is complete. For functions whose options say `fenced`.
+    pub fn quiesced(&self) {
+        self.signals.unquiet.store(false, Ordering::Release);
+    }
+
+    /// A process that serves is about to be lost.
+    fn expect_fence(&self) {
+        if self.options.fenced && self.link.serving() {
+            self.signals.unquiet.store(true, Ordering::Release);
         }
     }
 

@@ -47,6 +47,10 @@ pub struct VirtioPciOptions {
     pub successor: bool,
     /// The back-end is somebody else's program.
     pub external: bool,
+    /// The I/O of a process can outlive it: a driver's reset after its loss is not seen as
+    /// complete before [`quiesced`](super::VirtioPciFunction::quiesced) has been called, or
+    /// a successor serves. Without it a reset after a loss is complete at once.
+    pub fenced: bool,
     /// The VMM serves the control queue of this network device with so many queue pairs,
     /// as external back-ends do not; the control queue is the last one.
     pub net_control: Option<u16>,
@@ -69,6 +73,7 @@ impl VirtioPciOptions {
             operation_timeout: DEFAULT_OPERATION_TIMEOUT,
             successor: false,
             external: false,
+            fenced: false,
             net_control: None,
             assumed_features: None,
             hook: no_hook(),

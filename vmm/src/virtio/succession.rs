@@ -174,6 +174,8 @@ impl VirtioPciFunction {
                 });
             }
         };
+        // Whoever brings a successor in has seen to the end of what was before it.
+        self.quiesced();
         device.common.set_offered(offered);
         self.signals.stale.store(false, Ordering::Release);
         let config_changed = config.is_some_and(|bytes| self.lock_space().replace(bytes));

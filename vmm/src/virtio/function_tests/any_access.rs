@@ -5,6 +5,9 @@ use proptest::prelude::*;
 use super::super::{EventSource, Outcome};
 use super::guest::*;
 use crate::arch::x86_64::layout;
+use crate::vhost_user::Frontend;
+use crate::vhost_user::test_backend::TestBackend;
+use crate::virtio::VirtioPciOptions;
 use crate::virtio::registers::bar;
 
 #[derive(Clone, Debug)]
@@ -14,6 +17,8 @@ enum Access {
     Bar(u64, usize, u64),
     Event(u32),
     BringUp,
+    Die,
+    Succeed,
 }
 
 fn access() -> impl Strategy<Value = Access> {
@@ -36,18 +41,29 @@ fn access() -> impl Strategy<Value = Access> {
         5 => (bar_offset, len, value).prop_map(|(a, l, v)| Access::Bar(a, l, v)),
         1 => (0_u32..3).prop_map(Access::Event),
         1 => Just(Access::BringUp),
+        1 => Just(Access::Die),
+        1 => Just(Access::Succeed),
     ]
+}
+
+fn succeed(guest: &mut Guest) {
+    let (backend, socket) = TestBackend::start(&CONFIG);
+    let frontend = Frontend::connect(socket, PATIENT).unwrap();
+    guest.function.reconnect(frontend).unwrap();
+    guest.backend = backend;
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     /// Nothing a guest writes makes a panic, maps anything outside the windows, or leaves
-    /// a doorbell where the BAR is not; and the device comes up again after it.
+    /// a doorbell where the BAR is not, whatever becomes of the device process meanwhile; and
+    /// the device comes up again after it.
     #[test]
     fn no_guest_access_breaks_the_function(
         accesses in proptest::collection::vec(access(), 0..60)
     ) {
-        let guest = guest();
+        let options = VirtioPciOptions { successor: true, ..options() };
+        let mut guest = guest_with(options);
         for access in accesses {
             match access {
                 Access::Config(at, len, value) => {
@@ -66,12 +82,17 @@ proptest! {
                 }
                 Access::Event(queue) => {
                     let outcome = guest.function.on_event(EventSource::RingError(queue as u16));
-                    prop_assert!(matches!(outcome, Outcome::Handled));
+                    prop_assert!(matches!(outcome, Outcome::Handled | Outcome::Suspended(_)));
                 }
                 Access::BringUp => {
                     guest.write(layout::ECAM_START | 1 << 15 | 0x18, 4, 0x0001_0100);
                     guest.bring_up();
                 }
+                Access::Die => {
+                    guest.backend.die();
+                    guest.function.on_event(EventSource::Hangup);
+                }
+                Access::Succeed => succeed(&mut guest),
             }
             let base = guest.function.bar_address();
             if let Some(base) = base {
@@ -84,6 +105,7 @@ proptest! {
                 .collect();
             prop_assert_eq!(guest.hypervisor.doorbells(), expected);
         }
+        succeed(&mut guest);
         guest.write(layout::ECAM_START | 1 << 15 | 0x18, 4, 0x0001_0100);
         guest.bring_up();
         prop_assert_eq!(guest.device_status(), 15);

@@ -7,6 +7,7 @@ mod guest;
 mod killed;
 mod real_backends;
 mod succession;
+mod switches;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;

@@ -149,7 +149,7 @@ fn drive(directory: &TempDir, socket: &Path, mut process: Process) {
     }
 }
 
-fn found_on_path(program: &str) -> bool {
+pub fn found_on_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
