@@ -26,11 +26,11 @@ pub(crate) struct BackendChannel {
 impl BackendChannel {
     /// A channel over a connected stream socket.
     pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
-        if !sys::is_unix_stream(socket.as_fd(), false) {
-            return Err(io::Error::other(
-                "the back-end channel is not a connected unix stream socket",
-            ));
-        }
+        // Nothing is sent by this, but only to a connected socket. To ask for the socket's
+        // options would be a system call more in the filter.
+        sys::send_now(socket.as_fd(), &[], None).map_err(|e| {
+            io::Error::other(format!("the back-end channel is no connected socket: {e}"))
+        })?;
         Ok(Self {
             socket: Some(socket),
             ..Self::default()
