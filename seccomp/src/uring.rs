@@ -32,10 +32,13 @@ pub struct RingSpec<'a> {
     pub spare_files: u32,
 }
 
-/// A restricted ring, enabled.
+/// A restricted ring, enabled. It can wait for a time (IORING_FEAT_EXT_ARG).
 pub struct RestrictedRing {
-    /// Every entry must carry `squeue::Flags::FIXED_FILE` and no other flag.
+    /// Every entry must carry `squeue::Flags::FIXED_FILE`, may carry `SKIP_SUCCESS` where
+    /// the ring is [`Self::quiet`], and no other flag.
     pub ring: IoUring,
+    /// Entries may ask for no completion unless they fail. False before Linux 5.17.
+    pub quiet: bool,
     /// Completions are posted only while this thread waits in `io_uring_enter`
     /// (IORING_SETUP_DEFER_TASKRUN): always wait with GETEVENTS. False before Linux 6.1.
     pub deferred: bool,
@@ -85,6 +88,13 @@ pub fn available() -> Result<(), UringError> {
 /// The kernel refused a step; nothing is left behind.
 pub fn restricted(spec: &RingSpec<'_>) -> Result<RestrictedRing, UringError> {
     let (ring, deferred) = create(spec.entries)?;
+    if !ring.params().is_feature_ext_arg() {
+        return Err(UringError {
+            what: "waiting for a time (Linux 5.11 or later)",
+            source: io::Error::from_raw_os_error(libc::ENOSYS),
+        });
+    }
+    let quiet = ring.params().is_feature_skip_cqe_on_success();
     let submitter = ring.submitter();
 
     let spare = usize::try_from(spec.spare_files).unwrap_or(usize::MAX);
@@ -111,7 +121,12 @@ pub fn restricted(spec: &RingSpec<'_>) -> Result<RestrictedRing, UringError> {
         .map(|code| Restriction::sqe_op(*code))
         .collect();
     let fixed = squeue::Flags::FIXED_FILE.bits();
-    restrictions.push(Restriction::sqe_flags_allowed(fixed));
+    let skip = if quiet {
+        squeue::Flags::SKIP_SUCCESS.bits()
+    } else {
+        0
+    };
+    restrictions.push(Restriction::sqe_flags_allowed(fixed | skip));
     restrictions.push(Restriction::sqe_flags_required(fixed));
     restrictions.push(Restriction::register_op(REGISTER_FILES_UPDATE));
     submitter
@@ -128,6 +143,7 @@ pub fn restricted(spec: &RingSpec<'_>) -> Result<RestrictedRing, UringError> {
         })?;
     Ok(RestrictedRing {
         ring,
+        quiet,
         deferred,
         files,
     })

@@ -1,15 +1,70 @@
-//! What a disk in an image format is to the engine that serves it.
+//! Where a disk's content is: a raw file or block device, or an image in a format.
 //!
-//! A raw file or block device is served by [`crate::engine_uring`] or
-//! [`crate::engine_plain`] directly. A format is served by the plain engine's loop, one
-//! request after another on each queue's worker thread, which calls these methods; so an
-//! implementation locks what its queues share. Made before confinement, by
-//! [`crate::disk::Disk::open`].
+//! A raw one is served by [`crate::engine_uring`] or [`crate::engine_plain`] directly. A
+//! format is served by the plain engine's loop, one request after another on each queue's
+//! worker thread, which calls [`Image`]'s methods; so an implementation locks what its
+//! queues share. Its files are opened before confinement; what is in them is an attacker's
+//! and is looked at only when the process has given up its privileges
+//! ([`Formatted::open`]).
 
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::transfer::{Direction, Step};
+
+/// Looks at an image for the first time.
+pub type Opener = Box<dyn FnOnce() -> Result<Box<dyn Image>, String> + Send>;
+
+/// Where a disk's content is.
+#[derive(Debug)]
+pub enum Backing {
+    /// In a file or block device, byte for byte.
+    Raw(File),
+    /// In an image.
+    Image(Formatted),
+}
+
+/// An image, which is opened after confinement has begun.
+pub struct Formatted {
+    opener: Mutex<Option<Opener>>,
+    image: OnceLock<Box<dyn Image>>,
+}
+
+impl Formatted {
+    /// An image that `opener` will open.
+    pub fn new(opener: Opener) -> Self {
+        Self {
+            opener: Mutex::new(Some(opener)),
+            image: OnceLock::new(),
+        }
+    }
+
+    /// Opens it, unless it is open.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub fn open(&self) -> Result<(), String> {
+        let mut opener = self.opener.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = opener.take() {
+            let image = open()?;
+            self.image.get_or_init(|| image);
+        }
+        Ok(())
+    }
+
+    /// The image, once it is open.
+    pub fn get(&self) -> Option<&dyn Image> {
+        self.image.get().map(AsRef::as_ref)
+    }
+}
+
+impl fmt::Debug for Formatted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Formatted").field(&self.image).finish()
+    }
+}
 
 /// A disk in an image format.
 pub trait Image: fmt::Debug + Send + Sync {

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
-use crate::request::ID_BYTES;
+use crate::disk_options::DiskOptions;
+pub use crate::disk_options::DiskSource;
 
 /// Most queues of one disk; each costs a thread and a ring.
 const MAX_QUEUES: u16 = 64;
@@ -30,8 +31,19 @@ Usage:
                          path=FILE     raw image or block device (with --socket)
                          fd=N          the same, inherited
                          readonly=on   refuse writes
-                         direct=on|off O_DIRECT; default: where the file allows it
+                         format=FORMAT raw or qcow2; never guessed [default: raw]
+                         cache=MODE    none: O_DIRECT where the file allows it [default];
+                                       writeback: through the page cache;
+                                       writethrough: each write is durable when it ends;
+                                       unsafe: flushes are ignored
+                         direct=on|off O_DIRECT, whatever the cache mode
                          serial=TEXT   what the guest reads as serial, up to 20 bytes
+                         bps=N[:BURST] most bytes per second, with K, M, G or T
+                         iops=N[:BURST] most requests per second
+                         max-size=SIZE the file may never be made larger than this
+                         backing=PATH[:PATH]... files beneath a qcow2 image, top first
+                         backing-fds=N[:N]... the same, inherited
+                         lock=off      do not lock the file: who else writes it corrupts it
   --queues N           number of queues, 1 to 64 [default: 1]
   --io-engine ENGINE   auto, io_uring or preadv2 [default: auto]
   -v, --verbose        log more
@@ -59,7 +71,7 @@ pub enum UsageError {
     },
 }
 
-fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError> {
+pub(crate) fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError> {
     Err(UsageError::Value {
         option,
         why: why.into(),
@@ -89,28 +101,6 @@ pub enum Endpoint {
     },
     /// A socket of its own.
     Socket(PathBuf),
-}
-
-/// Where the disk is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DiskSource {
-    /// To be opened.
-    Path(PathBuf),
-    /// Inherited.
-    Fd(RawFd),
-}
-
-/// --disk
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskOptions {
-    /// Where it is.
-    pub source: DiskSource,
-    /// Refuse writes.
-    pub readonly: bool,
-    /// O_DIRECT: demanded, refused, or where the file allows it.
-    pub direct: Option<bool>,
-    /// What GET_ID answers, padded with zeros.
-    pub serial: [u8; ID_BYTES],
 }
 
 /// --io-engine
@@ -153,7 +143,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
             Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?)?),
             Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?)?),
-            Long("disk") => disk = Some(parse_disk(&parser.value()?)?),
+            Long("disk") => disk = Some(DiskOptions::parse(&parser.value()?)?),
             Long("queues") => {
                 queues = parser.value()?.parse()?;
                 if !(1..=MAX_QUEUES).contains(&queues) {
@@ -186,8 +176,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
     let Some(disk) = disk else {
         return bad("--disk", "is missing");
     };
-    if let (DiskSource::Fd(fd), Endpoint::Inherited { control, vhost }) = (&disk.source, &endpoint)
-        && (fd == control || fd == vhost)
+    if let Endpoint::Inherited { control, vhost } = &endpoint
+        && disk.fds().any(|fd| fd == *control || fd == *vhost)
     {
         return bad("--disk", "fd is the number of a channel");
     }
@@ -200,70 +190,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
     }))
 }
 
-fn fd(option: &'static str, value: &OsString) -> Result<RawFd, UsageError> {
+pub(crate) fn fd(option: &'static str, value: &OsString) -> Result<RawFd, UsageError> {
     match value.to_str().and_then(|v| v.parse::<RawFd>().ok()) {
         Some(fd) if fd > 2 => Ok(fd),
         _ => bad(option, "must be a descriptor number above 2"),
-    }
-}
-
-fn switch(key: &str, value: &str) -> Result<bool, UsageError> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => bad("--disk", format!("{key} must be on or off")),
-    }
-}
-
-/// Splits at commas; two commas stand for one.
-fn split(spec: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut chars = spec.chars().peekable();
-    while let Some(c) = chars.next() {
-        if c == ',' && chars.next_if_eq(&',').is_none() {
-            parts.push(String::new());
-        } else if let Some(last) = parts.last_mut() {
-            last.push(c);
-        }
-    }
-    parts
-}
-
-fn parse_disk(spec: &OsString) -> Result<DiskOptions, UsageError> {
-    let Some(spec) = spec.to_str() else {
-        return bad("--disk", "must be UTF-8");
-    };
-    let (mut source, mut readonly, mut direct, mut serial) = (None, false, None, [0; ID_BYTES]);
-    for part in split(spec) {
-        let Some((key, value)) = part.split_once('=') else {
-            return bad("--disk", format!("{part:?} is not KEY=VALUE"));
-        };
-        match key {
-            "path" | "fd" if source.is_some() => {
-                return bad("--disk", "give one of path and fd, once");
-            }
-            "path" if value.is_empty() => return bad("--disk", "path is empty"),
-            "path" => source = Some(DiskSource::Path(value.into())),
-            "fd" => source = Some(DiskSource::Fd(fd("--disk fd", &value.into())?)),
-            "readonly" => readonly = switch(key, value)?,
-            "direct" => direct = Some(switch(key, value)?),
-            "serial" => {
-                let Some(place) = serial.get_mut(..value.len()) else {
-                    return bad("--disk", format!("serial is longer than {ID_BYTES} bytes"));
-                };
-                place.copy_from_slice(value.as_bytes());
-            }
-            _ => return bad("--disk", format!("unknown key {key:?}")),
-        }
-    }
-    match source {
-        Some(source) => Ok(DiskOptions {
-            source,
-            readonly,
-            direct,
-            serial,
-        }),
-        None => bad("--disk", "needs path=FILE or fd=N"),
     }
 }
 
@@ -301,13 +231,6 @@ mod tests {
     }
 
     #[test]
-    fn a_path_may_hold_commas() {
-        let o = serve("--socket /s --disk path=/a,,b,readonly=off").unwrap();
-        assert_eq!(o.disk.source, DiskSource::Path("/a,b".into()));
-        assert!(!o.disk.readonly);
-    }
-
-    #[test]
     fn nonsense_is_one_line_that_names_the_option() {
         for (line, word) in [
             ("--disk path=/x", "--socket"),
@@ -316,14 +239,12 @@ mod tests {
             ("--socket /s --disk path=/x --queues 0", "--queues"),
             ("--socket /s --disk path=/x --queues 65", "--queues"),
             ("--socket /s --disk path=/x,fd=5", "--disk"),
-            ("--socket /s --disk readonly=on", "--disk"),
-            ("--socket /s --disk path=/x,readonly=yes", "readonly"),
-            (
-                "--socket /s --disk path=/x,serial=123456789012345678901",
-                "serial",
-            ),
             ("--socket /s --disk path=/x --io-engine aio", "--io-engine"),
             ("--control-fd 3 --vhost-fd 4 --disk fd=4", "--disk"),
+            (
+                "--control-fd 3 --vhost-fd 4 --disk fd=5,format=qcow2,backing-fds=3",
+                "--disk",
+            ),
             ("--control-fd 1 --vhost-fd 4 --disk fd=5", "--control-fd"),
             ("--nonsense", "--nonsense"),
         ] {

@@ -1,22 +1,24 @@
-//! The file or block device behind the disk: opened or inherited, looked at once, before
-//! confinement. Called by the main thread; the workers then share it unchanged.
-
-#![allow(unsafe_code)] // statx, for what O_DIRECT wants, has no safe wrapper
+//! The disk as the queues serve it: opened or inherited, looked at once, before confinement.
+//! Made by the main thread; the workers share it. What changes while they run (size, cache
+//! mode, limits) is atomic.
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
+use bulkhead_runtime::limit::Limiter;
 use bulkhead_runtime::sys;
 
-use crate::cli::{DiskOptions, DiskSource};
+use crate::backing::Backing;
+use crate::config::{F_CONFIG_WCE, F_FLUSH};
+use crate::disk_options::{Cache, DiskOptions, DiskSource, Format};
+pub use crate::host::{Alignment, Topology};
+use crate::host::{self, SECTOR};
 use crate::request::ID_BYTES;
-use crate::vectored;
-
-const SECTOR: u64 = 512;
-const PAGE: u32 = 4096;
 
 /// Why a disk cannot be served: one line with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +34,7 @@ pub enum DiskError {
         remedy: &'static str,
     },
     /// Neither a regular file nor a block device.
-    #[error("disk {name}: is {what}; give a raw image file or a block device")]
+    #[error("disk {name}: is {what}; give an image file or a block device")]
     Kind {
         /// Path or fd.
         name: String,
@@ -63,85 +65,339 @@ pub enum DiskError {
         /// Path or fd.
         name: String,
     },
+    /// Not built.
+    #[error("disk {name}: qcow2 images are not served by this build; convert it to raw")]
+    Format {
+        /// Path or fd.
+        name: String,
+    },
+    /// Larger than it may be.
+    #[error("disk {name}: has {len} bytes, more than max-size={max}; raise max-size")]
+    TooLarge {
+        /// Path or fd.
+        name: String,
+        /// Its length.
+        len: u64,
+        /// What it may have.
+        max: u64,
+    },
+    /// Another process uses it.
+    #[error("disk {name}: is in use by another process, which locked it; {remedy}")]
+    Locked {
+        /// Path or fd.
+        name: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Its file system cannot lock.
+    #[error("disk {name}: cannot be locked: {source}; add lock=off if nobody else uses it")]
+    NoLocks {
+        /// Path or fd.
+        name: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
 }
 
-/// What requests are judged by.
+/// What requests are judged by, beside the size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Capacity in sectors of 512 bytes.
-    pub sectors: u64,
     /// Logical block size told to the guest: requests are multiples of it.
     pub block_size: u32,
     /// Writes are refused.
     pub readonly: bool,
     /// What GET_ID answers.
     pub serial: [u8; ID_BYTES],
+    /// How the host likes to be used.
+    pub topology: Topology,
 }
 
-/// What O_DIRECT asks of buffers and lengths.
+/// What is done about a range that shall be empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Alignment {
-    /// Of buffers in memory.
-    pub memory: u32,
-    /// Of offsets and lengths.
-    pub offset: u32,
+pub enum RangeOp {
+    /// The content is needed no longer.
+    Discard,
+    /// It shall read as zeros.
+    Zero,
+    /// It shall read as zeros, and its space may be given back.
+    ZeroUnmap,
+}
+
+/// How a raw disk does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeHow {
+    /// FALLOC_FL_PUNCH_HOLE
+    Punch,
+    /// FALLOC_FL_ZERO_RANGE
+    ZeroRange,
+    /// By writing zeros.
+    Write,
+    /// Not at all.
+    Ignore,
 }
 
 /// An open disk.
 #[derive(Debug)]
 pub struct Disk {
-    /// The file.
-    pub file: File,
+    /// Where its content is.
+    pub backing: Backing,
     /// What requests are judged by.
     pub geometry: Geometry,
     /// Set when the file is open with O_DIRECT.
     pub direct: Option<Alignment>,
     /// Whether it is a regular file (RLIMIT_FSIZE applies).
     pub regular: bool,
+    /// Whether its content is in memory: an I/O never waits.
+    pub in_memory: bool,
+    /// Limits of all queues together.
+    pub limiter: Limiter,
+    /// What becomes of written data.
+    pub cache: Cache,
+    /// Most bytes that the file may have.
+    pub max_size: Option<u64>,
+    sectors: AtomicU64,
+    /// The driver's choice, while it has one (VIRTIO_BLK_F_CONFIG_WCE).
+    writeback: AtomicBool,
+    /// Discard is offered: what was offered once stays so.
+    discard: bool,
+    punch: AtomicBool,
+    zero: AtomicBool,
 }
 
 impl Disk {
-    /// Opens or takes over the disk that the options describe.
+    /// A disk of `sectors` over `backing`, with everything else as plain as can be.
+    pub fn new(backing: Backing, geometry: Geometry, sectors: u64) -> Self {
+        Self {
+            backing,
+            geometry,
+            direct: None,
+            regular: true,
+            in_memory: false,
+            limiter: Limiter::default(),
+            cache: Cache::None,
+            max_size: None,
+            sectors: AtomicU64::new(sectors),
+            writeback: AtomicBool::new(true),
+            discard: false,
+            punch: AtomicBool::new(false),
+            zero: AtomicBool::new(true),
+        }
+    }
+
+    /// The same disk, which gives space back.
+    #[must_use]
+    pub fn with_discard(mut self) -> Self {
+        self.discard = true;
+        self.punch = AtomicBool::new(true);
+        self
+    }
+
+    /// Opens or takes over the disk that the options describe. What is in an image is not
+    /// looked at yet.
+    ///
+    /// # Errors
+    /// One line with the remedy.
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let name = options.source.to_string();
-        let (file, flags) = match &options.source {
-            DiskSource::Path(path) => open_path(path, options, &name)?,
-            DiskSource::Fd(fd) => take_fd(*fd, &name)?,
-        };
-        let open_failed = |source| DiskError::Open {
-            name: name.clone(),
-            source,
-            remedy: "",
-        };
-        let meta = file.metadata().map_err(open_failed)?;
-        let kind = meta.file_type();
-        check_kind(kind, &name)?;
-        if !options.readonly && flags & libc::O_ACCMODE != libc::O_RDWR {
-            return Err(DiskError::ReadOnly { name });
-        }
-        let direct = (flags & libc::O_DIRECT != 0).then(|| alignment(&file));
-        let block_size = direct.map_or(SECTOR as u32, |d| d.offset.max(SECTOR as u32));
-        let len = (&file).seek(SeekFrom::End(0)).map_err(open_failed)?;
+        let top = open_source(&options.source, options, options.readonly)?;
+        let block_size = top.block_size();
         let block = u64::from(block_size);
-        if len < block {
-            return Err(DiskError::Short {
-                name,
-                len,
-                sector: block,
-            });
+        if let Some(max) = options.max_size
+            && top.len > max
+        {
+            let len = top.len;
+            return Err(DiskError::TooLarge { name, len, max });
         }
-        Ok(Self {
-            geometry: Geometry {
-                sectors: (len / block) * (block / SECTOR),
-                block_size,
-                readonly: options.readonly,
-                serial: options.serial,
-            },
-            direct,
-            regular: kind.is_file(),
-            file,
-        })
+        let geometry = Geometry {
+            block_size,
+            readonly: options.readonly,
+            serial: options.serial,
+            topology: top.topology,
+        };
+        let (direct, regular, len) = (top.direct, top.regular, top.len);
+        let mut disk = match options.format {
+            Format::Raw if len < block => {
+                return Err(DiskError::Short {
+                    name,
+                    len,
+                    sector: block,
+                });
+            }
+            Format::Raw => {
+                let discard = !options.readonly && host::can_punch(&top.file, len, !regular);
+                let in_memory = host::in_memory(&top.file);
+                let mut disk = Self::new(Backing::Raw(top.file), geometry, 0);
+                disk.sectors = AtomicU64::new(whole_sectors(len, block_size));
+                disk.in_memory = in_memory;
+                if discard { disk.with_discard() } else { disk }
+            }
+            Format::Qcow2 => return Err(DiskError::Format { name }),
+        };
+        disk.direct = direct;
+        disk.regular = regular;
+        disk.cache = options.cache;
+        disk.max_size = options.max_size;
+        disk.limiter = Limiter::new(options.bytes, options.operations, Instant::now());
+        Ok(disk)
     }
+
+    /// Capacity in sectors of 512 bytes.
+    #[inline]
+    pub fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// From now on the disk is this large.
+    pub fn set_size(&self, bytes: u64) {
+        let sectors = whole_sectors(bytes, self.geometry.block_size);
+        self.sectors.store(sectors, Ordering::Release);
+    }
+
+    /// Most bytes that the process may make a file have; None: no limit.
+    pub fn file_limit(&self) -> Option<u64> {
+        if !self.regular {
+            return None;
+        }
+        if self.geometry.readonly {
+            return Some(0);
+        }
+        self.max_size
+    }
+
+    /// The driver's choice of cache mode; true is writeback (5.2.5).
+    pub fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// The cache mode as the driver reads it.
+    pub fn writeback(&self) -> bool {
+        self.cache != Cache::Writethrough && self.writeback.load(Ordering::Acquire)
+    }
+
+    /// Whether a write must be on stable storage when it completes, with these features
+    /// accepted (5.2.6.2).
+    #[inline]
+    pub fn durable_writes(&self, features: u64) -> bool {
+        match self.cache {
+            Cache::Unsafe => false,
+            Cache::Writethrough => true,
+            Cache::None | Cache::Writeback if features & F_CONFIG_WCE != 0 => !self.writeback(),
+            Cache::None | Cache::Writeback => features & F_FLUSH == 0,
+        }
+    }
+
+    /// Whether there is anything to flush.
+    #[inline]
+    pub fn flushes(&self) -> bool {
+        self.cache != Cache::Unsafe && !self.geometry.readonly
+    }
+
+    /// Whether discard is offered.
+    pub fn discards(&self) -> bool {
+        if self.geometry.readonly {
+            return false;
+        }
+        match &self.backing {
+            Backing::Raw(_) => self.discard,
+            Backing::Image(image) => image.get().is_some_and(|i| i.can_discard()),
+        }
+    }
+
+    /// How a raw disk empties a range now.
+    pub fn how(&self, op: RangeOp) -> RangeHow {
+        let punch = self.punch.load(Ordering::Relaxed);
+        match op {
+            RangeOp::Discard if punch => RangeHow::Punch,
+            // A hint, which may be ignored.
+            RangeOp::Discard => RangeHow::Ignore,
+            RangeOp::ZeroUnmap if punch => RangeHow::Punch,
+            _ if self.zero.load(Ordering::Relaxed) => RangeHow::ZeroRange,
+            _ => RangeHow::Write,
+        }
+    }
+
+    /// The host says that it cannot do it like this.
+    pub fn cannot(&self, how: RangeHow) {
+        match how {
+            RangeHow::Punch => self.punch.store(false, Ordering::Relaxed),
+            RangeHow::ZeroRange => self.zero.store(false, Ordering::Relaxed),
+            RangeHow::Write | RangeHow::Ignore => {}
+        }
+    }
+}
+
+fn whole_sectors(bytes: u64, block_size: u32) -> u64 {
+    let block = u64::from(block_size.max(SECTOR));
+    (bytes / block).saturating_mul(block / u64::from(SECTOR))
+}
+
+/// An open file or block device.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file.
+    pub file: File,
+    /// Its length in bytes.
+    pub len: u64,
+    /// What O_DIRECT asks for, if it is on.
+    pub direct: Option<Alignment>,
+    /// A regular file.
+    pub regular: bool,
+    /// How the host likes it to be used.
+    pub topology: Topology,
+}
+
+impl Opened {
+    fn block_size(&self) -> u32 {
+        let direct = self.direct.map_or(0, |d| d.offset);
+        SECTOR.max(direct).max(self.topology.logical)
+    }
+}
+
+fn open_source(
+    source: &DiskSource,
+    options: &DiskOptions,
+    readonly: bool,
+) -> Result<Opened, DiskError> {
+    let name = source.to_string();
+    let (file, flags) = match source {
+        DiskSource::Path(path) => open_path(path, options, readonly, &name)?,
+        DiskSource::Fd(fd) => take_fd(*fd, &name)?,
+    };
+    let open_failed = |source| DiskError::Open {
+        name: name.clone(),
+        source,
+        remedy: "",
+    };
+    let kind = file.metadata().map_err(open_failed)?.file_type();
+    check_kind(kind, &name)?;
+    if !readonly && flags & libc::O_ACCMODE != libc::O_RDWR {
+        return Err(DiskError::ReadOnly { name });
+    }
+    let is_direct = flags & libc::O_DIRECT != 0;
+    if options.direct == Some(true) && !is_direct && *source == options.source {
+        return Err(DiskError::NoDirect { name });
+    }
+    if options.lock && matches!(source, DiskSource::Path(_)) {
+        match host::lock(&file, !readonly) {
+            Ok(true) => {}
+            Ok(false) => {
+                let remedy = if readonly {
+                    "end that one, or serve it with readonly=on there too"
+                } else {
+                    "end that one, or serve it with readonly=on in both"
+                };
+                return Err(DiskError::Locked { name, remedy });
+            }
+            Err(source) => return Err(DiskError::NoLocks { name, source }),
+        }
+    }
+    Ok(Opened {
+        len: (&file).seek(SeekFrom::End(0)).map_err(open_failed)?,
+        direct: is_direct.then(|| host::alignment(&file)),
+        regular: kind.is_file(),
+        topology: host::topology(&file, kind.is_block_device()),
+        file,
+    })
 }
 
 fn check_kind(kind: FileType, name: &str) -> Result<(), DiskError> {
@@ -158,22 +414,29 @@ fn check_kind(kind: FileType, name: &str) -> Result<(), DiskError> {
     })
 }
 
-fn open_path(path: &Path, options: &DiskOptions, name: &str) -> Result<(File, i32), DiskError> {
+fn open_path(
+    path: &Path,
+    options: &DiskOptions,
+    readonly: bool,
+    name: &str,
+) -> Result<(File, i32), DiskError> {
     // Before the open, which would wait for a FIFO's other end.
-    if let Ok(meta) = std::fs::metadata(path) {
-        check_kind(meta.file_type(), name)?;
+    let kind = std::fs::metadata(path).map(|meta| meta.file_type());
+    if let Ok(kind) = kind {
+        check_kind(kind, name)?;
     }
+    let block_device = kind.is_ok_and(|k| k.is_block_device());
     let open = |extra: i32| {
         OpenOptions::new()
             .read(true)
-            .write(!options.readonly)
+            .write(!readonly)
             .custom_flags(extra | libc::O_NOCTTY)
             .open(path)
     };
     let failed = |source: std::io::Error| {
         let remedy = match source.raw_os_error() {
             Some(libc::ENOENT) => "; make it first (truncate -s SIZE FILE)",
-            Some(libc::EACCES | libc::EPERM | libc::EROFS) if !options.readonly => {
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) if !readonly => {
                 "; make it writable or add readonly=on"
             }
             Some(libc::EACCES | libc::EPERM) => "; make it readable for this user",
@@ -186,15 +449,22 @@ fn open_path(path: &Path, options: &DiskOptions, name: &str) -> Result<(File, i3
             remedy,
         }
     };
-    let access = if options.readonly {
+    let access = if readonly {
         libc::O_RDONLY
     } else {
         libc::O_RDWR
     };
-    if options.direct != Some(false) {
+    // An image's files are read and written in pieces of the format's choice.
+    let default = options.cache == Cache::None && options.format == Format::Raw;
+    if options.direct.unwrap_or(default) {
         match open(libc::O_DIRECT) {
-            // A block size that would change what the guest sees is not chosen silently.
-            Ok(file) if options.direct.is_some() || alignment(&file).offset <= SECTOR as u32 => {
+            // A block size that would change what the guest sees is not chosen silently,
+            // unless it is the device's own.
+            Ok(file)
+                if options.direct.is_some()
+                    || block_device
+                    || host::alignment(&file).offset <= SECTOR =>
+            {
                 return Ok((file, access | libc::O_DIRECT));
             }
             Err(e) if e.raw_os_error() != Some(libc::EINVAL) => return Err(failed(e)),
@@ -216,55 +486,4 @@ fn take_fd(fd: RawFd, name: &str) -> Result<(File, i32), DiskError> {
     let file: File = sys::take_inherited(fd).map_err(failed)?.into();
     let flags = sys::status_flags(file.as_fd()).map_err(failed)?;
     Ok((file, flags))
-}
-
-/// What O_DIRECT wants of this file: as statx tells (Linux 6.1), or by trying.
-fn alignment(file: &File) -> Alignment {
-    // SAFETY: an all-zero statx is valid, and only a place to write to.
-    let mut st: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty C string, which AT_EMPTY_PATH allows; st is live.
-    let r = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &raw mut st,
-        )
-    };
-    let told = Alignment {
-        memory: st.stx_dio_mem_align,
-        offset: st.stx_dio_offset_align,
-    };
-    let sane = |a: u32| a.is_power_of_two() && a <= 1 << 16;
-    if r == 0 && st.stx_mask & libc::STATX_DIOALIGN != 0 && sane(told.memory) && sane(told.offset) {
-        return told;
-    }
-    let mut store = vec![0u8; 3 * PAGE as usize];
-    let skip = store.as_ptr().align_offset(PAGE as usize);
-    let small = SECTOR as u32;
-    for (memory, offset) in [(small, small), (PAGE, small)] {
-        // A buffer at a multiple of `memory` and of nothing larger.
-        let start = skip.saturating_add(if memory == PAGE { 0 } else { memory as usize });
-        let end = start.saturating_add(offset as usize);
-        let Some(buffer) = store.get_mut(start..end) else {
-            break;
-        };
-        if vectored::read(file, buffer, 0).is_ok() {
-            return Alignment { memory, offset };
-        }
-    }
-    Alignment {
-        memory: PAGE,
-        offset: PAGE,
-    }
-}
-
-impl std::fmt::Display for DiskSource {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Path(path) => write!(f, "{}", path.display()),
-            Self::Fd(fd) => write!(f, "fd {fd}"),
-        }
-    }
 }

@@ -1,11 +1,15 @@
-//! The io_uring engine: one ring per queue holds the kick, the orders and the disk's I/O,
-//! so that a busy worker makes one io_uring_enter per batch and nothing else but the
-//! interrupt.
+//! The io_uring engine: one ring per queue holds the kick, the orders, the disk's I/O, the
+//! interrupt and the waits of rate limits, so that a worker makes one kind of system call,
+//! io_uring_enter, and of that one or a few for all requests that came together.
 //!
 //! Kick and mailbox are watched by multishot polls, which fire for every write to the
 //! eventfd and need no read. Guest memory is never registered as buffers: the kernel takes
 //! the segments of each request anew, so a page that the balloon took back is not used
 //! behind the guest's back.
+//!
+//! A disk that has nothing to do gets the first request of a batch at once and the others
+//! in growing portions: it works while the worker still reads requests. Completions are
+//! shown to the driver before the worker sleeps, or when they are half of what it waits for.
 //!
 //! Runs on the queue's worker thread, which makes the ring too (it is bound to it).
 
@@ -14,6 +18,8 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
@@ -22,30 +28,37 @@ use bulkhead_runtime::sys;
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use crate::disk::Disk;
-use crate::queue::{Queue, Work};
+use crate::backing::Backing;
+use crate::disk::{Disk, RangeHow};
+use crate::look::Look;
+use crate::queue::{Queue, RangeStep, Work};
 use crate::transfer::{Direction, Step};
 
 /// Submission entries; more requests than this at once are submitted in turns.
 const ENTRIES: u32 = 256;
-/// Requests taken before completions are looked at again.
-const BATCH: u32 = ENTRIES;
+/// Requests taken before the kernel is told of them.
+const PORTION: u32 = 32;
 
 // Registered files.
 const DISK: types::Fixed = types::Fixed(0);
 const WAKEUP: types::Fixed = types::Fixed(1);
 const KICK: types::Fixed = types::Fixed(2);
+const CALL: types::Fixed = types::Fixed(3);
 
 /// Operations that the ring takes, and no others.
-const OPCODES: [u8; 7] = [
+const OPCODES: [u8; 8] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
     opcode::Readv::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
     opcode::AsyncCancel::CODE,
 ];
+
+/// What is written to an eventfd.
+static ONE: u64 = 1;
 
 /// What a completion belongs to, as the upper half of user_data; the lower half is a slot
 /// or the kick's generation.
@@ -53,6 +66,7 @@ const TAG_IO: u32 = 0;
 const TAG_KICK: u32 = 1;
 const TAG_WAKEUP: u32 = 2;
 const TAG_CANCEL: u32 = 3;
+const TAG_SIGNAL: u32 = 4;
 
 fn user_data(tag: u32, value: u32) -> u64 {
     u64::from(tag) << 32 | u64::from(value)
@@ -62,6 +76,14 @@ fn user_data(tag: u32, value: u32) -> u64 {
 enum Draining {
     Stop,
     Memory(Arc<Memory>),
+}
+
+/// What the worker does when it has taken what there was.
+enum Next {
+    /// Tell the kernel, and take more.
+    More,
+    /// Wait for whatever happens first, at most until then.
+    Wait(Option<Instant>),
 }
 
 /// A queue's engine.
@@ -78,19 +100,40 @@ pub struct Engine {
     arm_wakeup: bool,
     /// Completions of the last wait, as (user_data, result, flags).
     reaped: Vec<(u64, i32, u32)>,
+    /// Operations on the disk that the kernel has, or will be given.
+    in_kernel: u32,
+    /// Requests to take before the kernel is told of them.
+    portion: u32,
+    /// Requests taken since there was nothing to do.
+    round: u32,
+    look: Look,
+    /// Completions of some entries can be left out, which signalling by the ring needs.
+    quiet: bool,
+    /// The call eventfd is signalled by the ring: it is one that never blocks.
+    signal_by_ring: bool,
 }
 
 impl Engine {
     /// Makes the ring. On the worker thread, before confinement is sealed.
-    pub fn new(port: WorkerPort, disk: Arc<Disk>) -> Result<Self, String> {
-        let files = [disk.file.as_raw_fd(), port.wakeup().as_raw_fd()];
-        let RestrictedRing { ring, .. } = uring::restricted(&RingSpec {
+    ///
+    /// # Errors
+    /// One line: the host has no such ring for this process.
+    pub fn new(mut port: WorkerPort, disk: Arc<Disk>) -> Result<Self, String> {
+        let Backing::Raw(file) = &disk.backing else {
+            return Err("an image is not served by io_uring".into());
+        };
+        let fence = port.take_fence();
+        let mut files = vec![file.as_raw_fd(), port.wakeup().as_raw_fd(), -1, -1];
+        // It stays in the ring's table until the kernel has ended the ring's last operation.
+        files.extend(fence.iter().map(AsRawFd::as_raw_fd));
+        let RestrictedRing { ring, quiet, .. } = uring::restricted(&RingSpec {
             entries: ENTRIES,
             opcodes: &OPCODES,
             files: &files,
-            spare_files: 1,
+            spare_files: 0,
         })
         .map_err(|e| e.to_string())?;
+        drop(fence);
         Ok(Self {
             port,
             disk,
@@ -101,6 +144,12 @@ impl Engine {
             arm_kick: false,
             arm_wakeup: true,
             reaped: Vec::new(),
+            in_kernel: 0,
+            portion: 1,
+            round: 0,
+            look: Look::new(),
+            quiet,
+            signal_by_ring: false,
         })
     }
 
@@ -108,10 +157,12 @@ impl Engine {
     pub fn run(mut self) -> ! {
         loop {
             self.arm();
-            let mut more = self.serve();
-            more |= self.finish_draining();
-            more |= !self.reaped.is_empty();
-            self.enter(u32::from(!more));
+            let next = self.serve();
+            let answered = self.finish_draining();
+            match next {
+                Next::Wait(until) if !answered && self.reaped.is_empty() => self.wait(until),
+                _ => self.enter(0),
+            }
             self.reap();
         }
     }
@@ -121,9 +172,9 @@ impl Engine {
         let entry = entry.clone().flags(squeue::Flags::FIXED_FILE);
         loop {
             // SAFETY: an entry's segments lie in guest memory that the queue's ring keeps
-            // mapped, or in a bounce buffer of its slot, and slot and ring live until
-            // nothing is in flight (finish_draining). The kernel takes the segment lists
-            // themselves at submission, before the slot is touched again.
+            // mapped, in a bounce buffer of its slot, or in a static; slot and ring live
+            // until nothing is in flight (finish_draining). The kernel takes the segment
+            // lists themselves at submission, before the slot is touched again.
             if unsafe { self.uring.submission().push(&entry) }.is_ok() {
                 return;
             }
@@ -136,8 +187,8 @@ impl Engine {
     /// Submits, and waits for at least `want` completions.
     fn enter(&mut self, want: u32) {
         const GETEVENTS: u32 = 1; // IORING_ENTER_GETEVENTS
-        self.port.status().syscalls.add(1);
         loop {
+            self.port.status().syscalls.add(1);
             let submit = {
                 let mut queue = self.uring.submission();
                 queue.sync();
@@ -152,13 +203,29 @@ impl Engine {
             match done {
                 Ok(n) if n < submit as usize => {}
                 Ok(_) => return,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => return,
-                // Completions must be taken first, or the kernel is short of memory for a
-                // moment: what was not submitted stays in the ring for the next turn.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return,
-                Err(e) => give_up(&e),
+                Err(e) => return passing(&e),
             }
         }
+    }
+
+    /// Submits, and waits until something has happened, or for the time.
+    fn wait(&mut self, until: Option<Instant>) {
+        let host = &self.port.status().waits_for_host;
+        host.store(self.in_kernel > 0, Ordering::Relaxed);
+        match until {
+            None => self.enter(1),
+            Some(until) => {
+                self.port.status().syscalls.add(1);
+                let left = until.saturating_duration_since(Instant::now());
+                let time = types::Timespec::from(left);
+                let limit = types::SubmitArgs::new().timespec(&time);
+                if let Err(e) = self.uring.submitter().submit_with_args(1, &limit) {
+                    passing(&e);
+                }
+            }
+        }
+        let host = &self.port.status().waits_for_host;
+        host.store(false, Ordering::Relaxed);
     }
 
     fn arm(&mut self) {
@@ -173,39 +240,115 @@ impl Engine {
         }
     }
 
-    /// Takes requests from the ring to the disk, up to a batch; true if there may be more.
-    fn serve(&mut self) -> bool {
-        let mut budget = BATCH;
+    /// Takes requests from the ring to the disk, up to a portion.
+    fn serve(&mut self) -> Next {
         while let Some(work) = self.queue.as_mut().and_then(Queue::next_waiting) {
             self.start(work);
         }
+        let Some(queue) = &mut self.queue else {
+            return Next::Wait(None);
+        };
         if self.draining.is_some() {
-            self.flush();
-            return false;
+            self.show();
+            return Next::Wait(None);
         }
-        if let Some(queue) = &mut self.queue {
-            queue.ring().disable_kicks();
+        if let Some(until) = queue.throttled() {
+            self.show();
+            return Next::Wait(Some(until));
         }
+        queue.ring().disable_kicks();
         loop {
-            while let Some(work) = self.queue.as_mut().and_then(|q| q.next(&mut budget)) {
-                self.start(work);
+            let full = self.take();
+            let Some(queue) = &mut self.queue else {
+                return Next::Wait(None);
+            };
+            let throttled = queue.throttled();
+            if full && throttled.is_none() && queue.ring().available() > 0 {
+                self.portion = self.portion.saturating_mul(2).min(PORTION);
+                return Next::More;
             }
-            self.flush();
-            if budget == 0 {
-                return true;
+            self.show();
+            if throttled.is_some() {
+                return Next::Wait(throttled);
+            }
+            self.portion = if self.in_kernel == 0 { 1 } else { PORTION };
+            if self.look() {
+                continue;
             }
             let Some(queue) = &mut self.queue else {
-                return false;
+                return Next::Wait(None);
             };
             if !queue.ring().enable_kicks() {
-                return false;
+                return Next::Wait(None);
             }
+            queue.ring().disable_kicks();
         }
     }
 
-    fn flush(&mut self) {
-        if let Some(queue) = &mut self.queue {
-            queue.ring().flush();
+    /// Takes a portion of requests; whether there may be more.
+    #[inline]
+    fn take(&mut self) -> bool {
+        let mut budget = self.portion;
+        let Some(queue) = &mut self.queue else {
+            return false;
+        };
+        queue.new_batch();
+        while let Some(work) = self.queue.as_mut().and_then(|q| q.next(&mut budget)) {
+            self.start(work);
+        }
+        if budget < self.portion {
+            self.round = self
+                .round
+                .saturating_add(self.portion.saturating_sub(budget));
+            if let Some(now) = self.queue.as_ref().and_then(Queue::clock) {
+                self.look.busy(now);
+            }
+        }
+        budget == 0
+    }
+
+    /// With nothing left to do, looks for requests for a while, if that is worth it. True
+    /// if there are some.
+    fn look(&mut self) -> bool {
+        if !self.look.is_enabled() || !self.queue.as_ref().is_some_and(Queue::is_idle) {
+            return false;
+        }
+        let now = Instant::now();
+        let round = std::mem::take(&mut self.round);
+        let time = self.look.idle(now, round);
+        if time.is_zero() {
+            return false;
+        }
+        // The interrupt, which waits in the ring.
+        if !self.uring.submission().is_empty() {
+            self.enter(0);
+            self.collect();
+            if !self.reaped.is_empty() {
+                return false;
+            }
+        }
+        let Some(queue) = &mut self.queue else {
+            return false;
+        };
+        Look::spin(now, time, || queue.ring().available() > 0)
+    }
+
+    /// Shows the driver what has completed, and has it signalled if it wants that.
+    fn show(&mut self) {
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        if !self.signal_by_ring {
+            return queue.show();
+        }
+        if queue.publish() {
+            // RWF_NOWAIT: an eventfd that could block is left alone, and says EAGAIN.
+            let signal = opcode::Write::new(CALL, (&raw const ONE).cast(), 8)
+                .rw_flags(libc::RWF_NOWAIT)
+                .build()
+                .flags(squeue::Flags::SKIP_SUCCESS)
+                .user_data(user_data(TAG_SIGNAL, 0));
+            self.push(&signal);
         }
     }
 
@@ -222,6 +365,7 @@ impl Engine {
                     .flags(types::FsyncFlags::DATASYNC)
                     .build(),
             ),
+            Work::Range(index, step) => (index, fallocate(&step)),
             Work::Transfer(index) => {
                 let durable = queue.durable_writes();
                 let Some(transfer) = queue.transfer(index) else {
@@ -231,10 +375,12 @@ impl Engine {
                 (index, entry(direction, &transfer.step(), durable))
             }
         };
+        self.in_kernel = self.in_kernel.saturating_add(1);
         self.push(&entry.user_data(user_data(TAG_IO, u32::from(index))));
     }
 
     /// Takes completions off the ring.
+    #[inline]
     fn collect(&mut self) {
         let completions = self.uring.completion();
         self.reaped
@@ -251,7 +397,11 @@ impl Engine {
             }
             if self.reaped.is_empty() {
                 self.reaped = batch;
+                break;
             }
+        }
+        if self.queue.as_mut().is_some_and(Queue::is_worth_showing) {
+            self.show();
         }
     }
 
@@ -260,19 +410,14 @@ impl Engine {
         let value = data as u32;
         match (data >> 32) as u32 {
             TAG_IO => {
-                let Ok(index) = u16::try_from(value) else {
-                    return;
-                };
-                let Some(queue) = &mut self.queue else {
-                    return;
-                };
-                if queue.finish(index, result) {
-                    let flush = queue.is_flush(index);
-                    self.start(if flush {
-                        Work::Flush(index)
-                    } else {
-                        Work::Transfer(index)
-                    });
+                self.in_kernel = self.in_kernel.saturating_sub(1);
+                let index = u16::try_from(value).ok();
+                let queue = self.queue.as_mut();
+                let work = queue
+                    .zip(index)
+                    .and_then(|(queue, index)| queue.finish(index, result));
+                if let Some(work) = work {
+                    self.start(work);
                 }
             }
             TAG_KICK if value == self.generation => self.kicked(result, flags),
@@ -280,6 +425,20 @@ impl Engine {
                 self.arm_wakeup |= !cqueue::more(flags);
                 if let Some(order) = self.port.take() {
                     self.obey(order);
+                }
+                if self.port.take_refresh()
+                    && let Some(queue) = &mut self.queue
+                {
+                    queue.refresh();
+                }
+            }
+            // Only a failure is told: an eventfd that may block, as a rule.
+            TAG_SIGNAL => {
+                self.signal_by_ring = false;
+                let call = self.queue.as_mut().and_then(|q| q.ring().call().cloned());
+                if let Some(call) = call {
+                    sys::signal(&call);
+                    self.port.status().syscalls.add(1);
                 }
             }
             // A cancelled poll of an old kick, or the cancellation itself.
@@ -314,8 +473,12 @@ impl Engine {
             Order::Stop => self.draining = Some(Draining::Stop),
             Order::Memory(memory) => self.draining = Some(Draining::Memory(memory)),
             Order::Call(call) => {
+                self.show();
+                // What is to be signalled on the old one is, before it goes.
+                self.enter(0);
                 if let Some(queue) = &mut self.queue {
                     queue.ring().set_call(call);
+                    self.register_call();
                 }
                 self.port.answer(Answer::Done);
             }
@@ -337,9 +500,23 @@ impl Engine {
             .map_err(|e| format!("cannot register the kick eventfd: {e}"))?;
         let status = Arc::clone(self.port.status());
         self.queue = Some(Queue::new(ring, status, Arc::clone(&self.disk)));
+        self.register_call();
         self.generation = self.generation.wrapping_add(1);
         self.arm_kick = true;
+        self.portion = 1;
         Ok(())
+    }
+
+    /// Lets the ring signal the call eventfd, if it can.
+    fn register_call(&mut self) {
+        let call = self.queue.as_mut().and_then(|q| q.ring().call().cloned());
+        let fd = call.as_ref().map_or(-1, |c| c.as_raw_fd());
+        let registered = self
+            .uring
+            .submitter()
+            .register_files_update(CALL.0, &[fd])
+            .is_ok();
+        self.signal_by_ring = registered && self.quiet && call.is_some();
     }
 
     /// Answers the order that waits for I/O to end, once it has ended. True if it did: then
@@ -358,7 +535,7 @@ impl Engine {
             (Some(Draining::Stop), queue) => {
                 let queue = queue.take();
                 if queue.is_some() {
-                    self.drop_kick();
+                    self.drop_eventfds();
                 }
                 Answer::Stopped {
                     next_avail: queue.map(Queue::stop),
@@ -370,8 +547,8 @@ impl Engine {
         true
     }
 
-    /// Stops watching the kick and lets its eventfd go.
-    fn drop_kick(&mut self) {
+    /// Stops watching the kick and lets the eventfds go.
+    fn drop_eventfds(&mut self) {
         let poll = user_data(TAG_KICK, self.generation);
         self.generation = self.generation.wrapping_add(1);
         self.arm_kick = false;
@@ -381,10 +558,27 @@ impl Engine {
                 .user_data(user_data(TAG_CANCEL, 0)),
         );
         self.enter(0);
-        if let Err(e) = self.uring.submitter().register_files_update(KICK.0, &[-1]) {
-            log::warn!("cannot release a kick eventfd: {e}");
+        self.signal_by_ring = false;
+        let update = self
+            .uring
+            .submitter()
+            .register_files_update(KICK.0, &[-1, -1]);
+        if let Err(e) = update {
+            log::warn!("cannot release the eventfds of a ring: {e}");
         }
     }
+}
+
+fn fallocate(step: &RangeStep) -> squeue::Entry {
+    let mode = match step.how {
+        RangeHow::Punch => libc::FALLOC_FL_PUNCH_HOLE,
+        _ => libc::FALLOC_FL_ZERO_RANGE,
+    };
+    // Never makes the file larger, whatever has become of it.
+    opcode::Fallocate::new(DISK, u64::from(step.range.len))
+        .offset(step.range.offset)
+        .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+        .build()
 }
 
 fn entry(direction: Direction, step: &Step, durable: bool) -> squeue::Entry {
@@ -413,8 +607,18 @@ fn entry(direction: Direction, step: &Step, durable: bool) -> squeue::Entry {
     }
 }
 
-/// The ring itself fails: nothing can be served any more.
-fn give_up(why: &io::Error) -> ! {
-    log::error!("io_uring_enter: {why}; the process ends");
-    sys::exit(1)
+/// An error of io_uring_enter that passes by itself, or the end.
+fn passing(why: &io::Error) {
+    match why.raw_os_error() {
+        // A signal; the time is over.
+        Some(libc::EINTR | libc::ETIME) => {}
+        // Completions must be taken first, or the kernel is short of memory for a moment:
+        // what was not submitted stays in the ring for the next turn.
+        Some(libc::EBUSY | libc::EAGAIN) => {}
+        // The ring itself fails: nothing can be served any more.
+        _ => {
+            log::error!("io_uring_enter: {why}; the process ends");
+            sys::exit(1)
+        }
+    }
 }

@@ -4,9 +4,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use bulkhead_blk::backing::Backing;
 use bulkhead_blk::cli::{self, Command, Endpoint, EngineChoice, HELP, Options};
 use bulkhead_blk::device::{Block, EngineKind};
 use bulkhead_blk::disk::{Disk, DiskError};
+use bulkhead_blk::host;
 use bulkhead_runtime::channels::{ChannelError, Channels};
 use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
@@ -27,6 +29,8 @@ enum MainError {
     Disk(#[from] DiskError),
     #[error("{0}; use --io-engine preadv2")]
     Uring(#[from] UringError),
+    #[error("an image is not served by io_uring; leave out --io-engine")]
+    Image,
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
@@ -81,8 +85,11 @@ fn run(options: &Options) -> Result<(), MainError> {
             (disk, Channels::listen(path)?)
         }
     };
+    let is_image = matches!(disk.backing, Backing::Image(_));
     let engine = match options.engine {
         EngineChoice::Plain => EngineKind::Plain,
+        EngineChoice::IoUring if is_image => return Err(MainError::Image),
+        EngineChoice::Auto if is_image || disk.in_memory => EngineKind::Plain,
         EngineChoice::IoUring => {
             uring::available()?;
             EngineKind::IoUring
@@ -101,9 +108,9 @@ fn run(options: &Options) -> Result<(), MainError> {
         (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,
     };
     let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
-    if disk.regular {
-        // The process writes to no other file, and never beyond the disk's end.
-        rlimits = rlimits.fsize(disk.geometry.sectors.saturating_mul(512));
+    if let Some(limit) = disk.file_limit() {
+        host::survive_size_limit();
+        rlimits = rlimits.fsize(limit);
     }
     let device = Arc::new(Block::new(disk, options.queues, engine));
     serve(

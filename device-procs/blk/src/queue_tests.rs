@@ -15,7 +15,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use super::*;
-use crate::disk::{Alignment, Geometry};
+use crate::config::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
+use crate::disk::{Alignment, Geometry, Topology};
 use crate::engine_plain;
 
 const PAGE: u64 = 0x1000;
@@ -33,7 +34,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    fn new(readonly: bool, direct: bool) -> Self {
+    fn new(readonly: bool, direct: bool, punch: bool) -> Self {
         let file = sys::memfd("fuzz").unwrap();
         file.write_all_at(&vec![0x5a; (LEN + 2 * PAGE) as usize], 0)
             .unwrap();
@@ -42,25 +43,22 @@ impl Fixture {
         content
             .write_all_at(&vec![0xd1; (SECTORS * 512) as usize], 0)
             .unwrap();
-        let disk = Disk {
-            file: content,
-            geometry: Geometry {
-                sectors: SECTORS,
-                block_size: 512,
-                readonly,
-                serial: *b"fuzzfuzzfuzzfuzzfuzz",
-            },
-            // The file takes any alignment; the bounce buffers are used all the same.
-            direct: direct.then_some(Alignment {
-                memory: 512,
-                offset: 512,
-            }),
-            regular: true,
+        let geometry = Geometry {
+            block_size: 512,
+            readonly,
+            serial: *b"fuzzfuzzfuzzfuzzfuzz",
+            topology: Topology::default(),
         };
+        let mut disk = Disk::new(Backing::Raw(content), geometry, SECTORS);
+        // The file takes any alignment; the bounce buffers are used all the same.
+        disk.direct = direct.then_some(Alignment {
+            memory: 512,
+            offset: 512,
+        });
         Self {
             file,
             memory: Arc::new(Memory::new(vec![region]).unwrap()),
-            disk: Arc::new(disk),
+            disk: Arc::new(if punch { disk.with_discard() } else { disk }),
         }
     }
 
@@ -70,14 +68,17 @@ impl Fixture {
             self.file.read_exact_at(&mut page, at).unwrap();
             assert!(page.iter().all(|b| *b == 0x5a), "wrote beside guest memory");
         }
+        let Backing::Raw(content) = &self.disk.backing else {
+            return;
+        };
         assert_eq!(
-            self.disk.file.metadata().unwrap().len(),
+            content.metadata().unwrap().len(),
             SECTORS * 512,
             "the disk has grown"
         );
         if self.disk.geometry.readonly {
             let mut all = vec![0; (SECTORS * 512) as usize];
-            self.disk.file.read_exact_at(&mut all, 0).unwrap();
+            content.read_exact_at(&mut all, 0).unwrap();
             assert!(all.iter().all(|b| *b == 0xd1), "a read-only disk changed");
         }
     }
@@ -85,7 +86,8 @@ impl Fixture {
 
 fn headers() -> impl Strategy<Value = (u32, u64)> {
     let kind = prop_oneof![
-        4 => Just(0u32), 4 => Just(1u32), 1 => Just(4u32), 1 => Just(8u32), 1 => any::<u32>()
+        4 => Just(0u32), 4 => Just(1u32), 1 => Just(4u32), 1 => Just(8u32), 3 => Just(11u32),
+        3 => Just(13u32), 1 => any::<u32>()
     ];
     let sector = prop_oneof![
         6 => 0..SECTORS, 1 => SECTORS - 2..SECTORS + 2, 1 => any::<u64>()
@@ -141,8 +143,9 @@ proptest! {
         shaped: bool,
         heads in prop::collection::vec(0u16..SIZE + 1, 0..SIZE as usize),
         (readonly, direct, event_idx, flush) in any::<(bool, bool, bool, bool)>(),
+        (ranges, punch) in any::<(bool, bool)>(),
     ) {
-        let fixture = Fixture::new(readonly, direct);
+        let fixture = Fixture::new(readonly, direct, punch);
         for (i, (kind, sector)) in (0u64..).zip(&headers) {
             fixture.memory.write(GPA + 16 * i, &kind.to_le_bytes());
             fixture.memory.write(GPA + 16 * i + 8, &sector.to_le_bytes());
@@ -167,12 +170,17 @@ proptest! {
             driver.offer(if shaped { head / 3 * 3 } else { head });
         }
 
+        let mut accepted = if flush { F_FLUSH } else { 0 };
+        // As they are offered.
+        if ranges && !readonly {
+            accepted |= F_DISCARD | F_WRITE_ZEROES;
+        }
         let status = Arc::new(QueueStatus::default());
         let setup = RingSetup {
             memory: Arc::clone(&fixture.memory),
             layout: driver.layout(),
             ring_features: RingFeatures { event_idx, indirect: true },
-            features: if flush { F_FLUSH } else { 0 },
+            features: accepted,
             base: 0,
             kick: Arc::new(sys::eventfd().unwrap()),
             call: Some(Arc::new(sys::eventfd().unwrap())),
@@ -181,7 +189,8 @@ proptest! {
         };
         let ring = ActiveRing::start(setup, 0, &status).unwrap();
         let mut queue = Queue::new(ring, Arc::clone(&status), Arc::clone(&fixture.disk));
-        while engine_plain::serve(&mut queue, &fixture.disk) {}
+        let mut worker = engine_plain::Worker::default();
+        while worker.serve(&mut queue, &fixture.disk) == engine_plain::Next::More {}
         prop_assert!(queue.is_idle());
         prop_assert_eq!(queue.ring().in_flight(), 0);
         prop_assert!(queue.stop() <= SIZE);

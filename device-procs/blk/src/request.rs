@@ -9,19 +9,35 @@ use bulkhead_runtime::chain::{Buffer, Chain};
 use bulkhead_runtime::memory::Memory;
 use libc::iovec;
 
-use crate::disk::Geometry;
+use crate::config::{F_DISCARD, F_WRITE_ZEROES};
+use crate::disk::{Geometry, RangeOp};
+use crate::host::SECTOR;
 use crate::transfer::{Direction, Transfer};
 
 /// Bytes of struct virtio_blk_req before the data.
 const HEADER: u32 = 16;
+/// Bytes of struct virtio_blk_discard_write_zeroes.
+const SEGMENT: u32 = 16;
 /// Shift from bytes to sectors.
 const SECTOR_SHIFT: u32 = 9;
-const SECTOR: u32 = 512;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+/// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+const FLAG_UNMAP: u32 = 1;
+
+/// Most sectors of one range of a discard: 2 GiB.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+/// Most ranges of a discard.
+pub const MAX_DISCARD_SEGMENTS: u32 = 64;
+/// Most sectors of one range of write-zeroes: 256 MiB, which may have to be written.
+pub const MAX_ZEROES_SECTORS: u32 = 1 << 19;
+/// Most ranges of write-zeroes.
+pub const MAX_ZEROES_SEGMENTS: u32 = 4;
 
 /// Length of the device's name as GET_ID tells it.
 pub const ID_BYTES: usize = 20;
@@ -54,6 +70,8 @@ pub enum Malformed {
 pub enum Action {
     /// Move data; the transfer has been filled in.
     Transfer,
+    /// Do this to ranges, which have been filled in.
+    Ranges(RangeOp),
     /// Make what was written durable.
     Flush,
     /// Answer at once: with this status, and this many data bytes already written.
@@ -69,13 +87,38 @@ pub struct Request {
     pub action: Action,
 }
 
-/// Reads the request in `chain`. For reads and writes, `transfer` is filled in.
+/// A range of the disk, in bytes: whole blocks, on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Where it begins.
+    pub offset: u64,
+    /// Its length; less than 4 GiB, not zero.
+    pub len: u32,
+}
+
+/// What a request is judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// What does not change.
+    pub geometry: &'a Geometry,
+    /// The disk's size now.
+    pub sectors: u64,
+    /// What the driver accepted.
+    pub features: u64,
+}
+
+/// Reads the request in `chain`. For reads and writes, `transfer` is filled in; for discard
+/// and write-zeroes, `ranges`.
+///
+/// # Errors
+/// It is no request at all.
 #[inline]
 pub fn parse(
     chain: &Chain,
     memory: &Memory,
-    disk: &Geometry,
+    disk: &Rules<'_>,
     transfer: &mut Transfer,
+    ranges: &mut Vec<Range>,
 ) -> Result<Request, Malformed> {
     let status_addr = last_byte(chain.writable()).ok_or(Malformed::NoStatus)?;
     let header = header(chain, memory).ok_or(Malformed::Header(chain.readable_len()))?;
@@ -101,7 +144,7 @@ pub fn parse(
                 Action::Transfer
             }
         },
-        T_OUT if disk.readonly => Action::Answer(Status::IoErr, 0),
+        T_OUT if disk.geometry.readonly => Action::Answer(Status::IoErr, 0),
         T_OUT => match disk.range(sector, data_out) {
             None => Action::Answer(Status::IoErr, 0),
             Some(_) if data_out == 0 => Action::Answer(Status::Ok, 0),
@@ -115,9 +158,16 @@ pub fn parse(
         T_FLUSH => Action::Flush,
         T_GET_ID => {
             let len = data_in.min(ID_BYTES as u32);
-            let id = disk.serial.get(..len as usize).unwrap_or_default();
+            let id = disk.geometry.serial.get(..len as usize).unwrap_or_default();
             scatter(memory, chain.writable(), id);
             Action::Answer(Status::Ok, len)
+        }
+        // Not offered where the disk is read-only; not to be sent if not accepted.
+        T_DISCARD if disk.features & F_DISCARD != 0 => {
+            range_request(kind, chain, memory, disk, ranges)
+        }
+        T_WRITE_ZEROES if disk.features & F_WRITE_ZEROES != 0 => {
+            range_request(kind, chain, memory, disk, ranges)
         }
         _ => Action::Answer(Status::Unsupported, 0),
     };
@@ -127,12 +177,75 @@ pub fn parse(
     })
 }
 
-impl Geometry {
+/// Discard and write-zeroes (5.2.6, 5.2.6.2): every range is checked before any is touched,
+/// in a private copy.
+fn range_request(
+    kind: u32,
+    chain: &Chain,
+    memory: &Memory,
+    disk: &Rules<'_>,
+    ranges: &mut Vec<Range>,
+) -> Action {
+    let (max_segments, max_sectors) = match kind {
+        T_DISCARD => (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS),
+        _ => (MAX_ZEROES_SEGMENTS, MAX_ZEROES_SECTORS),
+    };
+    let failed = Action::Answer(Status::IoErr, 0);
+    let len = chain.readable_len().saturating_sub(HEADER);
+    if len == 0 || !len.is_multiple_of(SEGMENT) || len / SEGMENT > max_segments {
+        return failed;
+    }
+    let mut bytes = [0; (MAX_DISCARD_SEGMENTS * SEGMENT) as usize];
+    let Some(bytes) = bytes.get_mut(..len as usize) else {
+        return failed;
+    };
+    if !gather(memory, chain.readable(), HEADER, bytes) {
+        return failed;
+    }
+    ranges.clear();
+    let mut unmap = None;
+    for segment in bytes.chunks_exact(SEGMENT as usize) {
+        let Ok(segment) = <[u8; SEGMENT as usize]>::try_from(segment) else {
+            return failed;
+        };
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = segment;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        let known = if kind == T_DISCARD { 0 } else { FLAG_UNMAP };
+        if flags & !known != 0 {
+            return Action::Answer(Status::Unsupported, 0);
+        }
+        if sectors > max_sectors {
+            return failed;
+        }
+        // Cannot overflow: the limit is far below.
+        let len = sectors << SECTOR_SHIFT;
+        let Some(offset) = disk.range(sector, len) else {
+            return failed;
+        };
+        if len > 0 {
+            ranges.push(Range { offset, len });
+        }
+        // One request does one thing: where one range must keep its space, all do.
+        unmap = Some(unmap.unwrap_or(true) && flags & FLAG_UNMAP != 0);
+    }
+    if ranges.is_empty() {
+        return Action::Answer(Status::Ok, 0);
+    }
+    Action::Ranges(match (kind, unmap) {
+        (T_DISCARD, _) => RangeOp::Discard,
+        (_, Some(true)) => RangeOp::ZeroUnmap,
+        _ => RangeOp::Zero,
+    })
+}
+
+impl Rules<'_> {
     /// Byte offset of a range of whole sectors that lies on the disk.
     #[inline]
     fn range(&self, sector: u64, len: u32) -> Option<u64> {
         let end = sector.checked_add(u64::from(len >> SECTOR_SHIFT))?;
-        let block = u64::from(self.block_size.max(SECTOR)) - 1;
+        let block = u64::from(self.geometry.block_size.max(SECTOR)) - 1;
         let offset = sector.checked_mul(u64::from(SECTOR))?;
         let whole = (offset | u64::from(len)) & block == 0;
         (whole && end <= self.sectors).then_some(offset)
@@ -187,6 +300,23 @@ fn collect(memory: &Memory, buffers: &[Buffer], skip: u32, len: u32, into: &mut 
             },
         );
     }
+}
+
+/// Copies bytes out of `buffers`, from byte `skip` on; false if they are not so many.
+fn gather(memory: &Memory, buffers: &[Buffer], skip: u32, into: &mut [u8]) -> bool {
+    let (mut skip, mut rest) = (skip, into);
+    for buffer in buffers {
+        let over = skip.min(buffer.len);
+        skip = skip.saturating_sub(over);
+        let len = rest.len().min(buffer.len.saturating_sub(over) as usize);
+        let (now, later) = rest.split_at_mut(len);
+        let from = buffer.addr.saturating_add(u64::from(over));
+        if !now.is_empty() && !memory.read(from, now) {
+            return false;
+        }
+        rest = later;
+    }
+    rest.is_empty()
 }
 
 /// Writes `bytes` at the beginning of `buffers`.

@@ -77,6 +77,8 @@ pub struct Transfer {
     remaining: u32,
     offset: u64,
     bounce: Option<Box<Bounce>>,
+    /// What is written is zeros, out of the bounce buffer; there are no segments.
+    zeros: bool,
 }
 
 impl Transfer {
@@ -95,12 +97,27 @@ impl Transfer {
         self.remaining = len;
         self.offset = offset;
         self.bounce = None;
+        self.zeros = false;
+    }
+
+    /// Starts over as a write of `len` zeros, a piece at a time, from a private buffer.
+    pub fn begin_zeros(&mut self, offset: u64, len: u32, align: usize) {
+        self.segments.clear();
+        self.begin(Direction::Write, offset, len);
+        self.use_bounce(align);
+        self.zeros = true;
     }
 
     /// Which way.
     #[inline]
     pub fn direction(&self) -> Direction {
         self.direction
+    }
+
+    /// Byte offset on the disk of what is still to be moved.
+    #[inline]
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// Bytes that are still to be moved.
@@ -140,7 +157,7 @@ impl Transfer {
                 iov_base: bytes.as_mut_ptr().cast(),
                 iov_len: bytes.len(),
             };
-            if self.direction == Direction::Write {
+            if self.direction == Direction::Write && !self.zeros {
                 self.copy(bytes, Direction::Write);
             }
             bounce.segment = [segment];

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_seccomp::confine::{ConfineError, Confinement};
+use bulkhead_seccomp::notify;
 use bulkhead_seccomp::policy::Policy;
 use bulkhead_seccomp::privileges::Rlimits;
 
@@ -93,7 +94,11 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     // From here on only the workers hold it, or their rings.
     drop(fence);
     let landlock_abi = locked.landlock().abi;
-    let confined = locked.seal(options.policy)?;
+    let confined = if notify::is_watched() {
+        locked.seal_watched(options.policy)?
+    } else {
+        locked.seal(options.policy)?
+    };
     log::debug!("{}", confined.report());
     device.confined().map_err(ServeError::Device)?;
 

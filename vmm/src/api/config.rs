@@ -4,10 +4,10 @@
 
 use std::collections::BTreeSet;
 
-use bulkhead_proto::machine::{DiskConfig, MachineConfig, SerialConfig, serial_config::Mode};
+use bulkhead_proto::machine::{MachineConfig, SerialConfig, serial_config::Mode};
 use bulkhead_proto::protobuf::Message;
 
-use crate::cli::machine_args::{MAX_CPUS, check_id};
+use crate::cli::machine_args::MAX_CPUS;
 
 /// Linux's PATH_MAX counts the terminating zero.
 const MAX_PATH: usize = 4095;
@@ -16,8 +16,6 @@ const MAX_PATH: usize = 4095;
 const MAX_CMDLINE: usize = 8192;
 /// Devices behind root ports on bus 0.
 const MAX_DEVICES: usize = 31;
-/// VIRTIO 1.2 section 5.2.6: the serial number of a disk.
-const MAX_SERIAL: usize = 20;
 
 /// Checks the form of a configuration.
 ///
@@ -71,7 +69,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     let mut ids = BTreeSet::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("config.disks[{index}]");
-        check_disk(&name, disk)?;
+        super::config_disk::check_disk(&name, disk)?;
         if !ids.insert(disk.id.as_str()) {
             return Err(format!("{name}.id {} is taken by another disk", disk.id));
         }
@@ -79,20 +77,6 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_net::validate(config, &mut ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
-    }
-    Ok(())
-}
-
-fn check_disk(name: &str, disk: &DiskConfig) -> Result<(), String> {
-    known(name, disk)?;
-    check_id(&disk.id).map_err(|error| format!("{name}.id: {error}"))?;
-    path(&format!("{name}.path"), &disk.path)?;
-    text(&format!("{name}.serial"), &disk.serial, MAX_SERIAL)?;
-    if disk.queues > MAX_CPUS {
-        return Err(format!(
-            "{name}.queues is {}: give 0 to {MAX_CPUS}",
-            disk.queues
-        ));
     }
     Ok(())
 }
@@ -118,7 +102,7 @@ pub(super) fn path(field: &str, path: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn text(field: &str, text: &str, max: usize) -> Result<(), String> {
+pub(super) fn text(field: &str, text: &str, max: usize) -> Result<(), String> {
     if text.len() > max {
         return Err(format!(
             "{field} has {} bytes: at most {max} are allowed",
@@ -145,7 +129,7 @@ pub(super) fn known<M: Message>(name: &str, message: &M) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_proto::machine::CpuConfig;
+    use bulkhead_proto::machine::{CpuConfig, DiskConfig};
 
     fn good() -> MachineConfig {
         let mut config = MachineConfig::new();

@@ -13,11 +13,9 @@ use bulkhead_proto::machine::{
 
 use super::config::{known, path};
 use crate::cli::machine_args::check_id;
+use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_mac::MacAddress;
 
-/// Most queue pairs of a network device: with its control queue, their descriptors and
-/// eventfds are what a device process may hold.
-pub const MAX_QUEUE_PAIRS: u32 = 32;
 /// Longest name of an interface (IFNAMSIZ without its end).
 const MAX_INTERFACE_NAME: usize = 15;
 /// Smallest and largest MTU (VIRTIO 1.2 section 5.1.4.1).
@@ -276,7 +274,7 @@ pub(super) fn check_limits(name: &str, limits: &NetLimits) -> Result<(), String>
     Ok(())
 }
 
-fn check_bucket(name: &str, bucket: &TokenBucket) -> Result<(), String> {
+pub(super) fn check_bucket(name: &str, bucket: &TokenBucket) -> Result<(), String> {
     known(name, bucket)?;
     if bucket.per_second == 0 && bucket.burst != 0 {
         return Err(format!(

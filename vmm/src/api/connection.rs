@@ -65,7 +65,7 @@ impl Default for Limits {
             backlog: 64 * 1024,
             backlog_max: 1024 * 1024,
             stall: Duration::from_secs(30),
-            call_time: request::SHUTDOWN_MAX.saturating_add(Duration::from_secs(60)),
+            call_time: request::WAIT_MAX.saturating_add(Duration::from_secs(60)),
         }
     }
 }

@@ -14,6 +14,7 @@
 //! anything.
 
 pub mod config;
+mod config_disk;
 mod config_net;
 mod connection;
 pub mod events;

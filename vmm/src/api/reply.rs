@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use bulkhead_proto::machine::{DevicesResponse, InfoResponse};
+use bulkhead_proto::machine::{
+    DeviceStatsResponse, DevicesResponse, InfoResponse, UpdateDiskResponse,
+};
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,12 +14,17 @@ use vmm_sys_util::eventfd::EventFd;
 /// What a request that succeeded gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ApiResponse {
-    /// Nothing more to say: Create, Boot, Pause, Resume, Shutdown.
+    /// Nothing more to say: Create, Boot, Pause, Resume, Shutdown, UpdateNet, DrainDevice,
+    /// ResumeDevice.
     Done,
     /// The answer to Info.
     Info(Box<InfoResponse>),
     /// The answer to Devices.
     Devices(Box<DevicesResponse>),
+    /// The answer to DeviceStats.
+    DeviceStats(Box<DeviceStatsResponse>),
+    /// The answer to UpdateDisk.
+    DiskUpdated(UpdateDiskResponse),
 }
 
 impl ApiResponse {
@@ -28,6 +35,8 @@ impl ApiResponse {
             Self::Done => return Ok(Vec::new()),
             Self::Info(info) => info.write_to_bytes(),
             Self::Devices(devices) => devices.write_to_bytes(),
+            Self::DeviceStats(stats) => stats.write_to_bytes(),
+            Self::DiskUpdated(disk) => disk.write_to_bytes(),
         };
         encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))
     }

@@ -4,19 +4,22 @@
 use std::time::Duration;
 
 use bulkhead_proto::machine::{
-    BootRequest, CreateRequest, DevicesRequest, EventsRequest, InfoRequest, MachineConfig,
-    PauseRequest, ResumeRequest, ShutdownRequest,
+    BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest, DrainDeviceRequest,
+    EventsRequest, InfoRequest, MachineConfig, PauseRequest, ResumeDeviceRequest, ResumeRequest,
+    ShutdownRequest, UpdateDiskRequest, UpdateNetRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus};
 
-use super::config;
+use super::{config, config_disk, config_net};
+use crate::cli::machine_args::check_id;
 
-/// How long a guest has to switch itself off when the client does not say.
-const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(30);
+/// How long a guest has to switch itself off, or a device to drain, when the client does not
+/// say.
+const WAIT_DEFAULT: Duration = Duration::from_secs(30);
 /// How long it may have at most.
-pub(super) const SHUTDOWN_MAX: Duration = Duration::from_secs(600);
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(600);
 
 /// A request of a client, its form checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +43,27 @@ pub enum ApiRequest {
     Info,
     /// What are its devices?
     Devices,
+    /// What has a device counted?
+    DeviceStats {
+        /// The device.
+        id: String,
+    },
+    /// Grow or limit a disk.
+    UpdateDisk(Box<UpdateDiskRequest>),
+    /// Change a network device's link or limits.
+    UpdateNet(Box<UpdateNetRequest>),
+    /// Let a device finish what is in flight and take nothing new.
+    DrainDevice {
+        /// The device.
+        id: String,
+        /// How long it may take.
+        timeout: Duration,
+    },
+    /// Let it take requests again.
+    ResumeDevice {
+        /// The device.
+        id: String,
+    },
 }
 
 /// A subscription to the event log.
@@ -78,6 +102,27 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
         "Shutdown" => shutdown(&message(payload)?)?,
         "Info" => message::<InfoRequest>(payload).map(|_| ApiRequest::Info)?,
         "Devices" => message::<DevicesRequest>(payload).map(|_| ApiRequest::Devices)?,
+        "DeviceStats" => {
+            let request: DeviceStatsRequest = message(payload)?;
+            ApiRequest::DeviceStats {
+                id: device_id(request.id)?,
+            }
+        }
+        "UpdateDisk" => update_disk(message(payload)?)?,
+        "UpdateNet" => update_net(message(payload)?)?,
+        "DrainDevice" => {
+            let request: DrainDeviceRequest = message(payload)?;
+            ApiRequest::DrainDevice {
+                timeout: wait(request.timeout_ms)?,
+                id: device_id(request.id)?,
+            }
+        }
+        "ResumeDevice" => {
+            let request: ResumeDeviceRequest = message(payload)?;
+            ApiRequest::ResumeDevice {
+                id: device_id(request.id)?,
+            }
+        }
         "Events" => {
             let request: EventsRequest = message(payload)?;
             return Ok(Call::Events(EventsFrom {
@@ -97,21 +142,76 @@ fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
 }
 
 fn shutdown(request: &ShutdownRequest) -> Result<ApiRequest, RpcStatus> {
-    let timeout = match request.timeout_ms {
-        0 => SHUTDOWN_DEFAULT,
-        millis => Duration::from_millis(u64::from(millis)),
-    };
-    if timeout > SHUTDOWN_MAX {
-        return Err(RpcStatus::invalid_argument(format!(
-            "timeout_ms is {}: at most {} are allowed",
-            request.timeout_ms,
-            SHUTDOWN_MAX.as_millis()
-        )));
-    }
     Ok(ApiRequest::Shutdown {
         force: request.force,
-        timeout,
+        timeout: wait(request.timeout_ms)?,
     })
+}
+
+/// A time to wait, from its field `timeout_ms`.
+fn wait(millis: u32) -> Result<Duration, RpcStatus> {
+    let timeout = match millis {
+        0 => WAIT_DEFAULT,
+        millis => Duration::from_millis(u64::from(millis)),
+    };
+    if timeout > WAIT_MAX {
+        return Err(RpcStatus::invalid_argument(format!(
+            "timeout_ms is {millis}: at most {} are allowed",
+            WAIT_MAX.as_millis()
+        )));
+    }
+    Ok(timeout)
+}
+
+/// The name of a device, from the field `id`. Whether it exists is seen by the manager.
+fn device_id(id: String) -> Result<String, RpcStatus> {
+    match check_id(&id) {
+        Ok(()) => Ok(id),
+        Err(_) if id.is_empty() => Err(RpcStatus::invalid_argument(
+            "id is missing: name a device (see Devices)",
+        )),
+        Err(_) => Err(RpcStatus::invalid_argument(format!(
+            "id is {:?}: no device has such a name (see Devices)",
+            short(&id)
+        ))),
+    }
+}
+
+fn update_disk(request: UpdateDiskRequest) -> Result<ApiRequest, RpcStatus> {
+    device_id(request.id.clone())?;
+    config_disk::check_size("size_bytes", request.size_bytes)
+        .and_then(|()| config_disk::check_limits("limits", request.limits.as_ref()))
+        .map_err(RpcStatus::invalid_argument)?;
+    if request.size_bytes == 0 && request.limits.is_none() {
+        return Err(RpcStatus::invalid_argument(
+            "nothing to change: give size_bytes or limits",
+        ));
+    }
+    Ok(ApiRequest::UpdateDisk(Box::new(request)))
+}
+
+fn update_net(request: UpdateNetRequest) -> Result<ApiRequest, RpcStatus> {
+    use update_net_request::Link;
+    device_id(request.id.clone())?;
+    for (field, limits) in [
+        ("to_guest", &request.to_guest),
+        ("from_guest", &request.from_guest),
+    ] {
+        if let Some(limits) = limits.as_ref() {
+            config_net::check_limits(field, limits).map_err(RpcStatus::invalid_argument)?;
+        }
+    }
+    match request.link.enum_value() {
+        Ok(Link::UNCHANGED) if request.to_guest.is_none() && request.from_guest.is_none() => {
+            Err(RpcStatus::invalid_argument(
+                "nothing to change: give link, to_guest or from_guest",
+            ))
+        }
+        Ok(_) => Ok(ApiRequest::UpdateNet(Box::new(request))),
+        Err(number) => Err(RpcStatus::invalid_argument(format!(
+            "link is {number}: give 0 to 2"
+        ))),
+    }
 }
 
 /// A name from the wire, fit for one line of an answer.
@@ -142,9 +242,9 @@ mod tests {
                 timeout,
             })
         };
-        assert_eq!(of(0), Ok(call(SHUTDOWN_DEFAULT)));
+        assert_eq!(of(0), Ok(call(WAIT_DEFAULT)));
         assert_eq!(of(5), Ok(call(Duration::from_millis(5))));
-        assert_eq!(of(600_000), Ok(call(SHUTDOWN_MAX)));
+        assert_eq!(of(600_000), Ok(call(WAIT_MAX)));
         assert_eq!(of(600_001).unwrap_err().code, Code::InvalidArgument);
     }
 

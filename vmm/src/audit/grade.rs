@@ -18,6 +18,8 @@ pub struct Judgement {
 const LAUNCHER_CAPABILITIES: u64 = 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31;
 /// Namespaces that a device process has for itself in any case.
 const DEVICE_NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
+/// And an external helper: not the network's.
+const HELPER_NAMESPACES: [&str; 4] = ["mnt", "pid", "ipc", "uts"];
 /// SECCOMP_MODE_FILTER.
 const FILTER: u32 = 2;
 
@@ -31,6 +33,7 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
         Role::Vmm => {}
         Role::Launcher => judgement.launcher(process),
         Role::Device => judgement.device(process, granted),
+        Role::Helper => judgement.helper(process),
     }
     judgement
 }
@@ -79,6 +82,8 @@ impl Judgement {
                 Role::Vmm => self.note_once(
                     "its bounding set is not empty: starting unprivileged, it had no CAP_SETPCAP",
                 ),
+                // In a user namespace that it made itself, where no_new_privs keeps it from use.
+                Role::Helper => {}
                 Role::Launcher | Role::Device => self.deviation(line),
             }
         }
@@ -89,7 +94,7 @@ impl Judgement {
             self.deviation(format!("{who}has no seccomp filter"));
         }
         // The launcher's, what it sets around a device, and the device's own.
-        if role == Role::Device && thread.seccomp_filters.is_some_and(|filters| filters < 3) {
+        if matches!(role, Role::Device | Role::Helper) && thread.seccomp_filters.is_some_and(|filters| filters < 3) {
             self.deviation(format!("{who}has not set a seccomp filter of its own"));
         }
     }
@@ -130,11 +135,59 @@ impl Judgement {
 
     fn device(&mut self, process: &Process, granted: Option<usize>) {
         self.user_namespace(process);
-        for kind in DEVICE_NAMESPACES {
+        self.namespaces(process, &DEVICE_NAMESPACES);
+        self.place(process);
+        for fd in &process.fds {
+            if !expected(fd, granted) {
+                self.surplus(fd);
+            }
+        }
+    }
+
+    /// passt: see `seccomp/policies/passt.toml`. It makes the guest's connections, and so
+    /// sockets, as it likes; what it has not, it got from nobody.
+    fn helper(&mut self, process: &Process) {
+        if shares(&process.namespaces, "user") {
+            self.deviation("has no user namespace of its own");
+        }
+        self.namespaces(process, &HELPER_NAMESPACES);
+        self.place(process);
+        for fd in &process.fds {
+            let held = match (&fd.kind, fd.number) {
+                (Kind::Null, 0 | 1) | (Kind::Socket | Kind::Memfd | Kind::Pipe, _) => true,
+                (Kind::Anonymous(name), _) => {
+                    matches!(name.as_str(), "eventfd" | "eventpoll" | "timerfd")
+                }
+                _ => false,
+            };
+            if !held {
+                self.surplus(fd);
+            }
+        }
+        self.note_once(
+            "an external helper: it has the host's network and no Landlock, and started with libraries in reach",
+        );
+    }
+
+    fn namespaces(&mut self, process: &Process, own: &[&str]) {
+        for kind in own {
             if shares(&process.namespaces, kind) {
                 self.deviation(format!("shares the host's {kind} namespace"));
             }
         }
+    }
+
+    fn surplus(&mut self, fd: &Fd) {
+        self.deviation(format!(
+            "holds descriptor {} ({} {}), which it was not given",
+            fd.number,
+            fd.kind.label(),
+            fd.target
+        ));
+    }
+
+    /// Where it is: alone, in an empty root.
+    fn place(&mut self, process: &Process) {
         if process.pids.len() > 1 && process.pids.last() != Some(&1) {
             self.deviation("is not alone in its pid namespace");
         }
@@ -152,26 +205,17 @@ impl Judgement {
         if process.cwd.as_deref().is_some_and(|cwd| cwd != "/") {
             self.deviation("its current directory is not its root");
         }
-        for fd in &process.fds {
-            if !expected(fd, granted) {
-                self.deviation(format!(
-                    "holds descriptor {} ({} {}), which it was not given",
-                    fd.number,
-                    fd.kind.label(),
-                    fd.target
-                ));
-            }
-        }
     }
 }
 
-/// Whether a device may hold this. At exec: /dev/null as 0 and 1, its log socket as 2, its channels
+/// Whether a device may hold this. At exec: /dev/null as 0 and 1, its log as 2, its channels
 /// as 3 and 4, its own from 5 on. Later come eventfds and guest memory over its channel, and
 /// rings and fence pipes that it makes itself.
 fn expected(fd: &Fd, granted: Option<usize>) -> bool {
     match fd.number {
         0 | 1 => fd.kind == Kind::Null,
-        2..=4 => fd.kind == Kind::Socket,
+        2 => fd.kind == Kind::Pipe,
+        3 | 4 => fd.kind == Kind::Socket,
         number => {
             let own = granted
                 .and_then(|granted| i32::try_from(granted).ok())
@@ -407,6 +451,41 @@ mod tests {
         process.namespaces[0].shared = true;
         let judgement = grade(Role::Device, &process, Some(3));
         assert_eq!((judgement.deviations.len(), judgement.notes.len()), (0, 1));
+    }
+
+    #[test]
+    fn an_external_helper_has_its_exceptions_and_no_others() {
+        let helper = || {
+            let mut process = device();
+            process.namespaces[3].shared = true;
+            process.threads[0].capabilities.bounding = "1ffffffffff".into();
+            process.fds.extend((20..90).map(|n| fd(n, Kind::Socket)));
+            process.fds.retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
+            process
+        };
+        let judgement = grade(Role::Helper, &helper(), Some(1));
+        assert_eq!(judgement.deviations, Vec::<String>::new());
+        assert!(judgement.notes.iter().any(|n| n.contains("host's network")));
+        type Change = fn(&mut Process);
+        let changes: [(&str, Change); 7] = [
+            ("capability", |p| {
+                p.threads[0].capabilities.effective = "1000".into()
+            }),
+            ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
+            ("user namespace", |p| p.namespaces[0].shared = true),
+            ("mnt namespace", |p| p.namespaces[1].shared = true),
+            ("root entries", |p| {
+                p.root.as_mut().unwrap().entries.push("usr".into())
+            }),
+            ("file", |p| p.fds.push(fd(9, Kind::File))),
+            ("tap", |p| p.fds.push(fd(9, Kind::Character))),
+        ];
+        for (what, change) in changes {
+            let mut process = helper();
+            change(&mut process);
+            let judgement = grade(Role::Helper, &process, Some(1));
+            assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+        }
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub enum Role {
     Launcher,
     /// A device process.
     Device,
+    /// An external helper, with its named exceptions.
+    Helper,
 }
 
 /// A process to look at.
@@ -134,7 +136,7 @@ pub fn run(args: &AuditArgs) -> i32 {
         },
         (None, None) => return fail("give --api-socket PATH or --pid PID"),
     };
-    let processes: Vec<Report> = targets.into_iter().map(report).collect();
+    let processes: Vec<Report> = targets.into_iter().map(recognise).map(report).collect();
     let worst = processes
         .iter()
         .map(|p| p.verdict)
@@ -166,6 +168,16 @@ pub fn run(args: &AuditArgs) -> i32 {
 fn fail(line: &str) -> i32 {
     let _ = writeln!(std::io::stderr(), "bulkhead: {}", printable(line));
     1
+}
+
+/// A child of the launcher that executes an external helper is one. The kernel says what it
+/// executes, and only the launcher could have it execute that: no device process has an exec.
+fn recognise(mut target: Target) -> Target {
+    let helper = |program| process::executes(target.pid, program);
+    if target.role == Role::Device && ["passt", "passt.avx2"].into_iter().any(helper) {
+        target.role = Role::Helper;
+    }
+    target
 }
 
 fn report(target: Target) -> Report {

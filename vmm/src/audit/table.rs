@@ -91,7 +91,7 @@ fn title(report: &Report) -> String {
         .and_then(|exe| exe.rsplit('/').next())
         .map(|name| name.trim_end_matches(" (deleted)"));
     match (program, report.role) {
-        (Some(program), Role::Device) => format!("{program} {}", report.name),
+        (Some(program), Role::Device | Role::Helper) => format!("{program} {}", report.name),
         (Some(program), _) => program.to_owned(),
         (None, _) => report.name.clone(),
     }

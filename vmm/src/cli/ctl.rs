@@ -17,6 +17,7 @@ use bulkhead_proto::machine::{
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
 
+use super::ctl_device;
 use super::ctl_output as output;
 use super::machine_args::MachineArgs;
 use super::{EXIT_USAGE, fail};
@@ -24,7 +25,7 @@ use super::{EXIT_USAGE, fail};
 /// Frames longer than this are no answer of a bulkhead.
 const MAX_FRAME: u32 = 1024 * 1024;
 const CONNECT: Duration = Duration::from_secs(10);
-const CALL: Duration = Duration::from_secs(30);
+pub(super) const CALL: Duration = Duration::from_secs(30);
 /// Creating a machine starts its device processes.
 const CREATE: Duration = Duration::from_secs(120);
 /// How long a guest has to switch itself off unless the user says otherwise, and what the
@@ -80,6 +81,16 @@ enum CtlCommand {
     Info,
     /// Show the devices and the processes that serve them
     Devices,
+    /// Show what a device has counted since its process started
+    Stats(ctl_device::StatsArgs),
+    /// Grow a disk or change its limits while it is in use
+    UpdateDisk(ctl_device::UpdateDiskArgs),
+    /// Change a network device's link or limits while it is in use
+    UpdateNet(ctl_device::UpdateNetArgs),
+    /// Let a device finish what is in flight and take nothing new
+    Drain(ctl_device::DrainArgs),
+    /// Let a drained device take requests again
+    ResumeDevice(ctl_device::ResumeDeviceArgs),
     /// Show what has happened to the machine
     Events {
         /// First event wanted, by number [default: the oldest that is kept]
@@ -93,9 +104,9 @@ enum CtlCommand {
 
 /// What went wrong, in one line.
 #[derive(Debug)]
-struct Failure {
-    code: u8,
-    line: String,
+pub(super) struct Failure {
+    pub(super) code: u8,
+    pub(super) line: String,
 }
 
 impl Failure {
@@ -121,39 +132,32 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         line: "--socket PATH is missing: name the API socket of the bulkhead to drive".into(),
     })?;
     // Before connecting: a wrong option is the user's error whether or not anybody listens.
-    let create = match &args.command {
-        CtlCommand::Create(machine) => {
-            let config = machine.to_config().map_err(|line| Failure {
-                code: EXIT_USAGE,
-                line,
-            })?;
-            let mut request = CreateRequest::new();
-            request.config = Some(config).into();
-            Some(request)
-        }
-        _ => None,
-    };
+    args.command.check()?;
     let mut session = Session {
         client: connect(path)?,
         path,
     };
+    let mut out = Output {
+        json: args.json,
+        to: out,
+    };
     match &args.command {
-        CtlCommand::Create(_) => {
-            let request = create.unwrap_or_default();
+        CtlCommand::Create(machine) => {
+            let request = create_request(machine)?;
             session.call::<_, CreateResponse>("Create", &request, CREATE)?;
-            done(out, args.json, "created")
+            out.state("created")
         }
         CtlCommand::Boot => {
             session.call::<_, BootResponse>("Boot", &BootRequest::new(), CALL)?;
-            done(out, args.json, "running")
+            out.state("running")
         }
         CtlCommand::Pause => {
             session.call::<_, PauseResponse>("Pause", &PauseRequest::new(), CALL)?;
-            done(out, args.json, "paused")
+            out.state("paused")
         }
         CtlCommand::Resume => {
             session.call::<_, ResumeResponse>("Resume", &ResumeRequest::new(), CALL)?;
-            done(out, args.json, "running")
+            out.state("running")
         }
         CtlCommand::Shutdown { force, timeout } => {
             let mut request = ShutdownRequest::new();
@@ -161,35 +165,93 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
             request.timeout_ms = timeout.saturating_mul(1000);
             let patience = Duration::from_secs(u64::from(*timeout)).saturating_add(SHUTDOWN_MARGIN);
             session.call::<_, ShutdownResponse>("Shutdown", &request, patience)?;
-            done(out, args.json, "stopped")
+            out.state("stopped")
         }
         CtlCommand::Info => {
             let info: InfoResponse = session.call("Info", &InfoRequest::new(), CALL)?;
-            if args.json {
-                written(writeln!(out, "{:#}", output::info_json(&info)))
+            if out.json {
+                out.json_value(&output::info_json(&info))
             } else {
-                written(output::info_text(out, &info))
+                out.text(|to| output::info_text(to, &info))
             }
         }
         CtlCommand::Devices => {
             let devices: DevicesResponse = session.call("Devices", &DevicesRequest::new(), CALL)?;
-            if args.json {
-                written(writeln!(out, "{:#}", output::devices_json(&devices)))
+            if out.json {
+                out.json_value(&output::devices_json(&devices))
             } else {
-                written(output::devices_text(out, &devices))
+                out.text(|to| output::devices_text(to, &devices))
             }
         }
+        CtlCommand::Stats(stats) => stats.run(&mut session, &mut out),
+        CtlCommand::UpdateDisk(update) => update.run(&mut session, &mut out),
+        CtlCommand::UpdateNet(update) => update.run(&mut session, &mut out),
+        CtlCommand::Drain(drain) => drain.run(&mut session, &mut out),
+        CtlCommand::ResumeDevice(resume) => resume.run(&mut session, &mut out),
         CtlCommand::Events { from, follow } => {
-            session.events(from.unwrap_or(0), *follow, args.json, out)
+            session.events(from.unwrap_or(0), *follow, out.json, out.to)
         }
     }
 }
 
-fn done(out: &mut dyn Write, json: bool, state: &str) -> Result<(), Failure> {
-    if json {
-        written(writeln!(out, "{}", serde_json::json!({ "state": state })))
-    } else {
-        written(writeln!(out, "{state}"))
+fn create_request(machine: &MachineArgs) -> Result<CreateRequest, Failure> {
+    let config = machine.to_config().map_err(|line| Failure {
+        code: EXIT_USAGE,
+        line,
+    })?;
+    let mut request = CreateRequest::new();
+    request.config = Some(config).into();
+    Ok(request)
+}
+
+impl CtlCommand {
+    /// What can be said of the options without asking anybody.
+    fn check(&self) -> Result<(), Failure> {
+        match self {
+            Self::Create(machine) => create_request(machine).map(|_| ()),
+            Self::UpdateDisk(update) => update.request().map(|_| ()),
+            Self::UpdateNet(update) => update.request().map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where results go, and in which form.
+pub(super) struct Output<'a> {
+    pub(super) json: bool,
+    to: &'a mut dyn Write,
+}
+
+impl Output<'_> {
+    /// One of the two forms: JSON.
+    pub(super) fn json_value(&mut self, value: &serde_json::Value) -> Result<(), Failure> {
+        written(writeln!(self.to, "{value:#}"))
+    }
+
+    /// The other: text.
+    pub(super) fn text(
+        &mut self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        written(write(&mut *self.to))
+    }
+
+    /// The machine's state now.
+    fn state(&mut self, state: &str) -> Result<(), Failure> {
+        self.line(&serde_json::json!({ "state": state }), state)
+    }
+
+    /// What was done to a device.
+    pub(super) fn done(&mut self, id: &str, what: &str) -> Result<(), Failure> {
+        self.line(&serde_json::json!({ "id": id, "done": what }), what)
+    }
+
+    fn line(&mut self, json: &serde_json::Value, text: &str) -> Result<(), Failure> {
+        if self.json {
+            written(writeln!(self.to, "{json}"))
+        } else {
+            written(writeln!(self.to, "{text}"))
+        }
     }
 }
 
@@ -203,13 +265,15 @@ fn written(result: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
-struct Session<'a> {
+/// A connection to the bulkhead that is driven.
+pub(super) struct Session<'a> {
     client: BlockingClient,
     path: &'a Path,
 }
 
 impl Session<'_> {
-    fn call<Req: Message, Resp: Message>(
+    /// Calls a method.
+    pub(super) fn call<Req: Message, Resp: Message>(
         &mut self,
         method: &str,
         request: &Req,

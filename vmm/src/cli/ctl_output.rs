@@ -4,8 +4,11 @@
 
 use std::io::{self, Write};
 
+use bulkhead_proto::common::TokenBucket;
+use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
-    DeviceInfo, DevicesResponse, Event, InfoResponse, MachineConfig, State, serial_config::Mode,
+    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, State,
+    serial_config::Mode,
 };
 use serde_json::{Value, json};
 
@@ -33,16 +36,7 @@ fn serial_text(config: &MachineConfig) -> String {
 /// `info --json`.
 pub fn info_json(info: &InfoResponse) -> Value {
     let config = info.config.as_ref().map(|config| {
-        let disks: Vec<Value> = config
-            .disks
-            .iter()
-            .map(|disk| {
-                json!({
-                    "id": disk.id, "path": disk.path, "readonly": disk.readonly,
-                    "serial": disk.serial, "queues": disk.queues,
-                })
-            })
-            .collect();
+        let disks: Vec<Value> = config.disks.iter().map(disk_json).collect();
         json!({
             "kernel": config.kernel,
             "initrd": config.initrd,
@@ -65,6 +59,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "mmio_exits": info.counters.mmio_exits,
             "pio_exits": info.counters.pio_exits,
             "manager_wakeups": info.counters.manager_wakeups,
+            "heartbeat_wakeups": info.counters.heartbeat_wakeups,
             "serial_bytes": info.counters.serial_bytes,
         },
     })
@@ -99,8 +94,7 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         line("cpus", &format!("{}{pinned}", config.cpus.boot))?;
         line("serial", &serial_text(config))?;
         for disk in &config.disks {
-            let readonly = if disk.readonly { ", read-only" } else { "" };
-            line("disk", &format!("{}: {}{readonly}", disk.id, disk.path))?;
+            line("disk", &disk_text(disk))?;
         }
     }
     let counters = &info.counters;
@@ -113,9 +107,76 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
     )?;
     line(
         "wake-ups",
-        &format!("{} of the manager", counters.manager_wakeups),
+        &format!(
+            "{} of the manager, {} more for its heartbeat",
+            counters.manager_wakeups, counters.heartbeat_wakeups
+        ),
     )?;
     line("serial out", &format!("{} bytes", counters.serial_bytes))
+}
+
+fn format_name(disk: &DiskConfig) -> &'static str {
+    match disk.format.enum_value() {
+        Ok(Format::RAW) => "raw",
+        Ok(Format::QCOW2) => "qcow2",
+        Err(_) => "unknown",
+    }
+}
+
+fn cache_name(disk: &DiskConfig) -> &'static str {
+    match disk.cache.enum_value() {
+        Ok(Cache::CACHE_NONE) => "none",
+        Ok(Cache::WRITEBACK) => "writeback",
+        Ok(Cache::WRITETHROUGH) => "writethrough",
+        Ok(Cache::UNSAFE) => "unsafe",
+        Err(_) => "unknown",
+    }
+}
+
+fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
+    bucket.filter(|b| b.per_second != 0).map_or(
+        Value::Null,
+        |b| json!({ "per_second": b.per_second, "burst": b.burst }),
+    )
+}
+
+fn disk_json(disk: &DiskConfig) -> Value {
+    json!({
+        "id": disk.id, "path": disk.path, "readonly": disk.readonly,
+        "serial": disk.serial, "queues": disk.queues,
+        "format": format_name(disk), "cache": cache_name(disk),
+        "backing_paths": disk.backing_paths, "max_size": disk.max_size,
+        "locked": !disk.unlocked,
+        "limits": {
+            "bytes": bucket_json(disk.limits.bytes.as_ref()),
+            "operations": bucket_json(disk.limits.operations.as_ref()),
+        },
+    })
+}
+
+fn disk_text(disk: &DiskConfig) -> String {
+    let mut text = format!("{}: {}", disk.id, disk.path);
+    if disk.readonly {
+        text.push_str(", read-only");
+    }
+    if format_name(disk) != "raw" {
+        text.push_str(&format!(", {}", format_name(disk)));
+    }
+    if cache_name(disk) != "none" {
+        text.push_str(&format!(", cache {}", cache_name(disk)));
+    }
+    if disk.unlocked {
+        text.push_str(", not locked");
+    }
+    for (bucket, unit) in [
+        (disk.limits.bytes.as_ref(), "bytes/s"),
+        (disk.limits.operations.as_ref(), "operations/s"),
+    ] {
+        if let Some(bucket) = bucket.filter(|b| b.per_second != 0) {
+            text.push_str(&format!(", {} {unit}", bucket.per_second));
+        }
+    }
+    text
 }
 
 /// `devices --json`.
@@ -162,7 +223,7 @@ fn device_row(device: &DeviceInfo) -> [String; 10] {
 }
 
 /// Columns as wide as their widest cell.
-fn table<const N: usize>(out: &mut dyn Write, rows: &[[String; N]]) -> io::Result<()> {
+pub(super) fn table<const N: usize>(out: &mut dyn Write, rows: &[[String; N]]) -> io::Result<()> {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -200,13 +261,15 @@ pub fn event_line(event: &Event) -> String {
     line.trim_end().to_owned()
 }
 
-fn clean(text: &str) -> String {
+/// Without control characters.
+pub(super) fn clean(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
-fn size(bytes: u64) -> String {
+/// A size, exact.
+pub(super) fn size(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     units
         .iter()

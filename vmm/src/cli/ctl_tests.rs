@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::machine::{DeviceInfo, MachineConfig, State};
+use bulkhead_proto::machine::{
+    DeviceInfo, DeviceStatsResponse, MachineConfig, State, UpdateDiskRequest, UpdateDiskResponse,
+    UpdateNetRequest, update_net_request::Link,
+};
 use clap::Parser;
 
 use super::*;
@@ -55,6 +58,21 @@ impl MachineService for Machine {
                 let mut devices = DevicesResponse::new();
                 devices.devices.push(device);
                 Ok(ApiResponse::Devices(Box::new(devices)))
+            }
+            ApiRequest::UpdateDisk(update) => {
+                let mut disk = UpdateDiskResponse::new();
+                disk.size_bytes = update.size_bytes.max(512);
+                Ok(ApiResponse::DiskUpdated(disk))
+            }
+            ApiRequest::DeviceStats { id } => {
+                let mut stats = DeviceStatsResponse::new();
+                stats.id = id;
+                stats.kind = "blk".into();
+                let mut queue = bulkhead_proto::common::QueueStats::new();
+                queue.requests = 12;
+                queue.latency_us_log2 = vec![0, 0, 12, 0];
+                stats.queues.push(queue);
+                Ok(ApiResponse::DeviceStats(Box::new(stats)))
             }
             _ if config.is_none() => Err(RpcStatus::failed_precondition(
                 "there is no machine: create it first",
@@ -208,6 +226,112 @@ fn info_and_devices_are_tables_or_json() {
     let json: serde_json::Value =
         serde_json::from_str(&fixture.ctl(&["devices", "--json"]).unwrap()).unwrap();
     assert_eq!(json[0]["pid"], 42);
+}
+
+#[test]
+fn a_disk_is_grown_and_limited_and_what_is_not_given_stays() {
+    let fixture = Fixture::new();
+    let create = [
+        "create",
+        "--kernel",
+        "/k",
+        "--disk",
+        "path=/d,id=root,bps=1M,iops=100:10",
+    ];
+    fixture.ctl(&create).unwrap();
+    fixture.asked();
+    let disk = |asked: Vec<ApiRequest>| -> UpdateDiskRequest {
+        match asked.last() {
+            Some(ApiRequest::UpdateDisk(request)) => (**request).clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let said = fixture.ctl(&["update-disk", "root", "--size", "1G"]).unwrap();
+    assert_eq!(said, "updated, 1 GiB\n");
+    let request = disk(fixture.asked());
+    assert_eq!((request.id.as_str(), request.size_bytes), ("root", 1 << 30));
+    assert!(request.limits.is_none());
+
+    let said = fixture
+        .ctl(&["update-disk", "root", "--iops", "0", "--json"])
+        .unwrap();
+    let json: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(json["size_bytes"], 512);
+    let request = disk(fixture.asked());
+    assert_eq!(request.limits.bytes.per_second, 1 << 20);
+    assert_eq!(request.limits.operations.per_second, 0);
+    assert_eq!(request.limits.operations.burst, 0);
+
+    fixture
+        .ctl(&["update-disk", "root", "--bps", "5M:1M", "--iops", "7"])
+        .unwrap();
+    let asked = fixture.asked();
+    assert_eq!(asked.len(), 1, "nothing need be looked up");
+    let request = disk(asked);
+    assert_eq!(request.limits.bytes.burst, 1 << 20);
+    assert_eq!(request.limits.operations.per_second, 7);
+}
+
+#[test]
+fn a_network_device_is_changed() {
+    let fixture = Fixture::new();
+    fixture.ctl(&["create", "--kernel", "/k"]).unwrap();
+    fixture.asked();
+    let said = fixture
+        .ctl(&["update-net", "n0", "--link", "down", "--tx-bps", "1M"])
+        .unwrap();
+    assert_eq!(said, "updated\n");
+    let asked = fixture.asked();
+    let request: &UpdateNetRequest = match asked.last() {
+        Some(ApiRequest::UpdateNet(request)) => request,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(request.link, Link::DOWN.into());
+    assert!(request.to_guest.is_none());
+    assert_eq!(request.from_guest.bytes.per_second, 1 << 20);
+}
+
+#[test]
+fn a_device_is_counted_drained_and_resumed() {
+    let fixture = Fixture::new();
+    fixture.ctl(&["create", "--kernel", "/k"]).unwrap();
+    fixture.asked();
+    let table = fixture.ctl(&["stats", "root"]).unwrap();
+    assert!(table.lines().next().unwrap().starts_with("QUEUE  REQUESTS"));
+    assert!(table.contains("p99 <4 us"), "{table}");
+    let json: serde_json::Value =
+        serde_json::from_str(&fixture.ctl(&["stats", "root", "--json"]).unwrap()).unwrap();
+    assert_eq!(json["queues"][0]["latency_us"]["p50"], 4);
+    let drained = fixture.ctl(&["drain", "root", "--timeout", "7"]).unwrap();
+    assert_eq!(drained, "drained\n");
+    let resumed = fixture.ctl(&["resume-device", "root", "--json"]).unwrap();
+    assert_eq!(resumed, "{\"done\":\"resumed\",\"id\":\"root\"}\n");
+    let id = || "root".to_owned();
+    assert_eq!(
+        fixture.asked()[2..],
+        [
+            ApiRequest::DrainDevice {
+                id: id(),
+                timeout: Duration::from_secs(7)
+            },
+            ApiRequest::ResumeDevice { id: id() },
+        ]
+    );
+}
+
+#[test]
+fn a_wrong_change_is_an_error_of_usage_before_anybody_is_asked() {
+    for (words, named) in [
+        (&["update-disk", "root"][..], "nothing to change"),
+        (&["update-disk", "root", "--size", "much"], "--size much"),
+        (&["update-disk", "root", "--bps", "1M:"], "--bps=1M:"),
+        (&["update-net", "n0"], "nothing to change"),
+        (&["update-net", "n0", "--rx-pps", "x"], "--rx-pps=x"),
+    ] {
+        let failure = ctl(&[&["--socket", "/nonexistent"], words].concat()).unwrap_err();
+        assert_eq!(failure.code, EXIT_USAGE, "{words:?}");
+        assert!(failure.line.contains(named), "{words:?}: {}", failure.line);
+    }
 }
 
 #[test]

@@ -3,9 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use bulkhead_proto::machine::{CpuConfig, DiskConfig, MachineConfig, SerialConfig, serial_config};
+use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
-use super::net_args;
+use super::{disk_args, net_args};
 
 /// Most vCPUs a machine may have.
 pub const MAX_CPUS: u32 = 64;
@@ -29,10 +29,7 @@ pub struct MachineArgs {
     #[arg(long, value_name = "N[,pin=A:B]", default_value = "1")]
     pub cpus: String,
     /// A disk, served by a confined process of its own; may be given several times
-    #[arg(
-        long = "disk",
-        value_name = "path=FILE[,readonly=on][,id=NAME][,serial=TEXT][,queues=N]"
-    )]
+    #[arg(long = "disk", value_name = super::disk_args::DISK_FORM)]
     pub disks: Vec<String>,
     /// A network device; may be given several times
     #[arg(long = "net", value_name = super::net_args::NET_FORM)]
@@ -69,7 +66,7 @@ impl MachineArgs {
         config.cpus = Some(parse_cpus(&self.cpus)?).into();
         let mut ids = BTreeSet::new();
         for (index, text) in self.disks.iter().enumerate() {
-            let disk = parse_disk(text, index)?;
+            let disk = disk_args::parse_disk(text, index)?;
             take_id(&mut ids, &format!("--disk {text}"), &disk.id)?;
             config.disks.push(disk);
         }
@@ -174,44 +171,6 @@ pub(super) fn parse_switch(option: &str, key: &str, value: &str) -> Result<bool,
     }
 }
 
-fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
-    let option = format!("--disk {text}");
-    let mut disk = DiskConfig::new();
-    for part in text.split(',') {
-        let (key, value) = part.split_once('=').ok_or_else(|| {
-            format!(
-                "{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]"
-            )
-        })?;
-        match key {
-            "path" => disk.path = absolute(&option, value)?,
-            "readonly" => disk.readonly = parse_switch(&option, key, value)?,
-            "id" => disk.id = value.to_string(),
-            "serial" => disk.serial = value.to_string(),
-            "queues" => {
-                disk.queues = value
-                    .parse()
-                    .ok()
-                    .filter(|n| (1..=MAX_CPUS).contains(n))
-                    .ok_or_else(|| format!("{option}: queues: give 1 to {MAX_CPUS}"))?;
-            }
-            _ => {
-                return Err(format!(
-                    "{option}: {key:?} is unknown: the keys are path, readonly, id, serial and queues"
-                ));
-            }
-        }
-    }
-    if disk.path.is_empty() {
-        return Err(format!("{option}: path=FILE is missing"));
-    }
-    if disk.id.is_empty() {
-        disk.id = format!("disk{index}");
-    }
-    check_id(&disk.id).map_err(|e| format!("{option}: id={}: {e}", disk.id))?;
-    Ok(disk)
-}
-
 /// What a device id may look like: it appears in log lines, host names and paths.
 ///
 /// # Errors
@@ -274,25 +233,6 @@ mod tests {
         assert_eq!(parse_cpus("boot=3").unwrap().boot, 3);
         for bad in ["0", "65", "two", "2,pin=0", "1,pin=x", "1,max=2", ""] {
             assert!(parse_cpus(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn disks_have_ids_of_their_own() {
-        let disk = parse_disk("path=/a,readonly=on,id=root", 0).unwrap();
-        assert!(disk.readonly);
-        assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/a", "root"));
-        assert_eq!(parse_disk("path=/a", 3).unwrap().id, "disk3");
-        for bad in [
-            "",
-            "/a",
-            "path=",
-            "path=/a,readonly=yes",
-            "path=/a,id=../x",
-            "path=/a,ro=on",
-            "id=x",
-        ] {
-            assert!(parse_disk(bad, 0).is_err(), "{bad}");
         }
     }
 

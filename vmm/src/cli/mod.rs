@@ -9,7 +9,10 @@ use clap::{Parser, Subcommand};
 
 pub mod audit;
 pub mod ctl;
+mod ctl_device;
 pub mod ctl_output;
+mod ctl_stats;
+pub mod disk_args;
 pub mod machine_args;
 pub mod net_args;
 pub mod run;
@@ -48,6 +51,9 @@ pub struct HostArgs {
     /// Directory of bulkhead-launcher and the device binaries [default: that of bulkhead]
     #[arg(long, value_name = "DIR")]
     pub libexec: Option<PathBuf>,
+    /// passt for `--net user` [default of run: /usr/bin/passt, …; serve starts none without it]
+    #[arg(long, value_name = "PATH")]
+    pub passt: Option<PathBuf>,
     /// What to log on standard error: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
     pub log: log::LevelFilter,

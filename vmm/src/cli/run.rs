@@ -15,6 +15,7 @@ pub fn run(args: RunArgs) -> ExitCode {
     };
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
+        passt: args.host.passt,
         api_socket: args.api_socket,
         first: Some(config),
     }))
@@ -25,6 +26,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
     logger::init(args.host.log);
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
+        passt: args.host.passt,
         api_socket: Some(args.api_socket),
         first: None,
     }))

@@ -26,6 +26,10 @@ pub struct Args {
     pub binaries: Vec<String>,
     /// Prefixes that every path of a request must lie under; none: no restriction.
     pub allow_paths: Vec<PathBuf>,
+    /// Kinds of external helpers, whose programs follow the device binaries.
+    pub helpers: Vec<String>,
+    /// Directories that hold the helpers' libraries.
+    pub helper_libraries: Vec<PathBuf>,
 }
 
 impl Args {
@@ -46,6 +50,12 @@ impl Args {
         for path in &self.allow_paths {
             push("--allow-path", path.as_os_str().as_bytes())?;
         }
+        for kind in &self.helpers {
+            push("--helper", kind.as_bytes())?;
+        }
+        for path in &self.helper_libraries {
+            push("--helper-libraries", path.as_os_str().as_bytes())?;
+        }
         Some(argv)
     }
 
@@ -53,6 +63,7 @@ impl Args {
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, String> {
         let (mut rights, mut host_ids) = (None, None);
         let (mut binaries, mut allow_paths) = (Vec::new(), Vec::new());
+        let (mut helpers, mut helper_libraries) = (Vec::new(), Vec::new());
         for arg in args {
             let bytes = arg.as_bytes();
             let bad = || {
@@ -73,6 +84,10 @@ impl Args {
                     host_ids = Some(text.ok().and_then(|t| t.parse().ok()).ok_or_else(bad)?);
                 }
                 b"--binary" => binaries.push(text.map_err(|_| bad())?.to_owned()),
+                b"--helper" => helpers.push(text.map_err(|_| bad())?.to_owned()),
+                b"--helper-libraries" => {
+                    helper_libraries.push(PathBuf::from(OsString::from_vec(value.to_owned())));
+                }
                 b"--allow-path" => {
                     allow_paths.push(PathBuf::from(OsString::from_vec(value.to_owned())));
                 }
@@ -86,6 +101,8 @@ impl Args {
             host_ids,
             binaries,
             allow_paths,
+            helpers,
+            helper_libraries,
         })
     }
 }
@@ -101,6 +118,8 @@ mod tests {
             host_ids: Some(0x7000_0040),
             binaries: vec!["bulkhead-blk".into(), "bulkhead-net".into()],
             allow_paths: vec!["/srv/a=b".into(), "".into()],
+            helpers: vec!["passt".into()],
+            helper_libraries: vec!["/lib".into()],
         };
         let argv = args.to_argv().unwrap();
         let read = argv

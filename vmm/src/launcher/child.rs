@@ -6,10 +6,11 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use bulkhead_seccomp::{filter, policy};
+use bulkhead_seccomp::policy::Policy;
+use bulkhead_seccomp::{filter, notify, policy};
 
 use super::identity::{INNER_ID, Rights};
-use super::{confine, isolate, sys};
+use super::{confine, helper, isolate, packet, sys};
 
 /// Everything the child needs.
 pub struct Child<'a> {
@@ -29,6 +30,27 @@ pub struct Child<'a> {
     pub fds: &'a [RawFd],
     /// The child's end: waits for a byte, reports a failure as a line, ends by exec.
     pub sync: BorrowedFd<'a>,
+    /// What it becomes.
+    pub sandbox: &'a Sandbox<'a>,
+}
+
+/// Around what a process of the launcher runs.
+pub enum Sandbox<'a> {
+    /// A device process: nothing is in reach, and this policy is its steady state's.
+    Device(&'static Policy),
+    /// An external helper: see `helper` for its exceptions.
+    Helper(helper::Root<'a>),
+}
+
+impl Sandbox<'_> {
+    /// Flags of the clone. A helper stays in the network namespace of the host.
+    pub fn flags(&self, rights: Rights) -> u64 {
+        let all = rights.device_flags();
+        match self {
+            Self::Device(_) => all,
+            Self::Helper(_) => all & !(libc::CLONE_NEWNET as u64),
+        }
+    }
 }
 
 type Step<T> = Result<T, String>;
@@ -65,7 +87,10 @@ impl Child<'_> {
         if self.rights != Rights::Root {
             self.become_ids()?;
         }
-        self.enter_empty_root()?;
+        match self.sandbox {
+            Sandbox::Device(_) => self.enter_empty_root()?,
+            Sandbox::Helper(root) => root.enter()?,
+        }
         if self.rights == Rights::Root {
             self.become_ids()?;
         }
@@ -77,17 +102,33 @@ impl Child<'_> {
             return Err("descriptors: lost".into());
         };
         *report = *sync;
-        step("limits", confine::device_limits())?;
+        let limits = match self.sandbox {
+            Sandbox::Device(_) => confine::device_limits(),
+            Sandbox::Helper(_) => confine::helper_limits(),
+        };
+        step("limits", limits)?;
         step("bounding set", isolate::bar_capabilities())?;
         step("capabilities", isolate::keep_capabilities(&[]))?;
         step("no_new_privs", isolate::no_new_privs())?;
-        filter::apply_filter_this_thread(&policy::DEVICE_OUTER)
-            .map_err(|e| format!("filter: {e}"))?;
+        match self.sandbox {
+            Sandbox::Device(policy) => {
+                let listener =
+                    notify::apply_filter_with_listener(policy).map_err(|e| format!("filter: {e}"))?;
+                step(
+                    "handing over the listener",
+                    packet::send_descriptor(sys::kept_fd(*sync), listener.as_fd()),
+                )?;
+                // Who kept it could answer its own reports.
+                drop(listener);
+            }
+            Sandbox::Helper(_) => filter::apply_filter_this_thread(&policy::PASST)
+                .map_err(|e| format!("filter: {e}"))?,
+        }
         let error = sys::execveat(sys::kept_fd(*program), self.argv);
         let remedy = match error.raw_os_error() {
             Some(libc::EACCES) => "; the binary must be executable by everybody (chmod 0755)",
             Some(libc::ENOEXEC) => "; is it a program of this machine?",
-            Some(libc::ENOENT) => "; the binary must be static: it wants an interpreter",
+            Some(libc::ENOENT) => "; the loader that it wants is missing: a device binary must be static",
             _ => "",
         };
         Err(format!("exec: {error}{remedy}"))

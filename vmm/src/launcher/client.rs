@@ -5,7 +5,7 @@
 //! opens, connects and executes nothing: every descriptor comes from the launcher, or is
 //! made by socketpair(2).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,10 +15,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
+use bulkhead_seccomp::notify::Violation;
 use bulkhead_proto::protobuf::Message;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::helper::Program;
 use super::packet::{self, MAX_FDS, Packet, PacketSocket};
 use super::start::{Started, start};
 use super::sys::{self, ExitOutcome};
@@ -34,7 +36,7 @@ const END_DEADLINE: Duration = Duration::from_secs(3);
 const MAX_EVENTS: usize = 1024;
 
 /// What the launcher is to be started with.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct LauncherConfig {
     /// Directory of `bulkhead-launcher` and of the device binaries.
     pub libexec: PathBuf,
@@ -42,6 +44,8 @@ pub struct LauncherConfig {
     pub devices: Vec<String>,
     /// Prefixes that every path must lie under; none: no restriction.
     pub allow_paths: Vec<PathBuf>,
+    /// External helpers that may be started.
+    pub helpers: Vec<Program>,
 }
 
 impl LauncherConfig {
@@ -53,6 +57,7 @@ impl LauncherConfig {
             libexec,
             devices,
             allow_paths: Vec::new(),
+            helpers: Vec::new(),
         })
     }
 }
@@ -118,6 +123,8 @@ pub struct SpawnSpec {
     pub device_id: String,
     /// File name of its binary, one of `LauncherConfig::devices`.
     pub binary: String,
+    /// Name of the seccomp policy of its steady state: the binary's, with a variant.
+    pub policy: String,
     /// Arguments after argv[0].
     pub args: Vec<String>,
     /// Tells it apart from its predecessors of the same id.
@@ -154,13 +161,40 @@ pub enum LauncherEvent {
         /// How.
         outcome: ExitOutcome,
     },
+    /// An answer to [`Launcher::begin_grow`].
+    Grown {
+        /// What that returned.
+        ticket: u64,
+        /// The size in bytes that the file has, or why it could not be grown.
+        result: Result<u64, String>,
+    },
+    /// An answer to [`Launcher::begin_connect`] or [`Launcher::begin_helper`]: what came
+    /// along is at [`Launcher::take_linked`].
+    Linked {
+        /// What that returned.
+        ticket: u64,
+        /// Why not.
+        result: Result<(), String>,
+    },
+}
+
+/// What has arrived and nobody waits for.
+#[derive(Default)]
+struct Inbox {
+    events: VecDeque<LauncherEvent>,
+    /// Requests whose answers are events.
+    begun: BTreeSet<u64>,
+    /// Those of them that ask for a connection or a helper.
+    links: BTreeSet<u64>,
+    /// What came with their answers.
+    linked: BTreeMap<u64, Linked>,
 }
 
 struct Inner {
     /// None once the launcher is given up.
     socket: Option<PacketSocket>,
     last_id: u64,
-    events: VecDeque<LauncherEvent>,
+    inbox: Inbox,
 }
 
 /// The launcher, seen from the VMM. Dropping it ends the launcher and every device process.
@@ -168,6 +202,7 @@ pub struct Launcher {
     inner: Mutex<Inner>,
     pid: i32,
     pidfd: OwnedFd,
+    io_uring: bool,
     /// Of `socket` and `pending`.
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
@@ -186,10 +221,11 @@ impl Launcher {
             inner: Mutex::new(Inner {
                 socket: Some(socket),
                 last_id: 0,
-                events: VecDeque::new(),
+                inbox: Inbox::default(),
             }),
             pid,
             pidfd,
+            io_uring: bulkhead_seccomp::uring::available().is_ok(),
             epoll,
             pending,
         };
@@ -202,7 +238,7 @@ impl Launcher {
         use std::os::fd::AsRawFd;
         let io = |what| move |error| LauncherError::Io(what, error);
         let mut inner = self.lock();
-        let Inner { socket, events, .. } = &mut *inner;
+        let Inner { socket, inbox, .. } = &mut *inner;
         let socket = socket.as_ref().ok_or(LauncherError::Gone)?;
         for fd in [socket.as_fd().as_raw_fd(), self.pending.as_raw_fd()] {
             let event = EpollEvent::new(EventSet::IN, 0);
@@ -210,7 +246,7 @@ impl Launcher {
                 .ctl(ControlOperation::Add, fd, event)
                 .map_err(io("epoll_ctl"))?;
         }
-        let hello = receive(socket, events, 0, Instant::now() + DEADLINE, "its start")?.0;
+        let hello = receive(socket, inbox, 0, Instant::now() + DEADLINE, "its start")?.0;
         match hello.error.as_str() {
             "" => Ok(()),
             error => Err(LauncherError::Start(format!(
@@ -228,6 +264,17 @@ impl Launcher {
         access: Access,
         direct: bool,
     ) -> Result<(File, OpenedInfo), LauncherError> {
+        self.open(path, role, access, direct, false)
+    }
+
+    fn open(
+        &self,
+        path: &Path,
+        role: &str,
+        access: Access,
+        direct: bool,
+        lock: bool,
+    ) -> Result<(File, OpenedInfo), LauncherError> {
         let access = match access {
             Access::Read => wire::open_path::Access::READ,
             Access::ReadWrite => wire::open_path::Access::READ_WRITE,
@@ -238,6 +285,7 @@ impl Launcher {
             role: role.to_owned(),
             access: access.into(),
             direct,
+            lock,
             ..Default::default()
         };
         let (reply, mut fds, _) =
@@ -289,11 +337,17 @@ impl Launcher {
             .map(|_| ())
     }
 
+    /// Whether device processes may have restricted io_uring rings, as tried at the start.
+    pub fn io_uring(&self) -> bool {
+        self.io_uring
+    }
+
     /// Starts a device process and returns once its program runs.
     pub fn spawn(&self, spec: SpawnSpec) -> Result<SpawnedDevice, LauncherError> {
         let SpawnSpec {
             device_id,
             binary,
+            policy,
             args,
             incarnation,
             fds,
@@ -323,6 +377,7 @@ impl Launcher {
             binary,
             args,
             incarnation,
+            policy,
             ..Default::default()
         };
         let called = self.call(wire::request::Op::Spawn(op), &passed, DEADLINE, "spawn");
@@ -375,7 +430,7 @@ impl Launcher {
         let mut lost = inner.socket.is_none().then_some(LauncherError::Gone);
         if let Inner {
             socket: Some(socket),
-            events,
+            inbox,
             ..
         } = &mut *inner
         {
@@ -383,7 +438,7 @@ impl Launcher {
                 match socket.receive() {
                     Ok(Some(packet)) => {
                         // A reply here answers a request that was given up; its descriptors close.
-                        if let Err(error) = take(packet, events, 0) {
+                        if let Err(error) = take(packet, inbox, 0) {
                             lost = Some(error);
                             break;
                         }
@@ -400,7 +455,7 @@ impl Launcher {
             inner.socket = None;
         }
         match lost {
-            Some(error) if inner.events.is_empty() => {
+            Some(error) if inner.inbox.events.is_empty() => {
                 // The socket has left the epoll: stay readable.
                 let _ = self.pending.write(1);
                 Err(error)
@@ -409,7 +464,7 @@ impl Launcher {
                 if lost.is_some() {
                     let _ = self.pending.write(1);
                 }
-                Ok(inner.events.drain(..).collect())
+                Ok(inner.inbox.events.drain(..).collect())
             }
         }
     }
@@ -452,13 +507,13 @@ impl Launcher {
         let bytes = request
             .write_to_bytes()
             .map_err(|_| LauncherError::Protocol("a request that cannot be encoded"))?;
-        let Inner { socket, events, .. } = &mut *inner;
+        let Inner { socket, inbox, .. } = &mut *inner;
         let result = match socket {
             Some(socket) => send(socket, &bytes, fds, deadline, what)
-                .and_then(|()| receive(socket, events, request.id, deadline, what)),
+                .and_then(|()| receive(socket, inbox, request.id, deadline, what)),
             None => Err(LauncherError::Gone),
         };
-        if !inner.events.is_empty() {
+        if !inner.inbox.events.is_empty() {
             let _ = self.pending.write(1);
         }
         match result {
@@ -552,7 +607,7 @@ fn send(
 /// given up are dropped with their descriptors.
 fn receive(
     socket: &PacketSocket,
-    events: &mut VecDeque<LauncherEvent>,
+    inbox: &mut Inbox,
     id: u64,
     deadline: Instant,
     what: &'static str,
@@ -560,7 +615,7 @@ fn receive(
     loop {
         match socket.receive() {
             Ok(Some(packet)) => {
-                if let Some(answer) = take(packet, events, id)? {
+                if let Some(answer) = take(packet, inbox, id)? {
                     return Ok(answer);
                 }
                 if Instant::now() > deadline {
@@ -585,9 +640,15 @@ type Answer = (wire::Reply, Vec<OwnedFd>, Option<i32>);
 /// The launcher's greeting is the one reply with id 0 and no event in it.
 fn take(
     packet: Packet,
-    events: &mut VecDeque<LauncherEvent>,
+    inbox: &mut Inbox,
     id: u64,
 ) -> Result<Option<Answer>, LauncherError> {
+    let Inbox {
+        events,
+        begun,
+        links,
+        linked,
+    } = inbox;
     let Packet { bytes, fds, pid } = packet;
     let reply = wire::Reply::parse_from_bytes(&bytes)
         .map_err(|_| LauncherError::Protocol("a packet that is no message"))?;
@@ -596,9 +657,13 @@ fn take(
             if events.len() >= MAX_EVENTS || !valid_id(&exited.device_id) {
                 return Err(LauncherError::Protocol("a flood of events"));
             }
-            let outcome = match exited.signal {
-                0 => ExitOutcome::Status(exited.status),
-                signal => ExitOutcome::Signal(signal),
+            let outcome = match (exited.violation.as_ref(), exited.signal) {
+                (Some(call), _) => ExitOutcome::Violation(Violation {
+                    nr: call.nr,
+                    arch: call.arch,
+                }),
+                (None, 0) => ExitOutcome::Status(exited.status),
+                (None, signal) => ExitOutcome::Signal(signal),
             };
             events.push_back(LauncherEvent::Exited {
                 device_id: exited.device_id.clone(),
@@ -608,9 +673,52 @@ fn take(
             Ok(None)
         }
         (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
+        (reply_id, result) if begun.remove(&reply_id) => {
+            if let Some(wire::reply::Result::Connected(_) | wire::reply::Result::Spawned(_)) =
+                result
+                && reply.error.is_empty()
+                && links.remove(&reply_id)
+            {
+                let fd = fds.into_iter().next().ok_or(LauncherError::Protocol(
+                    "a connection without its descriptor",
+                ))?;
+                linked.insert(reply_id, Linked { fd, pid });
+                events.push_back(LauncherEvent::Linked {
+                    ticket: reply_id,
+                    result: Ok(()),
+                });
+                return Ok(None);
+            }
+            if links.remove(&reply_id) {
+                let why = match reply.error.as_str() {
+                    "" => return Err(LauncherError::Protocol("no answer to a connection")),
+                    error => printable(error),
+                };
+                events.push_back(LauncherEvent::Linked {
+                    ticket: reply_id,
+                    result: Err(why),
+                });
+                return Ok(None);
+            }
+            let result = match (result, reply.error.as_str()) {
+                (Some(wire::reply::Result::Grown(grown)), "") => Ok(grown.size),
+                (_, "") => return Err(LauncherError::Protocol("a growth without a size")),
+                (_, error) => Err(printable(error)),
+            };
+            // No more than were begun: it needs no bound of its own.
+            events.push_back(LauncherEvent::Grown {
+                ticket: reply_id,
+                result,
+            });
+            Ok(None)
+        }
         _ => Ok(None),
     }
 }
 
+mod disks;
+mod nets;
+
+pub use nets::{Linked, SpawnedHelper};
 #[cfg(test)]
 mod tests;

@@ -2,18 +2,21 @@
 //!
 //! No Landlock here: it forbids mount(2) and pivot_root(2) to the process and its children,
 //! and a device's empty root is made with them. Each device applies its own after exec.
-//! The seccomp filter is inherited by every device, so that it admits what devices need.
+//! The seccomp filter is inherited by every device, so that it admits what devices need, and
+//! it answers ENOSYS to the rest: a kill would come before a device's filter could report the
+//! call.
 
-use bulkhead_seccomp::{filter, policy};
+use bulkhead_seccomp::{notify, policy};
 
 use super::args::Args;
 use super::isolate;
 
 /// Descriptors of the launcher: two or three per device, sockets, binaries.
-const LAUNCHER_NOFILE: u64 = 1024;
+const LAUNCHER_NOFILE: u64 = 4096;
 /// Descriptors of a device: its own, eventfds of its queues, guest memory. A device lowers
-/// it to what it needs.
-const DEVICE_NOFILE: u64 = 256;
+/// it to what it needs; the most is a network device's, with MAX_QUEUE_PAIRS queue pairs: two
+/// descriptors and six eventfds for each.
+const DEVICE_NOFILE: u64 = 512;
 /// Threads of a device, io_uring's workers included.
 const DEVICE_NPROC: u64 = 64;
 
@@ -29,15 +32,30 @@ pub fn launcher(args: &Args) -> Result<(), String> {
         .map_err(say("capabilities"))?;
     isolate::no_new_privs().map_err(say("no_new_privs"))?;
     isolate::dumpable(false).map_err(say("dumpable"))?;
-    filter::apply_filter_this_thread(&policy::BULKHEAD_LAUNCHER)
+    let policy = if args.helpers.is_empty() {
+        &policy::BULKHEAD_LAUNCHER
+    } else {
+        &policy::BULKHEAD_LAUNCHER_HELPERS
+    };
+    notify::apply_mild_filter_this_thread(policy)
         .map_err(|error| format!("confinement: {error}"))
 }
 
 /// Lowers the limits of what is about to become a device.
 pub fn device_limits() -> std::io::Result<()> {
+    limits(DEVICE_NOFILE)
+}
+
+/// The same for an external helper: each connection of the guest is one or more descriptors of
+/// passt's, which says no to the guest where they end.
+pub fn helper_limits() -> std::io::Result<()> {
+    limits(LAUNCHER_NOFILE)
+}
+
+fn limits(descriptors: u64) -> std::io::Result<()> {
     for (resource, most) in [
         (libc::RLIMIT_CORE, 0),
-        (libc::RLIMIT_NOFILE, DEVICE_NOFILE),
+        (libc::RLIMIT_NOFILE, descriptors),
         (libc::RLIMIT_NPROC, DEVICE_NPROC),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_RTPRIO, 0),

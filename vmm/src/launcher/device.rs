@@ -2,18 +2,20 @@
 //! map, and the wait for its exec. What the child does meanwhile is in `child`.
 
 use std::ffi::CString;
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::args::Args;
-use super::child::{Child, inner_id};
+use super::child::{Child, Sandbox, inner_id};
+use super::helper;
 use super::identity::{Maps, Rights, namespace_remedy};
 use super::isolate;
 use super::log::LogSource;
-use super::packet::MAX_FDS;
+use super::packet::{self, MAX_FDS};
 use super::sys::{self, Cloned};
+use super::watch::Watch;
 use super::{FIRST_OWN_FD, MAX_ARG, MAX_ARGS, MAX_DEVICES, printable, valid_id};
 
 /// How long clone, confinement and exec may take together.
@@ -27,9 +29,25 @@ pub struct Order {
     pub incarnation: u64,
     /// Name of its binary.
     pub binary: String,
+    /// Name of its policy.
+    pub policy: String,
     /// Arguments after argv[0].
     pub args: Vec<String>,
     /// Control end, vhost-user end, its own.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A helper to start: a SpawnHelper request, and what came beside it.
+pub struct HelperOrder {
+    /// Its device's id.
+    pub id: String,
+    /// Tells it apart from others of the same id.
+    pub incarnation: u64,
+    /// "passt".
+    pub kind: String,
+    /// What it is to do.
+    pub options: Vec<String>,
+    /// Its vhost-user end.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -47,17 +65,19 @@ pub struct Device {
     pub pidfd: OwnedFd,
     /// Its stderr.
     pub log: LogSource,
+    /// Its system calls.
+    pub watch: Watch,
 }
 
 /// Starts a device process. `devices` are those that live; a free slot is chosen.
 pub fn spawn(
-    order: Order,
+    order: &Order,
     args: &Args,
     binaries: &[OwnedFd],
     devices: &[Device],
 ) -> Result<Device, String> {
     let fail = |why: String| format!("device {}: {why}", printable(&order.id));
-    spawn_checked(&order, args, binaries, devices).map_err(fail)
+    spawn_checked(order, args, binaries, devices).map_err(fail)
 }
 
 fn spawn_checked(
@@ -66,18 +86,16 @@ fn spawn_checked(
     binaries: &[OwnedFd],
     devices: &[Device],
 ) -> Result<Device, String> {
-    if !valid_id(&order.id) {
-        return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
-    }
-    if devices
-        .iter()
-        .any(|d| d.id == order.id && d.incarnation == order.incarnation)
-    {
-        return Err(format!("incarnation {} is running", order.incarnation));
-    }
-    let slot = (0..MAX_DEVICES)
-        .find(|slot| devices.iter().all(|d| d.slot != *slot))
-        .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
+    // The policy's name is the binary's, with a variant; none of those for stand-alone use.
+    let policy = bulkhead_seccomp::policy::get(&order.policy)
+        .filter(|p| p.name.starts_with(&order.binary) && !p.name.ends_with("-socket"))
+        .ok_or_else(|| {
+            format!(
+                "{}: not a policy of {}",
+                printable(&order.policy),
+                printable(&order.binary)
+            )
+        })?;
     let program = args
         .binaries
         .iter()
@@ -90,7 +108,10 @@ fn spawn_checked(
             )
         })?;
     if order.fds.len() < 2 || order.fds.len() > MAX_FDS {
-        return Err("a spawn needs its two channels and at most 30 descriptors more".into());
+        return Err(format!(
+            "a spawn needs its two channels and at most {} descriptors more",
+            MAX_FDS - 2
+        ));
     }
     if order.args.len() > MAX_ARGS || order.args.iter().any(|a| a.len() > MAX_ARG) {
         return Err("too many or too long arguments".into());
@@ -99,16 +120,96 @@ fn spawn_checked(
         .chain(&order.args)
         .map(|arg| CString::new(arg.as_str()).map_err(|_| "a zero byte in an argument".to_owned()))
         .collect::<Result<Vec<_>, _>>()?;
+    let start = Start {
+        id: &order.id,
+        incarnation: order.incarnation,
+        program: program.as_fd(),
+        argv: &argv,
+        fds: &order.fds,
+        sandbox: Sandbox::Device(policy),
+    };
+    debug_assert!(order.fds.len().saturating_add(3) >= FIRST_OWN_FD);
+    start.run(args, devices)
+}
+
+/// Starts an external helper: see `helper`. Its own descriptors are from 3 on.
+pub fn spawn_helper(
+    order: &HelperOrder,
+    args: &Args,
+    programs: &[OwnedFd],
+    devices: &[Device],
+) -> Result<Device, String> {
+    let fail = |why: String| format!("device {}: {why}", printable(&order.id));
+    let program = args
+        .helpers
+        .iter()
+        .position(|kind| *kind == order.kind)
+        .and_then(|index| programs.get(index))
+        .ok_or_else(|| {
+            fail(format!(
+                "no {} was given when the VMM was started: start it with --passt PATH",
+                printable(&order.kind)
+            ))
+        })?;
+    if args.rights == Rights::Root {
+        return Err(fail(format!(
+            "{} confines itself by a user namespace, and this host forbids them: {}",
+            order.kind,
+            namespace_remedy(true)
+        )));
+    }
+    if order.fds.len() != 1 {
+        return Err(fail("a helper has one descriptor: its vhost-user channel".into()));
+    }
+    let argv = helper::arguments(&order.kind, &order.options).map_err(fail)?;
+    let start = Start {
+        id: &order.id,
+        incarnation: order.incarnation,
+        program: program.as_fd(),
+        argv: &argv,
+        fds: &order.fds,
+        sandbox: Sandbox::Helper(helper::Root {
+            libraries: &args.helper_libraries,
+        }),
+    };
+    debug_assert_eq!(helper::FIRST_FD, 3);
+    start.run(args, devices).map_err(fail)
+}
+
+/// A process to start, its request checked.
+struct Start<'a> {
+    id: &'a str,
+    incarnation: u64,
+    program: BorrowedFd<'a>,
+    argv: &'a [CString],
+    /// From 3 on.
+    fds: &'a [OwnedFd],
+    sandbox: Sandbox<'a>,
+}
+
+impl Start<'_> {
+    fn run(self, args: &Args, devices: &[Device]) -> Result<Device, String> {
+    if !valid_id(self.id) {
+        return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
+    }
+    if devices
+        .iter()
+        .any(|d| d.id == self.id && d.incarnation == self.incarnation)
+    {
+        return Err(format!("incarnation {} is running", self.incarnation));
+    }
+    let slot = (0..MAX_DEVICES)
+        .find(|slot| devices.iter().all(|d| d.slot != *slot))
+        .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
     let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
 
     let (log, log_end) = sys::pipe().map_err(io("log pipe"))?;
-    let log = LogSource::new(&order.id, log).map_err(io("log pipe"))?;
+    let log = LogSource::new(self.id, log).map_err(io("log pipe"))?;
     let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
     // /dev/null, opened by the VMM: nothing is opened for a device.
     let null = sys::standard_fd(0).as_raw_fd();
     let mut fds: Vec<RawFd> = vec![null, null, log_end.as_raw_fd()];
-    fds.extend(order.fds.iter().map(AsRawFd::as_raw_fd));
-    debug_assert!(fds.len() >= FIRST_OWN_FD);
+    fds.extend(self.fds.iter().map(AsRawFd::as_raw_fd));
 
     let host_id = u32::try_from(slot)
         .ok()
@@ -117,15 +218,16 @@ fn spawn_checked(
         rights: args.rights,
         id: inner_id(args.rights, host_id.unwrap_or_default()),
         drop_groups: host_id.is_some(),
-        program: program.as_fd(),
-        argv: &argv,
+        program: self.program,
+        argv: self.argv,
         fds: &fds,
         sync: child_sync.as_fd(),
+        sandbox: &self.sandbox,
     };
     // The child's entries in /proc must be ours to write its maps, and it has this flag of
     // ours at its clone. It turns it off itself.
     isolate::dumpable(true).map_err(io("dumpable"))?;
-    let cloned = sys::clone_single_threaded(args.rights.device_flags());
+    let cloned = sys::clone_single_threaded(self.sandbox.flags(args.rights));
     if let Ok(Cloned::Child) = cloned {
         // Else the end of the launcher would not end the wait for its byte.
         drop(sync);
@@ -144,17 +246,18 @@ fn spawn_checked(
     };
     drop(child_sync);
     drop(log_end);
-    let device = Device {
-        id: order.id.clone(),
-        incarnation: order.incarnation,
+    let mut device = Device {
+        id: self.id.to_owned(),
+        incarnation: self.incarnation,
         slot,
         pid,
         pidfd,
         log,
+        watch: Watch::none(),
     };
     let started = device
         .map_ids(args, host_id)
-        .and_then(|()| await_exec(&mut sync));
+        .and_then(|()| await_exec(&mut sync, &mut device.watch));
     match started {
         Ok(()) => Ok(device),
         Err(why) => {
@@ -168,6 +271,7 @@ fn spawn_checked(
             Err(format!("{why}{hint}"))
         }
     }
+}
 }
 
 impl Device {
@@ -207,21 +311,30 @@ impl Device {
 }
 
 /// Lets the child go and waits until its end closes (by exec) or says why not.
-fn await_exec(sync: &mut UnixStream) -> Result<(), String> {
+fn await_exec(sync: &mut UnixStream, watch: &mut Watch) -> Result<(), String> {
     let lost = |error: std::io::Error| format!("while it starts: {error}");
     sync.write_all(&[1]).map_err(lost)?;
     let deadline = Instant::now() + DEADLINE;
     let mut line = Vec::new();
     // The child is our own code and writes one line at most; after exec nobody holds it.
     while line.len() < 512 {
-        let revents = sys::poll(&[(sync.as_fd(), libc::POLLIN)], Some(deadline)).map_err(lost)?;
+        let mut fds = vec![(sync.as_fd(), libc::POLLIN)];
+        fds.extend(watch.fd().map(|fd| (fd, libc::POLLIN)));
+        let revents = sys::poll(&fds, Some(deadline)).map_err(lost)?;
         if revents.iter().all(|r| *r == 0) {
             return Err("it was not executed in time; is the host overloaded?".into());
         }
+        if revents.get(1).is_some_and(|r| *r != 0) && watch.on_readable() {
+            return Err("its start makes system calls that no device may make".into());
+        }
+        if revents.first().is_none_or(|r| *r == 0) {
+            continue;
+        }
         let mut buffer = [0; 512];
-        match sync.read(&mut buffer).map_err(lost)? {
-            0 => break,
-            count => line.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+        match packet::receive_stream(sync.as_fd(), &mut buffer).map_err(lost)? {
+            (0, _) => break,
+            (_, Some(listener)) => *watch = Watch::new(listener),
+            (count, None) => line.extend_from_slice(buffer.get(..count).unwrap_or_default()),
         }
     }
     if line.is_empty() {

@@ -6,9 +6,12 @@
 //! Called by the launcher's only thread on itself, and by the device child between clone
 //! and exec.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::ptr;
 
 use super::sys::{check, check_long, own};
@@ -196,12 +199,29 @@ pub fn set_host_name(name: &str) -> io::Result<()> {
 /// A new, empty, read-only tmpfs that is mounted nowhere yet, as a directory descriptor.
 /// mount_setattr's flags are given at fsmount(2): nosuid, nodev, noexec, read-only.
 pub fn empty_tmpfs(options: &[(&CStr, &CStr)]) -> io::Result<OwnedFd> {
+    new_mount(c"tmpfs", options, NOTHING_SPECIAL | libc::MOUNT_ATTR_RDONLY)
+}
+
+/// The same, writable for the time being.
+pub fn tmpfs(options: &[(&CStr, &CStr)]) -> io::Result<OwnedFd> {
+    new_mount(c"tmpfs", options, NOTHING_SPECIAL)
+}
+
+/// The /proc of this process's pid namespace, read-only, mounted nowhere yet.
+pub fn new_proc() -> io::Result<OwnedFd> {
+    new_mount(c"proc", &[], NOTHING_SPECIAL | libc::MOUNT_ATTR_RDONLY)
+}
+
+const NOTHING_SPECIAL: u64 =
+    libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+
+fn new_mount(kind: &CStr, options: &[(&CStr, &CStr)], attributes: u64) -> io::Result<OwnedFd> {
     // SAFETY: every pointer is to a C string that lives across its call, or null where the
     // command (fsconfig CMD_CREATE) wants null.
     unsafe {
         let context = own(check_long(libc::syscall(
             libc::SYS_fsopen,
-            c"tmpfs".as_ptr(),
+            kind.as_ptr(),
             FSOPEN_CLOEXEC,
         ))?)?;
         for (key, value) in options {
@@ -222,10 +242,6 @@ pub fn empty_tmpfs(options: &[(&CStr, &CStr)]) -> io::Result<OwnedFd> {
             ptr::null::<libc::c_char>(),
             0,
         ))?;
-        let attributes = libc::MOUNT_ATTR_RDONLY
-            | libc::MOUNT_ATTR_NOSUID
-            | libc::MOUNT_ATTR_NODEV
-            | libc::MOUNT_ATTR_NOEXEC;
         own(check_long(libc::syscall(
             libc::SYS_fsmount,
             context.as_raw_fd(),
@@ -242,9 +258,83 @@ const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
 
+/// What is mounted at `path` and below it, once more, mounted nowhere yet: read-only, nosuid,
+/// nodev.
+pub fn clone_tree(path: &CStr) -> io::Result<OwnedFd> {
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE;
+    // SAFETY: the path is a C string that lives across the call.
+    let tree = own(check_long(unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+        )
+    })?)?;
+    let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    restrict(tree.as_fd(), attributes, AT_RECURSIVE)?;
+    Ok(tree)
+}
+
+/// Adds attributes to a mount.
+fn restrict(mount: BorrowedFd<'_>, attributes: u64, flags: libc::c_uint) -> io::Result<()> {
+    let change = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: `change` is a mount_attr of the size told and lives across the call; the path is
+    // a C literal.
+    check_long(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags | libc::AT_EMPTY_PATH.unsigned_abs(),
+            ptr::from_ref(&change),
+            size_of::<libc::mount_attr>(),
+        )
+    })
+    .map(|_| ())
+}
+
+/// <linux/mount.h> and <linux/fcntl.h>.
+const OPEN_TREE_CLONE: libc::c_uint = 1;
+const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC.unsigned_abs();
+const AT_RECURSIVE: libc::c_uint = 0x8000;
+
+/// Makes the detached mount `root`, with `mounts` in their places below it, the root of this
+/// mount namespace, read-only, and lets go of every other mount.
+pub fn enter_built_root(root: BorrowedFd<'_>, mounts: &[(OwnedFd, PathBuf)]) -> io::Result<()> {
+    cover_root(root)?;
+    for (mount, place) in mounts {
+        let place = CString::new(place.as_os_str().as_bytes())?;
+        // SAFETY: both paths are C strings that live across the call.
+        check_long(unsafe {
+            libc::syscall(
+                libc::SYS_move_mount,
+                mount.as_raw_fd(),
+                c"".as_ptr(),
+                root.as_raw_fd(),
+                place.as_ptr(),
+                MOVE_MOUNT_F_EMPTY_PATH,
+            )
+        })?;
+    }
+    restrict(root, libc::MOUNT_ATTR_RDONLY, 0)?;
+    leave_old_root(root)
+}
+
 /// Makes the detached mount `root` the root of this mount namespace and lets go of every
 /// other mount in it. Nothing of the old tree can be reached afterwards.
 pub fn enter_root(root: BorrowedFd<'_>) -> io::Result<()> {
+    cover_root(root)?;
+    leave_old_root(root)
+}
+
+/// Mounts `root` over the present root.
+fn cover_root(root: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: all strings are C literals; null source, type and data are what a propagation
     // change wants.
     unsafe {
@@ -264,6 +354,14 @@ pub fn enter_root(root: BorrowedFd<'_>) -> io::Result<()> {
             c"/".as_ptr(),
             MOVE_MOUNT_F_EMPTY_PATH,
         ))?;
+    }
+    Ok(())
+}
+
+/// Makes what covers the root the root.
+fn leave_old_root(root: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: all strings are C literals.
+    unsafe {
         check(libc::fchdir(root.as_raw_fd()))?;
         // pivot_root(2), "pivot_root(".", ".")": the old root comes to lie on top of the new
         // one, and is detached from there.

@@ -11,7 +11,8 @@
 //! - In the VMM: [`Launcher`] (module `client`) over `start` (the clone and exec). Any
 //!   thread may call it; calls take turns.
 //! - In the launcher process, all on its only thread: `args` (its command line), `server`
-//!   (the loop), `paths` (what it opens and binds), `device` (starting one), `log` (what
+//!   (the loop), `paths` and `lock` (what it opens and binds), `device` (starting one), `kept`
+//!   (what stays of one that has died), `log` (what
 //!   devices say).
 //! - Between clone and exec, in the process that becomes a device: `child`.
 //! - `sys`, `isolate` and `packet` hold the system calls and all the `unsafe` there is.
@@ -23,20 +24,28 @@ mod args;
 mod child;
 mod client;
 mod confine;
+mod connect;
 mod device;
+pub(crate) mod helper;
 mod identity;
 mod isolate;
+mod kept;
+mod lock;
 mod log;
 pub(crate) mod packet;
 mod paths;
 mod server;
 mod start;
 pub(crate) mod sys;
+pub mod tap;
+mod tap_sys;
+mod watch;
 
 pub use client::{
     Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, OpenedInfo, SpawnSpec,
-    SpawnedDevice,
+    SpawnedDevice, SpawnedHelper, Linked,
 };
+pub use helper::Program;
 pub use server::main as launcher_main;
 pub use sys::ExitOutcome;
 
@@ -44,6 +53,9 @@ pub use sys::ExitOutcome;
 pub(crate) const PROGRAM: &str = "bulkhead-launcher";
 /// Most device processes of one VM at a time; each has a slot, and with it a uid.
 pub const MAX_DEVICES: usize = 64;
+/// Most queue pairs of a network device: with its control queue, their descriptors and
+/// eventfds are what a device process may hold (`confine`) and one packet carries (`packet`).
+pub const MAX_QUEUE_PAIRS: u32 = 32;
 /// Most arguments of a device process.
 const MAX_ARGS: usize = 64;
 /// Longest argument of a device process, bytes.

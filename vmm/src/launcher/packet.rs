@@ -17,11 +17,11 @@ use std::ptr;
 /// Largest packet; a longer one is an error on either side.
 pub const MAX_PACKET: usize = 64 * 1024;
 /// Most descriptors beside one packet.
-pub const MAX_FDS: usize = 32;
+pub const MAX_FDS: usize = 72;
 
 /// Room for SCM_RIGHTS with MAX_FDS descriptors and SCM_CREDENTIALS, in words so that it
 /// is aligned for cmsghdr.
-const CONTROL_WORDS: usize = 32;
+const CONTROL_WORDS: usize = 48;
 
 /// A packet received.
 #[derive(Debug, Default)]
@@ -94,6 +94,15 @@ impl PacketSocket {
         fds: &[BorrowedFd<'_>],
         credentials: Option<(i32, (u32, u32))>,
     ) -> io::Result<()> {
+        Self::send_on(self.0.as_fd(), bytes, fds, credentials)
+    }
+
+    fn send_on(
+        socket: BorrowedFd<'_>,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        credentials: Option<(i32, (u32, u32))>,
+    ) -> io::Result<()> {
         // An empty packet would read as the end of the connection.
         if bytes.is_empty() || bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
             return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
@@ -138,7 +147,7 @@ impl PacketSocket {
             }
             header.msg_controllen = used;
             libc::sendmsg(
-                self.0.as_raw_fd(),
+                socket.as_raw_fd(),
                 &header,
                 libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             )
@@ -206,6 +215,60 @@ impl PacketSocket {
         }
         Ok(Some(packet))
     }
+}
+
+/// Sends a descriptor over a stream socket, beside one byte.
+pub fn send_descriptor(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+    PacketSocket::send_on(socket, &[0], &[fd], None)
+}
+
+/// Reads from a stream socket without waiting, and takes the first descriptor that comes
+/// beside the bytes; others are closed. 0 bytes: the end.
+pub fn receive_stream(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    // Room for one item with one descriptor; the kernel closes what does not fit.
+    let mut control = [0u64; 3];
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zeroes is a msghdr; iovec and control describe live, writable memory of the
+    // lengths told and outlive the call.
+    let (got, header) = unsafe {
+        let mut header: libc::msghdr = std::mem::zeroed();
+        header.msg_iov = &mut part;
+        header.msg_iovlen = 1;
+        header.msg_control = control.as_mut_ptr().cast();
+        header.msg_controllen = size_of_val(&control);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        (
+            libc::recvmsg(socket.as_raw_fd(), &mut header, flags),
+            header,
+        )
+    };
+    let got = usize::try_from(got).map_err(|_| last_error())?;
+    let mut first = None;
+    // SAFETY: the kernel filled msg_controllen bytes of `control` with well-formed items, and
+    // the walk stays within them. Each descriptor in SCM_RIGHTS is new and ours; what is not
+    // kept is closed by its drop.
+    unsafe {
+        let item = libc::CMSG_FIRSTHDR(&header);
+        if !item.is_null()
+            && (*item).cmsg_level == libc::SOL_SOCKET
+            && (*item).cmsg_type == libc::SCM_RIGHTS
+        {
+            let data = libc::CMSG_DATA(item);
+            let length = ((*item).cmsg_len).saturating_sub(libc::CMSG_LEN(0) as usize);
+            for index in 0..length / size_of::<RawFd>() {
+                let fd = ptr::read_unaligned(data.cast::<RawFd>().add(index));
+                let fd = OwnedFd::from_raw_fd(fd);
+                first.get_or_insert(fd);
+            }
+        }
+    }
+    Ok((got, first))
 }
 
 /// A unix address of `path`; `EINVAL` when it is empty or longer than sun_path.

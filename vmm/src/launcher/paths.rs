@@ -14,7 +14,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
-use super::{MAX_PATH, isolate, printable};
+use super::{MAX_PATH, isolate, lock, printable};
 
 /// Smallest disk: one sector.
 const SECTOR: u64 = 512;
@@ -63,7 +63,7 @@ pub struct Paths {
 }
 
 /// A line that says what failed, on which path, and the remedy.
-fn refuse<T>(role: &str, path: &Path, why: &str) -> Result<T, String> {
+pub(super) fn refuse<T>(role: &str, path: &Path, why: &str) -> Result<T, String> {
     Err(format!(
         "{role} {}: {why}",
         printable(&path.to_string_lossy())
@@ -71,7 +71,7 @@ fn refuse<T>(role: &str, path: &Path, why: &str) -> Result<T, String> {
 }
 
 /// What std prints for an error, without the "(os error N)".
-fn reason(error: &io::Error) -> String {
+pub(super) fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error")
         .next()
@@ -80,11 +80,11 @@ fn reason(error: &io::Error) -> String {
 }
 
 /// The name of a descriptor in /proc, which opens the very inode behind it.
-fn by_fd(fd: &File) -> PathBuf {
+pub(super) fn by_fd(fd: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
-fn resolve(path: &Path, flags: i32) -> io::Result<File> {
+pub(super) fn resolve(path: &Path, flags: i32) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH | flags)
@@ -100,7 +100,7 @@ impl Paths {
         }
     }
 
-    fn check_text(role: &str, path: &Path) -> Result<(), String> {
+    pub(super) fn check_text(role: &str, path: &Path) -> Result<(), String> {
         let length = path.as_os_str().len();
         if length == 0 || length > MAX_PATH {
             return refuse(role, path, "empty or longer than 4095 bytes; name a file");
@@ -109,7 +109,7 @@ impl Paths {
     }
 
     /// Whether what a descriptor stands for (plus `name` in it) lies under a prefix.
-    fn check_allowed(
+    pub(super) fn check_allowed(
         &self,
         role: &str,
         path: &Path,
@@ -139,13 +139,15 @@ impl Paths {
         }
     }
 
-    /// Opens a path for a role.
+    /// Opens a path for a role and, with `lock`, locks the whole file: for this opening alone
+    /// if it can write, else against those that can.
     pub fn open(
         &self,
         path: &Path,
         role: &str,
         mode: Mode,
         direct: bool,
+        lock: bool,
     ) -> Result<Opened, String> {
         Self::check_text(role, path)?;
         let found = match resolve(path, 0) {
@@ -172,6 +174,9 @@ impl Paths {
         self.check_allowed(role, path, &found, None)?;
         let (file, direct) = reopen(&found, mode, direct, &metadata)
             .or_else(|error| refuse(role, path, &explain_open(&found, mode, &error)))?;
+        if lock {
+            lock::take(&file, mode != Mode::Read).or_else(|why| refuse(role, path, &why))?;
+        }
         let block_device = metadata.file_type().is_block_device();
         let size = if block_device {
             // Not in st_size; the position goes back to where a fresh descriptor has it.
@@ -184,7 +189,11 @@ impl Paths {
                 Err(error) => return refuse(role, path, &format!("its size: {}", reason(&error))),
             }
         } else {
-            metadata.len()
+            // As it is under the lock: who had that before may have grown it.
+            match file.metadata() {
+                Ok(metadata) => metadata.len(),
+                Err(error) => return refuse(role, path, &reason(&error)),
+            }
         };
         match (role, size) {
             ("disk", 0..SECTOR) => refuse(

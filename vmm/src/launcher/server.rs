@@ -16,13 +16,14 @@ use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
-use super::device::{self, Device, Order};
+use super::device::{self, Device, HelperOrder, Order};
 use super::isolate;
+use super::kept::Kept;
 use super::log::{LOOK_AGAIN, Sink};
 use super::packet::{Packet, PacketSocket};
 use super::paths::{Mode, Paths};
 use super::sys::{self, ExitOutcome};
-use super::{confine, printable};
+use super::{MAX_DEVICES, MAX_QUEUE_PAIRS, confine, printable, tap};
 
 /// How long devices have to die at the end: SIGKILL waits for I/O in the kernel.
 const END_DEADLINE: Duration = Duration::from_secs(2);
@@ -31,7 +32,7 @@ const END_DEADLINE: Duration = Duration::from_secs(2);
 #[derive(Default)]
 struct Outgoing {
     reply: wire::Reply,
-    fd: Option<OwnedFd>,
+    fds: Vec<OwnedFd>,
     /// In this pid namespace.
     pid: Option<i32>,
 }
@@ -68,7 +69,10 @@ struct Server {
     vmm: OwnedFd,
     children: OwnedFd,
     binaries: Vec<OwnedFd>,
+    /// Programs of external helpers.
+    helpers: Vec<OwnedFd>,
     devices: Vec<Device>,
+    kept: Kept,
     paths: Paths,
     sink: Sink,
     outgoing: VecDeque<Outgoing>,
@@ -106,8 +110,10 @@ impl Server {
         };
         let control = PacketSocket::from(take("control socket", CONTROL_FD)?);
         let vmm = take("pidfd of the VMM", VMM_FD)?;
-        let binaries = device::inherited_binaries(args.binaries.len(), FIRST_BINARY_FD)
+        let count = args.binaries.len().saturating_add(args.helpers.len());
+        let mut binaries = device::inherited_binaries(count, FIRST_BINARY_FD)
             .map_err(|error| format!("device binaries: {error}"))?;
+        let helpers = binaries.split_off(args.binaries.len());
         let sink = Sink::stderr();
         let children = sys::child_signals().map_err(|error| format!("signalfd: {error}"))?;
         let confined = confine::launcher(&args);
@@ -125,7 +131,9 @@ impl Server {
             vmm,
             children,
             binaries,
+            helpers,
             devices: Vec::new(),
+            kept: Kept::default(),
             sink,
             outgoing: VecDeque::from([hello]),
         };
@@ -161,7 +169,11 @@ impl Server {
             for (index, device) in self.devices.iter().enumerate() {
                 if let Some(fd) = device.log.wants() {
                     polled.push((fd, libc::POLLIN));
-                    logs.push(index);
+                    logs.push((index, false));
+                }
+                if let Some(fd) = device.watch.fd() {
+                    polled.push((fd, libc::POLLIN));
+                    logs.push((index, true));
                 }
             }
             let revents = sys::poll(&polled, waits.then(|| now + LOOK_AGAIN))
@@ -172,13 +184,20 @@ impl Server {
             if *vmm != 0 {
                 return Ok(());
             }
-            for (_, index) in log_events
+            for (_, (index, listener)) in log_events
                 .iter()
                 .zip(logs)
                 .filter(|(events, _)| **events != 0)
             {
-                if let Some(device) = self.devices.get_mut(index) {
+                let Some(device) = self.devices.get_mut(index) else {
+                    continue;
+                };
+                if !listener {
                     device.log.on_readable(&mut self.sink);
+                } else if device.watch.on_readable()
+                    && let Err(why) = device.kill()
+                {
+                    self.sink.line("bulkhead-launcher", &why);
                 }
             }
             if *control & libc::POLLOUT != 0 {
@@ -224,12 +243,22 @@ impl Server {
             let (status, signal) = match outcome {
                 ExitOutcome::Status(status) => (status, 0),
                 ExitOutcome::Signal(signal) => (0, signal),
+                ExitOutcome::Violation(_) => (0, libc::SIGSYS),
             };
             let exited = wire::Exited {
                 device_id: device.id,
                 incarnation: device.incarnation,
                 status,
                 signal,
+                violation: device
+                    .watch
+                    .violation()
+                    .map(|call| wire::Violation {
+                        nr: call.nr,
+                        arch: call.arch,
+                        ..Default::default()
+                    })
+                    .into(),
                 ..Default::default()
             };
             self.outgoing.push_back(Outgoing::success(
@@ -243,7 +272,7 @@ impl Server {
     fn flush(&mut self) -> io::Result<()> {
         while let Some(next) = self.outgoing.front() {
             let bytes = next.reply.write_to_bytes().map_err(io::Error::other)?;
-            let fds: Vec<BorrowedFd<'_>> = next.fd.iter().map(AsFd::as_fd).collect();
+            let fds: Vec<BorrowedFd<'_>> = next.fds.iter().map(AsFd::as_fd).collect();
             let credentials = next.pid.map(|pid| (pid, isolate::effective_ids()));
             match self.control.send(&bytes, &fds, credentials) {
                 Ok(()) => {
@@ -264,13 +293,12 @@ impl Server {
         let result = match request.op {
             Some(wire::request::Op::OpenPath(op)) => self.open(id, &op),
             Some(wire::request::Op::BindUnix(op)) => self.bind(id, &op),
+            Some(wire::request::Op::OpenTap(op)) => open_tap(id, &op),
+            Some(wire::request::Op::SpawnHelper(op)) => self.spawn_helper(id, op, packet.fds),
+            Some(wire::request::Op::ConnectUnix(op)) => self.connect(id, &op),
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
-            Some(wire::request::Op::Kill(op)) => self
-                .devices
-                .iter()
-                .filter(|d| d.id == op.device_id && d.incarnation == op.incarnation)
-                .try_for_each(Device::kill)
-                .map(|()| Outgoing::success(id, None)),
+            Some(wire::request::Op::Kill(op)) => self.kill(id, &op),
+            Some(wire::request::Op::GrowFile(op)) => self.grow(id, &op),
             Some(wire::request::Op::Forget(op)) => {
                 self.paths.forget(Path::new(&op.path)).map(|()| Outgoing::success(id, None))
             }
@@ -286,9 +314,13 @@ impl Server {
             Ok(wire::open_path::Access::APPEND) => Mode::Append,
             Err(_) => return Err("an access that this launcher does not know".into()),
         };
-        let opened = self
-            .paths
-            .open(Path::new(&op.path), &role(&op.role), mode, op.direct)?;
+        let opened = self.paths.open(
+            Path::new(&op.path),
+            &role(&op.role),
+            mode,
+            op.direct,
+            op.lock,
+        )?;
         let answer = wire::Opened {
             direct: opened.direct,
             size: opened.size,
@@ -296,7 +328,7 @@ impl Server {
             ..Default::default()
         };
         let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Opened(answer)));
-        outgoing.fd = Some(opened.file.into());
+        outgoing.fds.push(opened.file.into());
         Ok(outgoing)
     }
 
@@ -304,7 +336,15 @@ impl Server {
         let listener = self.paths.bind(Path::new(&op.path), &role(&op.role))?;
         let answer = wire::reply::Result::Bound(wire::Bound::default());
         let mut outgoing = Outgoing::success(id, Some(answer));
-        outgoing.fd = Some(listener.into());
+        outgoing.fds.push(listener.into());
+        Ok(outgoing)
+    }
+
+    fn connect(&self, id: u64, op: &wire::ConnectUnix) -> Result<Outgoing, String> {
+        let stream = self.paths.connect(Path::new(&op.path), &role(&op.role))?;
+        let answer = wire::reply::Result::Connected(wire::Connected::default());
+        let mut outgoing = Outgoing::success(id, Some(answer));
+        outgoing.fds.push(stream.into());
         Ok(outgoing)
     }
 
@@ -314,10 +354,20 @@ impl Server {
             id: op.device_id,
             incarnation: op.incarnation,
             binary: op.binary,
+            policy: op.policy,
             args: op.args,
             fds,
         };
-        let device = device::spawn(order, &self.args, &self.binaries, &self.devices)?;
+        if !self.kept.has_room(&order.id) {
+            return Err(format!("there are {MAX_DEVICES} devices already"));
+        }
+        let device = device::spawn(&order, &self.args, &self.binaries, &self.devices)?;
+        self.kept.keep(order);
+        self.started(id, device, begin)
+    }
+
+    /// Notes a process that runs; the reply carries its pid and pidfd.
+    fn started(&mut self, id: u64, device: Device, begin: Instant) -> Result<Outgoing, String> {
         let pidfd = device.pidfd.try_clone();
         let pid = device.pid;
         self.devices.push(device);
@@ -333,9 +383,47 @@ impl Server {
             ..Default::default()
         };
         let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Spawned(spawned)));
-        outgoing.fd = Some(pidfd);
+        outgoing.fds.push(pidfd);
         outgoing.pid = Some(pid);
         Ok(outgoing)
+    }
+
+    fn spawn_helper(
+        &mut self,
+        id: u64,
+        op: wire::SpawnHelper,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Outgoing, String> {
+        let begin = Instant::now();
+        let order = HelperOrder {
+            id: op.id,
+            incarnation: op.incarnation,
+            kind: op.kind,
+            options: op.options,
+            fds,
+        };
+        let device = device::spawn_helper(&order, &self.args, &self.helpers, &self.devices)?;
+        self.started(id, device, begin)
+    }
+
+    fn kill(&mut self, id: u64, op: &wire::Kill) -> Result<Outgoing, String> {
+        if op.forget {
+            self.kept.forget(&op.device_id);
+        }
+        self.devices
+            .iter()
+            .filter(|d| d.id == op.device_id && d.incarnation == op.incarnation)
+            .try_for_each(Device::kill)
+            .map(|()| Outgoing::success(id, None))
+    }
+
+    fn grow(&self, id: u64, op: &wire::GrowFile) -> Result<Outgoing, String> {
+        let answer = wire::Grown {
+            size: self.kept.grow(&op.device_id, op.index, op.size)?,
+            ..Default::default()
+        };
+        let answer = wire::reply::Result::Grown(answer);
+        Ok(Outgoing::success(id, Some(answer)))
     }
 
     /// The VMM has ended: so does all that is its.
@@ -353,6 +441,29 @@ impl Server {
             self.reap();
         }
     }
+}
+
+/// A tap's queues, and as many descriptors of vhost-net if asked for and to be had.
+fn open_tap(id: u64, op: &wire::OpenTap) -> Result<Outgoing, String> {
+    let queues = op.queues.max(1);
+    if queues > MAX_QUEUE_PAIRS {
+        return Err(format!(
+            "tap {}: {queues} queues: at most {MAX_QUEUE_PAIRS} are served",
+            printable(&op.name)
+        ));
+    }
+    let opened = tap::open(&op.name, queues, 0)?;
+    let answer = wire::Tap {
+        name: opened.name,
+        mtu: opened.mtu,
+        ..Default::default()
+    };
+    let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Tap(answer)));
+    if op.vhost_net {
+        outgoing.fds = tap::open_vhost_net(opened.queues.len())?;
+    }
+    outgoing.fds.splice(..0, opened.queues);
+    Ok(outgoing)
 }
 
 /// A role as it may stand at the head of a line.

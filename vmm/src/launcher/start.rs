@@ -64,6 +64,13 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
         .iter()
         .map(|name| open_program(&config.libexec, name))
         .collect::<Result<Vec<_>, _>>()?;
+    let helpers: Vec<&File> = config.helpers.iter().map(|h| &h.file).collect();
+    let mut helper_libraries: Vec<_> = config
+        .helpers
+        .iter()
+        .flat_map(|helper| helper.libraries.clone())
+        .collect();
+    helper_libraries.dedup();
     let allow_paths = config
         .allow_paths
         .iter()
@@ -107,8 +114,11 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
             host_ids,
             binaries: config.devices.clone(),
             allow_paths: allow_paths.clone(),
+            helpers: config.helpers.iter().map(|h| h.kind.to_owned()).collect(),
+            helper_libraries: helper_libraries.clone(),
         };
-        match attempt(&program, &binaries, &args, maps.as_ref()) {
+        let programs: Vec<&File> = binaries.iter().chain(helpers.iter().copied()).collect();
+        match attempt(&program, &programs, &args, maps.as_ref()) {
             Ok(started) => return Ok(started),
             Err(Attempt::Failed(error)) => return Err(error),
             Err(Attempt::NotPermitted(why)) => reason = why,
@@ -122,7 +132,7 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
 
 fn attempt(
     program: &File,
-    binaries: &[File],
+    binaries: &[&File],
     args: &Args,
     maps: Option<&Maps>,
 ) -> Result<Started, Attempt> {
@@ -149,7 +159,7 @@ fn attempt(
         vmm.as_raw_fd(),
     ];
     debug_assert_eq!(fds.len(), FIRST_BINARY_FD.unsigned_abs() as usize);
-    fds.extend(binaries.iter().map(AsRawFd::as_raw_fd));
+    fds.extend(binaries.iter().map(|file| file.as_raw_fd()));
     let exec = sys::RawExec {
         flags: args.rights.launcher_flags(),
         program: program.as_fd(),

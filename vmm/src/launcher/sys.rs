@@ -7,6 +7,7 @@
 //! Called by the VMM's main thread at start (`clone_and_exec`), by the launcher's only
 //! thread, and by the device child between clone and exec.
 
+use bulkhead_seccomp::notify::Violation;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -50,6 +51,8 @@ pub enum ExitOutcome {
     Status(i32),
     /// This signal ended it (SIGSYS: a system call outside its seccomp policy).
     Signal(i32),
+    /// It made a system call outside its seccomp policy, and was killed at it.
+    Violation(Violation),
 }
 
 impl std::fmt::Display for ExitOutcome {
@@ -57,6 +60,9 @@ impl std::fmt::Display for ExitOutcome {
         match self {
             Self::Status(status) => write!(f, "exit status {status}"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Violation(call) => {
+                write!(f, "the system call {}, which its policy does not allow", call.name())
+            }
         }
     }
 }
@@ -264,7 +270,7 @@ fn raw_child(
 pub fn execveat(program: BorrowedFd<'_>, argv: &[CString]) -> io::Error {
     let mut pointers: Vec<*const libc::c_char> = argv.iter().map(|a| a.as_ptr()).collect();
     pointers.push(ptr::null());
-    let envp: [*const libc::c_char; 1] = [ptr::null()];
+    let envp = [bulkhead_seccomp::notify::WATCHED.as_ptr(), ptr::null()];
     // SAFETY: both arrays end with null and, like their strings, live across the call.
     unsafe {
         libc::syscall(
@@ -484,6 +490,33 @@ pub fn poll(fds: &[(BorrowedFd<'_>, i16)], deadline: Option<Instant>) -> io::Res
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+/// Tries to lock the whole of a file for its open file description; false when another one
+/// holds a lock that conflicts.
+pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<bool> {
+    let kind = if exclusive {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    };
+    let whole = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        // To the end, wherever that will be.
+        l_len: 0,
+        // Must be 0 for a lock of an open file description.
+        l_pid: 0,
+    };
+    // SAFETY: F_OFD_SETLK reads the one flock that it is given a pointer to, which lives.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+            error => Err(error),
+        },
     }
 }
 

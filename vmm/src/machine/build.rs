@@ -10,7 +10,11 @@ use std::sync::Arc;
 
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
-use super::device::{self, DeviceProcess};
+use super::device::{self, Device, Site};
+use super::disk;
+use super::net;
+use super::net_external;
+use super::net_start::Prepared;
 use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
@@ -37,7 +41,7 @@ pub struct Parts {
     /// PCIe.
     pub pci: Arc<RootComplex>,
     /// One process each.
-    pub devices: Vec<DeviceProcess>,
+    pub devices: Vec<Device>,
     /// KVM.
     pub kvm: Arc<KvmVm>,
     /// Guest memory.
@@ -65,12 +69,12 @@ pub fn fill_defaults(config: &mut MachineConfig) {
 /// Makes the machine, its vCPUs parked.
 ///
 /// # Errors
-/// One line that names what failed and the remedy. What was made is undone by dropping;
-/// device processes by the launcher's `kill`, here.
+/// One line that names what failed and the remedy. What was made is undone by dropping.
 pub fn build(
     config: &MachineConfig,
     dev_kvm: OwnedFd,
     launcher: &Launcher,
+    prepared: &mut Prepared,
     stdio: &Stdio,
     events: EventSender,
     hooks: &Hooks,
@@ -98,22 +102,28 @@ pub fn build(
 
     let mem64 = layout::pci_mem64_start(ram.end());
     let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
-    let pci = device::root_complex(&mmio, &pio, mem64.clone(), config.disks.len())?;
+    let pci = device::root_complex(&mmio, &pio, mem64.clone(), count(config))?;
 
     let hypervisor: Arc<dyn Hypervisor> = kvm.clone();
-    let mut devices = Vec::new();
+    let site = Site {
+        launcher,
+        ram: &ram,
+        hypervisor: &hypervisor,
+        pci: &pci,
+        hook: &hooks.helper,
+    };
+    let mut devices = Undo {
+        devices: Vec::new(),
+        launcher,
+    };
     for disk in &config.disks {
-        let made = device::spawn_disk(disk, launcher, &ram, &hypervisor, &pci);
-        match made {
-            Ok(device) => devices.push(device),
-            Err(e) => {
-                for device in &devices {
-                    // The launcher ends what is left when the VMM ends, at the latest.
-                    let _ = device.kill(launcher);
-                }
-                return Err(e);
-            }
-        }
+        devices.devices.push(disk::spawn(disk, &site)?);
+    }
+    for net in &config.nets {
+        devices.devices.push(net::make(net, prepared, &site)?);
+    }
+    for device in &config.vhost_users {
+        devices.devices.extend(net_external::make_any(device, &site)?);
     }
 
     let cpus = config.cpus.clone().unwrap_or_default();
@@ -154,10 +164,40 @@ pub fn build(
         serial,
         ged,
         pci,
-        devices,
+        devices: devices.keep(),
         kvm,
         ram,
     })
+}
+
+/// Devices of a configuration.
+fn count(config: &MachineConfig) -> usize {
+    let nets = config.nets.len().saturating_add(config.vhost_users.len());
+    config.disks.len().saturating_add(nets)
+}
+
+/// Devices of a machine that is not made yet: their processes end with it, so that nothing
+/// of it is in the way of the next attempt.
+struct Undo<'a> {
+    devices: Vec<Device>,
+    launcher: &'a Launcher,
+}
+
+impl Undo<'_> {
+    fn keep(mut self) -> Vec<Device> {
+        std::mem::take(&mut self.devices)
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        for device in &self.devices {
+            // The launcher ends what is left when the VMM ends, at the latest.
+            if let Err(e) = device.kill(self.launcher, true) {
+                log::warn!("device {}: {e}", device.id);
+            }
+        }
+    }
 }
 
 /// What runs first on each thread of a machine.

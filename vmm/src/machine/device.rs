@@ -1,25 +1,31 @@
 //! A device of the machine: its process, its control channel and the virtio-pci function
 //! in front of it. Owned by the manager thread; the function is shared with vCPU threads.
+//! What is true of one kind only is in a module of its own (`disk`, …).
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_proto::device::{HelloRequest, HelloResponse};
-use bulkhead_proto::machine::{DeviceInfo, DiskConfig};
+use bulkhead_proto::machine::DeviceInfo;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
+use vmm_sys_util::epoll::EventSet;
 
-use super::kinds::{self, DeviceKind};
+use super::control::ControlChannel;
+use super::device_stats::About;
+use super::disk::Disk;
+use super::kinds::DeviceKind;
+use super::net_switch::Switch;
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
-use crate::launcher::{Access, Launcher, SpawnSpec};
+use crate::launcher::{Launcher, SpawnSpec};
 use crate::memory::GuestRam;
 use crate::pci::{AddressRange, PciAddress, PciFunction, PortConfig, RootComplex, Windows};
+use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
 
@@ -32,34 +38,28 @@ const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// Most root ports on bus 0: one for each device number but the host bridge's.
 const MAX_PORTS: u8 = 31;
 
-/// A device and its process.
-pub struct DeviceProcess {
+/// A device of the machine.
+pub struct Device {
     /// As the API names it.
     pub id: String,
-    /// Its kind.
-    pub kind: &'static DeviceKind,
-    /// Counts the processes that have served it.
-    pub incarnation: u64,
-    /// Host pid.
-    pub pid: i32,
-    /// Keeps the pid from being reused while the device exists.
-    pub pidfd: OwnedFd,
-    /// The control channel.
-    pub control: BlockingClient,
+    /// Its kind's name.
+    pub kind: &'static str,
+    /// Its process; `None`: its back-end is somebody else's.
+    pub process: Option<Process>,
+    /// What only its kind has.
+    pub special: Special,
     /// The function the guest sees.
     pub function: Arc<VirtioPciFunction>,
     /// Where it sits.
     pub address: PciAddress,
     /// Name of the root port.
     pub port: String,
-    /// What the process said of itself.
-    pub hello: HelloResponse,
-    /// Spawn to ready, microseconds.
-    pub ready_us: u64,
     /// Virtqueues.
     pub queues: u32,
     /// Why it is no longer served.
     pub failed: Option<String>,
+    /// It was drained and takes no requests until it is resumed.
+    pub drained: bool,
     /// When a malformed ring was last reported, and how many were not since: a hostile guest
     /// must not fill the log.
     pub ring_errors: (Option<std::time::Instant>, u64),
@@ -67,43 +67,94 @@ pub struct DeviceProcess {
     pub granted: Vec<String>,
 }
 
-impl DeviceProcess {
+/// A device process, past its first call.
+pub struct Process {
+    /// Counts the processes that have served the device.
+    pub incarnation: u64,
+    /// Host pid.
+    pub pid: i32,
+    /// Keeps the pid from being reused while the device exists.
+    pub pidfd: OwnedFd,
+    /// The control channel.
+    pub control: ControlChannel,
+    /// What epoll has been told of it.
+    pub interest: EventSet,
+    /// What the process said of itself.
+    pub hello: HelloResponse,
+    /// Spawn to ready, microseconds.
+    pub ready_us: u64,
+}
+
+/// What only devices of one kind have.
+pub enum Special {
+    /// A disk.
+    Disk(Disk),
+    /// A network device whose process is ours.
+    Net,
+    /// A device whose back-end is somebody else's.
+    Foreign(Box<Switch>),
+}
+
+impl Device {
     /// What the API says of it.
     pub fn info(&self) -> DeviceInfo {
         let status = self.function.status();
         let mut info = DeviceInfo::new();
         info.id = self.id.clone();
-        info.kind = self.kind.name.to_string();
+        info.kind = self.kind.to_string();
         info.pci_address = self.address.to_string();
         info.port = self.port.clone();
-        info.pid = self.pid;
-        info.incarnation = self.incarnation;
         info.state = if self.failed.is_some() || status.failure.is_some() {
             "failed"
         } else if status.needs_reset {
             "needs-reset"
+        } else if self.drained {
+            "drained"
         } else if status.active {
             "running"
         } else {
             "ready"
         }
         .to_string();
-        info.version = self.hello.version.clone();
-        info.spawn_us = self.ready_us;
+        if let Some(process) = &self.process {
+            info.pid = process.pid;
+            info.incarnation = process.incarnation;
+            info.version = process.hello.version.clone();
+            info.spawn_us = process.ready_us;
+        }
         info.queues = self.queues;
         info.granted_fds = self.granted.clone();
+        if let Special::Foreign(switch) = &self.special {
+            switch.describe(&mut info);
+        }
         info
     }
 
-    /// Asks the launcher to end its process.
+    /// Asks the launcher to end its process, if it has one. `forget`: and to close what it
+    /// keeps of it.
     ///
     /// # Errors
     /// When the launcher is gone or does not answer.
-    pub fn kill(&self, launcher: &Launcher) -> Result<(), String> {
-        launcher
-            .kill(&self.id, self.incarnation)
-            .map_err(|e| e.to_string())
+    pub fn kill(&self, launcher: &Launcher, forget: bool) -> Result<(), String> {
+        let Some(process) = &self.process else {
+            return Ok(());
+        };
+        end_process(launcher, &self.id, process.incarnation, forget)
     }
+}
+
+fn end_process(
+    launcher: &Launcher,
+    id: &str,
+    incarnation: u64,
+    forget: bool,
+) -> Result<(), String> {
+    let ended = if forget {
+        launcher.kill_and_forget(id, incarnation)
+    } else {
+        launcher.kill(id, incarnation)
+    };
+    ended.map_err(|e| e.to_string())
 }
 
 /// Guest memory as a device process maps it.
@@ -167,94 +218,139 @@ pub fn root_complex(
     Ok(complex)
 }
 
-/// Opens a disk, starts its process, and puts a function in front of it.
+/// What a device is made with.
+pub struct Site<'a> {
+    /// Who starts its process.
+    pub launcher: &'a Launcher,
+    /// The memory its rings lie in.
+    pub ram: &'a GuestRam,
+    /// Doorbells and interrupts.
+    pub hypervisor: &'a Arc<dyn Hypervisor>,
+    /// Where its function goes.
+    pub pci: &'a Arc<RootComplex>,
+    /// Run first on the function's own thread, where it has one.
+    pub hook: &'a ThreadHook,
+}
+
+/// A process to start for a device.
+pub struct Order<'a> {
+    /// The device.
+    pub id: &'a str,
+    /// Its kind.
+    pub kind: &'static DeviceKind,
+    /// What sets it apart from others of its kind, in the name of its seccomp policy.
+    pub variant: Option<&'static str>,
+    /// Arguments after argv[0].
+    pub args: Vec<String>,
+    /// Descriptors of its own, which it finds from 5 on.
+    pub fds: Vec<OwnedFd>,
+    /// Virtqueues.
+    pub queues: u32,
+    /// A network device's MTU as the guest is told; 0: nothing is said.
+    pub mtu: u32,
+}
+
+/// Starts a device process and greets it. Its vhost-user channel comes back beside it.
 ///
 /// # Errors
-/// One line that names the disk, what failed and the remedy; nothing stays behind.
-pub fn spawn_disk(
-    disk: &DiskConfig,
-    launcher: &Launcher,
-    ram: &GuestRam,
-    hypervisor: &Arc<dyn Hypervisor>,
-    pci: &Arc<RootComplex>,
-) -> Result<DeviceProcess, String> {
-    let kind = &kinds::BLK;
-    let access = if disk.readonly {
-        Access::Read
-    } else {
-        Access::ReadWrite
+/// One line that names the device, what failed and the remedy; nothing stays behind.
+pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend), String> {
+    let Order {
+        id,
+        kind,
+        variant,
+        mut args,
+        fds,
+        ..
+    } = order;
+    // The launcher sets the policy, so that the engine is not left for the process to choose.
+    let policy = match (variant, launcher.io_uring()) {
+        (Some(variant), _) => format!("{}-{variant}", kind.binary),
+        (None, true) => {
+            args.extend(["--io-engine", "io_uring"].map(str::to_owned));
+            kind.binary.to_owned()
+        }
+        (None, false) => {
+            args.extend(["--io-engine", kind.plain_engine].map(str::to_owned));
+            format!("{}-plain", kind.binary)
+        }
     };
-    let (file, opened) = launcher
-        .open_path(Path::new(&disk.path), "disk", access, true)
-        .map_err(|e| e.to_string())?;
     let started = std::time::Instant::now();
     let incarnation = 1;
     let spawned = launcher
         .spawn(SpawnSpec {
-            device_id: disk.id.clone(),
+            device_id: id.to_string(),
             binary: kind.binary.to_string(),
-            args: kinds::blk_args(disk, disk.queues, opened.direct),
+            policy,
+            args,
             incarnation,
-            fds: vec![file.into()],
+            fds,
         })
         .map_err(|e| e.to_string())?;
-    let undo = |why: String| {
-        if let Err(e) = launcher.kill(&disk.id, incarnation) {
-            log::warn!("device {}: {e}", disk.id);
-        }
-        format!("device {}: {why}", disk.id)
-    };
+    let undo = |why: String| undo(launcher, id, incarnation, &why);
     let mut control = BlockingClient::new(spawned.control, CONTROL_MAX_FRAME);
-    let hello = hello(&mut control, &disk.id, kind, incarnation).map_err(&undo)?;
+    let hello = hello(&mut control, id, kind, incarnation).map_err(undo)?;
+    let about = About {
+        id: id.to_string(),
+        kind: kind.name.to_string(),
+        queues: usize::try_from(order.queues).unwrap_or(usize::MAX),
+        mtu: order.mtu,
+    };
+    let control = ControlChannel::new(control, about)
+        .map_err(|e| undo(format!("its control channel: {e}")))?;
     let frontend = Frontend::connect(spawned.vhost, MESSAGE_LIMIT)
         .map_err(|e| undo(format!("its vhost-user channel: {e}")))?;
     let ready_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let queues = u16::try_from(disk.queues).unwrap_or(kind.max_queues);
-    let mut options = VirtioPciOptions::new(&disk.id, kind.virtio_id, queues);
-    options.hook = crate::confine::helper_hook();
-    let function = VirtioPciFunction::new(
-        options,
-        frontend,
-        Arc::new(SharedRam(ram.clone())),
-        Arc::clone(hypervisor),
-        pci.decoder(),
-    )
-    .map_err(|e| undo(e.to_string()))?;
-    let port = pci
-        .ports()
-        .into_iter()
-        .find(|p| !p.occupied)
-        .ok_or_else(|| undo("every root port is taken: remove a device".to_string()))?
-        .name;
-    let address = pci
-        .attach(&port, Arc::clone(&function) as Arc<dyn PciFunction>)
-        .map_err(|e| undo(e.to_string()))?;
-    let access = if disk.readonly {
-        "read-only"
-    } else {
-        "read-write"
-    };
-    Ok(DeviceProcess {
-        id: disk.id.clone(),
-        kind,
+    let process = Process {
         incarnation,
         pid: spawned.pid,
         pidfd: spawned.pidfd,
         control,
-        function,
-        address,
-        port,
+        interest: EventSet::empty(),
         hello,
         ready_us,
-        queues: disk.queues,
-        failed: None,
-        ring_errors: (None, 0),
-        granted: vec![
-            "control channel".to_string(),
-            "vhost-user channel".to_string(),
-            format!("{} ({access})", disk.path),
-        ],
-    })
+    };
+    Ok((process, frontend))
+}
+
+/// Ends a process that cannot be used after all, and says why.
+pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
+    if let Err(e) = end_process(launcher, id, incarnation, true) {
+        log::warn!("device {id}: {e}");
+    }
+    format!("device {id}: {why}")
+}
+
+/// Puts a function in front of a back-end, on the first free root port.
+///
+/// # Errors
+/// One line, without the device's name; the back-end is as it was.
+pub fn attach(
+    site: &Site<'_>,
+    mut options: VirtioPciOptions,
+    frontend: impl Into<Option<Frontend>>,
+) -> Result<(Arc<VirtioPciFunction>, PciAddress, String), String> {
+    options.hook = crate::confine::helper_hook();
+    let function = VirtioPciFunction::new(
+        options,
+        frontend,
+        Arc::new(SharedRam(site.ram.clone())),
+        Arc::clone(site.hypervisor),
+        site.pci.decoder(),
+    )
+    .map_err(|e| e.to_string())?;
+    let port = site
+        .pci
+        .ports()
+        .into_iter()
+        .find(|p| !p.occupied)
+        .ok_or("every root port is taken: remove a device")?
+        .name;
+    let address = site
+        .pci
+        .attach(&port, Arc::clone(&function) as Arc<dyn PciFunction>)
+        .map_err(|e| e.to_string())?;
+    Ok((function, address, port))
 }
 
 /// The first call on a control channel: is it the process that was spawned, and does it

@@ -1,7 +1,7 @@
 //! The table of device kinds: what the VMM must know of each to start its process and to
 //! put a virtio-pci function in front of it. A new kind is one entry here.
 
-use bulkhead_proto::machine::DiskConfig;
+use bulkhead_proto::machine::MachineConfig;
 
 /// What the VMM knows of a device kind.
 #[derive(Debug)]
@@ -14,6 +14,8 @@ pub struct DeviceKind {
     pub virtio_id: u16,
     /// Most virtqueues it may announce.
     pub max_queues: u16,
+    /// `--io-engine` where io_uring is not to be had; its policy's name ends in `-plain`.
+    pub plain_engine: &'static str,
 }
 
 /// virtio-blk.
@@ -22,39 +24,33 @@ pub static BLK: DeviceKind = DeviceKind {
     binary: "bulkhead-blk",
     virtio_id: 2,
     max_queues: 64,
+    plain_engine: "preadv2",
+};
+
+/// virtio-net on a tap.
+pub static NET: DeviceKind = DeviceKind {
+    name: "net",
+    binary: "bulkhead-net",
+    virtio_id: 1,
+    // A pair each, and the control queue.
+    max_queues: 65,
+    plain_engine: "plain",
 };
 
 /// Every kind.
-pub static ALL: [&DeviceKind; 1] = [&BLK];
+pub static ALL: [&DeviceKind; 2] = [&BLK, &NET];
 
-/// What a disk process is told on its command line: everything it must know before it is
-/// confined. `direct`: the descriptor it gets (fd 5) was opened with O_DIRECT.
-pub fn blk_args(disk: &DiskConfig, queues: u32, direct: bool) -> Vec<String> {
-    let serial = if disk.serial.is_empty() {
-        &disk.id
-    } else {
-        &disk.serial
-    };
-    let mut spec = String::from("fd=5");
-    if disk.readonly {
-        spec.push_str(",readonly=on");
-    }
-    if direct {
-        spec.push_str(",direct=on");
-    }
-    // VIRTIO 1.2 section 5.2.6: the serial is at most 20 bytes.
-    let serial: String = serial.chars().filter(char::is_ascii).take(20).collect();
-    spec.push_str(&format!(",serial={serial}"));
-    [
-        "--control-fd",
-        "3",
-        "--vhost-fd",
-        "4",
-        "--disk",
-        &spec,
-        "--queues",
-        &queues.to_string(),
-    ]
-    .map(str::to_string)
-    .to_vec()
+/// The binaries of the kinds that a machine has; of all where it is not known yet.
+pub fn binaries(machine: Option<&MachineConfig>) -> Vec<String> {
+    let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
+    ALL.iter()
+        .filter(|kind| {
+            machine.is_none_or(|config| match kind.name {
+                "blk" => !config.disks.is_empty(),
+                "net" => taps(config),
+                _ => true,
+            })
+        })
+        .map(|kind| kind.binary.to_owned())
+        .collect()
 }

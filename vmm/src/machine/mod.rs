@@ -7,14 +7,22 @@
 //! ```
 //!
 //! `build` makes a machine from its configuration, `host` runs the loop above and
-//! answers requests, `state` holds the transitions, `kinds` the table of device kinds.
+//! answers requests, `state` holds the transitions, `kinds` the table of device kinds,
+//! `device` and `disk` make devices, `control` speaks to their processes.
 
 pub mod build;
+pub mod control;
 pub mod device;
+pub mod device_stats;
+pub mod disk;
 pub mod host;
 pub mod kinds;
+pub mod net;
+pub mod net_external;
 pub mod net_kinds;
 pub mod net_mac;
+pub mod net_start;
+pub mod net_switch;
 pub mod queue;
 pub mod state;
 pub mod stop;

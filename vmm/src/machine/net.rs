@@ -11,6 +11,7 @@ use bulkhead_proto::machine::{NetConfig, TapBackend, net_config};
 
 use super::device::{self, Device, Order, Site, Special};
 use super::kinds;
+use super::net_external;
 use super::net_mac::MacAddress;
 use super::net_start::{Link, Prepared};
 use crate::virtio::VirtioPciOptions;
@@ -24,9 +25,15 @@ const FIRST_TAP_FD: usize = 5;
 /// One line that names the device or what it is attached to, and the remedy; nothing stays
 /// behind.
 pub fn make(net: &NetConfig, prepared: &mut Prepared, site: &Site<'_>) -> Result<Device, String> {
-    match &net.backend {
-        Some(net_config::Backend::Tap(tap)) => spawn(net, tap, prepared, site),
-        _ => Err(format!("device {}: this back-end is not built yet", net.id)),
+    let Some(net_config::Backend::Tap(tap)) = &net.backend else {
+        return net_external::make_net(net, site);
+    };
+    match spawn(net, tap, prepared, site) {
+        Err(why) if net.optional => {
+            log::warn!("device {}: {why}; its link stays down", net.id);
+            net_external::make_absent(net, why, site)
+        }
+        made => made,
     }
 }
 
@@ -52,11 +59,13 @@ pub fn spawn(
     let name = crate::launcher::printable(&tap.name);
     granted.extend((0..tap.queues.len()).map(|queue| format!("tap {name}, queue {queue}")));
     granted.extend((0..vhost.len()).map(|pair| format!("/dev/vhost-net, pair {pair}")));
+    let vhost_net = !vhost.is_empty();
     let fds: Vec<OwnedFd> = tap.queues.into_iter().chain(vhost).collect();
     let queues = net.queues.saturating_mul(2).saturating_add(1);
     let order = Order {
         id: &net.id,
         kind,
+        variant: vhost_net.then_some("vhost"),
         args,
         fds,
         queues,
@@ -103,11 +112,7 @@ fn mtu(wanted: u32, has: u32, tap: &str) -> Result<u32, String> {
 /// confined. Its fds from 5 on are the tap's queues, then vhost-net's.
 fn args(net: &NetConfig, taps: usize, vhosts: usize, mtu: u32) -> Result<Vec<String>, String> {
     let mac = MacAddress::new(&net.mac).map_err(|e| format!("device {}: its MAC {e}", net.id))?;
-    let mut spec = format!("fds={}", numbers(FIRST_TAP_FD, taps));
-    if vhosts > 0 {
-        let first = FIRST_TAP_FD.saturating_add(taps);
-        spec.push_str(&format!(",vhost-fds={}", numbers(first, vhosts)));
-    }
+    let spec = format!("fds={}", numbers(FIRST_TAP_FD, taps));
     let pairs = net.queues.to_string();
     let mac = mac.to_string();
     let mut args = [
@@ -124,6 +129,11 @@ fn args(net: &NetConfig, taps: usize, vhosts: usize, mtu: u32) -> Result<Vec<Str
     ]
     .map(str::to_owned)
     .to_vec();
+    if vhosts > 0 {
+        let first = FIRST_TAP_FD.saturating_add(taps);
+        let spec = format!("fds={}", numbers(first, vhosts));
+        args.extend(["--vhost-net".to_owned(), spec]);
+    }
     if mtu != 0 {
         args.extend(["--mtu".to_owned(), mtu.to_string()]);
     }
@@ -196,7 +206,7 @@ mod tests {
         tx.packets.mut_or_insert_default().burst = 3;
         assert_eq!(
             said(&limited, 2, 2, 9000),
-            "--control-fd 3 --vhost-fd 4 --tap fds=5:6,vhost-fds=7:8 --mac 52:54:00:01:02:03 --queue-pairs 2 --mtu 9000 --rx-bps 1000 --tx-pps 9:3"
+            "--control-fd 3 --vhost-fd 4 --tap fds=5:6 --mac 52:54:00:01:02:03 --queue-pairs 2 --vhost-net fds=7:8 --mtu 9000 --rx-bps 1000 --tx-pps 9:3"
         );
         assert!(args(&NetConfig::new(), 1, 0, 0).is_err());
     }

@@ -59,6 +59,7 @@ impl Bed {
             libexec: self.0.clone(),
             devices,
             allow_paths: Vec::new(),
+            helpers: Vec::new(),
         }
     }
 

@@ -7,6 +7,7 @@
 mod audits;
 mod bed;
 mod fake_vmm;
+mod helpers;
 mod probe;
 
 use std::fs;
@@ -31,7 +32,10 @@ fn next_exit(launcher: &Launcher) -> (String, u64, ExitOutcome) {
         device_id,
         incarnation,
         outcome,
-    } = exits.remove(0);
+    } = exits.remove(0)
+    else {
+        panic!("no exit: {exits:?}");
+    };
     (device_id, incarnation, outcome)
 }
 
@@ -440,13 +444,13 @@ fn given_descriptors_beyond_the_bound_then_nothing_is_sent() {
     let launcher = bed.launcher();
     let mut order = spec("disk0", &["wait"]);
     let null = fs::File::open("/dev/null").unwrap();
-    order.fds = (0..31)
+    order.fds = (0..71)
         .map(|_| OwnedFd::from(null.try_clone().unwrap()))
         .collect();
     let line = launcher.spawn(order).unwrap_err().to_string();
     assert!(line.contains("too many descriptors"), "{line}");
     let mut order = spec("disk0", &["report"]);
-    order.fds = (0..30)
+    order.fds = (0..70)
         .map(|_| OwnedFd::from(null.try_clone().unwrap()))
         .collect();
     let device = launcher.spawn(order).unwrap();

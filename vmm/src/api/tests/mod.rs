@@ -18,6 +18,7 @@ use super::connection::Limits;
 use super::*;
 
 mod calls;
+mod devices;
 mod end;
 mod limits;
 mod streams;

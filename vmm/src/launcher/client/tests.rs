@@ -31,12 +31,12 @@ fn exited(device_id: &str, incarnation: u64) -> Vec<u8> {
 
 fn answer(
     here: &PacketSocket,
-    events: &mut VecDeque<LauncherEvent>,
+    inbox: &mut Inbox,
     id: u64,
 ) -> Result<Answer, LauncherError> {
     receive(
         here,
-        events,
+        inbox,
         id,
         Instant::now() + Duration::from_millis(1),
         "test",
@@ -47,23 +47,23 @@ fn answer(
 fn events_beside_a_reply_are_kept_and_late_replies_are_dropped() {
     let (here, there) = ends();
     let (pipe, _write) = sys::pipe().unwrap();
-    let mut events = VecDeque::new();
+    let mut inbox = Inbox::default();
     // 6 was given up; its descriptor must not stay.
     there.send(&reply(6, None), &[pipe.as_fd()], None).unwrap();
     there.send(&exited("disk0", 1), &[], None).unwrap();
     there.send(&reply(7, None), &[], None).unwrap();
     there.send(&exited("disk0", 2), &[], None).unwrap();
-    let (got, fds, _) = answer(&here, &mut events, 7).unwrap();
-    assert_eq!((got.id, fds.len(), events.len()), (7, 0, 1));
+    let (got, fds, _) = answer(&here, &mut inbox, 7).unwrap();
+    assert_eq!((got.id, fds.len(), inbox.events.len()), (7, 0, 1));
     // Nothing more that answers 8: the deadline ends the wait, and the event is not lost.
     assert!(matches!(
-        answer(&here, &mut events, 8),
+        answer(&here, &mut inbox, 8),
         Err(LauncherError::Deadline(_))
     ));
-    assert_eq!(events.len(), 2);
+    assert_eq!(inbox.events.len(), 2);
     drop(there);
     assert!(matches!(
-        answer(&here, &mut events, 9),
+        answer(&here, &mut inbox, 9),
         Err(LauncherError::Gone)
     ));
 }
@@ -71,25 +71,65 @@ fn events_beside_a_reply_are_kept_and_late_replies_are_dropped() {
 #[test]
 fn a_flood_of_events_is_a_breach_and_not_a_growing_queue() {
     let (here, there) = ends();
-    let mut events = VecDeque::new();
+    let mut inbox = Inbox::default();
     let mut result = Ok(None);
     for incarnation in 0..=MAX_EVENTS as u64 {
         there
             .send(&exited("disk0", incarnation), &[], None)
             .unwrap();
-        result = take(here.receive().unwrap().unwrap(), &mut events, 1);
+        result = take(here.receive().unwrap().unwrap(), &mut inbox, 1);
     }
     assert!(result.is_err_and(|error| error.is_gone()));
-    assert_eq!(events.len(), MAX_EVENTS);
+    assert_eq!(inbox.events.len(), MAX_EVENTS);
     there.send(&exited("bad id", 0), &[], None).unwrap();
-    assert!(answer(&here, &mut VecDeque::new(), 1).is_err_and(|error| error.is_gone()));
+    assert!(answer(&here, &mut Inbox::default(), 1).is_err_and(|error| error.is_gone()));
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_is_an_event_once() {
+    let (here, there) = ends();
+    let mut inbox = Inbox::default();
+    inbox.begun.extend([5, 6]);
+    let grown = wire::Grown {
+        size: 4096,
+        ..Default::default()
+    };
+    let yes = reply(5, Some(wire::reply::Result::Grown(grown)));
+    let no = wire::Reply {
+        id: 6,
+        error: "disk full\x1b".into(),
+        ..Default::default()
+    };
+    there.send(&yes, &[], None).unwrap();
+    there.send(&yes, &[], None).unwrap();
+    there
+        .send(&no.write_to_bytes().unwrap(), &[], None)
+        .unwrap();
+    there.send(&reply(7, None), &[], None).unwrap();
+    answer(&here, &mut inbox, 7).unwrap();
+    let expected = [
+        LauncherEvent::Grown {
+            ticket: 5,
+            result: Ok(4096),
+        },
+        LauncherEvent::Grown {
+            ticket: 6,
+            result: Err("disk full\\u{1b}".into()),
+        },
+    ];
+    assert_eq!(Vec::from(inbox.events), expected);
+
+    let mut inbox = Inbox::default();
+    inbox.begun.insert(8);
+    there.send(&reply(8, None), &[], None).unwrap();
+    assert!(answer(&here, &mut inbox, 9).is_err_and(|error| error.is_gone()));
 }
 
 proptest! {
     #[test]
     fn no_packet_whatever_makes_the_client_panic(bytes in prop::collection::vec(any::<u8>(), 1..600), id in 0..3u64) {
-        let mut events = VecDeque::new();
-        let _ = take(Packet { bytes, ..Packet::default() }, &mut events, id);
-        prop_assert!(events.len() <= 1);
+        let mut inbox = Inbox::default();
+        let _ = take(Packet { bytes, ..Packet::default() }, &mut inbox, id);
+        prop_assert!(inbox.events.len() <= 1);
     }
 }

@@ -25,7 +25,7 @@ impl Drop for Scratch {
 }
 
 fn refusal(paths: &Paths, path: &Path, role: &str, mode: Mode) -> String {
-    let line = paths.open(path, role, mode, false).unwrap_err();
+    let line = paths.open(path, role, mode, false, false).unwrap_err();
     assert_eq!(line.lines().count(), 1, "{line}");
     assert!(line.starts_with(role), "{line}");
     line
@@ -68,13 +68,13 @@ fn a_file_opens_with_its_size_and_a_log_is_created_private() {
     let scratch = Scratch::new("opened");
     let paths = Paths::new(Vec::new());
     let disk = paths
-        .open(&scratch.file("disk", 4096), "disk", Mode::ReadWrite, true)
+        .open(&scratch.file("disk", 4096), "disk", Mode::ReadWrite, true, true)
         .unwrap();
     assert_eq!((disk.size, disk.block_device), (4096, false));
     let log = scratch.0.join("log");
     for size in [0, 3] {
         use std::io::Write;
-        let opened = paths.open(&log, "serial", Mode::Append, false).unwrap();
+        let opened = paths.open(&log, "serial", Mode::Append, false, false).unwrap();
         assert_eq!(opened.size, size);
         (&opened.file).write_all(b"abc").unwrap();
     }
@@ -93,7 +93,7 @@ fn a_link_does_not_lead_out_of_the_allowed_paths() {
     let mut paths = Paths::new(vec![inside.clone()]);
     assert!(
         paths
-            .open(&inside.join("disk"), "disk", Mode::Read, false)
+            .open(&inside.join("disk"), "disk", Mode::Read, false, false)
             .is_ok()
     );
     for path in [inside.join("link"), outside, inside.join("../outside")] {

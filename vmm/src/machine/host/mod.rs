@@ -10,6 +10,7 @@ use bulkhead_proto::machine::MachineConfig;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::build::{Hooks, Parts, Stdio};
+use super::net_start::Prepared;
 use super::queue::{self, RequestReceiver};
 use super::state::{MachineState, Transition};
 use super::stop::StopReason;
@@ -17,11 +18,12 @@ use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
-use crate::launcher::{ExitOutcome, Launcher, LauncherConfig, LauncherEvent};
+use crate::launcher::{Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
 use crate::terminal::{RawTerminal, Terminal};
-use crate::virtio::{EventSource, FailReason, Outcome};
 
+mod devices;
+mod foreign;
 mod requests;
 mod source;
 
@@ -44,6 +46,8 @@ const API_GRACE: Duration = Duration::from_secs(1);
 pub struct HostOptions {
     /// Directory of the launcher and the device binaries.
     pub libexec: Option<PathBuf>,
+    /// passt, for user-mode networks.
+    pub passt: Option<PathBuf>,
     /// Where to serve the API.
     pub api_socket: Option<PathBuf>,
     /// The machine to create and boot at once.
@@ -55,6 +59,11 @@ pub struct HostOptions {
 /// # Errors
 /// One line that says what failed and the remedy.
 pub fn run(options: HostOptions) -> Result<StopReason, String> {
+    // First: what is open now beyond the standard streams was inherited.
+    if let Some(first) = &options.first {
+        crate::api::config::validate(first)?;
+    }
+    let prepared = Prepared::new(options.first.as_ref());
     let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
     let dev_kvm = kvm::open_dev_kvm().map_err(|e| no_kvm(&e))?;
     let stdio = Stdio {
@@ -62,16 +71,12 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         output: clone_stream(std::io::stdout())?,
     };
     let terminal = Terminal::on_stdin().map_err(|e| format!("terminal: {e}"))?;
-    let mut config = LauncherConfig::new(
-        super::kinds::ALL
-            .iter()
-            .map(|k| k.binary.to_string())
-            .collect(),
-    )
-    .map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
+    let mut config = LauncherConfig::new(super::kinds::binaries(options.first.as_ref()))
+        .map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
     if let Some(dir) = options.libexec {
         config.libexec = dir;
     }
+    config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     let listener = match &options.api_socket {
         Some(path) => {
@@ -108,6 +113,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         launcher,
         dev_kvm: Some(dev_kvm),
         stdio,
+        prepared,
         hooks,
         log,
         epoll: Epoll::new().map_err(|e| format!("epoll: {e}"))?,
@@ -121,7 +127,9 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         stop: None,
         shutdown: None,
         unseen: None,
+        heartbeat: None,
         wakeups: 0,
+        heartbeat_wakeups: 0,
     };
     let result = host.main(options.first);
     host.teardown();
@@ -148,6 +156,14 @@ fn clone_stream(stream: impl AsFd) -> Result<OwnedFd, String> {
         .map_err(|e| format!("standard streams: {e}: start with all of 0, 1 and 2 open"))
 }
 
+/// epoll_wait's timeout, rounded up so as not to wake a moment too early and spin.
+fn millis_until(deadline: Option<Instant>, now: Instant) -> i32 {
+    deadline.map_or(-1, |at| {
+        let left = at.saturating_duration_since(now).as_micros().div_ceil(1000);
+        i32::try_from(left).unwrap_or(i32::MAX)
+    })
+}
+
 /// A machine and its state.
 struct Machine {
     config: MachineConfig,
@@ -167,6 +183,7 @@ struct Host {
     launcher: Launcher,
     dev_kvm: Option<OwnedFd>,
     stdio: Stdio,
+    prepared: Prepared,
     hooks: Hooks,
     log: Arc<EventLog>,
     epoll: Epoll,
@@ -180,7 +197,11 @@ struct Host {
     shutdown: Option<PendingShutdown>,
     /// Seconds that a booted guest has not been seen to do anything; `None` once it has.
     unseen: Option<u32>,
+    /// When devices are next asked for their health; `None` while the machine does not run.
+    heartbeat: Option<Instant>,
+    /// Wake-ups of the manager, and those for nothing but devices' health.
     wakeups: u64,
+    heartbeat_wakeups: u64,
 }
 
 impl Host {
@@ -212,19 +233,32 @@ impl Host {
         }
         let mut ready = [EpollEvent::default(); 32];
         while self.stop.is_none() {
-            let n = match self.epoll.wait(self.timeout_ms(), &mut ready) {
+            let (began, due) = (Instant::now(), self.next_timer());
+            let n = match self.epoll.wait(millis_until(due, began), &mut ready) {
                 Ok(n) => n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(format!("epoll: {e}")),
             };
-            self.wakeups = self.wakeups.saturating_add(1);
+            let now = Instant::now();
+            if let Some(due) = due {
+                self.forgive(now.saturating_duration_since(due.max(began)));
+            }
+            let mut heartbeat = true;
             for event in ready.iter().take(n) {
                 if let Some(source) = Source::from_token(event.data()) {
-                    self.on_event(source);
+                    heartbeat &= self.on_event(source);
                 }
             }
-            self.check_shutdown();
-            self.check_boot(n == 0);
+            // Events first: what has arrived is not late.
+            heartbeat &= self.on_device_timers(Instant::now());
+            heartbeat &= self.on_foreign_timers(Instant::now());
+            heartbeat &= self.check_shutdown();
+            let counter = if heartbeat {
+                &mut self.heartbeat_wakeups
+            } else {
+                &mut self.wakeups
+            };
+            *counter = counter.saturating_add(1);
         }
         let reason = self.stop.clone().unwrap_or(StopReason::Forced);
         match reason {
@@ -233,32 +267,29 @@ impl Host {
         }
     }
 
-    /// Milliseconds until the next deadline; -1 when there is none.
-    fn timeout_ms(&self) -> i32 {
-        let shutdown = self.shutdown.as_ref().map(|s| {
-            let left = s.deadline.saturating_duration_since(Instant::now());
-            i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
-        });
-        let boot = self.unseen.map(|_| 1000);
-        [shutdown, boot].into_iter().flatten().min().unwrap_or(-1)
+    /// When something is to be looked at, if nothing happens before.
+    fn next_timer(&self) -> Option<Instant> {
+        let shutdown = self.shutdown.as_ref().map(|s| s.deadline);
+        let devices = self.device_timer().into_iter().chain(self.foreign_timer());
+        shutdown.into_iter().chain(devices).min()
     }
 
-    /// Notices a host whose KVM takes the guest in and never lets it out: each whole second
-    /// in which the manager itself ran and the guest did not.
-    fn check_boot(&mut self, second_passed: bool) {
+    /// Notices a host whose KVM takes the guest in and never lets it out: each second in
+    /// which the manager itself ran and the guest did not.
+    fn check_boot(&mut self) {
         let (Some(seconds), Some(machine)) = (self.unseen, &self.machine) else {
             return;
         };
         if machine.parts.vcpus.counters().iter().any(|c| c.exits > 0) {
             self.unseen = None;
-        } else if second_passed && machine.state == MachineState::Running {
-            self.unseen = Some(seconds.saturating_add(1));
-            if seconds >= BOOT_PATIENCE {
-                self.end(StopReason::HostError(format!(
-                    "the guest has not made a single exit in {BOOT_PATIENCE} s: the host's KVM \
-                     cannot run it: use a host whose /dev/kvm runs Linux guests"
-                )));
-            }
+            return;
+        }
+        self.unseen = Some(seconds.saturating_add(1));
+        if seconds >= BOOT_PATIENCE {
+            self.end(StopReason::HostError(format!(
+                "the guest has not made a single exit in {BOOT_PATIENCE} s: the host's KVM \
+                 cannot run it: use a host whose /dev/kvm runs Linux guests"
+            )));
         }
     }
 
@@ -272,7 +303,8 @@ impl Host {
             .map_err(|e| format!("epoll: {e}"))
     }
 
-    fn on_event(&mut self, source: Source) {
+    /// True: it was nothing but a device's heartbeat.
+    fn on_event(&mut self, source: Source) -> bool {
         match source {
             Source::Requests => {
                 self.requests.clear();
@@ -293,7 +325,10 @@ impl Host {
                 }
             }
             Source::Device { index, source } => self.on_device(index, source),
+            Source::Control { index } => return self.on_control(index),
+            Source::Listener { index } => self.on_listener(index),
         }
+        false
     }
 
     fn on_machine_event(&mut self, event: MachineEvent) {
@@ -313,86 +348,15 @@ impl Host {
             Ok(events) => events,
             Err(e) => return self.end(StopReason::LauncherDied(e.to_string())),
         };
-        for LauncherEvent::Exited {
-            device_id,
-            incarnation,
-            outcome,
-        } in events
-        {
-            let how = match outcome {
-                ExitOutcome::Status(status) => format!("exit status {status}"),
-                ExitOutcome::Signal(signal) => format!("killed by signal {signal}"),
-            };
-            self.log.publish("device.exited", &device_id, &how);
-            log::warn!(
-                "device {device_id}: its process ended ({how}); the machine runs on without it"
-            );
-            let Some(machine) = &mut self.machine else {
-                continue;
-            };
-            let device = machine
-                .parts
-                .devices
-                .iter_mut()
-                .find(|d| d.id == device_id && d.incarnation == incarnation);
-            if let Some(device) = device {
-                device
-                    .function
-                    .fail(FailReason::Stopped(format!("its process ended ({how})")));
-                device.failed.get_or_insert(how);
-            }
-        }
-    }
-
-    fn on_device(&mut self, index: u16, source: EventSource) {
-        let Some(device) = self
-            .machine
-            .as_mut()
-            .and_then(|m| m.parts.devices.get_mut(usize::from(index)))
-        else {
-            return;
-        };
-        match device.function.on_event(source) {
-            Outcome::Handled => {
-                if let EventSource::RingError(queue) = source {
-                    let (last, quiet) = &mut device.ring_errors;
-                    if last.is_some_and(|at| at.elapsed() < RING_ERROR_INTERVAL) {
-                        *quiet = quiet.saturating_add(1);
-                        return;
-                    }
-                    *last = Some(Instant::now());
-                    let more = match std::mem::take(quiet) {
-                        0 => String::new(),
-                        n => format!(" ({n} more were not reported)"),
-                    };
-                    let detail = format!(
-                        "queue {queue} is malformed; it waits for a reset by the guest{more}"
-                    );
-                    self.log.publish("device.ring-error", &device.id, &detail);
-                    log::warn!("device {}: {detail}", device.id);
-                }
-            }
-            // No device has a successor yet.
-            Outcome::Suspended(_) | Outcome::Reconnected(_) | Outcome::NotReconnected(_) => {}
-            Outcome::Failed(why) => {
-                let why = why.to_string();
-                if device.failed.is_none() {
-                    self.log.publish("device.failed", &device.id, &why);
-                    log::warn!("device {}: {why}", device.id);
-                    device.failed = Some(why);
-                    for poll in device.function.poll_fds() {
-                        // It may have left already; then there is nothing to do.
-                        let _ = self.epoll.ctl(
-                            ControlOperation::Delete,
-                            poll.fd.as_raw_fd(),
-                            EpollEvent::default(),
-                        );
-                    }
-                    // A channel that broke its protocol is not listened to any more.
-                    if let Err(e) = device.kill(&self.launcher) {
-                        log::warn!("device {}: {e}", device.id);
-                    }
-                }
+        for event in events {
+            match event {
+                LauncherEvent::Exited {
+                    device_id,
+                    incarnation,
+                    outcome,
+                } => self.on_exited(&device_id, incarnation, &outcome),
+                LauncherEvent::Grown { ticket, result } => self.on_grown(ticket, &result),
+                LauncherEvent::Linked { ticket, result } => self.on_linked(ticket, result),
             }
         }
     }

@@ -1,15 +1,13 @@
 //! The API's requests, carried out on the manager thread.
 
-use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::machine::{
     DevicesResponse, InfoResponse, MachineConfig, State, VmmCounters, serial_config,
 };
 use bulkhead_proto::{Code, RpcStatus};
-use vmm_sys_util::epoll::EventSet;
 
-use super::{Host, Machine, PendingShutdown, Source, VCPU_LIMIT};
+use super::{Host, Machine, PendingShutdown, VCPU_LIMIT};
 use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
 use crate::machine::build;
@@ -30,6 +28,13 @@ impl Host {
             ApiRequest::Shutdown { force, timeout } => return self.shutdown(force, timeout, reply),
             ApiRequest::Info => Ok(ApiResponse::Info(Box::new(self.info()))),
             ApiRequest::Devices => Ok(ApiResponse::Devices(Box::new(self.devices()))),
+            ApiRequest::DeviceStats { id } => return self.device_stats(&id, reply),
+            ApiRequest::UpdateDisk(request) => return self.update_disk(&request, reply),
+            ApiRequest::UpdateNet(request) => return self.update_net(&request, reply),
+            ApiRequest::DrainDevice { id, timeout } => {
+                return self.drain_device(&id, timeout, reply);
+            }
+            ApiRequest::ResumeDevice { id } => return self.resume_device(&id, reply),
         };
         reply.complete(result);
     }
@@ -43,6 +48,7 @@ impl Host {
         }
         api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
         build::fill_defaults(&mut config);
+        self.prepared.fill_defaults(&mut config);
         let dev_kvm = self
             .dev_kvm
             .as_ref()
@@ -53,37 +59,29 @@ impl Host {
             &config,
             dev_kvm,
             &self.launcher,
+            &mut self.prepared,
             &self.stdio,
             self.events_in.clone(),
             &self.hooks,
         )
         .map_err(RpcStatus::failed_precondition)?;
-        for (index, device) in parts.devices.iter().enumerate() {
-            let index =
-                u16::try_from(index).map_err(|_| RpcStatus::internal("too many devices"))?;
-            for poll in device.function.poll_fds() {
-                let source = Source::Device {
-                    index,
-                    source: poll.source,
-                };
-                let events = EventSet::from_bits_truncate(poll.events);
-                self.watch(poll.fd.as_raw_fd(), source, events)
-                    .map_err(RpcStatus::internal)?;
-            }
-            self.log.publish(
-                "device.ready",
-                &device.id,
-                &format!(
-                    "{} pid {} in {} us",
-                    device.kind.name, device.pid, device.ready_us
-                ),
-            );
+        for device in &parts.devices {
+            let how = match &device.process {
+                Some(process) => format!("pid {} in {} us", process.pid, process.ready_us),
+                None => "its back-end is somebody else's".to_owned(),
+            };
+            let detail = format!("{} {how}", device.kind);
+            self.log.publish("device.ready", &device.id, &detail);
         }
+        let devices = parts.devices.len();
         self.machine = Some(Machine {
             config,
             state: MachineState::Created,
             parts,
         });
+        for index in 0..devices {
+            self.watch_device(index).map_err(RpcStatus::internal)?;
+        }
         // The machine is made: what only making one needs goes.
         confine::steady()
             .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
@@ -181,8 +179,9 @@ impl Host {
         pending.replies.push(reply);
     }
 
-    /// Ends a machine whose guest did not heed the power button in time.
-    pub(super) fn check_shutdown(&mut self) {
+    /// Ends a machine whose guest did not heed the power button in time. True: there was
+    /// nothing to do.
+    pub(super) fn check_shutdown(&mut self) -> bool {
         let late = self
             .shutdown
             .as_ref()
@@ -195,6 +194,7 @@ impl Host {
             );
             self.end(StopReason::Forced);
         }
+        !late
     }
 
     fn info(&self) -> InfoResponse {
@@ -209,6 +209,7 @@ impl Host {
             .unwrap_or_default();
         let mut counters = VmmCounters::new();
         counters.manager_wakeups = self.wakeups;
+        counters.heartbeat_wakeups = self.heartbeat_wakeups;
         match &self.machine {
             None => info.state = State::STATE_NONE.into(),
             Some(machine) => {

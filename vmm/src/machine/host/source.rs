@@ -11,6 +11,8 @@ pub(super) enum Source {
     LauncherDeath,
     Signals,
     Device { index: u16, source: EventSource },
+    Control { index: u16 },
+    Listener { index: u16 },
 }
 
 impl Source {
@@ -22,6 +24,8 @@ impl Source {
             Self::Launcher => 2,
             Self::LauncherDeath => 3,
             Self::Signals => 4,
+            Self::Control { index } => (1 << 62) | u64::from(index),
+            Self::Listener { index } => (1 << 62) | (1 << 32) | u64::from(index),
             Self::Device { index, source } => {
                 (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
             }
@@ -34,6 +38,14 @@ impl Source {
             let source = EventSource::from_u32(u32::try_from(token & 0xffff_ffff).ok()?)?;
             let index = u16::try_from((token >> 32) & 0xffff).ok()?;
             return Some(Self::Device { index, source });
+        }
+        if token >> 62 == 1 {
+            let index = u16::try_from(token & 0xffff_ffff).ok()?;
+            return match (token >> 32) & 0x3fff_ffff {
+                0 => Some(Self::Control { index }),
+                1 => Some(Self::Listener { index }),
+                _ => None,
+            };
         }
         Some(match token {
             0 => Self::Requests,
@@ -66,7 +78,10 @@ mod tests {
         ]
         .into_iter()
         .flat_map(|source| [0, 1, u16::MAX].map(|index| Source::Device { index, source }));
-        for source in plain.into_iter().chain(devices) {
+        let controls = [0, 1, u16::MAX]
+            .into_iter()
+            .flat_map(|index| [Source::Control { index }, Source::Listener { index }]);
+        for source in plain.into_iter().chain(devices).chain(controls) {
             assert_eq!(Source::from_token(source.token()), Some(source));
         }
         assert_eq!(Source::from_token(5), None);

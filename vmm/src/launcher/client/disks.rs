@@ -1,0 +1,84 @@
+//! The launcher's client for what is a disk's: opening it under a lock, growing its file
+//! without waiting for it, and letting go of it.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use bulkhead_proto::launcher as wire;
+use bulkhead_proto::protobuf::Message;
+
+use super::{Access, DEADLINE, Launcher, LauncherError, OpenedInfo};
+
+/// Growths that may be under way.
+const MAX_BEGUN: usize = 64;
+
+impl Launcher {
+    /// Opens a disk; with `lock`, no other process may open it in a way that conflicts as
+    /// long as any descriptor of this opening lives: writable excludes everybody.
+    pub fn open_disk(
+        &self,
+        path: &Path,
+        access: Access,
+        direct: bool,
+        lock: bool,
+    ) -> Result<(File, OpenedInfo), LauncherError> {
+        self.open(path, "disk", access, direct, lock)
+    }
+
+    /// Kills a device process and closes what the launcher keeps of the device: its
+    /// descriptors, and with them locks.
+    pub fn kill_and_forget(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        let op = wire::Kill {
+            device_id: device_id.to_owned(),
+            incarnation,
+            forget: true,
+            ..Default::default()
+        };
+        self.call(wire::request::Op::Kill(op), &[], DEADLINE, "kill")
+            .map(|_| ())
+    }
+
+    /// Asks for a device's own descriptor number `index` (from 0) to be grown to `size` bytes.
+    /// Does not wait: the answer is a [`Grown`](super::LauncherEvent::Grown) with the ticket
+    /// that this returns.
+    pub fn begin_grow(
+        &self,
+        device_id: &str,
+        index: u32,
+        size: u64,
+    ) -> Result<u64, LauncherError> {
+        let mut inner = self.lock();
+        let id = inner.last_id.wrapping_add(1).max(1);
+        let op = wire::GrowFile {
+            device_id: device_id.to_owned(),
+            index,
+            size,
+            ..Default::default()
+        };
+        let request = wire::Request {
+            id,
+            op: Some(wire::request::Op::GrowFile(op)),
+            ..Default::default()
+        };
+        let bytes = request
+            .write_to_bytes()
+            .map_err(|_| LauncherError::Protocol("a request that cannot be encoded"))?;
+        if inner.inbox.begun.len() >= MAX_BEGUN {
+            return Err(busy());
+        }
+        let socket = inner.socket.as_ref().ok_or(LauncherError::Gone)?;
+        match socket.send(&bytes, &[], None) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(busy()),
+            Err(_) => return Err(LauncherError::Gone),
+        }
+        inner.last_id = id;
+        inner.inbox.begun.insert(id);
+        Ok(id)
+    }
+}
+
+fn busy() -> LauncherError {
+    LauncherError::Refused("the launcher is busy: retry later".into())
+}

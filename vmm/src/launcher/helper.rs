@@ -1,0 +1,371 @@
+//! External helpers: programs of somebody else's that run for a VM, each under a policy of its
+//! own with named exceptions (`seccomp/policies/passt.toml` lists passt's).
+//!
+//! A helper is known by its kind. What it may be told is checked against the kind's own
+//! grammar, so that nobody's request reaches its command line as it is. Like a device process
+//! it is cloned into namespaces of its own (but for the host's network), has an id and a pipe
+//! for what it says, and ends with the launcher. Its root holds what its loader needs, and
+//! nothing of the host else.
+//!
+//! The VMM finds the program before confinement ([`Program::find`]); the launcher, on its only
+//! thread, makes command lines ([`arguments`]); the child between clone and exec makes the
+//! root ([`Root::enter`]).
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::{isolate, printable};
+
+/// passt's kind.
+pub const PASST: &str = "passt";
+/// Where passt is looked for.
+const PASST_PATHS: [&str; 3] = ["/usr/bin/passt", "/usr/local/bin/passt", "/bin/passt"];
+/// The directories that a dynamic program's loader looks in.
+const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
+/// Descriptor of a helper's first own one: after stdin, stdout and the log.
+pub const FIRST_FD: usize = 3;
+/// Most options of a helper.
+const MAX_OPTIONS: usize = 80;
+
+/// A helper's program, opened before confinement.
+#[derive(Debug)]
+pub struct Program {
+    /// Its kind.
+    pub kind: &'static str,
+    /// It.
+    pub file: File,
+    /// Where its libraries are; none: it is static.
+    pub libraries: Vec<PathBuf>,
+}
+
+impl Program {
+    /// passt: at `path`, or where it is usually installed. With a CPU that has AVX2, the build
+    /// that passt itself would look for and execute instead.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub fn find(path: Option<&Path>) -> Result<Self, String> {
+        let open = |path: &Path| {
+            let fast = PathBuf::from(format!("{}.avx2", path.display()));
+            if avx2()
+                && let Ok(file) = File::open(&fast)
+            {
+                return Ok((file, fast));
+            }
+            File::open(path).map(|file| (file, path.to_owned()))
+        };
+        let found = match path {
+            Some(path) => open(path).map_err(|error| {
+                format!(
+                    "passt {}: {error}; give --passt the path of passt with vhost-user (2024_11_27 or later)",
+                    printable(&path.to_string_lossy())
+                )
+            })?,
+            None => PASST_PATHS
+                .iter()
+                .find_map(|path| open(Path::new(path)).ok())
+                .ok_or_else(|| {
+                    format!(
+                        "passt: not found ({}): install passt with vhost-user (2024_11_27 or later, Debian 13), or name it with --passt PATH",
+                        PASST_PATHS.join(", ")
+                    )
+                })?,
+        };
+        let (file, path) = found;
+        let loader = loader_of(&file)
+            .map_err(|error| format!("passt {}: {error}", printable(&path.to_string_lossy())))?;
+        Ok(Self {
+            kind: PASST,
+            file,
+            libraries: loader.as_deref().map(libraries).unwrap_or_default(),
+        })
+    }
+}
+
+fn avx2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        std::arch::is_x86_feature_detected!("avx2")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+/// The directories that a program with this loader needs.
+fn libraries(loader: &Path) -> Vec<PathBuf> {
+    let standard = LIBRARIES.iter().any(|dir| loader.starts_with(dir));
+    match loader.parent() {
+        Some(parent) if !standard => vec![parent.to_owned()],
+        _ => LIBRARIES.iter().map(PathBuf::from).collect(),
+    }
+}
+
+/// PT_INTERP of a 64-bit little-endian ELF file: the loader that the kernel starts it with.
+fn loader_of(file: &File) -> Result<Option<PathBuf>, String> {
+    const PT_INTERP: u32 = 3;
+    let wrong = || "is no program of this machine; give another".to_owned();
+    let read = |offset: u64, length: usize| {
+        let mut bytes = vec![0; length];
+        file.read_exact_at(&mut bytes, offset).map_err(|_| wrong())?;
+        Ok::<_, String>(bytes)
+    };
+    let number = |bytes: &[u8], at: usize, length: usize| {
+        let part = bytes.get(at..at.saturating_add(length)).unwrap_or_default();
+        part.iter()
+            .rev()
+            .fold(0_u64, |sum, byte| (sum << 8) | u64::from(*byte))
+    };
+    let header = read(0, 64)?;
+    if !header.starts_with(b"\x7fELF\x02\x01") {
+        return Err(wrong());
+    }
+    let (table, size, count) = (
+        number(&header, 32, 8),
+        number(&header, 54, 2),
+        number(&header, 56, 2),
+    );
+    if size < 56 {
+        return Err(wrong());
+    }
+    for index in 0..count.min(128) {
+        let at = size
+            .checked_mul(index)
+            .and_then(|offset| table.checked_add(offset))
+            .ok_or_else(wrong)?;
+        let entry = read(at, 56)?;
+        if number(&entry, 0, 4) != u64::from(PT_INTERP) {
+            continue;
+        }
+        let length = usize::try_from(number(&entry, 32, 8)).unwrap_or(usize::MAX);
+        if !(2..=4096).contains(&length) {
+            return Err(wrong());
+        }
+        let mut name = read(number(&entry, 8, 8), length)?;
+        name.truncate(name.iter().position(|b| *b == 0).ok_or_else(wrong)?);
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&name));
+        return if path.is_absolute() {
+            Ok(Some(path))
+        } else {
+            Err(wrong())
+        };
+    }
+    Ok(None)
+}
+
+/// The command line of a helper, argv[0] included, from the options of a request:
+///
+/// | option | means |
+/// |---|---|
+/// | `mtu=N` | the MTU that the guest is told, 68 to 65535 |
+/// | `tcp=ADDRESS/HOST:GUEST` | connections to HOST at ADDRESS go to the guest's GUEST |
+/// | `udp=ADDRESS/HOST:GUEST` | datagrams likewise |
+///
+/// # Errors
+/// One line that names the option.
+pub fn arguments(kind: &str, options: &[String]) -> Result<Vec<CString>, String> {
+    if kind != PASST {
+        return Err(format!("{}: not a kind of helper", printable(kind)));
+    }
+    if options.len() > MAX_OPTIONS {
+        return Err(format!("more than {MAX_OPTIONS} options"));
+    }
+    // passt knows by argv[0] what it is; --fd ends it with its connection.
+    let mut argv = [
+        "passt",
+        "--vhost-user",
+        "--foreground",
+        "--quiet",
+        "--fd",
+        "3",
+        // Else the gateway's address would lead the guest to whatever the host serves to itself.
+        "--no-map-gw",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    argv.extend(resolver(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default()));
+    for option in options {
+        let bad = || format!("{}: not an option of passt", printable(option));
+        let (key, value) = option.split_once('=').ok_or_else(bad)?;
+        match key {
+            "mtu" => {
+                let mtu = value.parse::<u16>().ok().filter(|mtu| *mtu >= 68);
+                argv.extend(["--mtu".to_owned(), mtu.ok_or_else(bad)?.to_string()]);
+            }
+            "tcp" | "udp" => {
+                let flag = if key == "tcp" { "--tcp-ports" } else { "--udp-ports" };
+                let (address, ports) = value.split_once('/').ok_or_else(bad)?;
+                let (host, guest) = ports.split_once(':').ok_or_else(bad)?;
+                let address: IpAddr = address.parse().map_err(|_| bad())?;
+                let port = |text: &str| text.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(bad);
+                let (host, guest) = (port(host)?, port(guest)?);
+                argv.extend([flag.to_owned(), format!("{address}/{host}:{guest}")]);
+            }
+            _ => return Err(bad()),
+        }
+    }
+    argv.into_iter()
+        .map(|arg| CString::new(arg).map_err(|e| e.to_string()))
+        .collect()
+}
+
+/// A host whose resolver listens on a loopback address (systemd-resolved) has one that the
+/// guest cannot reach. passt forwards to it what is sent to an address of our choice, which it
+/// tells the guest: link-local, so that it hides nothing.
+fn resolver(resolv_conf: &str) -> Vec<String> {
+    const FORWARDER: &str = "169.254.53.53";
+    let mut servers = resolv_conf.lines().filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next() == Some("nameserver")).then(|| words.next()?.parse::<IpAddr>().ok())?
+    });
+    match servers.next() {
+        Some(first) if first.is_loopback() => ["--dns-forward", FORWARDER, "--dns", FORWARDER]
+            .map(str::to_owned)
+            .to_vec(),
+        _ => Vec::new(),
+    }
+}
+
+/// What a helper's first root holds.
+pub struct Root<'a> {
+    /// Directories of the host, read-only, at their own paths.
+    pub libraries: &'a [PathBuf],
+}
+
+impl Root<'_> {
+    /// Makes the root and enters it: the libraries, /proc, a copy of resolv.conf, and an empty
+    /// /tmp for passt to mount its own empty root on.
+    ///
+    /// # Errors
+    /// One line that says which step.
+    pub fn enter(&self) -> Result<(), String> {
+        let step = |what: &str, result: io::Result<()>| {
+            result.map_err(|error| format!("its root: {what}: {error}"))
+        };
+        let options = [
+            (c"mode", c"0755"),
+            (c"size", c"256k"),
+            (c"nr_inodes", c"128"),
+            (c"source", c"helper"),
+        ];
+        let root = isolate::tmpfs(&options).map_err(|e| format!("its root: {e}"))?;
+        let here = PathBuf::from(format!("/proc/self/fd/{}", root.as_fd().as_raw_fd()));
+        let mut mounts = Vec::new();
+        for directory in self.libraries {
+            let Ok(name) = CString::new(directory.as_os_str().as_bytes()) else {
+                continue;
+            };
+            let tree = match isolate::clone_tree(&name) {
+                // Hosts differ in which of the standard ones they have.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other.map_err(|e| {
+                    format!("its root: {}: {e}", printable(&directory.to_string_lossy()))
+                })?,
+            };
+            let place = directory.strip_prefix("/").unwrap_or(directory);
+            step("a directory", fs::create_dir_all(here.join(place)))?;
+            mounts.push((tree, place.to_owned()));
+        }
+        let proc = isolate::new_proc()
+            // Where parts of /proc are hidden (a container), a new one is forbidden.
+            .or_else(|_| isolate::clone_tree(c"/proc"));
+        mounts.push((
+            proc.map_err(|e| format!("its root: /proc: {e}"))?,
+            "proc".into(),
+        ));
+        for directory in ["proc", "tmp", "etc"] {
+            step("a directory", fs::create_dir_all(here.join(directory)))?;
+        }
+        let resolv_conf = fs::read("/etc/resolv.conf").unwrap_or_default();
+        let shown = resolv_conf.get(..65536).unwrap_or(&resolv_conf);
+        step(
+            "resolv.conf",
+            fs::write(here.join("etc/resolv.conf"), shown),
+        )?;
+        step("entering", isolate::enter_built_root(root.as_fd(), &mounts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(list: &[&str]) -> Result<Vec<String>, String> {
+        let list: Vec<String> = list.iter().map(|o| (*o).to_owned()).collect();
+        let argv = arguments(PASST, &list)?;
+        Ok(argv
+            .iter()
+            .map(|arg| arg.to_str().unwrap().to_owned())
+            .collect())
+    }
+
+    #[test]
+    fn options_become_arguments_and_nothing_else_does() {
+        let argv = options(&["mtu=1400", "tcp=127.0.0.1/8080:80", "udp=::1/5300:53"]).unwrap();
+        assert_eq!(argv[..2], ["passt", "--vhost-user"]);
+        let tail = argv.iter().rev().take(6).rev().cloned().collect::<Vec<_>>();
+        assert_eq!(
+            tail,
+            [
+                "--mtu",
+                "1400",
+                "--tcp-ports",
+                "127.0.0.1/8080:80",
+                "--udp-ports",
+                "::1/5300:53"
+            ]
+        );
+        for bad in [
+            "",
+            "--pcap=/tmp/x",
+            "mtu=67",
+            "mtu=99999",
+            "tcp=8080:80",
+            "tcp=127.0.0.1/8080",
+            "tcp=127.0.0.1/0:80",
+            "tcp=127.0.0.1/8080:80,90:90",
+            "tcp=127.0.0.1%eth0/8080:80",
+            "udp=all",
+            "log-file=/etc/passwd",
+        ] {
+            let line = options(&[bad]).unwrap_err();
+            assert!(line.ends_with("not an option of passt"), "{line}");
+        }
+        assert!(arguments("pasta", &[]).is_err());
+        assert!(options(&["mtu=1400"; MAX_OPTIONS + 1]).is_err());
+    }
+
+    #[test]
+    fn a_resolver_of_the_host_alone_is_reached_through_passt() {
+        assert!(resolver("").is_empty());
+        assert!(resolver("# x\nsearch a\nnameserver 10.0.0.1\nnameserver 127.0.0.1\n").is_empty());
+        let args = resolver("options edns0\nnameserver 127.0.0.53\n");
+        assert_eq!(args.first().map(String::as_str), Some("--dns-forward"));
+        assert_eq!(resolver("nameserver ::1").len(), 4);
+    }
+
+    #[test]
+    fn a_programs_loader_says_where_its_libraries_are() {
+        let shell = File::open("/bin/sh").unwrap();
+        let loader = loader_of(&shell).unwrap().unwrap();
+        assert!(loader.is_absolute());
+        assert_eq!(libraries(&loader).len(), LIBRARIES.len());
+        assert_eq!(
+            libraries(Path::new("/opt/passt/ld.so")),
+            [PathBuf::from("/opt/passt")]
+        );
+        let me = File::open("/proc/self/exe").unwrap();
+        assert_eq!(loader_of(&me), Ok(None), "the tests are a static program");
+        let text = File::open("/proc/self/maps").unwrap();
+        assert!(loader_of(&text).unwrap_err().contains("no program"));
+        let line = Program::find(Some(Path::new("/nonexistent/passt"))).unwrap_err();
+        assert!(line.contains("--passt") && !line.contains('\n'), "{line}");
+    }
+}

@@ -1,0 +1,617 @@
+//! The manager's end of a device's control channel (service `bulkhead.device.v1.Device`):
+//! what clients ask of the device, one request after the other, and a look at its health
+//! once a second. Driven by the manager thread's epoll loop; nothing here blocks.
+//!
+//! ```text
+//!  requests ─▶ waiting ─▶ current ──▶ grow (launcher) ──▶ call ──▶ answer
+//!                                            call ◀── pause ◀─┘   (Drain, until drained)
+//! ```
+//!
+//! Everything that comes from the process is hostile: see [`AsyncClient`] for the bytes;
+//! what the messages say is bounded here. After an [`Err`] the process must be given up, and
+//! [`ControlChannel::give_up`] answers whoever waits.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::device::{
+    BlkUpdate, DrainRequest, DrainResponse, HealthRequest, HealthResponse, NetUpdate,
+    ResumeRequest, StatsRequest, StatsResponse, UpdateRequest,
+};
+use bulkhead_proto::machine::UpdateDiskResponse;
+use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::{
+    AsyncClient, AsyncLimits, BlockingClient, ClientError, Code, Completion, DEVICE_SERVICE,
+    RpcStatus,
+};
+
+use super::device_stats::{self, About};
+use crate::api::{ApiResponse, ReplyHandle};
+
+/// How long a device may take to answer: its main thread does nothing else.
+pub const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// How long an update may take: a qcow2 file that grows writes to the disk.
+const UPDATE_LIMIT: Duration = Duration::from_secs(30);
+/// How long the launcher may take to grow a file.
+const GROW_LIMIT: Duration = Duration::from_secs(30);
+/// Requests that may wait for a device.
+const MAX_WAITING: usize = 16;
+/// Pauses between two looks at a device that drains.
+const DRAIN_PAUSE_FIRST: Duration = Duration::from_millis(2);
+const DRAIN_PAUSE_MAX: Duration = Duration::from_millis(100);
+/// The token of the health call; those of requests are greater.
+const HEALTH: u64 = 0;
+
+/// What a client asks of a device.
+#[derive(Debug)]
+pub enum Task {
+    /// Its counters.
+    Stats,
+    /// A disk's size and limits.
+    UpdateDisk {
+        /// Have the launcher grow the file first.
+        grow_to: Option<u64>,
+        /// The size it has when nothing is said of it.
+        size: u64,
+        /// What the device is told.
+        update: BlkUpdate,
+    },
+    /// A network device's link and limits.
+    UpdateNet(NetUpdate),
+    /// Finish what is in flight and take nothing new.
+    Drain {
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// Take requests again.
+    Resume,
+}
+
+/// What the manager should know of.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notice {
+    /// The host failed some of the device's requests.
+    HostErrors {
+        /// How many since the last look.
+        count: u64,
+        /// The last one's errno.
+        errno: i32,
+        /// And sector.
+        sector: u64,
+    },
+    /// A disk was changed; the size it has now.
+    DiskUpdated {
+        /// What the device was told.
+        update: BlkUpdate,
+        /// In bytes; 0 when only the device knows.
+        size: u64,
+    },
+    /// A network device was changed.
+    NetUpdated(NetUpdate),
+    /// The device has nothing in flight and takes nothing new.
+    Drained,
+    /// The device takes requests.
+    Resumed,
+    /// The device did not drain in time and takes requests again.
+    DrainFailed,
+}
+
+/// Why the process must be given up, in a line that begins with "its process".
+pub type Breach = String;
+
+/// Who grows files: the launcher.
+pub trait Grower {
+    /// Begins to grow a file of a device; the answer comes with the ticket.
+    ///
+    /// # Errors
+    /// One line: why it cannot even be asked.
+    fn begin_grow(&self, device: &str, index: u32, size: u64) -> Result<u64, String>;
+}
+
+/// What a step of a channel needs and what comes of it.
+pub struct Turn<'a> {
+    /// Who grows files.
+    pub grower: &'a dyn Grower,
+    /// The time.
+    pub now: Instant,
+    /// What the manager should know of; added to.
+    pub notices: &'a mut Vec<Notice>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The launcher grows the file.
+    Growing { ticket: u64, deadline: Instant },
+    /// The device has been called.
+    Called { token: u64 },
+    /// Look again then.
+    Pausing { until: Instant },
+}
+
+#[derive(Debug)]
+struct Current {
+    task: Task,
+    reply: ReplyHandle,
+    phase: Phase,
+    /// A drain: when it must be over, and the pause that comes next.
+    drain: Option<(Instant, Duration)>,
+    /// A drain that is taken back, and what its client is told.
+    undoing: Option<RpcStatus>,
+}
+
+/// A device's control channel, its requests, and what is known of its health.
+pub struct ControlChannel {
+    client: AsyncClient,
+    about: About,
+    waiting: VecDeque<(Task, ReplyHandle)>,
+    current: Option<Current>,
+    last_token: u64,
+    /// Failed requests of each ring when last looked at.
+    host_errors: Vec<u64>,
+    /// Why it is given up.
+    ended: Option<String>,
+}
+
+impl ControlChannel {
+    /// Takes over the channel once Hello has been answered.
+    ///
+    /// # Errors
+    /// When the process has said more than it was asked.
+    pub fn new(client: BlockingClient, about: About) -> Result<Self, ClientError> {
+        Ok(Self {
+            client: client.into_async(AsyncLimits::default())?,
+            host_errors: vec![0; about.queues],
+            about,
+            waiting: VecDeque::new(),
+            current: None,
+            last_token: HEALTH,
+            ended: None,
+        })
+    }
+
+    /// Takes a request; whoever asked is answered in any case.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn submit(
+        &mut self,
+        task: Task,
+        reply: ReplyHandle,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Breach> {
+        if let Some(why) = &self.ended {
+            reply.complete(Err(self.unavailable(why)));
+            return Ok(());
+        }
+        if self.waiting.len() >= MAX_WAITING {
+            let why = format!(
+                "device {}: {MAX_WAITING} requests are waiting for it: retry later",
+                self.about.id
+            );
+            reply.complete(Err(RpcStatus::new(Code::ResourceExhausted, why)));
+            return Ok(());
+        }
+        self.waiting.push_back((task, reply));
+        self.advance(turn)
+    }
+
+    /// Asks for the device's health, unless it is busy with something: that has a deadline
+    /// too.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn ask_health(&mut self) -> Result<(), Breach> {
+        if self.ended.is_some() || self.client.outstanding() > 0 {
+            return Ok(());
+        }
+        self.call("Health", &HealthRequest::new(), CALL_LIMIT, HEALTH)
+    }
+
+    /// The channel is readable or its peer hung up. True: it was nothing but an answer to
+    /// [`ask_health`](Self::ask_health).
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn on_readable(&mut self, turn: &mut Turn<'_>) -> Result<bool, Breach> {
+        if self.ended.is_some() {
+            return Ok(false);
+        }
+        let mut answers = Vec::new();
+        let result = self.client.on_readable(turn.now, &mut answers);
+        let heartbeat = answers.iter().all(|(token, _)| *token == HEALTH);
+        // What it said before it broke the channel counts.
+        self.take(answers, turn)?;
+        result.map_err(breach)?;
+        Ok(heartbeat)
+    }
+
+    /// The channel has room.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn on_writable(&mut self, now: Instant) -> Result<(), Breach> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        self.client.on_writable(now).map_err(breach)
+    }
+
+    /// Looks at deadlines and pauses; to be called when [`next_timer`](Self::next_timer) has
+    /// come, or at any other time.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn on_timer(&mut self, turn: &mut Turn<'_>) -> Result<(), Breach> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        let mut answers = Vec::new();
+        let result = self.client.check(turn.now, &mut answers);
+        self.take(answers, turn)?;
+        result.map_err(breach)?;
+        match self.current.as_ref().map(|current| &current.phase) {
+            Some(Phase::Pausing { until }) if *until <= turn.now => self.call_current()?,
+            Some(Phase::Growing { deadline, .. }) if *deadline <= turn.now => {
+                let why = "the launcher did not grow its file in time; is the file system stuck?";
+                let status = RpcStatus::new(Code::DeadlineExceeded, self.line(why));
+                self.finish(Err(status));
+                self.advance(turn)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The launcher's answer to a growth.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn on_grown(
+        &mut self,
+        ticket: u64,
+        result: Result<u64, String>,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Breach> {
+        let wanted = match &self.current {
+            Some(Current {
+                phase: Phase::Growing { ticket: due, .. },
+                task: Task::UpdateDisk { grow_to, .. },
+                ..
+            }) if *due == ticket => grow_to.unwrap_or_default(),
+            _ => return Ok(()),
+        };
+        let why = match result {
+            Ok(size) if size >= wanted => return self.call_current(),
+            Ok(size) => self.line(&format!(
+                "its block device has {size} bytes and {wanted} are wanted: grow that first"
+            )),
+            Err(why) => why,
+        };
+        self.finish(Err(RpcStatus::failed_precondition(why)));
+        self.advance(turn)
+    }
+
+    /// When [`on_timer`](Self::on_timer) is due.
+    pub fn next_timer(&self) -> Option<Instant> {
+        if self.ended.is_some() {
+            return None;
+        }
+        let current = self.current.as_ref().and_then(|c| match c.phase {
+            Phase::Growing { deadline, .. } => Some(deadline),
+            Phase::Pausing { until } => Some(until),
+            Phase::Called { .. } => None,
+        });
+        self.client.next_deadline().into_iter().chain(current).min()
+    }
+
+    /// Nothing is under way but, at most, a look at its health.
+    pub fn only_heartbeat(&self) -> bool {
+        self.current.is_none()
+    }
+
+    /// Wait for room in the channel, too.
+    pub fn wants_write(&self) -> bool {
+        self.ended.is_none() && self.client.wants_write()
+    }
+
+    /// Gives calls in flight more time, because the manager itself was held up.
+    pub fn extend_deadlines(&mut self, span: Duration) {
+        self.client.extend_deadlines(span);
+    }
+
+    /// The process is given up: everyone who waits is told why, and whoever comes later.
+    pub fn give_up(&mut self, why: &str) {
+        if self.ended.is_some() {
+            return;
+        }
+        self.ended = Some(why.to_owned());
+        let _ = self.client.give_up();
+        let status = self.unavailable(why);
+        if let Some(current) = self.current.take() {
+            current.reply.complete(Err(status.clone()));
+        }
+        for (_, reply) in self.waiting.drain(..) {
+            reply.complete(Err(status.clone()));
+        }
+    }
+
+    fn unavailable(&self, why: &str) -> RpcStatus {
+        RpcStatus::new(Code::Unavailable, self.line(why))
+    }
+
+    fn line(&self, what: &str) -> String {
+        format!("device {}: {what}", self.about.id)
+    }
+
+    fn call<Req: Message>(
+        &mut self,
+        method: &str,
+        request: &Req,
+        limit: Duration,
+        token: u64,
+    ) -> Result<(), Breach> {
+        self.client
+            .call(DEVICE_SERVICE, method, request, limit, token)
+            .map_err(breach)
+    }
+
+    /// Begins what waits, if nothing is under way.
+    fn advance(&mut self, turn: &mut Turn<'_>) -> Result<(), Breach> {
+        let now = turn.now;
+        while self.current.is_none() {
+            let Some((task, reply)) = self.waiting.pop_front() else {
+                break;
+            };
+            // A request that nobody waits for any more need not be begun.
+            if reply.is_abandoned() {
+                continue;
+            }
+            let drain = match &task {
+                Task::Drain { limit } => {
+                    Some((now.checked_add(*limit).unwrap_or(now), DRAIN_PAUSE_FIRST))
+                }
+                _ => None,
+            };
+            let grow_to = match &task {
+                Task::UpdateDisk { grow_to, .. } => *grow_to,
+                _ => None,
+            };
+            let phase = match grow_to.map(|size| turn.grower.begin_grow(&self.about.id, 0, size)) {
+                Some(Err(why)) => {
+                    reply.complete(Err(RpcStatus::new(Code::Unavailable, why)));
+                    continue;
+                }
+                Some(Ok(ticket)) => Phase::Growing {
+                    ticket,
+                    deadline: now.checked_add(GROW_LIMIT).unwrap_or(now),
+                },
+                None => Phase::Pausing { until: now },
+            };
+            let call = matches!(phase, Phase::Pausing { .. });
+            self.current = Some(Current {
+                task,
+                reply,
+                phase,
+                drain,
+                undoing: None,
+            });
+            if call {
+                self.call_current()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls the device for what is under way.
+    fn call_current(&mut self) -> Result<(), Breach> {
+        self.last_token = self.last_token.wrapping_add(1).max(HEALTH + 1);
+        let token = self.last_token;
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        current.phase = Phase::Called { token };
+        let mut update = UpdateRequest::new();
+        match &current.task {
+            _ if current.undoing.is_some() => {
+                self.call("Resume", &ResumeRequest::new(), CALL_LIMIT, token)
+            }
+            Task::Stats => self.call("Stats", &StatsRequest::new(), CALL_LIMIT, token),
+            Task::UpdateDisk { update: blk, .. } => {
+                update.set_blk(blk.clone());
+                self.call("Update", &update, UPDATE_LIMIT, token)
+            }
+            Task::UpdateNet(net) => {
+                update.set_net(net.clone());
+                self.call("Update", &update, UPDATE_LIMIT, token)
+            }
+            Task::Drain { .. } => self.call("Drain", &DrainRequest::new(), CALL_LIMIT, token),
+            Task::Resume => self.call("Resume", &ResumeRequest::new(), CALL_LIMIT, token),
+        }
+    }
+
+    fn take(&mut self, answers: Vec<Completion>, turn: &mut Turn<'_>) -> Result<(), Breach> {
+        for (token, result) in answers {
+            if token == HEALTH {
+                // A process that cannot say how it is has failed at what it is for.
+                let health = result.map_err(|status| {
+                    format!("its process does not tell its health: {}", status.message)
+                })?;
+                turn.notices.extend(self.on_health(&health)?);
+            } else {
+                self.on_answer(token, result, turn)?;
+                self.advance(turn)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_health(&mut self, payload: &[u8]) -> Result<Option<Notice>, Breach> {
+        let health: HealthResponse = parse(payload)?;
+        if health.rings.len() > self.about.queues {
+            return Err(format!(
+                "its process tells of {} rings and has {}",
+                health.rings.len(),
+                self.about.queues
+            ));
+        }
+        let (mut count, mut last) = (0u64, (0, 0));
+        for (ring, known) in health.rings.iter().zip(&mut self.host_errors) {
+            let more = ring.host_errors.saturating_sub(*known);
+            *known = ring.host_errors;
+            if more > 0 {
+                count = count.saturating_add(more);
+                last = (ring.last_errno, ring.last_sector);
+            }
+        }
+        let (errno, sector) = last;
+        Ok((count > 0).then_some(Notice::HostErrors {
+            count,
+            errno,
+            sector,
+        }))
+    }
+
+    fn on_answer(
+        &mut self,
+        token: u64,
+        result: Result<Vec<u8>, RpcStatus>,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Breach> {
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        if !matches!(current.phase, Phase::Called { token: due } if due == token) {
+            return Ok(());
+        }
+        if let Some(status) = current.undoing.take() {
+            // A device that cannot be resumed stays stopped: nothing but its end helps.
+            result.map_err(|status| {
+                format!("its process cannot resume after a drain: {}", status.message)
+            })?;
+            turn.notices.push(Notice::DrainFailed);
+            self.finish(Err(status));
+            return Ok(());
+        }
+        let payload = match result {
+            Ok(payload) => payload,
+            Err(status) => {
+                let mut status = self.refusal(&status);
+                if let Some(Task::UpdateDisk {
+                    grow_to: Some(size),
+                    ..
+                }) = self.current.as_ref().map(|c| &c.task)
+                {
+                    status.message.push_str(&format!(
+                        "; its file has {size} bytes already: repeat the request"
+                    ));
+                }
+                self.finish(Err(status));
+                return Ok(());
+            }
+        };
+        match &current.task {
+            Task::Stats => {
+                let stats: StatsResponse = parse(&payload)?;
+                let response = device_stats::response(&self.about, &stats)?;
+                self.finish(Ok(ApiResponse::DeviceStats(Box::new(response))));
+            }
+            Task::UpdateDisk { update, size, .. } => {
+                let size = match update.size_bytes {
+                    0 => *size,
+                    changed => changed,
+                };
+                let mut response = UpdateDiskResponse::new();
+                response.size_bytes = size;
+                let update = update.clone();
+                turn.notices.push(Notice::DiskUpdated { update, size });
+                self.finish(Ok(ApiResponse::DiskUpdated(response)));
+            }
+            Task::UpdateNet(update) => {
+                turn.notices.push(Notice::NetUpdated(update.clone()));
+                self.finish(Ok(ApiResponse::Done));
+            }
+            Task::Resume => {
+                turn.notices.push(Notice::Resumed);
+                self.finish(Ok(ApiResponse::Done));
+            }
+            Task::Drain { limit } => {
+                let limit = *limit;
+                let drain: DrainResponse = parse(&payload)?;
+                self.on_drain(drain.drained, limit, turn)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_drain(
+        &mut self,
+        drained: bool,
+        limit: Duration,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Breach> {
+        let now = turn.now;
+        let id = self.about.id.clone();
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        let (deadline, pause) = current.drain.unwrap_or((now, DRAIN_PAUSE_FIRST));
+        let why = if current.reply.is_abandoned() {
+            // Nobody would know that it must be resumed.
+            "nobody waits for the drain any more".to_owned()
+        } else if drained {
+            turn.notices.push(Notice::Drained);
+            self.finish(Ok(ApiResponse::Done));
+            return Ok(());
+        } else if now >= deadline {
+            format!(
+                "device {id}: not drained within {} ms: it takes requests again; give it more time, or see whether its host storage is stuck",
+                limit.as_millis()
+            )
+        } else {
+            let until = now.checked_add(pause).unwrap_or(now).min(deadline);
+            current.phase = Phase::Pausing { until };
+            current.drain = Some((deadline, pause.saturating_mul(2).min(DRAIN_PAUSE_MAX)));
+            return Ok(());
+        };
+        current.undoing = Some(RpcStatus::new(Code::DeadlineExceeded, why));
+        self.call_current()
+    }
+
+    /// The device's own refusal, with its name: one line, without control characters.
+    fn refusal(&self, status: &RpcStatus) -> RpcStatus {
+        let message = crate::launcher::printable(&status.message);
+        RpcStatus::new(status.code, self.line(&message))
+    }
+
+    fn finish(&mut self, outcome: Result<ApiResponse, RpcStatus>) {
+        if let Some(current) = self.current.take() {
+            current.reply.complete(outcome);
+        }
+    }
+}
+
+impl AsFd for ControlChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.client.as_fd()
+    }
+}
+
+fn parse<M: Message>(payload: &[u8]) -> Result<M, Breach> {
+    M::parse_from_bytes(payload)
+        .map_err(|error| format!("its process sent a malformed {}: {error}", M::NAME))
+}
+
+fn breach(error: ClientError) -> Breach {
+    match error {
+        ClientError::Closed => "its process closed the control channel".into(),
+        ClientError::Timeout(span) => {
+            format!("its process gave no answer within {} s", span.as_secs())
+        }
+        other => format!("its process's control channel: {other}"),
+    }
+}
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -1,0 +1,583 @@
+//! Devices as the manager sees them while the machine runs: events of their channels, what
+//! clients ask of them, a look at their health once a second, and their end.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::RpcStatus;
+use bulkhead_proto::device::NetUpdate;
+use bulkhead_proto::machine::{UpdateDiskRequest, UpdateNetRequest};
+use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
+
+use super::{Host, RING_ERROR_INTERVAL, Source};
+use crate::api::{ApiResponse, ReplyHandle};
+use crate::launcher::{ExitOutcome, Launcher};
+use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Task, Turn};
+use crate::machine::device::{Device, Special};
+use crate::machine::state::MachineState;
+use crate::virtio::{EventSource, FailReason, Outcome, Reconnected};
+
+/// How often devices of a running machine are asked for their health.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// A manager that woke so much later than it wanted was itself held up (the host suspended
+/// it, a debugger stopped it): devices get the time back.
+const HELD_UP: Duration = Duration::from_millis(500);
+
+impl Grower for Launcher {
+    fn begin_grow(&self, device: &str, index: u32, size: u64) -> Result<u64, String> {
+        Launcher::begin_grow(self, device, index, size).map_err(|e| e.to_string())
+    }
+}
+
+impl Host {
+    pub(super) fn device(&mut self, index: usize) -> Option<&mut Device> {
+        self.machine.as_mut()?.parts.devices.get_mut(index)
+    }
+
+    fn devices_count(&self) -> usize {
+        self.machine.as_ref().map_or(0, |m| m.parts.devices.len())
+    }
+
+    /// Watches a device's channels.
+    pub(super) fn watch_device(&mut self, index: usize) -> Result<(), String> {
+        let Some(device) = self
+            .machine
+            .as_mut()
+            .and_then(|m| m.parts.devices.get_mut(index))
+        else {
+            return Ok(());
+        };
+        let index = u16::try_from(index).map_err(|_| "too many devices")?;
+        let mut wanted = Vec::new();
+        for poll in device.function.poll_fds() {
+            let source = poll.source;
+            let events = EventSet::from_bits_truncate(poll.events);
+            wanted.push((poll.fd.as_raw_fd(), Source::Device { index, source }, events));
+        }
+        if let Some(process) = &mut device.process {
+            process.interest = interest(&process.control);
+            let fd = process.control.as_fd().as_raw_fd();
+            wanted.push((fd, Source::Control { index }, process.interest));
+        }
+        for (fd, source, events) in wanted {
+            self.watch(fd, source, events)?;
+        }
+        self.watch_listener(usize::from(index))
+    }
+
+    /// Stops watching a device's channels; those that have left already do not matter.
+    fn unwatch_device(&mut self, index: usize) {
+        let Some(device) = self
+            .machine
+            .as_ref()
+            .and_then(|m| m.parts.devices.get(index))
+        else {
+            return;
+        };
+        let mut fds: Vec<_> = device
+            .function
+            .poll_fds()
+            .iter()
+            .map(|poll| poll.fd.as_raw_fd())
+            .collect();
+        let control = device.process.as_ref().map(|p| p.control.as_fd());
+        fds.extend(control.map(|fd| fd.as_raw_fd()));
+        for fd in fds {
+            let _ = self
+                .epoll
+                .ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+    }
+
+    /// An event of a device's vhost-user channel or rings.
+    pub(super) fn on_device(&mut self, index: u16, source: EventSource) {
+        let index = usize::from(index);
+        let Some(device) = self.device(index) else {
+            return;
+        };
+        match device.function.on_event(source) {
+            Outcome::Handled => {
+                if let EventSource::RingError(queue) = source {
+                    self.on_ring_error(index, queue);
+                }
+            }
+            Outcome::Failed(why) => self.give_up_device(index, why),
+            Outcome::Suspended(why) => self.on_suspended(index, &why),
+            Outcome::Reconnected(done) => self.on_reconnected(index, &done),
+            Outcome::NotReconnected(error) if self.foreign_failed(index, &error.to_string()) => {}
+            Outcome::NotReconnected(error) => {
+                self.tell(index, "device.not-reconnected", &error.to_string());
+            }
+        }
+    }
+
+    /// A device's back-end is gone and another one is expected.
+    fn on_suspended(&mut self, index: usize, why: &FailReason) {
+        let Some(device) = self.device(index) else {
+            return;
+        };
+        let fds: Vec<_> = device.function.link_fds();
+        for poll in fds {
+            let gone = EpollEvent::default();
+            let _ = self
+                .epoll
+                .ctl(ControlOperation::Delete, poll.fd.as_raw_fd(), gone);
+        }
+        let kind = self.foreign_lost(index).unwrap_or("device.lost");
+        self.tell(index, kind, &why.to_string());
+    }
+
+    /// Another back-end serves a device.
+    fn on_reconnected(&mut self, index: usize, done: &Reconnected) {
+        let Some(device) = self.device(index) else {
+            return;
+        };
+        let number = u16::try_from(index).unwrap_or(u16::MAX);
+        for poll in device.function.link_fds() {
+            let source = Source::Device {
+                index: number,
+                source: poll.source,
+            };
+            let events = EventSet::from_bits_truncate(poll.events);
+            if let Err(why) = self.watch(poll.fd.as_raw_fd(), source, events) {
+                log::warn!("{why}");
+            }
+        }
+        let queues = done.queues;
+        let reset = if done.needs_reset {
+            "; it waits for a reset by the guest"
+        } else {
+            ""
+        };
+        let by = self.foreign_came(index);
+        let by = by.as_deref().unwrap_or("another process");
+        let detail = format!("{by} serves {queues} queues{reset}");
+        self.tell(index, "device.reconnected", &detail);
+    }
+
+    fn on_ring_error(&mut self, index: usize, queue: u16) {
+        let Some(device) = self.device(index) else {
+            return;
+        };
+        let (last, quiet) = &mut device.ring_errors;
+        if last.is_some_and(|at| at.elapsed() < RING_ERROR_INTERVAL) {
+            *quiet = quiet.saturating_add(1);
+            return;
+        }
+        *last = Some(Instant::now());
+        let more = match std::mem::take(quiet) {
+            0 => String::new(),
+            n => format!(" ({n} more were not reported)"),
+        };
+        let detail =
+            format!("queue {queue} is malformed; it waits for a reset by the guest{more}");
+        self.tell(index, "device.ring-error", &detail);
+    }
+
+    /// Publishes an event of a device that its operator should know of.
+    pub(super) fn tell(&mut self, index: usize, kind: &str, detail: &str) {
+        let Some(device) = self
+            .machine
+            .as_ref()
+            .and_then(|m| m.parts.devices.get(index))
+        else {
+            return;
+        };
+        self.log.publish(kind, &device.id, detail);
+        log::warn!("device {}: {detail}", device.id);
+    }
+
+    /// A device's process broke a rule or is gone: nothing is expected of it any more.
+    fn give_up_device(&mut self, index: usize, why: FailReason) {
+        let Some(device) = self.device(index) else {
+            return;
+        };
+        device.function.fail(why.clone());
+        let why = why.to_string();
+        let first = device.failed.is_none();
+        if first {
+            device.failed = Some(why.clone());
+        }
+        if let Some(process) = &mut device.process {
+            process.control.give_up(&why);
+        }
+        self.unwatch_device(index);
+        if first {
+            self.tell(index, "device.failed", &why);
+            // A channel that broke its protocol is not listened to any more.
+            let Some(machine) = &self.machine else {
+                return;
+            };
+            let Some(device) = machine.parts.devices.get(index) else {
+                return;
+            };
+            if let Err(e) = device.kill(&self.launcher, false) {
+                log::warn!("device {}: {e}", device.id);
+            }
+        }
+    }
+
+    /// A device's process has ended.
+    pub(super) fn on_exited(&mut self, id: &str, incarnation: u64, outcome: &ExitOutcome) {
+        if self.foreign_exited(id, incarnation, outcome) {
+            return;
+        }
+        let how = match outcome {
+            ExitOutcome::Status(status) => format!("exit status {status}"),
+            ExitOutcome::Signal(signal) => format!("killed by signal {signal}"),
+            ExitOutcome::Violation(call) => {
+                format!(
+                    "killed at the system call {}: outside its policy",
+                    call.name()
+                )
+            }
+        };
+        self.log.publish("device.exited", id, &how);
+        log::warn!("device {id}: its process ended ({how}); the machine runs on without it");
+        let index = self.machine.as_ref().and_then(|machine| {
+            machine.parts.devices.iter().position(|device| {
+                let process = device.process.as_ref();
+                device.id == id && process.is_some_and(|p| p.incarnation == incarnation)
+            })
+        });
+        let Some((index, device)) = index.and_then(|i| Some((i, self.device(i)?))) else {
+            return;
+        };
+        let why = format!("its process ended ({how})");
+        device.function.fail(FailReason::Stopped(why.clone()));
+        device.failed.get_or_insert(how);
+        if let Some(process) = &mut device.process {
+            process.control.give_up(&why);
+        }
+        self.unwatch_device(index);
+    }
+
+    /// Something with a device's control channel, and what comes of it.
+    fn with_control<T>(
+        &mut self,
+        index: usize,
+        step: impl FnOnce(&mut ControlChannel, &mut Turn<'_>) -> Result<T, Breach>,
+    ) -> Option<T> {
+        let mut notices = Vec::new();
+        let Self {
+            machine, launcher, ..
+        } = self;
+        let devices = &mut machine.as_mut()?.parts.devices;
+        let process = devices.get_mut(index)?.process.as_mut()?;
+        let mut turn = Turn {
+            grower: launcher,
+            now: Instant::now(),
+            notices: &mut notices,
+        };
+        let result = step(&mut process.control, &mut turn);
+        for notice in notices {
+            self.on_notice(index, notice);
+        }
+        match result {
+            Ok(value) => {
+                self.update_interest(index);
+                Some(value)
+            }
+            Err(why) => {
+                self.give_up_device(index, FailReason::Stopped(why));
+                None
+            }
+        }
+    }
+
+    /// Tells epoll whether a control channel waits for room.
+    fn update_interest(&mut self, index: usize) {
+        let Ok(number) = u16::try_from(index) else {
+            return;
+        };
+        let token = Source::Control { index: number }.token();
+        let Self { machine, epoll, .. } = self;
+        let devices = machine.as_mut().map(|m| &mut m.parts.devices);
+        let Some(process) = devices
+            .and_then(|d| d.get_mut(index))
+            .and_then(|d| d.process.as_mut())
+        else {
+            return;
+        };
+        let wanted = interest(&process.control);
+        if wanted != process.interest {
+            let fd = process.control.as_fd().as_raw_fd();
+            let event = EpollEvent::new(wanted, token);
+            match epoll.ctl(ControlOperation::Modify, fd, event) {
+                Ok(()) => process.interest = wanted,
+                // Its deadline will tell.
+                Err(error) => log::warn!("epoll: {error}"),
+            }
+        }
+    }
+
+    /// A device's control channel is ready. True: it was nothing but its heartbeat.
+    pub(super) fn on_control(&mut self, index: u16) -> bool {
+        self.with_control(usize::from(index), |control, turn| {
+            control.on_writable(turn.now)?;
+            control.on_readable(turn)
+        })
+        .unwrap_or(false)
+    }
+
+    /// The launcher's answer to a growth: whose it is, the ticket says.
+    pub(super) fn on_grown(&mut self, ticket: u64, result: &Result<u64, String>) {
+        for index in 0..self.devices_count() {
+            self.with_control(index, |control, turn| {
+                control.on_grown(ticket, result.clone(), turn)
+            });
+        }
+    }
+
+    fn on_notice(&mut self, index: usize, notice: Notice) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let Some(device) = machine.parts.devices.get_mut(index) else {
+            return;
+        };
+        let id = device.id.clone();
+        let (kind, detail) = match notice {
+            Notice::HostErrors {
+                count,
+                errno,
+                sector,
+            } => {
+                let place = match device.special {
+                    Special::Disk(_) => format!(" at sector {sector}"),
+                    _ => String::new(),
+                };
+                let detail = format!(
+                    "the host failed {count} requests, the last{place}: {}",
+                    errno_text(errno)
+                );
+                return self.tell(index, "device.io-error", &detail);
+            }
+            Notice::DiskUpdated { update, size } => {
+                if let Special::Disk(disk) = &mut device.special {
+                    disk.size = size;
+                }
+                let mut done = Vec::new();
+                if update.size_bytes != 0 {
+                    done.push(format!("grown to {size} bytes"));
+                }
+                if let Some(limits) = update.limits.into_option() {
+                    done.push("new limits".to_owned());
+                    let config = machine.config.disks.iter_mut().find(|d| d.id == id);
+                    if let Some(config) = config {
+                        config.limits = Some(limits).into();
+                    }
+                }
+                ("device.updated", done.join(", "))
+            }
+            Notice::NetUpdated(update) => {
+                let detail = net_detail(&update);
+                let config = machine.config.nets.iter_mut().find(|n| n.id == id);
+                if let Some(config) = config {
+                    if update.to_guest.is_some() {
+                        config.to_guest = update.to_guest;
+                    }
+                    if update.from_guest.is_some() {
+                        config.from_guest = update.from_guest;
+                    }
+                }
+                ("device.updated", detail)
+            }
+            Notice::Drained => {
+                device.drained = true;
+                ("device.drained", String::new())
+            }
+            Notice::Resumed => {
+                device.drained = false;
+                ("device.resumed", String::new())
+            }
+            Notice::DrainFailed => {
+                device.drained = false;
+                let detail = "it did not drain in time and takes requests again";
+                return self.tell(index, "device.resumed", detail);
+            }
+        };
+        self.log.publish(kind, &id, &detail);
+    }
+
+    /// When a device or the heartbeat is next due.
+    pub(super) fn device_timer(&self) -> Option<Instant> {
+        let machine = self.machine.as_ref()?;
+        let devices = machine.parts.devices.iter();
+        devices
+            .filter_map(|d| d.process.as_ref()?.control.next_timer())
+            .chain(self.heartbeat)
+            .min()
+    }
+
+    /// Looks at the devices' deadlines, and once a second at their health. True: nothing but
+    /// the heartbeat was due.
+    pub(super) fn on_device_timers(&mut self, now: Instant) -> bool {
+        let mut only_heartbeat = true;
+        for index in 0..self.devices_count() {
+            let due = self.device(index).and_then(|d| {
+                let control = &d.process.as_ref()?.control;
+                let due = control.next_timer().is_some_and(|at| at <= now);
+                due.then(|| control.only_heartbeat())
+            });
+            if let Some(heartbeat) = due {
+                only_heartbeat &= heartbeat;
+                self.with_control(index, |control, turn| control.on_timer(turn));
+            }
+        }
+        let watched = self.machine.as_ref().is_some_and(|machine| {
+            let mut devices = machine.parts.devices.iter();
+            let lives = |d: &Device| d.process.is_some() && d.failed.is_none();
+            machine.state == MachineState::Running
+                && (self.unseen.is_some() || devices.any(lives))
+        });
+        match self.heartbeat {
+            _ if !watched => self.heartbeat = None,
+            Some(at) if at > now => {}
+            Some(_) => {
+                self.heartbeat = now.checked_add(HEARTBEAT);
+                self.check_boot();
+                for index in 0..self.devices_count() {
+                    self.with_control(index, |control, _| control.ask_health());
+                }
+            }
+            None => self.heartbeat = now.checked_add(HEARTBEAT),
+        }
+        only_heartbeat
+    }
+
+    /// Gives devices the time in which the manager itself did not run.
+    pub(super) fn forgive(&mut self, late: Duration) {
+        if late < HELD_UP {
+            return;
+        }
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        for device in &mut machine.parts.devices {
+            if let Some(process) = &mut device.process {
+                process.control.extend_deadlines(late);
+            }
+        }
+    }
+
+    /// Asks something of a device that a client named.
+    fn ask(&mut self, id: &str, reply: ReplyHandle, task: impl FnOnce(&Device) -> Asked) {
+        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
+        let found = devices
+            .unwrap_or_default()
+            .iter()
+            .enumerate()
+            .find(|(_, device)| device.id == id);
+        let Some((index, device)) = found else {
+            return reply.complete(Err(RpcStatus::new(
+                bulkhead_proto::Code::NotFound,
+                format!("there is no device {id}: see Devices"),
+            )));
+        };
+        match task(device) {
+            Err(status) => reply.complete(Err(status)),
+            Ok(_) if device.process.is_none() => {
+                reply.complete(Err(RpcStatus::failed_precondition(format!(
+                    "device {id}: its back-end is somebody else's process, which takes no such request: ask that"
+                ))));
+            }
+            Ok(task) => {
+                self.with_control(index, |control, turn| control.submit(task, reply, turn));
+            }
+        }
+    }
+
+    pub(super) fn device_stats(&mut self, id: &str, reply: ReplyHandle) {
+        if let Some(device) = self.foreign(id) {
+            if let Special::Foreign(foreign) = &device.special {
+                let stats = foreign.stats(&device.function);
+                reply.complete(stats.map(|s| ApiResponse::DeviceStats(Box::new(s))));
+            }
+            return;
+        }
+        self.ask(id, reply, |_| Ok(Task::Stats));
+    }
+
+    pub(super) fn update_disk(&mut self, request: &UpdateDiskRequest, reply: ReplyHandle) {
+        self.ask(&request.id, reply, |device| match &device.special {
+            Special::Disk(disk) => disk.update(&device.id, request),
+            _ => Err(RpcStatus::failed_precondition(format!(
+                "device {}: is no disk but {}: see Devices",
+                device.id, device.kind
+            ))),
+        });
+    }
+
+    pub(super) fn update_net(&mut self, request: &UpdateNetRequest, reply: ReplyHandle) {
+        let mut update = NetUpdate::new();
+        update.link = bulkhead_proto::protobuf::EnumOrUnknown::from_i32(request.link.value());
+        update.to_guest = request.to_guest.clone();
+        update.from_guest = request.from_guest.clone();
+        if let Some(device) = self.foreign(&request.id) {
+            let Special::Foreign(foreign) = &mut device.special else {
+                return;
+            };
+            let done = foreign.update_net(&device.function, &update);
+            if done.is_ok() {
+                let id = device.id.clone();
+                self.log.publish("device.updated", &id, &net_detail(&update));
+            }
+            return reply.complete(done.map(|()| ApiResponse::Done));
+        }
+        self.ask(&request.id, reply, |device| match &device.special {
+            Special::Net => Ok(Task::UpdateNet(update)),
+            _ => Err(RpcStatus::failed_precondition(format!(
+                "device {}: is no network device but {}: see Devices",
+                device.id, device.kind
+            ))),
+        });
+    }
+
+    pub(super) fn drain_device(&mut self, id: &str, limit: Duration, reply: ReplyHandle) {
+        self.ask(id, reply, |_| Ok(Task::Drain { limit }));
+    }
+
+    pub(super) fn resume_device(&mut self, id: &str, reply: ReplyHandle) {
+        self.ask(id, reply, |_| Ok(Task::Resume));
+    }
+
+    /// The device of this name, if its back-end is somebody else's.
+    fn foreign(&mut self, id: &str) -> Option<&mut Device> {
+        let devices = &mut self.machine.as_mut()?.parts.devices;
+        devices
+            .iter_mut()
+            .find(|d| d.id == id && matches!(d.special, Special::Foreign(_)))
+    }
+}
+
+/// What to ask of a device's process.
+type Asked = Result<Task, RpcStatus>;
+
+fn interest(control: &ControlChannel) -> EventSet {
+    let mut interest = EventSet::IN;
+    if control.wants_write() {
+        interest |= EventSet::OUT;
+    }
+    interest
+}
+
+/// What the kernel calls an error.
+fn errno_text(errno: i32) -> String {
+    let text = std::io::Error::from_raw_os_error(errno).to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_owned()
+}
+
+fn net_detail(update: &NetUpdate) -> String {
+    use bulkhead_proto::device::net_update::Link;
+    let mut done = Vec::new();
+    match update.link.enum_value() {
+        Ok(Link::UP) => done.push("link up"),
+        Ok(Link::DOWN) => done.push("link down"),
+        Ok(Link::UNCHANGED) | Err(_) => {}
+    }
+    if update.to_guest.is_some() || update.from_guest.is_some() {
+        done.push("new limits");
+    }
+    done.join(", ")
+}

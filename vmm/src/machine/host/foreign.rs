@@ -1,0 +1,149 @@
+//! Devices whose back-end is somebody else's, as the manager sees them while the machine
+//! runs: back-ends that go, that come back, and that the launcher connects or starts.
+
+use std::time::Instant;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::{Host, Source};
+use crate::launcher::ExitOutcome;
+use crate::machine::device::{Device, Special};
+use crate::machine::net_switch::Switch;
+
+/// A device's tie to its back-end, if that is somebody else's.
+fn switch(device: &mut Device) -> Option<&mut Switch> {
+    match &mut device.special {
+        Special::Foreign(switch) => Some(switch),
+        _ => None,
+    }
+}
+
+impl Host {
+    /// Watches the socket that a device's back-end comes by.
+    pub(super) fn watch_listener(&mut self, index: usize) -> Result<(), String> {
+        let Some(fd) = self
+            .device(index)
+            .and_then(switch)
+            .and_then(|s| s.listener())
+        else {
+            return Ok(());
+        };
+        let index = u16::try_from(index).map_err(|_| "too many devices")?;
+        self.watch(fd, Source::Listener { index }, EventSet::IN)
+    }
+
+    /// Somebody connects to a device's socket.
+    pub(super) fn on_listener(&mut self, index: u16) {
+        let Some(device) = self.device(usize::from(index)) else {
+            return;
+        };
+        if let Special::Foreign(switch) = &mut device.special {
+            switch.on_listener(&device.function, Instant::now());
+        }
+    }
+
+    /// A back-end is gone. The kind of the event that says so.
+    pub(super) fn foreign_lost(&mut self, index: usize) -> Option<&'static str> {
+        let Self {
+            machine, launcher, ..
+        } = self;
+        let device = machine.as_mut()?.parts.devices.get_mut(index)?;
+        switch(device)?.lost(launcher, Instant::now());
+        Some("device.disconnected")
+    }
+
+    /// A back-end has come. Where from.
+    pub(super) fn foreign_came(&mut self, index: usize) -> Option<String> {
+        let switch = self.device(index).and_then(switch)?;
+        switch.reconnected(Instant::now());
+        Some(switch.origin().to_string())
+    }
+
+    /// A back-end that came did not take over. True: nobody need be told.
+    pub(super) fn foreign_failed(&mut self, index: usize, why: &str) -> bool {
+        let Self {
+            machine, launcher, ..
+        } = self;
+        let device = machine
+            .as_mut()
+            .and_then(|m| m.parts.devices.get_mut(index));
+        device
+            .and_then(switch)
+            .is_some_and(|s| !s.not_reconnected(launcher, why, Instant::now()))
+    }
+
+    /// A helper's process has ended. True: it was one.
+    pub(super) fn foreign_exited(
+        &mut self,
+        id: &str,
+        incarnation: u64,
+        outcome: &ExitOutcome,
+    ) -> bool {
+        let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
+        let found = devices.and_then(|d| d.iter_mut().find(|d| d.id == id));
+        let Some(switch) = found.and_then(switch) else {
+            return false;
+        };
+        switch.exited(incarnation);
+        let how = format!("{}: {outcome}", switch.origin());
+        self.log.publish("device.exited", id, &how);
+        log::warn!("device {id}: {how}");
+        true
+    }
+
+    /// When a device is next to be connected.
+    pub(super) fn foreign_timer(&self) -> Option<Instant> {
+        let devices = self.machine.as_ref()?.parts.devices.iter();
+        devices
+            .filter_map(|device| match &device.special {
+                Special::Foreign(switch) => switch.next_timer(),
+                _ => None,
+            })
+            .min()
+    }
+
+    /// Begins the connections that are due. True: there were none.
+    pub(super) fn on_foreign_timers(&mut self, now: Instant) -> bool {
+        if self.foreign_timer().is_none_or(|at| at > now) {
+            return true;
+        }
+        let Self {
+            machine, launcher, ..
+        } = self;
+        let devices = machine.as_mut().map(|m| &mut m.parts.devices);
+        let mut news = Vec::new();
+        for (index, device) in devices.into_iter().flatten().enumerate() {
+            if let Some(line) = switch(device).and_then(|s| s.on_timer(launcher, now)) {
+                news.push((index, line));
+            }
+        }
+        for (index, line) in news {
+            self.tell(index, "device.not-reconnected", &line);
+        }
+        false
+    }
+
+    /// The launcher has connected to a back-end or started a helper, or not.
+    pub(super) fn on_linked(&mut self, ticket: u64, result: Result<(), String>) {
+        let linked = result.and_then(|()| {
+            self.launcher
+                .take_linked(ticket)
+                .ok_or_else(|| "the launcher's answer was lost".to_owned())
+        });
+        let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
+        let found = devices
+            .into_iter()
+            .flatten()
+            .enumerate()
+            .find(|(_, d)| matches!(&d.special, Special::Foreign(s) if s.awaits(ticket)));
+        // Nobody waits any more: a connection closes, and a helper ends with its channel.
+        let Some((index, device)) = found else {
+            return;
+        };
+        let function = std::sync::Arc::clone(&device.function);
+        let news = switch(device).and_then(|s| s.on_linked(linked, &function, Instant::now()));
+        if let Some(line) = news {
+            self.tell(index, "device.not-reconnected", &line);
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! Makes devices whose back-end is somebody else's: network devices behind a switch or passt,
+//! and any other vhost-user device. On the manager thread while the machine is made, so that
+//! it may wait for a back-end, within bounds; what comes later is `net_switch`'s.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::machine::{
+    MachineConfig, NetConfig, UserBackend, VhostUserConfig, net_config, user_backend::forward,
+};
+
+use super::device::{self, Device, Site, Special};
+use super::net_kinds;
+use super::net_mac::MacAddress;
+use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
+use crate::launcher::{Linked, Program, printable, sys};
+use crate::vhost_user::Frontend;
+use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
+
+/// How long one vhost-user message may take.
+const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a back-end has to connect to our socket before the machine is given up.
+const ACCEPT_LIMIT: Duration = Duration::from_secs(30);
+/// Queues of a device that nothing is known of.
+const UNKNOWN_QUEUES: u16 = 1;
+/// Address that a forwarded port listens on when nothing is said.
+const LOOPBACK: &str = "127.0.0.1";
+
+/// The external helpers that a launcher is to have, opened before confinement: passt for a
+/// machine with a user-mode network, or, where the machine is not known yet, if it is named.
+///
+/// # Errors
+/// One line with the remedy: a network that the machine cannot do without has no passt.
+pub fn helpers(
+    machine: Option<&MachineConfig>,
+    passt: Option<PathBuf>,
+) -> Result<Vec<Program>, String> {
+    let users = |machine: &MachineConfig| {
+        let users = machine.nets.iter().filter(|net| net.has_user());
+        users.map(|net| net.optional).collect::<Vec<_>>()
+    };
+    let wanted = machine.map(users);
+    match &wanted {
+        Some(users) if users.is_empty() => return Ok(Vec::new()),
+        None if passt.is_none() => return Ok(Vec::new()),
+        _ => {}
+    }
+    match Program::find(passt.as_deref()) {
+        Ok(program) => Ok(vec![program]),
+        Err(why) if wanted.is_some_and(|users| users.iter().all(|optional| *optional)) => {
+            log::warn!("{why}");
+            Ok(Vec::new())
+        }
+        Err(why) => Err(why),
+    }
+}
+
+/// A back-end as it is had at first.
+struct First {
+    origin: Origin,
+    /// `None`: it is not there yet.
+    frontend: Option<Frontend>,
+    /// passt's.
+    process: Option<HelperProcess>,
+}
+
+/// A network device behind a switch, behind passt, or (`Nothing`, by `absent`) behind
+/// nothing.
+///
+/// # Errors
+/// One line that names the device or its socket, and the remedy; nothing stays behind.
+pub fn make_net(net: &NetConfig, site: &Site<'_>) -> Result<Device, String> {
+    let first = match &net.backend {
+        Some(net_config::Backend::VhostUser(switch)) => reach(
+            &net.id,
+            Path::new(&switch.socket),
+            switch.server,
+            net.optional,
+            site,
+        )?,
+        Some(net_config::Backend::User(user)) => start_passt(net, user, site)?,
+        _ => return Err(format!("device {}: has no back-end: give one", net.id)),
+    };
+    finish_net(net, first, site)
+}
+
+/// A network device whose tap cannot be had, for this reason: its link stays down.
+///
+/// # Errors
+/// One line.
+pub fn make_absent(net: &NetConfig, why: String, site: &Site<'_>) -> Result<Device, String> {
+    let first = First {
+        origin: Origin::Nothing(why),
+        frontend: None,
+        process: None,
+    };
+    finish_net(net, first, site)
+}
+
+fn finish_net(net: &NetConfig, first: First, site: &Site<'_>) -> Result<Device, String> {
+    let mac = MacAddress::new(&net.mac)
+        .map_err(|error| format!("device {}: its MAC {error}", net.id))?
+        .bytes();
+    let pairs = u16::try_from(net.queues).unwrap_or(u16::MAX);
+    let mtu = u16::try_from(net.mtu).unwrap_or(u16::MAX);
+    let options = VirtioPciOptions::external_net(&net.id, mac, pairs, mtu);
+    let facts = NetFacts { mac, mtu: net.mtu };
+    finish("net", options, first, Some(facts), site)
+}
+
+/// Any other device.
+///
+/// # Errors
+/// One line that names the device or its socket, and the remedy; nothing stays behind.
+pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Option<Device>, String> {
+    let known = net_kinds::by_id(config.device_id);
+    let name = known.map_or_else(
+        || format!("virtio-{}", config.device_id),
+        |k| k.name.to_owned(),
+    );
+    let first = reach(
+        &config.id,
+        Path::new(&config.socket),
+        config.server,
+        config.optional,
+        site,
+    )?;
+    if first.frontend.is_none() {
+        // What it offers nobody knows before it is there, and it cannot be plugged in later.
+        return Ok(None);
+    }
+    let queues = match u16::try_from(config.queues) {
+        Ok(0) => known.map_or(UNKNOWN_QUEUES, |k| k.queues),
+        Ok(queues) => queues,
+        Err(_) => MAX_QUEUES,
+    };
+    let space = (!config.config.is_empty()).then(|| config.config.clone());
+    let device_type = u16::try_from(config.device_id).unwrap_or(u16::MAX);
+    let mut options = VirtioPciOptions::external(&config.id, device_type, queues, space);
+    if let Ok(size @ 1..) = u16::try_from(config.queue_size) {
+        options.queue_size = size;
+    }
+    finish(&name, options, first, None, site).map(Some)
+}
+
+/// Puts the function in front.
+fn finish(
+    kind: &str,
+    mut options: VirtioPciOptions,
+    first: First,
+    net: Option<NetFacts>,
+    site: &Site<'_>,
+) -> Result<Device, String> {
+    let First {
+        origin,
+        frontend,
+        process,
+    } = first;
+    let id = options.id.clone();
+    let queues = options.queues.into();
+    options.hook = Arc::clone(site.hook);
+    let serving = frontend.is_some();
+    let granted = match (&origin, serving) {
+        (Origin::Passt(_), true) => vec!["vhost-user channel".to_owned()],
+        _ => Vec::new(),
+    };
+    let made = device::attach(site, options, frontend);
+    let (function, address, port) = made.map_err(|why| {
+        if process.is_some() {
+            return device::undo(site.launcher, &id, 1, &why);
+        }
+        if let Origin::Listen(path, _) = &origin {
+            let _ = site.launcher.forget(path);
+        }
+        format!("device {id}: {origin}: {why}")
+    })?;
+    let mut switch = Switch::new(&id, kind, origin, net, serving, Instant::now());
+    if let Some(process) = process {
+        switch = switch.with_process(1, process);
+    }
+    Ok(Device {
+        id,
+        kind: net_kinds::by_name(kind).map_or("vhost-user", |k| k.name),
+        process: None,
+        special: Special::Foreign(Box::new(switch)),
+        function,
+        address,
+        port,
+        queues,
+        failed: None,
+        drained: false,
+        ring_errors: (None, 0),
+        granted,
+    })
+}
+
+/// Connects to a back-end, or listens and waits for it. One that is not there is an error,
+/// unless the device is optional.
+fn reach(
+    id: &str,
+    socket: &Path,
+    server: bool,
+    optional: bool,
+    site: &Site<'_>,
+) -> Result<First, String> {
+    let launcher = site.launcher;
+    let (origin, stream) = if server {
+        let listener = launcher
+            .bind_unix(socket, "vhost-user")
+            .map_err(|e| e.to_string())?;
+        let limit = if optional {
+            Duration::ZERO
+        } else {
+            ACCEPT_LIMIT
+        };
+        let came = accept(&listener, limit).map_err(|why| {
+            let path = printable(&socket.to_string_lossy());
+            format!("vhost-user {path}: {why}")
+        });
+        if came.is_err() && !optional {
+            let _ = launcher.forget(socket);
+        }
+        (Origin::Listen(socket.to_owned(), listener), came)
+    } else {
+        let came = launcher
+            .connect_unix(socket, "vhost-user")
+            .map_err(|e| e.to_string());
+        (Origin::Connect(PathBuf::from(socket)), came)
+    };
+    let frontend = stream.and_then(|stream| {
+        Frontend::connect(stream, MESSAGE_LIMIT).map_err(|error| format!("{origin}: {error}"))
+    });
+    match frontend {
+        Ok(frontend) => Ok(First {
+            origin,
+            frontend: Some(frontend),
+            process: None,
+        }),
+        Err(why) if optional => {
+            log::warn!("device {id}: {why}; the machine starts without it");
+            Ok(First {
+                origin,
+                frontend: None,
+                process: None,
+            })
+        }
+        Err(why) => Err(format!("device {id}: {why}")),
+    }
+}
+
+/// Waits for a connection.
+fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => return Ok(stream),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.to_string()),
+        }
+        if Instant::now() >= deadline {
+            return Err(if limit.is_zero() {
+                "nobody has connected yet".to_owned()
+            } else {
+                format!(
+                    "nobody connected in {} s: start the back-end as a client of this socket, or give required=off",
+                    limit.as_secs()
+                )
+            });
+        }
+        sys::poll(&[(listener.as_fd(), libc::POLLIN)], Some(deadline))
+            .map_err(|e| e.to_string())?;
+    }
+}
+
+/// Starts passt and waits until it speaks.
+fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<First, String> {
+    let options = passt_options(net, user);
+    let origin = Origin::Passt(options.clone());
+    let started = site
+        .launcher
+        .spawn_helper(&net.id, "passt", 1, options)
+        .map_err(|e| e.to_string());
+    let first = started.and_then(|helper| {
+        let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
+        let frontend = connected.map_err(|error| {
+            device::undo(
+                site.launcher,
+                &net.id,
+                1,
+                &format!("passt: {error}; it has said why above"),
+            )
+        })?;
+        let linked = Linked {
+            fd: helper.pidfd,
+            pid: Some(helper.pid),
+        };
+        Ok((frontend, HelperProcess { pid: helper.pid, linked }))
+    });
+    match first {
+        Ok((frontend, process)) => Ok(First {
+            origin,
+            frontend: Some(frontend),
+            process: Some(process),
+        }),
+        Err(why) if net.optional => {
+            log::warn!("{why}; the machine starts without its network");
+            Ok(First {
+                origin,
+                frontend: None,
+                process: None,
+            })
+        }
+        Err(why) => Err(why),
+    }
+}
+
+/// What the launcher is to tell passt.
+fn passt_options(net: &NetConfig, user: &UserBackend) -> Vec<String> {
+    let mut options = Vec::new();
+    if net.mtu != 0 {
+        options.push(format!("mtu={}", net.mtu));
+    }
+    for forward in &user.forwards {
+        let protocol = match forward.protocol.enum_value_or_default() {
+            forward::Protocol::TCP => "tcp",
+            forward::Protocol::UDP => "udp",
+        };
+        let address = match forward.address.as_str() {
+            "" => LOOPBACK,
+            given => given,
+        };
+        let (host, guest) = (forward.host_port, forward.guest_port);
+        options.push(format!("{protocol}={address}/{host}:{guest}"));
+    }
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_proto::machine::user_backend::Forward;
+
+    #[test]
+    fn passt_is_told_ports_and_mtu() {
+        let mut net = NetConfig::new();
+        net.mtu = 1400;
+        let mut user = UserBackend::new();
+        let mut forward = Forward::new();
+        (forward.host_port, forward.guest_port) = (8080, 80);
+        user.forwards.push(forward.clone());
+        forward.protocol = forward::Protocol::UDP.into();
+        forward.address = "::1".into();
+        user.forwards.push(forward);
+        assert_eq!(
+            passt_options(&net, &user),
+            ["mtu=1400", "tcp=127.0.0.1/8080:80", "udp=::1/8080:80"]
+        );
+        assert!(passt_options(&NetConfig::new(), &UserBackend::new()).is_empty());
+    }
+
+    #[test]
+    fn a_back_end_that_does_not_come_is_named_with_the_remedy() {
+        let place = std::env::temp_dir().join(format!("bh-accept-{}", std::process::id()));
+        let _ = std::fs::remove_file(&place);
+        let listener = UnixListener::bind(&place).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let now = accept(&listener, Duration::ZERO).unwrap_err();
+        assert!(now.contains("nobody has connected yet"), "{now}");
+        let late = accept(&listener, Duration::from_millis(20)).unwrap_err();
+        assert!(late.contains("required=off"), "{late}");
+        let _client = UnixStream::connect(&place).unwrap();
+        assert!(accept(&listener, Duration::ZERO).is_ok());
+        std::fs::remove_file(&place).unwrap();
+    }
+}

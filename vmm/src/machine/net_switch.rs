@@ -1,0 +1,435 @@
+//! Devices whose back-end is somebody else's: a network switch or any other vhost-user
+//! process behind a socket, and passt, which the launcher runs. The manager thread makes them
+//! with the machine, and afterwards keeps their connection: nothing here waits then.
+//!
+//! ```text
+//!            lost                   due                     linked
+//!   serving ──────▶ waiting ───────────▶ linking ──────────────────▶ adopting
+//!      ▲              ▲   ▲                 │ refused, too late          │ │
+//!      │              │   └─────────────────┘                            │ │
+//!      │              └──────────────── did not take over ───────────────┘ │
+//!      └───────────────────────────────── took over ──────────────────────┘
+//! ```
+//!
+//! Where the VMM listens, "waiting" is for somebody to connect, and "linking" is left out. A
+//! back-end that comes and goes at once is met with pauses that double from 100 ms to 5 s.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::RpcStatus;
+use bulkhead_proto::device::{NetUpdate, net_update};
+use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
+
+use super::net_mac;
+use crate::launcher::{Launcher, Linked, printable};
+use crate::virtio::VirtioPciFunction;
+
+/// First and longest pause before another attempt.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A connection that lasted so long begins anew with the first pause.
+const STEADY: Duration = Duration::from_secs(5);
+/// How long the launcher may take to connect or to start passt.
+const LINK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where the back-end comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// A socket that somebody listens on.
+    Connect(PathBuf),
+    /// A socket that we listen on.
+    Listen(PathBuf, UnixListener),
+    /// passt, with these options.
+    Passt(Vec<String>),
+    /// There is none and will be none, for this reason.
+    Nothing(String),
+}
+
+impl Origin {
+    /// Whether another back-end can come when one is lost.
+    fn returns(&self) -> bool {
+        !matches!(self, Self::Nothing(_))
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect(path) | Self::Listen(path, _) => {
+                write!(f, "vhost-user {}", printable(&path.to_string_lossy()))
+            }
+            Self::Passt(_) => f.write_str("passt"),
+            Self::Nothing(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What the guest was told of a network device, for its status.
+#[derive(Clone, Debug)]
+pub struct NetFacts {
+    /// Its address.
+    pub mac: [u8; 6],
+    /// Its MTU; 0: nothing was said.
+    pub mtu: u32,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Serving {
+        since: Instant,
+    },
+    Waiting {
+        /// `None`: for somebody to connect, or for nothing.
+        until: Option<Instant>,
+    },
+    Linking {
+        ticket: u64,
+        deadline: Instant,
+        /// Our end of passt's channel.
+        ours: Option<UnixStream>,
+    },
+    Adopting,
+}
+
+/// The running process of a helper.
+#[derive(Debug)]
+pub struct HelperProcess {
+    /// Host pid.
+    pub pid: i32,
+    /// Keeps the pid from being reused.
+    pub linked: Linked,
+}
+
+/// A device with such a back-end.
+#[derive(Debug)]
+pub struct Switch {
+    id: String,
+    kind: String,
+    origin: Origin,
+    /// A network device.
+    net: Option<NetFacts>,
+    phase: Phase,
+    /// The next pause.
+    pause: Duration,
+    /// Attempts to get passt, and its process.
+    incarnation: u64,
+    process: Option<HelperProcess>,
+    /// Why the last attempt failed; told once.
+    told: Option<String>,
+}
+
+impl Switch {
+    /// A device that is served, or (`serving` false) waits for its back-end.
+    pub fn new(
+        id: &str,
+        kind: &str,
+        origin: Origin,
+        net: Option<NetFacts>,
+        serving: bool,
+        now: Instant,
+    ) -> Self {
+        let mut switch = Self {
+            id: id.to_owned(),
+            kind: kind.to_owned(),
+            origin,
+            net,
+            phase: Phase::Serving { since: now },
+            pause: PAUSE.0,
+            incarnation: 0,
+            process: None,
+            told: None,
+        };
+        if !serving {
+            switch.wait(now);
+        }
+        switch
+    }
+
+    /// passt serves it already.
+    #[must_use]
+    pub fn with_process(mut self, incarnation: u64, process: HelperProcess) -> Self {
+        self.incarnation = incarnation;
+        self.process = Some(process);
+        self
+    }
+
+    /// Where its back-end comes from, for events.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// What the API says of it beyond any device.
+    pub fn describe(&self, info: &mut DeviceInfo) {
+        if let Some(process) = &self.process {
+            info.pid = process.pid;
+            info.helper = "passt".to_owned();
+        }
+        info.incarnation = self.incarnation;
+        if info.state != "failed" && !matches!(self.phase, Phase::Serving { .. }) {
+            info.state = if self.origin.returns() {
+                "disconnected"
+            } else {
+                "absent"
+            }
+            .to_owned();
+        }
+    }
+
+    /// Its back-end is gone.
+    pub fn lost(&mut self, launcher: &Launcher, now: Instant) {
+        if let Phase::Serving { since } = self.phase
+            && now.saturating_duration_since(since) >= STEADY
+        {
+            self.pause = PAUSE.0;
+        }
+        self.end_process(launcher);
+        self.wait(now);
+    }
+
+    /// A back-end serves.
+    pub fn reconnected(&mut self, now: Instant) {
+        self.phase = Phase::Serving { since: now };
+        self.told = None;
+    }
+
+    /// One that came did not take over. True: this is news.
+    pub fn not_reconnected(&mut self, launcher: &Launcher, why: &str, now: Instant) -> bool {
+        self.end_process(launcher);
+        self.wait(now);
+        self.news(why)
+    }
+
+    /// Its helper has ended by itself: the hang-up of its channel tells the rest.
+    pub fn exited(&mut self, incarnation: u64) {
+        if self.incarnation == incarnation {
+            self.process = None;
+        }
+    }
+
+    /// Notes a reason; false when it was the last one told, too.
+    fn news(&mut self, why: &str) -> bool {
+        let new = self.told.as_deref() != Some(why);
+        if new {
+            self.told = Some(why.to_owned());
+        }
+        new
+    }
+
+    /// A process that is no longer listened to could still write to guest memory.
+    fn end_process(&mut self, launcher: &Launcher) {
+        if self.process.take().is_some()
+            && let Err(error) = launcher.kill(&self.id, self.incarnation)
+        {
+            log::warn!("device {}: {error}", self.id);
+        }
+    }
+
+    fn wait(&mut self, now: Instant) {
+        let until = match &self.origin {
+            Origin::Connect(_) | Origin::Passt(_) => now.checked_add(self.pause),
+            Origin::Listen(..) | Origin::Nothing(_) => None,
+        };
+        self.pause = self.pause.saturating_mul(2).min(PAUSE.1);
+        self.phase = Phase::Waiting { until };
+    }
+
+    /// The listener that a back-end comes by, to be watched.
+    pub fn listener(&self) -> Option<RawFd> {
+        match &self.origin {
+            Origin::Listen(_, listener) => Some(listener.as_raw_fd()),
+            _ => None,
+        }
+    }
+
+    /// Somebody connects. While a back-end serves, or another is on its way in, nobody else
+    /// is let in.
+    pub fn on_listener(&mut self, function: &VirtioPciFunction, now: Instant) {
+        let Origin::Listen(_, listener) = &self.origin else {
+            return;
+        };
+        match listener.accept() {
+            Ok((stream, _)) if matches!(self.phase, Phase::Waiting { .. }) => {
+                self.adopt(stream, function, now);
+            }
+            Ok(_) => log::warn!(
+                "device {}: a second connection to its socket was closed: it has a back-end",
+                self.id
+            ),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => log::warn!("device {}: its socket: {error}", self.id),
+        }
+    }
+
+    fn adopt(&mut self, stream: UnixStream, function: &VirtioPciFunction, now: Instant) {
+        match function.adopt(stream) {
+            Ok(()) => self.phase = Phase::Adopting,
+            Err(error) => {
+                log::debug!("{error}");
+                self.wait(now);
+            }
+        }
+    }
+
+    /// When something is to be done, if nothing happens before.
+    pub fn next_timer(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Waiting { until } => *until,
+            Phase::Linking { deadline, .. } => Some(*deadline),
+            Phase::Serving { .. } | Phase::Adopting => None,
+        }
+    }
+
+    /// Does what is due. A line that is news comes back.
+    pub fn on_timer(&mut self, launcher: &Launcher, now: Instant) -> Option<String> {
+        match self.phase {
+            Phase::Waiting { until: Some(until) } if until <= now => self.link(launcher, now),
+            Phase::Linking { deadline, .. } if deadline <= now => {
+                self.wait(now);
+                let why = format!("{}: the launcher does not answer", self.origin);
+                self.news(&why).then_some(why)
+            }
+            _ => None,
+        }
+    }
+
+    /// Begins another attempt.
+    fn link(&mut self, launcher: &Launcher, now: Instant) -> Option<String> {
+        let begun = match &self.origin {
+            Origin::Connect(path) => launcher
+                .begin_connect(path, "vhost-user")
+                .map(|ticket| (ticket, None)),
+            Origin::Passt(options) => {
+                self.incarnation = self.incarnation.saturating_add(1);
+                launcher
+                    .begin_helper(&self.id, "passt", self.incarnation, options.clone())
+                    .map(|(ticket, ours)| (ticket, Some(ours)))
+            }
+            Origin::Listen(..) | Origin::Nothing(_) => return None,
+        };
+        match begun {
+            Ok((ticket, ours)) => {
+                let deadline = now.checked_add(LINK_LIMIT).unwrap_or(now);
+                self.phase = Phase::Linking {
+                    ticket,
+                    deadline,
+                    ours,
+                };
+                None
+            }
+            Err(error) => {
+                self.wait(now);
+                let why = error.to_string();
+                self.news(&why).then_some(why)
+            }
+        }
+    }
+
+    /// Whether this answer of the launcher is for it.
+    pub fn awaits(&self, answer: u64) -> bool {
+        matches!(self.phase, Phase::Linking { ticket, .. } if ticket == answer)
+    }
+
+    /// The launcher has connected or started what [`awaits`](Self::awaits) it, or not. A line
+    /// that is news comes back.
+    pub fn on_linked(
+        &mut self,
+        linked: Result<Linked, String>,
+        function: &VirtioPciFunction,
+        now: Instant,
+    ) -> Option<String> {
+        let old = std::mem::replace(&mut self.phase, Phase::Adopting);
+        let Phase::Linking { ours, .. } = old else {
+            self.phase = old;
+            return None;
+        };
+        let stream = match (linked, ours) {
+            (Ok(linked), Some(ours)) => {
+                self.process = Some(HelperProcess {
+                    pid: linked.pid.unwrap_or_default(),
+                    linked,
+                });
+                ours
+            }
+            (Ok(linked), None) => UnixStream::from(linked.fd),
+            (Err(why), _) => {
+                self.wait(now);
+                return self.news(&why).then_some(why);
+            }
+        };
+        self.adopt(stream, function, now);
+        None
+    }
+
+    /// Its state, as far as the VMM knows it; what moves through it, only its back-end does.
+    ///
+    /// # Errors
+    /// When it is no network device.
+    pub fn stats(&self, function: &VirtioPciFunction) -> Result<DeviceStatsResponse, RpcStatus> {
+        let Some(net) = &self.net else {
+            return Err(RpcStatus::failed_precondition(format!(
+                "device {}: its back-end is somebody else's process, which tells no counters: ask that",
+                self.id
+            )));
+        };
+        let state = function.status();
+        let mut status = NetStatus::new();
+        status.link_up = state.link_up.unwrap_or_default();
+        status.queue_pairs = state.queue_pairs.unwrap_or_default().into();
+        status.mac = net_mac::format(&net.mac);
+        status.mtu = net.mtu;
+        status.datapath = match &self.origin {
+            Origin::Connect(_) | Origin::Listen(..) => "vhost-user",
+            Origin::Passt(_) => "passt",
+            Origin::Nothing(_) => "",
+        }
+        .to_owned();
+        let mut response = DeviceStatsResponse::new();
+        response.id = self.id.clone();
+        response.kind = self.kind.clone();
+        response.net = Some(status).into();
+        Ok(response)
+    }
+
+    /// Takes its link up or down.
+    ///
+    /// # Errors
+    /// What is not possible, and the remedy.
+    pub fn update_net(
+        &mut self,
+        function: &VirtioPciFunction,
+        update: &NetUpdate,
+    ) -> Result<(), RpcStatus> {
+        let refused = |why: &str| {
+            Err(RpcStatus::failed_precondition(format!(
+                "device {}: {why}",
+                self.id
+            )))
+        };
+        if self.net.is_none() {
+            return refused("is no network device: see Devices");
+        }
+        if update.to_guest.is_some() || update.from_guest.is_some() {
+            return refused(
+                "its frames are moved by somebody else's process: set limits there",
+            );
+        }
+        use net_update::Link;
+        match update.link.enum_value_or_default() {
+            Link::UNCHANGED => Ok(()),
+            Link::UP | Link::DOWN if matches!(self.origin, Origin::Nothing(_)) => {
+                refused("it has no back-end: its link stays down")
+            }
+            up @ (Link::UP | Link::DOWN) => {
+                if function.set_link(up == Link::UP) {
+                    Ok(())
+                } else {
+                    refused("its link is its back-end's")
+                }
+            }
+        }
+    }
+}
