@@ -226,9 +226,13 @@ fn resolver(resolv_conf: &str) -> Vec<String> {
         (words.next() == Some("nameserver")).then(|| words.next()?.parse::<IpAddr>().ok())?
     });
     match servers.next() {
-        Some(first) if first.is_loopback() => ["--dns-forward", FORWARDER, "--dns", FORWARDER]
-            .map(str::to_owned)
-            .to_vec(),
+        // passt maps between addresses of one family.
+        Some(first) if first.is_loopback() && first.is_ipv4() => {
+            let host = first.to_string();
+            ["--dns-forward", FORWARDER, "--dns", FORWARDER, "--dns-host", &host]
+                .map(str::to_owned)
+                .to_vec()
+        }
         _ => Vec::new(),
     }
 }
@@ -348,7 +352,8 @@ mod tests {
         assert!(resolver("# x\nsearch a\nnameserver 10.0.0.1\nnameserver 127.0.0.1\n").is_empty());
         let args = resolver("options edns0\nnameserver 127.0.0.53\n");
         assert_eq!(args.first().map(String::as_str), Some("--dns-forward"));
-        assert_eq!(resolver("nameserver ::1").len(), 4);
+        assert_eq!(args.last().map(String::as_str), Some("127.0.0.53"));
+        assert!(resolver("nameserver ::1").is_empty());
     }
 
     #[test]
