@@ -82,7 +82,10 @@ pub fn space(disk: &Disk, queues: u16) -> [u8; CONFIG_LEN] {
     put(12, &SEG_MAX.to_le_bytes());
     put(20, &block.to_le_bytes());
     // physical_block_exp, alignment_offset, min_io_size, opt_io_size: in logical blocks.
-    put(24, &[physical.ilog2().saturating_sub(block.ilog2()) as u8, 0]);
+    put(
+        24,
+        &[physical.ilog2().saturating_sub(block.ilog2()) as u8, 0],
+    );
     put(26, &min_io.to_le_bytes());
     put(28, &(topology.opt_io / block).to_le_bytes());
     put(AT_WRITEBACK, &[u8::from(disk.writeback())]);

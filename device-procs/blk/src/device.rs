@@ -67,7 +67,9 @@ impl Block {
         match &disk.backing {
             Backing::Raw(file) if disk.regular => match sys::file_size(file) {
                 Ok((have, _)) if have < size => {
-                    return invalid(format!("{size} is more than the file's {have}; grow it first"));
+                    return invalid(format!(
+                        "{size} is more than the file's {have}; grow it first"
+                    ));
                 }
                 Ok(_) => {}
                 Err(e) => return invalid(format!("cannot look at the file: {e}")),

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_runtime::limit::Limiter;
 use bulkhead_runtime::sys;
@@ -16,9 +16,12 @@ use bulkhead_runtime::sys;
 use crate::backing::Backing;
 use crate::config::{F_CONFIG_WCE, F_FLUSH};
 use crate::disk_options::{Cache, DiskOptions, DiskSource, Format};
-pub use crate::host::{Alignment, Topology};
 use crate::host::{self, SECTOR};
+pub use crate::host::{Alignment, Topology};
 use crate::request::ID_BYTES;
+
+/// How long a lock may be held that another process should have let go.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a disk cannot be served: one line with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -378,7 +381,7 @@ fn open_source(
         return Err(DiskError::NoDirect { name });
     }
     if options.lock && matches!(source, DiskSource::Path(_)) {
-        match host::lock(&file, !readonly) {
+        match host::lock(&file, !readonly, LOCK_PATIENCE) {
             Ok(true) => {}
             Ok(false) => {
                 let remedy = if readonly {

@@ -197,7 +197,10 @@ impl DiskOptions {
 
     fn check(self) -> Result<Self, UsageError> {
         if self.format == Format::Raw && !self.backing.is_empty() {
-            return bad("--disk", "a raw disk has no backing files; add format=qcow2");
+            return bad(
+                "--disk",
+                "a raw disk has no backing files; add format=qcow2",
+            );
         }
         if self.backing.len() > MAX_BACKING {
             return bad("--disk", format!("more than {MAX_BACKING} backing files"));
@@ -243,7 +246,10 @@ fn rate(key: &str, value: &str) -> Result<Option<Rate>, UsageError> {
         (Some(per_second), Some(burst)) => {
             Rate::new(key, per_second, burst).or_else(|why| bad("--disk", why))
         }
-        _ => bad("--disk", format!("{key} must be N[:BURST], as 10M or 500:2000")),
+        _ => bad(
+            "--disk",
+            format!("{key} must be N[:BURST], as 10M or 500:2000"),
+        ),
     }
 }
 
@@ -272,8 +278,10 @@ mod tests {
 
     #[test]
     fn a_disk_is_described_by_its_keys() {
-        let d = parse("fd=5,cache=writeback,max-size=2G,bps=10M:20M,iops=500,backing-fds=6:7,format=qcow2")
-            .unwrap();
+        let d = parse(
+            "fd=5,cache=writeback,max-size=2G,bps=10M:20M,iops=500,backing-fds=6:7,format=qcow2",
+        )
+        .unwrap();
         assert_eq!(d.source, DiskSource::Fd(5));
         assert_eq!(d.cache, Cache::Writeback);
         assert_eq!(d.max_size, Some(2 << 30));
@@ -283,11 +291,14 @@ mod tests {
         assert_eq!(d.fds().collect::<Vec<_>>(), [5, 6, 7]);
         assert!(d.lock);
         let d = parse("path=/a,lock=off,iops=0,format=raw,cache=unsafe").unwrap();
-        assert_eq!(d, DiskOptions {
-            lock: false,
-            cache: Cache::Unsafe,
-            ..DiskOptions::new(DiskSource::Path("/a".into()))
-        });
+        assert_eq!(
+            d,
+            DiskOptions {
+                lock: false,
+                cache: Cache::Unsafe,
+                ..DiskOptions::new(DiskSource::Path("/a".into()))
+            }
+        );
     }
 
     #[test]

@@ -198,9 +198,9 @@ fn perform(queue: &mut Queue, disk: &Disk, work: Work) {
                 let step = transfer.step();
                 let done = match &disk.backing {
                     Backing::Raw(file) => vectored::perform(file, direction, &step, durable),
-                    Backing::Image(image) => image.get().map_or_else(unopened, |image| {
-                        image.transfer(direction, &step, durable)
-                    }),
+                    Backing::Image(image) => image
+                        .get()
+                        .map_or_else(unopened, |image| image.transfer(direction, &step, durable)),
                 };
                 (index, done)
             }
@@ -230,13 +230,11 @@ fn empty(disk: &Disk, step: &RangeStep) -> io::Result<u32> {
     match &disk.backing {
         Backing::Raw(file) if step.how == RangeHow::Punch => host::punch(file, offset, len),
         Backing::Raw(file) => host::zero(file, offset, len),
-        Backing::Image(image) => image
-            .get()
-            .map_or_else(unopened, |image| match step.op {
-                RangeOp::Discard => image.discard(offset, len),
-                RangeOp::Zero => image.write_zeroes(offset, len, false),
-                RangeOp::ZeroUnmap => image.write_zeroes(offset, len, true),
-            }),
+        Backing::Image(image) => image.get().map_or_else(unopened, |image| match step.op {
+            RangeOp::Discard => image.discard(offset, len),
+            RangeOp::Zero => image.write_zeroes(offset, len, false),
+            RangeOp::ZeroUnmap => image.write_zeroes(offset, len, true),
+        }),
     }
     .map(|()| 0)
 }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use crate::vectored;
 
@@ -148,9 +149,8 @@ pub fn zero(file: &File, offset: u64, len: u64) -> io::Result<()> {
 }
 
 fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
-    let arg = |n: u64| {
-        libc::off_t::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
-    };
+    let arg =
+        |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
     let (offset, len) = (arg(offset)?, arg(len)?);
     // SAFETY: no memory is involved.
     if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } < 0 {
@@ -173,9 +173,25 @@ pub fn can_punch(file: &File, len: u64, block_device: bool) -> bool {
 /// Locks the whole file (an open file description lock): to write it, or so that nobody
 /// does. False if somebody else has it. QEMU's image locks conflict with it too.
 ///
+/// The lock of a process that has ended may outlive it by a moment, because its rings are
+/// taken down behind its back: so a lock that is held is tried again for as long as `patience`.
+///
 /// # Errors
 /// The file system has no such locks.
-pub fn lock(file: &File, write: bool) -> io::Result<bool> {
+pub fn lock(file: &File, write: bool, patience: Duration) -> io::Result<bool> {
+    let start = Instant::now();
+    loop {
+        if try_lock(file, write)? {
+            return Ok(true);
+        }
+        if start.elapsed() >= patience {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn try_lock(file: &File, write: bool) -> io::Result<bool> {
     let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
     // SAFETY: an all-zero flock is valid: from the beginning, whatever the length.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
@@ -232,14 +248,26 @@ mod tests {
     #[test]
     fn a_file_is_locked_against_writers_or_against_all() {
         let path = std::env::temp_dir().join(format!("bh-lock-{}", std::process::id()));
-        let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let open = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+        };
         let (a, b) = (open().unwrap(), open().unwrap());
-        assert!(lock(&a, false).unwrap());
-        assert!(lock(&b, false).unwrap());
-        assert!(!lock(&b, true).unwrap());
+        let locked = |file: &File, write| lock(file, write, Duration::ZERO).unwrap();
+        assert!(locked(&a, false));
+        assert!(locked(&b, false));
+        assert!(!locked(&b, true));
         drop(a);
-        assert!(lock(&b, true).unwrap());
-        assert!(!lock(&open().unwrap(), false).unwrap());
+        assert!(locked(&b, true));
+        let c = open().unwrap();
+        assert!(!locked(&c, false));
+        let waiting = std::thread::spawn(move || lock(&c, true, Duration::from_secs(60)));
+        drop(b);
+        assert!(waiting.join().unwrap().unwrap());
         std::fs::remove_file(path).unwrap();
     }
 }

@@ -208,7 +208,24 @@ fn range_request(
         let Ok(segment) = <[u8; SEGMENT as usize]>::try_from(segment) else {
             return failed;
         };
-        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = segment;
+        let [
+            s0,
+            s1,
+            s2,
+            s3,
+            s4,
+            s5,
+            s6,
+            s7,
+            n0,
+            n1,
+            n2,
+            n3,
+            f0,
+            f1,
+            f2,
+            f3,
+        ] = segment;
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);

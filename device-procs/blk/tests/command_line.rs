@@ -48,7 +48,7 @@ fn disks_that_cannot_be_served_are_named_with_the_remedy() {
 fn a_socket_in_use_is_not_taken_away() {
     let scratch = Scratch::new("in-use");
     let disk = scratch.disk(8);
-    let disk = format!("path={}", disk.display());
+    let disk = format!("path={},lock=off", disk.display());
     let socket = scratch.path("s");
     let mut first = Blk::listen(&socket, &disk, &[]);
     let path = socket.to_str().unwrap();

@@ -174,7 +174,7 @@ fn requests_that_cannot_be_answer_with_a_status() {
         vm.start();
         for (what, kind, sector, len, expected) in [
             ("unknown type", 99, 0, 512, 2),
-            ("discard, not offered", 11, 0, 16, 2),
+            ("secure erase, not offered", 14, 0, 16, 2),
             ("read across the end", T_IN, 63, 1024, 1),
             ("read far beyond", T_IN, u64::MAX, 512, 1),
             ("read at an overflow", T_IN, u64::MAX / 512, 512, 1),
