@@ -141,7 +141,11 @@ mod tests {
         disk.cache = Cache::UNSAFE.into();
         disk.backing_paths = vec!["/a".into(); MAX_BACKING];
         disk.max_size = 1 << 40;
-        let bytes = disk.limits.mut_or_insert_default().bytes.mut_or_insert_default();
+        let bytes = disk
+            .limits
+            .mut_or_insert_default()
+            .bytes
+            .mut_or_insert_default();
         (bytes.per_second, bytes.burst) = (1 << 20, 1 << 24);
         disk
     }
@@ -164,10 +168,16 @@ mod tests {
             ("d.format", |d| d.format = EnumOrUnknown::from_i32(7)),
             ("d.cache", |d| d.cache = EnumOrUnknown::from_i32(7)),
             ("d.backing_paths", |d| d.format = Format::RAW.into()),
-            ("d.backing_paths", |d| d.backing_paths = vec!["/a".into(); 17]),
+            ("d.backing_paths", |d| {
+                d.backing_paths = vec!["/a".into(); 17]
+            }),
             ("d.backing_paths[1]", |d| d.backing_paths[1] = "a".into()),
             ("d.limits.bytes.burst", |d| {
-                d.limits.mut_or_insert_default().bytes.mut_or_insert_default().per_second = 0;
+                d.limits
+                    .mut_or_insert_default()
+                    .bytes
+                    .mut_or_insert_default()
+                    .per_second = 0;
             }),
             ("d.max_size", |d| d.readonly = true),
             ("d.max_size", |d| d.max_size = 511),
@@ -185,7 +195,10 @@ mod tests {
     fn a_limit_from_the_future_is_refused() {
         let mut disk = full();
         let limits = disk.limits.mut_or_insert_default();
-        limits.mut_special_fields().mut_unknown_fields().add_varint(9, 1);
+        limits
+            .mut_special_fields()
+            .mut_unknown_fields()
+            .add_varint(9, 1);
         let error = check_disk("d", &disk).unwrap_err();
         assert!(error.starts_with("d.limits has a field 9"), "{error}");
     }
@@ -196,7 +209,10 @@ mod tests {
             assert_eq!(check_size("s", good), Ok(()));
         }
         for bad in [1, 511, 513, MAX_SIZE + 512, u64::MAX] {
-            assert!(check_size("s", bad).unwrap_err().starts_with("s is"), "{bad}");
+            assert!(
+                check_size("s", bad).unwrap_err().starts_with("s is"),
+                "{bad}"
+            );
         }
     }
 }

@@ -202,11 +202,9 @@ fn update_net(request: UpdateNetRequest) -> Result<ApiRequest, RpcStatus> {
         }
     }
     match request.link.enum_value() {
-        Ok(Link::UNCHANGED) if request.to_guest.is_none() && request.from_guest.is_none() => {
-            Err(RpcStatus::invalid_argument(
-                "nothing to change: give link, to_guest or from_guest",
-            ))
-        }
+        Ok(Link::UNCHANGED) if request.to_guest.is_none() && request.from_guest.is_none() => Err(
+            RpcStatus::invalid_argument("nothing to change: give link, to_guest or from_guest"),
+        ),
         Ok(_) => Ok(ApiRequest::UpdateNet(Box::new(request))),
         Err(number) => Err(RpcStatus::invalid_argument(format!(
             "link is {number}: give 0 to 2"

@@ -94,7 +94,9 @@ impl Judgement {
             self.deviation(format!("{who}has no seccomp filter"));
         }
         // The launcher's, what it sets around a device, and the device's own.
-        if matches!(role, Role::Device | Role::Helper) && thread.seccomp_filters.is_some_and(|filters| filters < 3) {
+        if matches!(role, Role::Device | Role::Helper)
+            && thread.seccomp_filters.is_some_and(|filters| filters < 3)
+        {
             self.deviation(format!("{who}has not set a seccomp filter of its own"));
         }
     }
@@ -466,7 +468,9 @@ mod tests {
             process.namespaces[3].shared = true;
             process.threads[0].capabilities.bounding = "1ffffffffff".into();
             process.fds.extend((20..90).map(|n| fd(n, Kind::Socket)));
-            process.fds.retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
+            process
+                .fds
+                .retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
             process
         };
         let judgement = grade(Role::Helper, &helper(), Some(1));

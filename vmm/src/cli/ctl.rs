@@ -371,7 +371,9 @@ fn explain(path: &Path, error: &ClientError) -> Failure {
         ClientError::Oversize(_) | ClientError::Malformed(_) => {
             format!("{name}: {error}: is it a bulkhead's API socket?")
         }
-        ClientError::Request(_) | ClientError::Busy(_) | ClientError::Io(_) => format!("{name}: {error}"),
+        ClientError::Request(_) | ClientError::Busy(_) | ClientError::Io(_) => {
+            format!("{name}: {error}")
+        }
     })
 }
 

@@ -108,7 +108,11 @@ where
 }
 
 impl StatsArgs {
-    pub(super) fn run(&self, session: &mut Session<'_>, out: &mut Output<'_>) -> Result<(), Failure> {
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
         let mut request = DeviceStatsRequest::new();
         request.id.clone_from(&self.id);
         let stats: DeviceStatsResponse = session.call("DeviceStats", &request, CALL)?;
@@ -266,7 +270,11 @@ impl UpdateNetArgs {
 }
 
 impl DrainArgs {
-    pub(super) fn run(&self, session: &mut Session<'_>, out: &mut Output<'_>) -> Result<(), Failure> {
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
         let mut request = DrainDeviceRequest::new();
         request.id.clone_from(&self.id);
         request.timeout_ms = self.timeout.saturating_mul(1000);
@@ -277,7 +285,11 @@ impl DrainArgs {
 }
 
 impl ResumeDeviceArgs {
-    pub(super) fn run(&self, session: &mut Session<'_>, out: &mut Output<'_>) -> Result<(), Failure> {
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
         let mut request = ResumeDeviceRequest::new();
         request.id.clone_from(&self.id);
         session.call::<_, ResumeDeviceResponse>("ResumeDevice", &request, CALL)?;

@@ -113,8 +113,19 @@ pub fn json(stats: &DeviceStatsResponse) -> Value {
 /// `stats`.
 pub fn text(out: &mut dyn Write, stats: &DeviceStatsResponse) -> io::Result<()> {
     let head = [
-        "QUEUE", "REQUESTS", "READ", "WRITTEN", "FLUSHES", "ERRORS", "DROPPED", "THROTTLED",
-        "KICKS", "INTERRUPTS", "SYSCALLS", "p50", "p99",
+        "QUEUE",
+        "REQUESTS",
+        "READ",
+        "WRITTEN",
+        "FLUSHES",
+        "ERRORS",
+        "DROPPED",
+        "THROTTLED",
+        "KICKS",
+        "INTERRUPTS",
+        "SYSCALLS",
+        "p50",
+        "p99",
     ];
     let mut rows = vec![head.map(str::to_owned)];
     rows.extend(stats.queues.iter().map(|queue| {
@@ -211,7 +222,11 @@ mod tests {
         assert_eq!(percentile(&buckets, 990), Some(8));
         assert_eq!(percentile(&buckets, 991), Some(1024));
         buckets[31] = 1_000_000;
-        assert_eq!(percentile(&buckets, 500), None, "the last bucket has no end");
+        assert_eq!(
+            percentile(&buckets, 500),
+            None,
+            "the last bucket has no end"
+        );
         assert_eq!(percentile(&[u64::MAX, u64::MAX, 0], 500), Some(1));
         assert_eq!(percentile(&[], 500), None);
     }
@@ -271,7 +286,11 @@ mod tests {
         let mut out = Vec::new();
         text(&mut out, &stats).unwrap();
         let out = String::from_utf8(out).unwrap();
-        for line in ["link         down", "vlans        5, 7", "datapath     tap?[2J"] {
+        for line in [
+            "link         down",
+            "vlans        5, 7",
+            "datapath     tap?[2J",
+        ] {
             assert!(out.lines().any(|l| l == line), "{line}: {out}");
         }
     }

@@ -246,7 +246,9 @@ fn a_disk_is_grown_and_limited_and_what_is_not_given_stays() {
             other => panic!("{other:?}"),
         }
     };
-    let said = fixture.ctl(&["update-disk", "root", "--size", "1G"]).unwrap();
+    let said = fixture
+        .ctl(&["update-disk", "root", "--size", "1G"])
+        .unwrap();
     assert_eq!(said, "updated, 1 GiB\n");
     let request = disk(fixture.asked());
     assert_eq!((request.id.as_str(), request.size_bytes), ("root", 1 << 30));

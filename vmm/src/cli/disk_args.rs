@@ -20,9 +20,8 @@ const KEYS: &str = "path, readonly, id, serial, queues, format, cache, backing, 
 /// One line that names the option, the key and what it takes.
 pub fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
     let option = format!("--disk {text}");
-    let wanted = |key: &str, value: &str, what: &str| {
-        Err(format!("{option}: {key}={value}: give {what}"))
-    };
+    let wanted =
+        |key: &str, value: &str, what: &str| Err(format!("{option}: {key}={value}: give {what}"));
     let mut disk = DiskConfig::new();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| {

@@ -112,8 +112,8 @@ impl Child<'_> {
         step("no_new_privs", isolate::no_new_privs())?;
         match self.sandbox {
             Sandbox::Device(policy) => {
-                let listener =
-                    notify::apply_filter_with_listener(policy).map_err(|e| format!("filter: {e}"))?;
+                let listener = notify::apply_filter_with_listener(policy)
+                    .map_err(|e| format!("filter: {e}"))?;
                 step(
                     "handing over the listener",
                     packet::send_descriptor(sys::kept_fd(*sync), listener.as_fd()),
@@ -128,7 +128,9 @@ impl Child<'_> {
         let remedy = match error.raw_os_error() {
             Some(libc::EACCES) => "; the binary must be executable by everybody (chmod 0755)",
             Some(libc::ENOEXEC) => "; is it a program of this machine?",
-            Some(libc::ENOENT) => "; the loader that it wants is missing: a device binary must be static",
+            Some(libc::ENOENT) => {
+                "; the loader that it wants is missing: a device binary must be static"
+            }
             _ => "",
         };
         Err(format!("exec: {error}{remedy}"))

@@ -15,8 +15,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
-use bulkhead_seccomp::notify::Violation;
 use bulkhead_proto::protobuf::Message;
+use bulkhead_seccomp::notify::Violation;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -638,11 +638,7 @@ type Answer = (wire::Reply, Vec<OwnedFd>, Option<i32>);
 
 /// Sorts one packet: the reply to `id` comes back, an event is kept, the rest is dropped.
 /// The launcher's greeting is the one reply with id 0 and no event in it.
-fn take(
-    packet: Packet,
-    inbox: &mut Inbox,
-    id: u64,
-) -> Result<Option<Answer>, LauncherError> {
+fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, LauncherError> {
     let Inbox {
         events,
         begun,

@@ -37,8 +37,7 @@ pub fn launcher(args: &Args) -> Result<(), String> {
     } else {
         &policy::BULKHEAD_LAUNCHER_HELPERS
     };
-    notify::apply_mild_filter_this_thread(policy)
-        .map_err(|error| format!("confinement: {error}"))
+    notify::apply_mild_filter_this_thread(policy).map_err(|error| format!("confinement: {error}"))
 }
 
 /// Lowers the limits of what is about to become a device.

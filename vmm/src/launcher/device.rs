@@ -159,7 +159,9 @@ pub fn spawn_helper(
         )));
     }
     if order.fds.len() != 1 {
-        return Err(fail("a helper has one descriptor: its vhost-user channel".into()));
+        return Err(fail(
+            "a helper has one descriptor: its vhost-user channel".into(),
+        ));
     }
     let argv = helper::arguments(&order.kind, &order.options).map_err(fail)?;
     let start = Start {
@@ -189,89 +191,89 @@ struct Start<'a> {
 
 impl Start<'_> {
     fn run(self, args: &Args, devices: &[Device]) -> Result<Device, String> {
-    if !valid_id(self.id) {
-        return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
-    }
-    if devices
-        .iter()
-        .any(|d| d.id == self.id && d.incarnation == self.incarnation)
-    {
-        return Err(format!("incarnation {} is running", self.incarnation));
-    }
-    let slot = (0..MAX_DEVICES)
-        .find(|slot| devices.iter().all(|d| d.slot != *slot))
-        .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
-    let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-
-    let (log, log_end) = sys::pipe().map_err(io("log pipe"))?;
-    let log = LogSource::new(self.id, log).map_err(io("log pipe"))?;
-    let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
-    // /dev/null, opened by the VMM: nothing is opened for a device.
-    let null = sys::standard_fd(0).as_raw_fd();
-    let mut fds: Vec<RawFd> = vec![null, null, log_end.as_raw_fd()];
-    fds.extend(self.fds.iter().map(AsRawFd::as_raw_fd));
-
-    let host_id = u32::try_from(slot)
-        .ok()
-        .and_then(|slot| args.host_ids?.checked_add(slot));
-    let child = Child {
-        rights: args.rights,
-        id: inner_id(args.rights, host_id.unwrap_or_default()),
-        drop_groups: host_id.is_some(),
-        program: self.program,
-        argv: self.argv,
-        fds: &fds,
-        sync: child_sync.as_fd(),
-        sandbox: &self.sandbox,
-    };
-    // The child's entries in /proc must be ours to write its maps, and it has this flag of
-    // ours at its clone. It turns it off itself.
-    isolate::dumpable(true).map_err(io("dumpable"))?;
-    let cloned = sys::clone_single_threaded(self.sandbox.flags(args.rights));
-    if let Ok(Cloned::Child) = cloned {
-        // Else the end of the launcher would not end the wait for its byte.
-        drop(sync);
-        child.run();
-    }
-    isolate::dumpable(false).map_err(io("dumpable"))?;
-    let (pid, pidfd) = match cloned {
-        Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
-        Ok(Cloned::Child) => sys::exit_now(126),
-        Err(error) => {
-            return Err(format!(
-                "namespaces are not permitted (clone: {error}): {}",
-                namespace_remedy(args.rights != Rights::User)
-            ));
+        if !valid_id(self.id) {
+            return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
         }
-    };
-    drop(child_sync);
-    drop(log_end);
-    let mut device = Device {
-        id: self.id.to_owned(),
-        incarnation: self.incarnation,
-        slot,
-        pid,
-        pidfd,
-        log,
-        watch: Watch::none(),
-    };
-    let started = device
-        .map_ids(args, host_id)
-        .and_then(|()| await_exec(&mut sync, &mut device.watch));
-    match started {
-        Ok(()) => Ok(device),
-        Err(why) => {
-            device.end_and_reap();
-            let hint = match args.rights {
-                Rights::User if why.contains("denied") || why.contains("permitted") => {
-                    format!(" ({})", namespace_remedy(false))
-                }
-                _ => String::new(),
-            };
-            Err(format!("{why}{hint}"))
+        if devices
+            .iter()
+            .any(|d| d.id == self.id && d.incarnation == self.incarnation)
+        {
+            return Err(format!("incarnation {} is running", self.incarnation));
+        }
+        let slot = (0..MAX_DEVICES)
+            .find(|slot| devices.iter().all(|d| d.slot != *slot))
+            .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
+        let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
+
+        let (log, log_end) = sys::pipe().map_err(io("log pipe"))?;
+        let log = LogSource::new(self.id, log).map_err(io("log pipe"))?;
+        let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
+        // /dev/null, opened by the VMM: nothing is opened for a device.
+        let null = sys::standard_fd(0).as_raw_fd();
+        let mut fds: Vec<RawFd> = vec![null, null, log_end.as_raw_fd()];
+        fds.extend(self.fds.iter().map(AsRawFd::as_raw_fd));
+
+        let host_id = u32::try_from(slot)
+            .ok()
+            .and_then(|slot| args.host_ids?.checked_add(slot));
+        let child = Child {
+            rights: args.rights,
+            id: inner_id(args.rights, host_id.unwrap_or_default()),
+            drop_groups: host_id.is_some(),
+            program: self.program,
+            argv: self.argv,
+            fds: &fds,
+            sync: child_sync.as_fd(),
+            sandbox: &self.sandbox,
+        };
+        // The child's entries in /proc must be ours to write its maps, and it has this flag of
+        // ours at its clone. It turns it off itself.
+        isolate::dumpable(true).map_err(io("dumpable"))?;
+        let cloned = sys::clone_single_threaded(self.sandbox.flags(args.rights));
+        if let Ok(Cloned::Child) = cloned {
+            // Else the end of the launcher would not end the wait for its byte.
+            drop(sync);
+            child.run();
+        }
+        isolate::dumpable(false).map_err(io("dumpable"))?;
+        let (pid, pidfd) = match cloned {
+            Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
+            Ok(Cloned::Child) => sys::exit_now(126),
+            Err(error) => {
+                return Err(format!(
+                    "namespaces are not permitted (clone: {error}): {}",
+                    namespace_remedy(args.rights != Rights::User)
+                ));
+            }
+        };
+        drop(child_sync);
+        drop(log_end);
+        let mut device = Device {
+            id: self.id.to_owned(),
+            incarnation: self.incarnation,
+            slot,
+            pid,
+            pidfd,
+            log,
+            watch: Watch::none(),
+        };
+        let started = device
+            .map_ids(args, host_id)
+            .and_then(|()| await_exec(&mut sync, &mut device.watch));
+        match started {
+            Ok(()) => Ok(device),
+            Err(why) => {
+                device.end_and_reap();
+                let hint = match args.rights {
+                    Rights::User if why.contains("denied") || why.contains("permitted") => {
+                        format!(" ({})", namespace_remedy(false))
+                    }
+                    _ => String::new(),
+                };
+                Err(format!("{why}{hint}"))
+            }
         }
     }
-}
 }
 
 impl Device {

@@ -114,7 +114,8 @@ fn loader_of(file: &File) -> Result<Option<PathBuf>, String> {
     let wrong = || "is no program of this machine; give another".to_owned();
     let read = |offset: u64, length: usize| {
         let mut bytes = vec![0; length];
-        file.read_exact_at(&mut bytes, offset).map_err(|_| wrong())?;
+        file.read_exact_at(&mut bytes, offset)
+            .map_err(|_| wrong())?;
         Ok::<_, String>(bytes)
     };
     let number = |bytes: &[u8], at: usize, length: usize| {
@@ -190,7 +191,9 @@ pub fn arguments(kind: &str, options: &[String]) -> Result<Vec<CString>, String>
     ]
     .map(str::to_owned)
     .to_vec();
-    argv.extend(resolver(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default()));
+    argv.extend(resolver(
+        &fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    ));
     for option in options {
         let bad = || format!("{}: not an option of passt", printable(option));
         let (key, value) = option.split_once('=').ok_or_else(bad)?;
@@ -200,7 +203,11 @@ pub fn arguments(kind: &str, options: &[String]) -> Result<Vec<CString>, String>
                 argv.extend(["--mtu".to_owned(), mtu.ok_or_else(bad)?.to_string()]);
             }
             "tcp" | "udp" => {
-                let flag = if key == "tcp" { "--tcp-ports" } else { "--udp-ports" };
+                let flag = if key == "tcp" {
+                    "--tcp-ports"
+                } else {
+                    "--udp-ports"
+                };
                 let (address, ports) = value.split_once('/').ok_or_else(bad)?;
                 let (host, guest) = ports.split_once(':').ok_or_else(bad)?;
                 let address: IpAddr = address.parse().map_err(|_| bad())?;
@@ -229,9 +236,16 @@ fn resolver(resolv_conf: &str) -> Vec<String> {
         // passt maps between addresses of one family.
         Some(first) if first.is_loopback() && first.is_ipv4() => {
             let host = first.to_string();
-            ["--dns-forward", FORWARDER, "--dns", FORWARDER, "--dns-host", &host]
-                .map(str::to_owned)
-                .to_vec()
+            [
+                "--dns-forward",
+                FORWARDER,
+                "--dns",
+                FORWARDER,
+                "--dns-host",
+                &host,
+            ]
+            .map(str::to_owned)
+            .to_vec()
         }
         _ => Vec::new(),
     }

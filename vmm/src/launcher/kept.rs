@@ -60,9 +60,8 @@ impl Kept {
 }
 
 fn grow(mut file: &File, size: u64) -> Result<u64, String> {
-    let io = |what: &'static str| {
-        move |error: std::io::Error| format!("{what}: {}", reason(&error))
-    };
+    let io =
+        |what: &'static str| move |error: std::io::Error| format!("{what}: {}", reason(&error));
     let metadata = file.metadata().map_err(io("its file"))?;
     let kind = metadata.file_type();
     if kind.is_block_device() {
@@ -79,10 +78,15 @@ fn grow(mut file: &File, size: u64) -> Result<u64, String> {
         let remedy = match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => "free space on its file system",
             Some(libc::EFBIG) => "its file system or a limit of the host allows no larger file",
-            Some(libc::EINVAL | libc::EBADF | libc::EPERM) => "it is open read-only or its size is fixed",
+            Some(libc::EINVAL | libc::EBADF | libc::EPERM) => {
+                "it is open read-only or its size is fixed"
+            }
             _ => "nothing was changed",
         };
-        format!("its file cannot grow to {size} bytes: {}: {remedy}", reason(&error))
+        format!(
+            "its file cannot grow to {size} bytes: {}: {remedy}",
+            reason(&error)
+        )
     })?;
     Ok(size)
 }
@@ -146,8 +150,16 @@ mod tests {
     fn only_a_kept_devices_own_descriptors_are_within_reach() {
         let mut kept = Kept::default();
         kept.keep(order("d", vec![copy(&temp())]));
-        assert!(kept.grow("e", 0, 1).unwrap_err().contains("device e: no process"));
-        assert!(kept.grow("d", 1, 1).unwrap_err().contains("no descriptor number 1"));
+        assert!(
+            kept.grow("e", 0, 1)
+                .unwrap_err()
+                .contains("device e: no process")
+        );
+        assert!(
+            kept.grow("d", 1, 1)
+                .unwrap_err()
+                .contains("no descriptor number 1")
+        );
         kept.forget("d");
         assert!(kept.grow("d", 0, 1).is_err());
     }
@@ -155,7 +167,11 @@ mod tests {
     #[test]
     fn what_is_no_file_does_not_grow() {
         let (read, _write) = std::io::pipe().unwrap();
-        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let null = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .unwrap();
         let readonly = File::open("/proc/self/exe").unwrap();
         let mut kept = Kept::default();
         kept.keep(order("d", vec![read.into(), null.into(), readonly.into()]));

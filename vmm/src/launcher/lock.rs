@@ -54,8 +54,7 @@ mod tests {
 
     impl Temp {
         fn new(name: &str) -> Self {
-            let path =
-                std::env::temp_dir().join(format!("bh-lock-{name}-{}", std::process::id()));
+            let path = std::env::temp_dir().join(format!("bh-lock-{name}-{}", std::process::id()));
             std::fs::write(&path, [0; 512]).unwrap();
             Self(path)
         }
@@ -89,7 +88,10 @@ mod tests {
         assert!(!sys::try_lock(reader.as_fd(), false).unwrap());
         let another = temp.open(true);
         let error = take(&another, true).unwrap_err();
-        assert!(error.starts_with("is in use by another process (locked): "), "{error}");
+        assert!(
+            error.starts_with("is in use by another process (locked): "),
+            "{error}"
+        );
     }
 
     #[test]

@@ -42,8 +42,8 @@ mod tap_sys;
 mod watch;
 
 pub use client::{
-    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, OpenedInfo, SpawnSpec,
-    SpawnedDevice, SpawnedHelper, Linked,
+    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, SpawnSpec,
+    SpawnedDevice, SpawnedHelper,
 };
 pub use helper::Program;
 pub use server::main as launcher_main;

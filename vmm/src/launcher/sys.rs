@@ -61,7 +61,11 @@ impl std::fmt::Display for ExitOutcome {
             Self::Status(status) => write!(f, "exit status {status}"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
             Self::Violation(call) => {
-                write!(f, "the system call {}, which its policy does not allow", call.name())
+                write!(
+                    f,
+                    "the system call {}, which its policy does not allow",
+                    call.name()
+                )
             }
         }
     }

@@ -123,7 +123,9 @@ pub fn build(
         devices.devices.push(net::make(net, prepared, &site)?);
     }
     for device in &config.vhost_users {
-        devices.devices.extend(net_external::make_any(device, &site)?);
+        devices
+            .devices
+            .extend(net_external::make_any(device, &site)?);
     }
 
     let cpus = config.cpus.clone().unwrap_or_default();

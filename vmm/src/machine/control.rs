@@ -487,7 +487,10 @@ impl ControlChannel {
         if let Some(status) = current.undoing.take() {
             // A device that cannot be resumed stays stopped: nothing but its end helps.
             result.map_err(|status| {
-                format!("its process cannot resume after a drain: {}", status.message)
+                format!(
+                    "its process cannot resume after a drain: {}",
+                    status.message
+                )
             })?;
             turn.notices.push(Notice::DrainFailed);
             self.finish(Err(status));

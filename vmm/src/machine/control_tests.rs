@@ -68,10 +68,7 @@ fn bed() -> Bed {
 }
 
 impl Bed {
-    fn turn<T>(
-        &mut self,
-        step: impl FnOnce(&mut ControlChannel, &mut Turn<'_>) -> T,
-    ) -> T {
+    fn turn<T>(&mut self, step: impl FnOnce(&mut ControlChannel, &mut Turn<'_>) -> T) -> T {
         let mut turn = Turn {
             grower: &self.launcher,
             now: self.now,
@@ -201,14 +198,20 @@ fn a_disk_grows_first_and_is_told_then() {
     bed.turn(|c, turn| c.on_grown(1, Ok(4096), turn)).unwrap();
     let mut told = 0;
     bed.settle(|_, payload| {
-        told = UpdateRequest::parse_from_bytes(payload).unwrap().blk().size_bytes;
+        told = UpdateRequest::parse_from_bytes(payload)
+            .unwrap()
+            .blk()
+            .size_bytes;
         Ok(Vec::new())
     });
     assert_eq!((told, bed.calls()), (4096, vec!["Update".to_owned()]));
     assert!(
         matches!(&bed.outcomes()[..], [(1, Ok(ApiResponse::DiskUpdated(d)))] if d.size_bytes == 4096)
     );
-    assert!(matches!(&bed.notices[..], [Notice::DiskUpdated { size: 4096, .. }]));
+    assert!(matches!(
+        &bed.notices[..],
+        [Notice::DiskUpdated { size: 4096, .. }]
+    ));
 }
 
 #[test]
@@ -234,7 +237,10 @@ fn a_disk_that_cannot_grow_stays_as_it_is() {
         bed.ask(grow(Some(4096), 4096)).unwrap();
         bed.turn(|c, turn| c.on_grown(1, Ok(1024), turn)).unwrap();
     });
-    assert!(small.contains("has 1024 bytes and 4096 are wanted"), "{small}");
+    assert!(
+        small.contains("has 1024 bytes and 4096 are wanted"),
+        "{small}"
+    );
     let busy = refused(&|bed| {
         bed.launcher.refuse = true;
         bed.ask(grow(Some(4096), 4096)).unwrap();
@@ -328,7 +334,11 @@ fn a_drain_that_takes_too_long_is_taken_back() {
         panic!("{outcomes:?}")
     };
     assert_eq!(status.code, Code::DeadlineExceeded);
-    assert!(status.message.starts_with("device root: not drained within 30000 ms"));
+    assert!(
+        status
+            .message
+            .starts_with("device root: not drained within 30000 ms")
+    );
     assert_eq!(bed.notices, [Notice::DrainFailed]);
 }
 

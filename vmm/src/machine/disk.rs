@@ -4,11 +4,11 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use bulkhead_proto::RpcStatus;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::device::BlkUpdate;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{DiskConfig, UpdateDiskRequest};
-use bulkhead_proto::RpcStatus;
 
 use super::control::Task;
 use super::device::{self, Device, Order, Site, Special};

@@ -297,7 +297,13 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
             fd: helper.pidfd,
             pid: Some(helper.pid),
         };
-        Ok((frontend, HelperProcess { pid: helper.pid, linked }))
+        Ok((
+            frontend,
+            HelperProcess {
+                pid: helper.pid,
+                linked,
+            },
+        ))
     });
     match first {
         Ok((frontend, process)) => Ok(First {

@@ -413,9 +413,7 @@ impl Switch {
             return refused("is no network device: see Devices");
         }
         if update.to_guest.is_some() || update.from_guest.is_some() {
-            return refused(
-                "its frames are moved by somebody else's process: set limits there",
-            );
+            return refused("its frames are moved by somebody else's process: set limits there");
         }
         use net_update::Link;
         match update.link.enum_value_or_default() {

@@ -115,8 +115,8 @@ impl InflightRegion {
 }
 
 impl Frontend {
-    /// GET_INFLIGHT_FD: has the back-end make the region. Where it is not our own program,
-    /// its file need not be `unsealed`-proof: it harms none but itself.
+    /// GET_INFLIGHT_FD: has the back-end make the region. One whose file is `unsealed` is
+    /// accepted of somebody else's program only: it harms none but itself.
     pub fn get_inflight_fd(
         &mut self,
         geometry: Geometry,
@@ -172,3 +172,7 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
         .and_then(<[u8]>::first_chunk)
         .map_or(0, |chunk| u16::from_ne_bytes(*chunk))
 }
+
+#[cfg(test)]
+#[path = "inflight_tests.rs"]
+mod tests;

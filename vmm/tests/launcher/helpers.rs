@@ -124,7 +124,9 @@ fn given_options_that_are_no_passts_then_they_are_refused() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let option = format!("tcp=127.0.0.1/{port}:80");
-    let helper = launcher.spawn_helper("net0", "passt", 1, vec![option]).unwrap();
+    let helper = launcher
+        .spawn_helper("net0", "passt", 1, vec![option])
+        .unwrap();
     let (_, _, outcome) = next_exit(&launcher);
     assert_eq!(outcome, ExitOutcome::Status(1));
     assert!(Frontend::connect(helper.vhost, Duration::from_secs(10)).is_err());

@@ -44,11 +44,7 @@ struct Bed {
 
 fn bed() -> Bed {
     let (sender, asked) = mpsc::channel();
-    let server = Fixture::new(
-        Disk(Mutex::new(sender)),
-        Limits::default(),
-        EventLog::new(),
-    );
+    let server = Fixture::new(Disk(Mutex::new(sender)), Limits::default(), EventLog::new());
     Bed {
         client: server.client(),
         asked,
@@ -154,30 +150,62 @@ fn a_device_must_be_named() {
 #[test]
 fn a_change_that_makes_no_sense_is_refused_before_anything_is_done() {
     let mut bed = bed();
-    assert!(bed.refused("UpdateDisk", &disk(0)).contains("nothing to change"));
-    assert!(bed.refused("UpdateDisk", &disk(513)).starts_with("size_bytes is 513"));
-    assert!(bed.refused("UpdateDisk", &disk(u64::MAX)).starts_with("size_bytes is"));
+    assert!(
+        bed.refused("UpdateDisk", &disk(0))
+            .contains("nothing to change")
+    );
+    assert!(
+        bed.refused("UpdateDisk", &disk(513))
+            .starts_with("size_bytes is 513")
+    );
+    assert!(
+        bed.refused("UpdateDisk", &disk(u64::MAX))
+            .starts_with("size_bytes is")
+    );
     let mut request = disk(0);
-    let bytes = request.limits.mut_or_insert_default().bytes.mut_or_insert_default();
+    let bytes = request
+        .limits
+        .mut_or_insert_default()
+        .bytes
+        .mut_or_insert_default();
     bytes.burst = 5;
-    assert!(bed.refused("UpdateDisk", &request).starts_with("limits.bytes.burst"));
+    assert!(
+        bed.refused("UpdateDisk", &request)
+            .starts_with("limits.bytes.burst")
+    );
     let mut request = disk(512);
-    request.mut_special_fields().mut_unknown_fields().add_varint(9, 1);
+    request
+        .mut_special_fields()
+        .mut_unknown_fields()
+        .add_varint(9, 1);
     assert!(bed.refused("UpdateDisk", &request).contains("field 9"));
 
-    assert!(bed.refused("UpdateNet", &net()).contains("nothing to change"));
+    assert!(
+        bed.refused("UpdateNet", &net())
+            .contains("nothing to change")
+    );
     let mut request = net();
     request.link = EnumOrUnknown::from_i32(3);
     assert!(bed.refused("UpdateNet", &request).starts_with("link is 3"));
     let mut request = net();
-    let packets = request.from_guest.mut_or_insert_default().packets.mut_or_insert_default();
+    let packets = request
+        .from_guest
+        .mut_or_insert_default()
+        .packets
+        .mut_or_insert_default();
     packets.burst = 5;
-    assert!(bed.refused("UpdateNet", &request).starts_with("from_guest.packets"));
+    assert!(
+        bed.refused("UpdateNet", &request)
+            .starts_with("from_guest.packets")
+    );
 
     let mut request = DrainDeviceRequest::new();
     request.id = "root".into();
     request.timeout_ms = 600_001;
-    assert!(bed.refused("DrainDevice", &request).starts_with("timeout_ms is 600001"));
+    assert!(
+        bed.refused("DrainDevice", &request)
+            .starts_with("timeout_ms is 600001")
+    );
 }
 
 #[test]

@@ -42,12 +42,7 @@ impl Launcher {
     /// Asks for a device's own descriptor number `index` (from 0) to be grown to `size` bytes.
     /// Does not wait: the answer is a [`Grown`](super::LauncherEvent::Grown) with the ticket
     /// that this returns.
-    pub fn begin_grow(
-        &self,
-        device_id: &str,
-        index: u32,
-        size: u64,
-    ) -> Result<u64, LauncherError> {
+    pub fn begin_grow(&self, device_id: &str, index: u32, size: u64) -> Result<u64, LauncherError> {
         let mut inner = self.lock();
         let id = inner.last_id.wrapping_add(1).max(1);
         let op = wire::GrowFile {

@@ -102,8 +102,7 @@ impl Launcher {
         incarnation: u64,
         options: Vec<String>,
     ) -> Result<SpawnedHelper, LauncherError> {
-        let (vhost, theirs) =
-            UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e))?;
+        let (vhost, theirs) = UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e))?;
         let op = helper(id, kind, incarnation, options);
         let called = self.call(op, &[theirs.as_fd()], DEADLINE, "spawn");
         let (reply, mut fds, pid) = match called {

@@ -29,11 +29,7 @@ fn exited(device_id: &str, incarnation: u64) -> Vec<u8> {
     reply(0, Some(wire::reply::Result::Exited(exited)))
 }
 
-fn answer(
-    here: &PacketSocket,
-    inbox: &mut Inbox,
-    id: u64,
-) -> Result<Answer, LauncherError> {
+fn answer(here: &PacketSocket, inbox: &mut Inbox, id: u64) -> Result<Answer, LauncherError> {
     receive(
         here,
         inbox,

@@ -68,13 +68,21 @@ fn a_file_opens_with_its_size_and_a_log_is_created_private() {
     let scratch = Scratch::new("opened");
     let paths = Paths::new(Vec::new());
     let disk = paths
-        .open(&scratch.file("disk", 4096), "disk", Mode::ReadWrite, true, true)
+        .open(
+            &scratch.file("disk", 4096),
+            "disk",
+            Mode::ReadWrite,
+            true,
+            true,
+        )
         .unwrap();
     assert_eq!((disk.size, disk.block_device), (4096, false));
     let log = scratch.0.join("log");
     for size in [0, 3] {
         use std::io::Write;
-        let opened = paths.open(&log, "serial", Mode::Append, false, false).unwrap();
+        let opened = paths
+            .open(&log, "serial", Mode::Append, false, false)
+            .unwrap();
         assert_eq!(opened.size, size);
         (&opened.file).write_all(b"abc").unwrap();
     }

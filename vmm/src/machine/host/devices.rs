@@ -52,7 +52,11 @@ impl Host {
         for poll in device.function.poll_fds() {
             let source = poll.source;
             let events = EventSet::from_bits_truncate(poll.events);
-            wanted.push((poll.fd.as_raw_fd(), Source::Device { index, source }, events));
+            wanted.push((
+                poll.fd.as_raw_fd(),
+                Source::Device { index, source },
+                events,
+            ));
         }
         if let Some(process) = &mut device.process {
             process.interest = interest(&process.control);
@@ -169,8 +173,7 @@ impl Host {
             0 => String::new(),
             n => format!(" ({n} more were not reported)"),
         };
-        let detail =
-            format!("queue {queue} is malformed; it waits for a reset by the guest{more}");
+        let detail = format!("queue {queue} is malformed; it waits for a reset by the guest{more}");
         self.tell(index, "device.ring-error", &detail);
     }
 
@@ -428,8 +431,7 @@ impl Host {
         let watched = self.machine.as_ref().is_some_and(|machine| {
             let mut devices = machine.parts.devices.iter();
             let lives = |d: &Device| d.process.is_some() && d.failed.is_none();
-            machine.state == MachineState::Running
-                && (self.unseen.is_some() || devices.any(lives))
+            machine.state == MachineState::Running && (self.unseen.is_some() || devices.any(lives))
         });
         match self.heartbeat {
             _ if !watched => self.heartbeat = None,
@@ -521,7 +523,8 @@ impl Host {
             let done = foreign.update_net(&device.function, &update);
             if done.is_ok() {
                 let id = device.id.clone();
-                self.log.publish("device.updated", &id, &net_detail(&update));
+                self.log
+                    .publish("device.updated", &id, &net_detail(&update));
             }
             return reply.complete(done.map(|()| ApiResponse::Done));
         }
