@@ -2,7 +2,7 @@
 //! never fails because something is slow, only because something does not work.
 //! `tests/bench/run` starts it: `boot` and `pss` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk, net)
 
 use std::process::ExitCode;
 
@@ -11,10 +11,12 @@ mod blk_backend;
 mod boot;
 mod guest;
 mod kvm;
+mod net;
 mod process;
 mod pss;
 mod spawn;
 mod table;
+mod tap;
 
 /// What a benchmark prints, or why it could not measure.
 type Report = Result<String, String>;
@@ -68,12 +70,34 @@ fn parse() -> Result<(Vec<String>, Options), String> {
         }
     }
     if subjects.is_empty() {
-        return Err("no subject: give boot, pss, spawn or blk".into());
+        return Err("no subject: give boot, pss, spawn, blk or net".into());
     }
     Ok((subjects, options))
 }
 
+/// The processes that `net` starts: this program once more, with a name as its subject.
+fn helper() -> Option<Result<(), String>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (name, rest) = arguments.split_first()?;
+    match name.as_str() {
+        "tap-write" => Some(tap::bare_loop(rest, true)),
+        "tap-read" => Some(tap::bare_loop(rest, false)),
+        "feed" => Some(tap::feed(rest)),
+        "feed-udp" => Some(net::feed_udp(rest)),
+        "spin" => tap::spin(),
+        _ => None,
+    }
+}
+
 fn main() -> ExitCode {
+    match helper() {
+        None => {}
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        Some(Err(why)) => {
+            eprintln!("bench: {why}");
+            return ExitCode::FAILURE;
+        }
+    }
     let (subjects, options) = match parse() {
         Ok(parsed) => parsed,
         Err(why) => {
@@ -89,7 +113,8 @@ fn main() -> ExitCode {
             "pss" => pss::measure(runs.unwrap_or(2)),
             "spawn" => spawn::measure(runs.unwrap_or(20)),
             "blk" => blk::measure(&options),
-            _ => Err("no such subject: give boot, pss, spawn or blk".into()),
+            "net" => net::measure(&options),
+            _ => Err("no such subject: give boot, pss, spawn, blk or net".into()),
         };
         match report {
             Ok(text) => println!("{text}"),
