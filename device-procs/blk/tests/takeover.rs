@@ -78,6 +78,7 @@ fn negotiate(stream: UnixStream) -> Frontend {
 /// A message of the setup: what it is about, and for which queue.
 #[derive(Clone, Copy, Debug)]
 enum Step {
+    Channel,
     Inflight,
     Memory,
     Num(usize),
@@ -90,7 +91,7 @@ enum Step {
 }
 
 fn steps() -> Vec<Step> {
-    let mut all = vec![Step::Inflight, Step::Memory];
+    let mut all = vec![Step::Channel, Step::Inflight, Step::Memory];
     for q in 0..usize::from(QUEUES) {
         all.extend([
             Step::Num(q),
@@ -138,6 +139,10 @@ impl Machine {
             ..
         } = &mut self.vm;
         match step {
+            Step::Channel => {
+                let (_ours, theirs) = UnixStream::pair().unwrap();
+                f.set_backend_request_fd(&theirs).unwrap();
+            }
             Step::Inflight => {
                 let (region, file) = self.region.get_or_insert_with(|| {
                     let wanted = VhostUserInflight::new(0, 0, QUEUES, RING_SIZE);

@@ -578,7 +578,7 @@ impl<M: Meanwhile> Intercepted for Backend<M> {
                 VhostUserProtocolFeatures::BACKEND_REQ,
             ));
         }
-        self.channel = BackendChannel::new(socket).map_err(Error::ReqHandlerError)?;
+        self.channel = BackendChannel::new(socket);
         Ok(())
     }
 
