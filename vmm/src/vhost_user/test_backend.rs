@@ -2,6 +2,7 @@
 //! nothing of our front-end, with a device that records what it is told.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -42,6 +43,8 @@ pub struct Recorder {
     pub refuse: Option<&'static str>,
     /// The message with this number ends the device before it is answered.
     pub dies_at: Option<usize>,
+    /// What it says before it answers the message with this number.
+    pub garbage_at: Option<(usize, Vec<u8>)>,
     socket: UnixStream,
     /// Changes the answer to GET_INFLIGHT_FD.
     pub spoil_inflight: fn(&mut VhostUserInflight),
@@ -83,6 +86,7 @@ impl TestBackend {
             config: config.to_vec(),
             refuse: None,
             dies_at: None,
+            garbage_at: None,
             socket: theirs.try_clone().unwrap(),
             spoil_inflight: |_| {},
             inflight: None,
@@ -144,6 +148,9 @@ impl Recorder {
         if self.dies_at == Some(self.log.len()) {
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
             return Err(Error::Disconnected);
+        }
+        if let Some((_, garbage)) = self.garbage_at.take_if(|(at, _)| *at == self.log.len()) {
+            let _ = (&self.socket).write_all(&garbage);
         }
         self.log.push(what);
         if self.refuse == Some(what) {

@@ -1,10 +1,43 @@
-//! virtio over PCI (VIRTIO 1.2 section 4.1) in front of a device process that speaks
-//! vhost-user, for any virtio device type.
+//! virtio over PCI (VIRTIO 1.2 section 4.1) in front of a device process, or of any other
+//! back-end, that speaks vhost-user, for any virtio device type.
 //!
-//! [`VirtioPciFunction`] is the PCI function; `common` is its common configuration
-//! register file, `backend` drives the device process through the driver's life cycle,
-//! `doorbell` wires notifications. vCPU threads enter by configuration space and BAR
-//! accesses, the manager thread by [`VirtioPciFunction::on_event`].
+//! [`VirtioPciFunction`] is the PCI function. `access` is what the guest reaches of it,
+//! with `common` as its common configuration register file and `device_config` as its
+//! device-specific one; `backend` drives the process through the driver's life cycle;
+//! `link` is the tie to the process, and `succession` puts another one in its place;
+//! `doorbell` wires notifications; `control` is the control queue of network back-ends that
+//! do not serve it.
+//!
+//! # Threads
+//!
+//! vCPU threads enter by configuration space and BAR accesses. The manager thread calls
+//! what this page names below, and none of it waits: [`new`](VirtioPciFunction::new) apart,
+//! which asks the process for its configuration. Each function has a thread `doorbell`, and
+//! with [`successor`](VirtioPciOptions::successor) or
+//! [`net_control`](VirtioPciOptions::net_control) a thread `device`: both are made with the
+//! function, since confined threads make none, and run
+//! [`hook`](VirtioPciOptions::hook) first.
+//!
+//! # A back-end that comes and goes
+//!
+//! | event | what the manager does |
+//! |---|---|
+//! | [`Outcome::Suspended`] | takes [`link_fds`](VirtioPciFunction::link_fds) out of its epoll set, ends a process of ours, and looks for another back-end |
+//! | a connection to another back-end | [`adopt`](VirtioPciFunction::adopt) |
+//! | [`Outcome::Reconnected`] | puts the new `link_fds` into its epoll set |
+//! | [`Outcome::NotReconnected`] | reports it, and tries again later |
+//! | no more attempts | [`fail`](VirtioPciFunction::fail): the driver is told to reset the device |
+//! | a process that ends, or is known to have hung | [`suspend`](VirtioPciFunction::suspend), where the end of its socket does not say so |
+//! | the end of all I/O of a lost process | [`quiesced`](VirtioPciFunction::quiesced), for [`fenced`](VirtioPciOptions::fenced) functions |
+//!
+//! A thread of its own that may wait can call [`reconnect`](VirtioPciFunction::reconnect)
+//! instead of `adopt`; one back-end may be replaced by another while it serves.
+//!
+//! # Somebody else's back-ends
+//!
+//! [`VirtioPciOptions::external`] and [`VirtioPciOptions::external_net`] are the options for
+//! them. The latter's function may be made before its back-end is there (`None` for the
+//! front-end); [`set_link`](VirtioPciFunction::set_link) takes its link up and down.
 
 mod access;
 mod backend;

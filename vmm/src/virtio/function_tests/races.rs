@@ -1,0 +1,169 @@
+//! Processes that die, lie and are given up while guest, manager and successors are at
+//! work.
+
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+
+use super::succession::{DESCRIPTORS, lost, patient, patient_guest, succeed, works};
+use super::*;
+
+#[test]
+fn a_reset_waits_for_the_io_of_a_lost_process_where_it_can_outlive_it() {
+    let fenced = VirtioPciOptions {
+        fenced: true,
+        ..patient()
+    };
+    let mut guest = guest_with(fenced.clone());
+    guest.bring_up();
+    guest.backend.die();
+    lost(&guest);
+    guest.set_common(common::DEVICE_STATUS, 1, 0);
+    assert_eq!(guest.device_status(), 15, "not yet");
+    assert_eq!(guest.common(18, 4), 0x000f_0002, "in a wider read too");
+    guest.set_common(common::DEVICE_STATUS, 1, 1);
+    assert_eq!(guest.device_status(), 15, "nothing is set up before");
+    guest.function.quiesced();
+    assert_eq!(guest.device_status(), 0);
+    guest.bring_up();
+    assert_eq!(guest.device_status(), 15);
+    succeed(&mut guest, |_| {}).unwrap();
+    works(&guest);
+
+    // A successor says it, too.
+    guest.backend.die();
+    lost(&guest);
+    guest.set_common(common::DEVICE_STATUS, 1, 0);
+    assert_eq!(guest.device_status(), 15);
+    succeed(&mut guest, |_| {}).unwrap();
+    assert_eq!(guest.device_status(), 0);
+
+    // And so it is for a process that is given up while it stops.
+    let guest = guest_with(VirtioPciOptions {
+        successor: false,
+        ..fenced
+    });
+    guest.bring_up();
+    let number = guest.backend.lock().log.len();
+    guest.backend.lock().dies_at = Some(number);
+    guest.set_common(common::DEVICE_STATUS, 1, 0);
+    assert_eq!(guest.device_status(), 15);
+    guest.function.quiesced();
+    assert_eq!(guest.device_status(), 0);
+}
+
+#[test]
+fn the_manager_never_waits_for_a_vcpu_that_waits_for_the_process() {
+    let guest = patient_guest();
+    guest.bring_up();
+    let function = Arc::clone(&guest.function);
+    // As a vCPU holds it through an activation.
+    let held = guest.function.lock_device();
+    let (said, heard) = std::sync::mpsc::channel();
+    let manager = std::thread::spawn(move || {
+        function.poll_fds();
+        function.status();
+        function.set_link(false);
+        for source in [
+            EventSource::RingError(0),
+            EventSource::Backend,
+            EventSource::Hangup,
+            EventSource::Successor,
+        ] {
+            function.on_event(source);
+        }
+        function.suspend(FailReason::Hangup);
+        function.quiesced();
+        let (socket, _other) = UnixStream::pair().unwrap();
+        function.adopt(socket).unwrap();
+        function.fail(FailReason::Hangup);
+        said.send(()).unwrap();
+    });
+    heard.recv_timeout(PATIENT).expect("the manager waits");
+    drop(held);
+    manager.join().unwrap();
+}
+
+#[test]
+fn a_driver_that_comes_and_goes_while_processes_do_is_served_in_the_end() {
+    let mut guest = patient_guest();
+    guest.map();
+    guest.enable_interrupts();
+    let stop = AtomicBool::new(false);
+    let mut backends = Vec::new();
+    std::thread::scope(|scope| {
+        let machine = &guest.machine;
+        let stop = &stop;
+        scope.spawn(move || {
+            while !stop.load(Ordering::Acquire) {
+                machine.negotiate();
+                machine.set_up_queue(0, DESCRIPTORS[0]);
+                machine.set_up_queue(1, DESCRIPTORS[1]);
+                machine.set_common(common::DEVICE_STATUS, 1, 15);
+                machine.write(BAR + bar::DEVICE, 1, 9);
+                machine.read(BAR + bar::DEVICE, 8);
+                machine.set_common(common::QUEUE_VECTOR, 2, 2);
+            }
+        });
+        for number in 0..200 {
+            let die_at = (number % 3 == 0).then_some(number % 24);
+            let (backend, socket) = TestBackend::start_with(&CONFIG, |r| r.dies_at = die_at);
+            if machine.function.adopt(socket).is_ok() {
+                while matches!(
+                    machine.function.on_event(EventSource::Successor),
+                    Outcome::Handled
+                ) {
+                    std::thread::yield_now();
+                }
+            }
+            backend.die();
+            machine.function.on_event(EventSource::Hangup);
+            backends.push(backend);
+        }
+        stop.store(true, Ordering::Release);
+    });
+    succeed(&mut guest, |_| {}).unwrap();
+    guest.bring_up();
+    guest.hypervisor.write(doorbell(0));
+    guest.hypervisor.write(doorbell(1));
+    works(&guest);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever a process says at whatever message: it is hung up on, and the next one
+    /// takes over.
+    #[test]
+    fn a_process_that_lies_at_any_message_is_succeeded(
+        first in 0_usize..30,
+        second in 0_usize..30,
+        garbage in proptest::collection::vec(any::<u8>(), 1..64),
+        reset in any::<bool>(),
+    ) {
+        let mut guest = patient_guest();
+        guest.backend.lock().garbage_at = Some((first, garbage.clone()));
+        guest.bring_up();
+        if reset {
+            guest.set_common(common::DEVICE_STATUS, 1, 0);
+        }
+        guest.backend.die();
+        guest.function.on_event(EventSource::Hangup);
+        let (backend, socket) = TestBackend::start_with(&CONFIG, |recorder| {
+            recorder.garbage_at = Some((second, garbage));
+        });
+        if let Ok(frontend) = Frontend::connect(socket, PATIENT) {
+            let _ = guest.function.reconnect(frontend);
+        }
+        backend.die();
+        guest.function.on_event(EventSource::Hangup);
+        prop_assert!(guest.function.status().awaiting.is_some());
+        prop_assert_eq!(guest.function.status().needs_reset, false);
+        succeed(&mut guest, |_| {}).unwrap();
+        if reset {
+            guest.bring_up();
+            guest.hypervisor.write(doorbell(0));
+            guest.hypervisor.write(doorbell(1));
+        }
+        works(&guest);
+    }
+}
