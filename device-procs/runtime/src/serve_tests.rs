@@ -488,3 +488,25 @@ fn the_fence_falls_with_the_last_worker_that_holds_it() {
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     runtime.shut_down();
 }
+
+#[test]
+fn a_ring_in_io_uring_holds_the_fence_on_its_own() {
+    use bulkhead_seccomp::uring::{self, RingSpec};
+    let (reader, writer) = std::io::pipe().unwrap();
+    let ring = uring::restricted(&RingSpec {
+        entries: 1,
+        opcodes: &[],
+        files: &[writer.as_raw_fd()],
+        spare_files: 0,
+    });
+    let Ok(ring) = ring else {
+        // This host has none: then no worker has one either.
+        return;
+    };
+    drop(writer);
+    assert!(!sys::wait_readable(&reader, 50).unwrap());
+    drop(ring);
+    // The kernel takes rings down in its own time.
+    let patience = i32::try_from(PATIENCE.as_millis()).unwrap();
+    assert!(sys::wait_readable(&reader, patience).unwrap());
+}
