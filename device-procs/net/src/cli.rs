@@ -261,6 +261,13 @@ impl Raw {
         if !self.vhost_net.is_empty() && self.vhost_net.len() != usize::from(pairs) {
             return bad("--vhost-net", "needs one descriptor per queue pair");
         }
+        let limited = [self.to_guest, self.from_guest] != [Limits::default(); 2];
+        if !self.vhost_net.is_empty() && limited {
+            return bad(
+                "--vhost-net",
+                "the kernel moves the frames and knows no limits",
+            );
+        }
         if let Endpoint::Inherited { .. } = endpoint {
             if self.mac.is_none() {
                 return bad("--mac", "is missing");

@@ -17,7 +17,7 @@ const LAUNCHED: &str = "--control-fd 3 --vhost-fd 4 --mac 52:54:00:12:34:56";
 fn the_launchers_line_is_understood() {
     let o = serve(&format!(
         "{LAUNCHED} --tap fds=5:6 --vhost-net fds=7:8 --queue-pairs 2 --mtu 9000 --link down \
-         --fence-fd 9 --rx-bps 1000:2000 --tx-pps 5"
+         --fence-fd 9"
     ))
     .unwrap();
     assert_eq!(
@@ -32,6 +32,10 @@ fn the_launchers_line_is_understood() {
     assert_eq!(o.vhost_net, [7, 8]);
     assert_eq!((o.pairs, o.mtu, o.link_up), (2, Some(9000), false));
     assert_eq!(o.mac, Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+    let o = serve(&format!(
+        "{LAUNCHED} --tap fds=5 --rx-bps 1000:2000 --tx-pps 5"
+    ))
+    .unwrap();
     assert_eq!(o.to_guest.bytes, Rate::new("", 1000, 2000).unwrap());
     assert_eq!(o.from_guest.packets, Rate::new("", 5, 0).unwrap());
     assert_eq!(o.from_guest.bytes, None);
@@ -74,6 +78,10 @@ fn nonsense_is_named() {
         ("--socket /s --tap t --rx-bps x", "N:BURST"),
         ("--socket /s --tap t --io-engine x", "plain"),
         ("--socket /s --tap t --vhost-net fds=5:6", "per queue pair"),
+        (
+            "--socket /s --tap t --vhost-net fds=5 --tx-bps 5",
+            "knows no limits",
+        ),
         ("--socket /s --tap t,x=y", "unknown"),
         ("--socket /s --tap t --control-fd 3", "either"),
         ("--control-fd 3 --vhost-fd 4 --tap fds=5", "--mac"),

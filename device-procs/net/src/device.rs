@@ -1,5 +1,6 @@
 //! The network device as the runtime sees it. Called by the main thread.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,8 +16,10 @@ use bulkhead_runtime::limit::Rate;
 use bulkhead_runtime::mailbox::WorkerPort;
 
 use crate::features;
+use crate::kernel::Kernel;
 use crate::pair::Pair;
 use crate::state::{Limits, State};
+use crate::vhost_ioctl::VhostNet;
 use crate::{engine_plain, engine_uring};
 
 /// Which engine moves the frames.
@@ -26,22 +29,28 @@ pub enum EngineKind {
     IoUring,
     /// read and write.
     Plain,
+    /// vhost-net.
+    Kernel,
 }
 
 /// One network device with its pairs.
 pub struct Net {
     state: Arc<State>,
     engine: EngineKind,
+    /// The kernel's end of each pair that has no thread yet.
+    kernel: Mutex<VecDeque<VhostNet>>,
     wakeups: Mutex<Vec<File>>,
     wakeups_given: AtomicBool,
 }
 
 impl Net {
-    /// A device in this state.
-    pub fn new(state: State, engine: EngineKind) -> Self {
+    /// A device in this state. With [`EngineKind::Kernel`], there is one of `kernel` for each
+    /// pair.
+    pub fn new(state: State, engine: EngineKind, kernel: Vec<VhostNet>) -> Self {
         Self {
             state: Arc::new(state),
             engine,
+            kernel: Mutex::new(kernel.into()),
             wakeups: Mutex::default(),
             wakeups_given: AtomicBool::new(false),
         }
@@ -65,6 +74,8 @@ impl Net {
             }
         }
         let state = Arc::clone(&self.state);
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let kernel = kernel.pop_front().map(Kernel::new).transpose()?;
         Ok(match self.engine {
             EngineKind::IoUring => Box::new(move |prepared| {
                 match engine_uring::Engine::new(Pair::new(number, ports, state)) {
@@ -75,8 +86,9 @@ impl Net {
                     Err(why) => prepared.failed(why),
                 }
             }),
-            EngineKind::Plain => Box::new(move |prepared| {
-                let engine = engine_plain::Engine::new(Pair::new(number, ports, state));
+            EngineKind::Plain | EngineKind::Kernel => Box::new(move |prepared| {
+                let pair = Pair::new(number, ports, state).with_kernel(kernel);
+                let engine = engine_plain::Engine::new(pair);
                 prepared.ready();
                 engine.run()
             }),
@@ -86,6 +98,13 @@ impl Net {
     fn update_net(&self, request: &NetUpdate) -> Result<Update, RpcStatus> {
         let to_guest = limits("to_guest", &request.to_guest)?;
         let from_guest = limits("from_guest", &request.from_guest)?;
+        for (what, limits) in [("to_guest", to_guest), ("from_guest", from_guest)] {
+            if self.state.traits().kernel && limits.is_some_and(|l| l != Limits::default()) {
+                return Err(RpcStatus::invalid_argument(format!(
+                    "{what}: the kernel moves the frames (vhost-net) and knows no limits; use backend=user"
+                )));
+            }
+        }
         let link = match request.link.enum_value() {
             Ok(Link::UNCHANGED) => None,
             Ok(Link::UP) => Some(true),
@@ -131,6 +150,7 @@ impl Device for Net {
         match self.engine {
             EngineKind::IoUring => "io_uring",
             EngineKind::Plain => "read/write",
+            EngineKind::Kernel => "vhost-net",
         }
     }
 
@@ -171,7 +191,10 @@ impl Device for Net {
         net.unicast_filter = macs(filter.unicast.entries());
         net.multicast_filter = macs(filter.multicast.entries());
         net.vlan_filter = filter.vlans().map(u32::from).collect();
-        net.datapath = "tap".into();
+        net.datapath = match self.engine {
+            EngineKind::Kernel => "vhost-net".into(),
+            EngineKind::IoUring | EngineKind::Plain => "tap".into(),
+        };
         stats.net = MessageField::some(net);
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bulkhead_runtime::sys::{self, PollFd};
 use libc::iovec;
 
-use crate::pair::{PLACES, Pair};
+use crate::pair::{PLACES, Pair, Serving};
 use crate::receive::Delivery;
 use crate::tap::MAX_FRAME;
 use crate::tap_ioctl;
@@ -60,11 +60,13 @@ pub struct Engine {
 impl Engine {
     /// An engine for this pair.
     pub fn new(pair: Pair) -> Self {
+        let moves_frames = pair.kernel.is_none();
+        let buffer = |len| vec![0; if moves_frames { len } else { 0 }];
         Self {
-            pair,
-            frame: vec![0; BUFFER],
+            frame: buffer(BUFFER),
             pending: None,
-            gathered: vec![0; MAX_FRAME],
+            gathered: buffer(MAX_FRAME),
+            pair,
         }
     }
 
@@ -77,6 +79,7 @@ impl Engine {
             }
             self.transmit(&mut wait);
             self.receive(&mut wait);
+            self.pair.settle_kernel();
             self.sleep(&wait);
         }
     }
@@ -188,11 +191,19 @@ impl Engine {
             if let Some(fd) = wakeups.get_mut(i) {
                 *fd = PollFd::new(place.port.wakeup().as_fd(), libc::POLLIN);
             }
-            if let Some(serving) = &mut place.serving
-                && !serving.ring().is_broken()
+            let ring = place.serving.as_mut().and_then(Serving::ring);
+            if let Some(ring) = ring.filter(|ring| !ring.is_broken())
                 && let Some(file) = kick_files.get_mut(i)
             {
-                *file = Some(Arc::clone(serving.ring().kick()));
+                *file = Some(Arc::clone(ring.kick()));
+            }
+        }
+        let mut errors = [PollFd::none(); PLACES];
+        if let Some(kernel) = &self.pair.kernel {
+            for (i, fd) in errors.iter_mut().enumerate() {
+                if let Some(file) = kernel.error(i) {
+                    *fd = PollFd::new(file.as_fd(), libc::POLLIN);
+                }
             }
         }
         for (fd, file) in kicks.iter_mut().zip(&kick_files) {
@@ -202,7 +213,8 @@ impl Engine {
         }
         let [w0, w1] = wakeups;
         let [k0, k1] = kicks;
-        let mut fds = [w0, w1, k0, k1, tap];
+        let [e0, e1] = errors;
+        let mut fds = [w0, w1, k0, k1, e0, e1, tap];
         let timeout = match (wait.busy, wait.nap) {
             (true, _) => 0,
             (false, None) => -1,
@@ -210,7 +222,12 @@ impl Engine {
         };
         // An error (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut fds, timeout);
-        let [w0, w1, k0, k1, _] = fds;
+        let [w0, w1, k0, k1, e0, e1, _] = fds;
+        for (ring, fd) in [e0, e1].iter().enumerate() {
+            if let Some(kernel) = self.pair.kernel.as_mut().filter(|_| fd.revents() != 0) {
+                kernel.broken(ring);
+            }
+        }
         for (place, (fd, file)) in [k0, k1].iter().zip(kick_files).enumerate() {
             if let Some(file) = file
                 && fd.revents() != 0
@@ -232,11 +249,8 @@ impl Engine {
         if revents & libc::POLLIN != 0 && matches!(kick.read(&mut count), Ok(8)) {
             return;
         }
-        let serving = self.pair.places.get_mut(place);
-        if let Some(serving) = serving.and_then(|p| p.serving.as_mut()) {
-            serving
-                .ring()
-                .break_because(&"the kick descriptor is no eventfd");
+        if let Some(ring) = self.pair.ring(place) {
+            ring.break_because(&"the kick descriptor is no eventfd");
         }
     }
 }

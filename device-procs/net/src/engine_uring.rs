@@ -20,7 +20,7 @@ use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libc::iovec;
 
-use crate::pair::{Change, PLACES, Pair};
+use crate::pair::{Change, PLACES, Pair, Serving};
 use crate::receive::Delivery;
 use crate::tap::{MAX_FRAME, Tap};
 use crate::transmit::BATCH;
@@ -395,8 +395,8 @@ impl Engine {
     /// Shows the driver what was completed; the interrupt goes along with the next entry.
     fn interrupt(&mut self) {
         for (number, place) in (0u32..).zip(&mut self.pair.places) {
-            if let Some(serving) = &mut place.serving
-                && serving.ring().publish()
+            if let Some(ring) = place.serving.as_mut().and_then(Serving::ring)
+                && ring.publish()
             {
                 let one = std::ptr::from_ref(&ONE).cast();
                 let entry = opcode::Write::new(types::Fixed(CALL + number), one, 8).build();
@@ -537,9 +537,8 @@ impl Engine {
     }
 
     fn break_ring(&mut self, place: usize, why: &str) {
-        let serving = self.pair.places.get_mut(place);
-        if let Some(serving) = serving.and_then(|p| p.serving.as_mut()) {
-            serving.ring().break_because(&why);
+        if let Some(ring) = self.pair.ring(place) {
+            ring.break_because(&why);
         }
     }
 
@@ -575,11 +574,8 @@ impl Engine {
             push(&mut self.uring, &cancel.user_data(user_data(TAG_OTHER, 0)));
             self.enter(0, None);
         }
-        let serving = self.pair.places.get_mut(place);
-        let kick = serving
-            .and_then(|p| p.serving.as_mut())
-            .filter(|_| on)
-            .map_or(-1, |s| s.ring().kick().as_raw_fd());
+        let ring = self.pair.ring(place).filter(|_| on);
+        let kick = ring.map_or(-1, |ring| ring.kick().as_raw_fd());
         if !self.register(KICK, place, kick) {
             self.break_ring(place, "the kick descriptor cannot be waited for");
         }
@@ -587,12 +583,9 @@ impl Engine {
     }
 
     fn set_call(&mut self, place: usize, on: bool) {
-        let serving = self.pair.places.get_mut(place);
-        let call = serving
-            .and_then(|p| p.serving.as_mut())
-            .filter(|_| on)
-            .and_then(|s| s.ring().call())
-            .map_or(-1, |call| call.as_raw_fd());
+        let ring = self.pair.ring(place).filter(|_| on);
+        let call = ring.and_then(|ring| ring.call());
+        let call = call.map_or(-1, |call| call.as_raw_fd());
         self.register(CALL, place, call);
     }
 

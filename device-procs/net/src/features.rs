@@ -111,6 +111,8 @@ pub struct Traits {
     pub mtu: Option<u16>,
     /// TUN_F_ bits that the tap takes.
     pub offloads: u32,
+    /// The kernel moves the frames, and filters none.
+    pub kernel: bool,
 }
 
 /// The kind's feature bits.
@@ -123,6 +125,9 @@ pub fn offered(traits: &Traits) -> u64 {
         | F_CTRL_VLAN
         | F_CTRL_MAC_ADDR
         | F_GUEST_ANNOUNCE;
+    if traits.kernel {
+        bits &= !(F_CTRL_RX | F_CTRL_VLAN);
+    }
     if traits.mtu.is_some() {
         bits |= F_MTU;
     }
@@ -162,6 +167,7 @@ mod tests {
             pairs: 1,
             mtu: None,
             offloads: 0,
+            kernel: true,
         };
         let bits = offered(&traits);
         assert_eq!(
@@ -169,6 +175,7 @@ mod tests {
             0
         );
         assert_eq!(bits & (F_MTU | F_MQ | F_CTRL_GUEST_OFFLOADS), 0);
+        assert_eq!(bits & (F_CTRL_RX | F_CTRL_VLAN), 0, "vhost-net cannot");
         assert_ne!(bits & F_MRG_RXBUF, 0);
     }
 
@@ -178,12 +185,14 @@ mod tests {
             pairs: 4,
             mtu: Some(9000),
             offloads: ALL,
+            kernel: false,
         };
         let bits = offered(&traits);
         assert_eq!(bits & GUEST_OFFLOADS, GUEST_OFFLOADS);
         let host = F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN | F_HOST_UFO | F_HOST_USO;
         assert_eq!(bits & host, host);
-        assert_eq!(bits & (F_MTU | F_MQ), F_MTU | F_MQ);
+        let more = F_MTU | F_MQ | F_CTRL_RX | F_CTRL_VLAN;
+        assert_eq!(bits & more, more);
         assert_eq!(
             space(&traits, &[1, 2, 3, 4, 5, 6], S_LINK_UP),
             [1, 2, 3, 4, 5, 6, 1, 0, 4, 0, 0x28, 0x23]

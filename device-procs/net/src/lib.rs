@@ -4,7 +4,8 @@
 //! One worker thread serves each queue pair ([`pair`]): frames go from the guest to the tap
 //! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_uring`],
 //! [`engine_plain`]). The control
-//! queue ([`control`]) has a thread of its own; what it is told lies in [`state`].
+//! Or the kernel
+//! moves the frames itself, by vhost-net ([`kernel`]). The control queue ([`control`]) has a thread of its own; what it is told lies in [`state`].
 
 pub mod cli;
 pub mod control;
@@ -13,9 +14,11 @@ pub mod engine_plain;
 pub mod engine_uring;
 pub mod features;
 pub mod filter;
+pub mod kernel;
 pub mod pair;
 pub mod receive;
 pub mod state;
 pub mod tap;
 mod tap_ioctl;
 pub mod transmit;
+mod vhost_ioctl;

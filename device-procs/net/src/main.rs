@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use bulkhead_net::cli::{self, Command, Endpoint, EngineChoice, HELP, Options, TapSource};
 use bulkhead_net::device::{EngineKind, Net};
-use bulkhead_net::engine_uring;
 use bulkhead_net::filter::Mac;
 use bulkhead_net::state::{Settings, State};
 use bulkhead_net::tap::{Tap, TapError};
+use bulkhead_net::{engine_uring, kernel};
 use bulkhead_runtime::channels::{ChannelError, Channels};
 use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
@@ -32,6 +32,8 @@ enum MainError {
     Tap(#[from] TapError),
     #[error("{0}; use --io-engine plain")]
     Uring(String),
+    #[error("{0}")]
+    Kernel(String),
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
@@ -105,7 +107,12 @@ fn run(options: &Options) -> Result<(), MainError> {
         (None, Endpoint::Socket(path)) => Channels::listen(path)?,
         (None, Endpoint::Inherited { control, vhost, .. }) => Channels::inherit(*control, *vhost)?,
     };
+    let kernel = options.vhost_net.iter().map(|fd| kernel::inherit(*fd));
+    let kernel: Vec<_> = kernel
+        .collect::<Result<_, _>>()
+        .map_err(MainError::Kernel)?;
     let engine = match options.engine {
+        _ if !kernel.is_empty() => EngineKind::Kernel,
         EngineChoice::Plain => EngineKind::Plain,
         EngineChoice::IoUring => {
             engine_uring::supported(&tap).map_err(MainError::Uring)?;
@@ -123,6 +130,7 @@ fn run(options: &Options) -> Result<(), MainError> {
         (Endpoint::Socket(_), _) => &policy::BULKHEAD_NET_SOCKET,
         (_, EngineKind::IoUring) => &policy::BULKHEAD_NET,
         (_, EngineKind::Plain) => &policy::BULKHEAD_NET_PLAIN,
+        (_, EngineKind::Kernel) => &policy::BULKHEAD_NET_VHOST,
     };
     let rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_PAIR * u64::from(options.pairs));
     log::debug!("tap {}, {} queue pairs", tap.name(), tap.queues());
@@ -132,8 +140,9 @@ fn run(options: &Options) -> Result<(), MainError> {
         link_up: options.link_up,
         to_guest: options.to_guest,
         from_guest: options.from_guest,
+        kernel: engine == EngineKind::Kernel,
     };
-    let device = Arc::new(Net::new(State::new(tap, &settings), engine));
+    let device = Arc::new(Net::new(State::new(tap, &settings), engine, kernel));
     serve(
         device,
         ServeOptions {

@@ -10,9 +10,11 @@ use std::sync::atomic::Ordering;
 use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::device::F_VERSION_1;
 use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
+use bulkhead_runtime::memory::Memory;
 
 use crate::control::Control;
 use crate::features::{F_CTRL_VQ, F_MQ};
+use crate::kernel::Kernel;
 use crate::receive::Receive;
 use crate::state::State;
 use crate::transmit::Transmit;
@@ -53,23 +55,18 @@ pub enum Serving {
     Transmit(Transmit),
     /// Commands.
     Control(Control),
+    /// Frames either way, moved by the kernel: its ring of that number.
+    Kernel(usize),
 }
 
 impl Serving {
-    /// The ring.
-    pub fn ring(&mut self) -> &mut ActiveRing {
+    /// The ring, if this thread serves it.
+    pub fn ring(&mut self) -> Option<&mut ActiveRing> {
         match self {
-            Self::Receive(half) => half.ring(),
-            Self::Transmit(half) => half.ring(),
-            Self::Control(control) => control.ring(),
-        }
-    }
-
-    fn stop(self) -> u16 {
-        match self {
-            Self::Receive(half) => half.stop(),
-            Self::Transmit(half) => half.stop(),
-            Self::Control(control) => control.stop(),
+            Self::Receive(half) => Some(half.ring()),
+            Self::Transmit(half) => Some(half.ring()),
+            Self::Control(control) => Some(control.ring()),
+            Self::Kernel(_) => None,
         }
     }
 }
@@ -93,6 +90,8 @@ pub struct Pair {
     pub places: Vec<Place>,
     /// What all threads share.
     pub state: Arc<State>,
+    /// The kernel's end, if the kernel moves the frames.
+    pub kernel: Option<Kernel>,
 }
 
 /// What an order changed, for the engine.
@@ -119,7 +118,15 @@ impl Pair {
             number,
             places: places.collect(),
             state,
+            kernel: None,
         }
+    }
+
+    /// The same, with the kernel to move the frames.
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: Option<Kernel>) -> Self {
+        self.kernel = kernel;
+        self
     }
 
     /// The receiving half.
@@ -154,6 +161,22 @@ impl Pair {
         used && !paused && self.receive().is_some_and(|half| !half.ring().is_broken())
     }
 
+    /// The ring of a place, if this thread serves it.
+    pub fn ring(&mut self, place: usize) -> Option<&mut ActiveRing> {
+        self.places.get_mut(place)?.serving.as_mut()?.ring()
+    }
+
+    /// Lets the kernel move frames, or not, as everybody now wants it.
+    pub fn settle_kernel(&mut self) {
+        let Some(kernel) = &mut self.kernel else {
+            return;
+        };
+        // Noted by the mailbox, too, as the answer to a pause.
+        let paused = self.places.iter().filter(|p| p.port.paused()).count() > 0;
+        let wanted = !paused && self.state.is_link_up() && self.state.is_used(self.number);
+        kernel.set_attached(self.state.tap(), self.number, wanted);
+    }
+
     /// Takes and carries out the order in the mailbox of a place. No I/O of this thread is
     /// under way.
     pub fn obey(&mut self, place: usize) -> Change {
@@ -181,43 +204,68 @@ impl Pair {
             },
             Order::Stop => {
                 let serving = self.places.get_mut(place).and_then(|p| p.serving.take());
-                if let Some(Serving::Receive(_)) = serving {
-                    self.state.set_receiving(self.number, false);
-                }
                 let change = match serving {
                     Some(_) => Change::Stopped,
                     None => Change::None,
                 };
-                let next_avail = serving.map(Serving::stop);
+                let next_avail = serving.and_then(|serving| self.stop(place, serving));
                 (Answer::Stopped { next_avail }, change)
             }
-            Order::Memory(memory) => {
-                if let Some(transmit) = self.transmit() {
-                    transmit.abandon();
-                }
-                let answer = match self.serving(place).map(|s| s.ring().swap_memory(memory)) {
-                    Some(Err(why)) => Answer::Refused(why.to_string()),
-                    _ => Answer::Done,
-                };
-                (answer, Change::None)
-            }
+            Order::Memory(memory) => (self.set_memory(place, memory), Change::None),
             Order::Call(call) => {
-                if let Some(serving) = self.serving(place) {
-                    serving.ring().set_call(call);
+                if let (Some(Serving::Kernel(n)), Some(kernel)) = self.serving(place) {
+                    kernel.set_call(*n, call);
+                } else if let Some(ring) = self.ring(place) {
+                    ring.set_call(call);
                 }
                 (Answer::Done, Change::Call)
             }
             Order::Err(err) => {
-                if let Some(serving) = self.serving(place) {
-                    serving.ring().set_err(err);
+                if let (Some(Serving::Kernel(n)), Some(kernel)) = self.serving(place) {
+                    kernel.set_err(*n, err);
+                } else if let Some(ring) = self.ring(place) {
+                    ring.set_err(err);
                 }
                 (Answer::Done, Change::None)
             }
         }
     }
 
-    fn serving(&mut self, place: usize) -> Option<&mut Serving> {
-        self.places.get_mut(place)?.serving.as_mut()
+    fn serving(&mut self, place: usize) -> (Option<&mut Serving>, Option<&mut Kernel>) {
+        let serving = self.places.get_mut(place).and_then(|p| p.serving.as_mut());
+        (serving, self.kernel.as_mut())
+    }
+
+    fn stop(&mut self, place: usize, serving: Serving) -> Option<u16> {
+        match serving {
+            Serving::Receive(half) => {
+                self.state.set_receiving(self.number, false);
+                Some(half.stop())
+            }
+            Serving::Transmit(half) => Some(half.stop()),
+            Serving::Control(control) => Some(control.stop()),
+            Serving::Kernel(ring) => {
+                if place == 0 {
+                    self.state.set_receiving(self.number, false);
+                }
+                self.kernel.as_mut().and_then(|k| k.stop(ring))
+            }
+        }
+    }
+
+    fn set_memory(&mut self, place: usize, memory: Arc<Memory>) -> Answer {
+        if let Some(transmit) = self.transmit() {
+            transmit.abandon();
+        }
+        let (number, state) = (self.number, Arc::clone(&self.state));
+        let done = if let (Some(Serving::Kernel(_)), Some(kernel)) = self.serving(place) {
+            kernel.set_memory(memory, state.tap(), number)
+        } else if let Some(ring) = self.ring(place) {
+            ring.swap_memory(memory).map_err(|e| e.to_string())
+        } else {
+            Ok(())
+        };
+        done.map_or_else(Answer::Refused, |()| Answer::Done)
     }
 
     fn start(&mut self, place: usize, setup: RingSetup) -> Result<(), String> {
@@ -233,6 +281,15 @@ impl Pair {
             return Err("the driver's features leave this ring without a use".into());
         };
         let status = Arc::clone(place.port.status());
+        if let (Some(kernel), true) = (&mut self.kernel, role != Role::Control) {
+            let ring = usize::from(role == Role::Transmit);
+            kernel.start(ring, setup, &status)?;
+            place.serving = Some(Serving::Kernel(ring));
+            if role == Role::Receive {
+                self.state.set_receiving(number, true);
+            }
+            return Ok(());
+        }
         let ring = ActiveRing::start(setup, index, &status).map_err(|e| e.to_string())?;
         let state = Arc::clone(&self.state);
         place.serving = Some(match role {

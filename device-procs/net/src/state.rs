@@ -39,6 +39,8 @@ pub struct Settings {
     pub to_guest: Limits,
     /// Limits on what comes from it.
     pub from_guest: Limits,
+    /// The kernel moves the frames (vhost-net).
+    pub kernel: bool,
 }
 
 /// The device's shared state.
@@ -75,6 +77,7 @@ impl State {
                 pairs,
                 mtu: settings.mtu,
                 offloads: tap.supported(),
+                kernel: settings.kernel,
             },
             default_mac: settings.mac,
             features: AtomicU64::new(0),
@@ -199,6 +202,7 @@ impl State {
         let was = self.link_up.swap(up, Ordering::Relaxed);
         if was != up {
             self.tap.set_carrier(up);
+            self.wake_pairs();
         }
         let announce = up && self.features() & features::F_GUEST_ANNOUNCE != 0;
         let announced = self.announce.swap(announce, Ordering::Relaxed);

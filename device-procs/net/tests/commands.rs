@@ -124,11 +124,19 @@ fn the_vmm_is_answered_by_a_confined_process() {
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
             assert_eq!(bed.net.status_field(set), "0000000000000000");
         }
-        assert_eq!(bed.net.status_field("Threads"), "4", "main, two pairs, commands");
+        assert_eq!(
+            bed.net.status_field("Threads"),
+            "4",
+            "main, two pairs, commands"
+        );
 
         let config = bed.vm.config(0, 16);
         assert_eq!(config[..6], MAC_BYTES);
-        assert_eq!(config[6..12], [1, 0, 2, 0, 0x78, 5], "up, two pairs, MTU 1400");
+        assert_eq!(
+            config[6..12],
+            [1, 0, 2, 0, 0x78, 5],
+            "up, two pairs, MTU 1400"
+        );
         assert_eq!(config[12..], [0; 4]);
         let health: HealthResponse = bed
             .client
@@ -144,8 +152,14 @@ fn the_vmm_is_answered_by_a_confined_process() {
         wire.send(&ether(MAC_BYTES, PEER, 200, 1));
         bed.vm.receive(0);
         let stats = bed.stats();
-        assert_eq!((stats.queues[0].requests, stats.queues[0].read_bytes), (1, 200));
-        assert_eq!((stats.queues[1].requests, stats.queues[1].written_bytes), (1, 100));
+        assert_eq!(
+            (stats.queues[0].requests, stats.queues[0].read_bytes),
+            (1, 200)
+        );
+        assert_eq!(
+            (stats.queues[1].requests, stats.queues[1].written_bytes),
+            (1, 100)
+        );
         assert!(stats.queues[1].kicks > 0 && stats.queues[1].interrupts > 0);
         assert!(stats.queues[0].syscalls > 0);
         let state = stats.net.unwrap();
@@ -154,7 +168,12 @@ fn the_vmm_is_answered_by_a_confined_process() {
 
         let _: ShutdownResponse = bed
             .client
-            .call(DEVICE_SERVICE, "Shutdown", &ShutdownRequest::new(), PATIENCE)
+            .call(
+                DEVICE_SERVICE,
+                "Shutdown",
+                &ShutdownRequest::new(),
+                PATIENCE,
+            )
             .unwrap();
         assert_eq!(bed.net.wait_exit().code(), Some(0), "{}", bed.net.stderr());
     });
@@ -183,11 +202,21 @@ fn the_driver_chooses_which_frames_it_gets() {
             ether([0xff; 6], PEER, 60, 4),
             tagged,
         ];
-        assert_eq!(bed.passing(&wire, &frames), [true; 5], "until the driver speaks");
+        assert_eq!(
+            bed.passing(&wire, &frames),
+            [true; 5],
+            "until the driver speaks"
+        );
         assert_eq!(bed.command(0, 0, &[0]), OK);
-        assert_eq!(bed.passing(&wire, &frames), [true, false, false, true, false]);
+        assert_eq!(
+            bed.passing(&wire, &frames),
+            [true, false, false, true, false]
+        );
         assert_eq!(bed.command(0, 1, &[1]), OK);
-        assert_eq!(bed.passing(&wire, &frames), [true, false, true, true, false]);
+        assert_eq!(
+            bed.passing(&wire, &frames),
+            [true, false, true, true, false]
+        );
         assert_eq!(bed.command(0, 1, &[0]), OK);
         let tables = [macs(&[other]), macs(&[group])].concat();
         assert_eq!(bed.command(1, 0, &tables), OK);
@@ -202,11 +231,17 @@ fn the_driver_chooses_which_frames_it_gets() {
 
         assert_eq!(bed.command(2, 1, &5u16.to_le_bytes()), OK);
         assert_eq!(bed.command(1, 0, &[macs(&[]), macs(&[])].concat()), OK);
-        assert_eq!(bed.passing(&wire, &frames), [true, false, false, true, false]);
+        assert_eq!(
+            bed.passing(&wire, &frames),
+            [true, false, false, true, false]
+        );
         // More than there is room for: all of that kind.
         let many: Vec<[u8; 6]> = (0..200).map(|i| [2, 1, 1, 1, 1, i]).collect();
         assert_eq!(bed.command(1, 0, &[macs(&many), macs(&[])].concat()), OK);
-        assert_eq!(bed.passing(&wire, &frames), [true, true, false, true, false]);
+        assert_eq!(
+            bed.passing(&wire, &frames),
+            [true, true, false, true, false]
+        );
         assert!(bed.state().promiscuous);
         assert_eq!(bed.state().unicast_filter.len(), 64);
 
@@ -250,7 +285,11 @@ fn commands_that_make_no_sense_are_refused_and_change_nothing() {
         (6, 0, vec![0; 12]),
         (0xff, 0xff, vec![]),
     ] {
-        assert_eq!(bed.command(class, command, &data), ERR, "{class} {command} {data:?}");
+        assert_eq!(
+            bed.command(class, command, &data),
+            ERR,
+            "{class} {command} {data:?}"
+        );
     }
     assert_eq!(bed.state(), before);
     let stats = bed.stats();
@@ -279,7 +318,11 @@ fn what_was_not_negotiated_is_refused() {
         (4, 0, vec![1, 0]),
         (5, 0, vec![0; 8]),
     ] {
-        assert_eq!(vm.command(2, class, command, &data), ERR, "{class} {command}");
+        assert_eq!(
+            vm.command(2, class, command, &data),
+            ERR,
+            "{class} {command}"
+        );
     }
 }
 
@@ -357,7 +400,11 @@ fn pairs_come_and_go_with_the_drivers_command() {
         let mut got = [0; 2];
         let start = std::time::Instant::now();
         while got[0] + got[1] < frames.len() {
-            assert!(start.elapsed() < PATIENCE, "{engine}: {got:?} of {}", frames.len());
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{engine}: {got:?} of {}",
+                frames.len()
+            );
             for (n, queue) in [0, 2].into_iter().enumerate() {
                 if bed.vm.queues[queue].ring.used_idx() as usize
                     != got[n] + if n == 0 { 40 } else { 0 }
@@ -368,7 +415,10 @@ fn pairs_come_and_go_with_the_drivers_command() {
                 }
             }
         }
-        assert!(got[0] > 0 && got[1] > 0, "{engine}: both pairs are used: {got:?}");
+        assert!(
+            got[0] > 0 && got[1] > 0,
+            "{engine}: both pairs are used: {got:?}"
+        );
         let out = ether(PEER, MAC_BYTES, 70, 9);
         bed.vm.send(3, &PLAIN, &out);
         assert_eq!(wire.receive(), out, "the second pair sends, too");
@@ -403,7 +453,8 @@ fn limits_hold_frames_back_until_they_are_lifted() {
         for i in 0..20u16 {
             let at = buffer(1, i);
             bed.vm.write_mem(at, &PLAIN);
-            bed.vm.write_mem(at + 12, &ether(PEER, MAC_BYTES, 100, i as u8));
+            bed.vm
+                .write_mem(at + 12, &ether(PEER, MAC_BYTES, 100, i as u8));
             bed.vm.queues[1].ring.chain(i, &[d(at, 112, 0)]);
             bed.vm.queues[1].ring.offer(i);
             wire.send(&ether(MAC_BYTES, PEER, 100, i as u8));
@@ -526,7 +577,10 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
         let before = bed.stats().queues[0].syscalls;
         std::thread::sleep(Duration::from_millis(100));
         let spent = bed.stats().queues[0].syscalls - before;
-        assert!(spent < 50, "{engine}: {spent} system calls without a tap: it spins");
+        assert!(
+            spent < 50,
+            "{engine}: {spent} system calls without a tap: it spins"
+        );
         assert!(bed.net.is_running());
         let ring = &mut bed.vm.queues[0].ring;
         ring.chain(20, &[d(buffer(0, 20), 2048, WRITE)]);

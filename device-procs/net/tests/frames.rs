@@ -57,7 +57,12 @@ fn a_frame_may_lie_in_many_pieces() {
         let wire = Wire::new(&tap, false);
         let frame = ether(PEER, MAC_BYTES, 1200, 7);
         let whole = [PLAIN.as_slice(), &frame].concat();
-        for sizes in [vec![12, 1200], vec![1; 20], vec![0, 5, 0, 7, 600], vec![13, 13]] {
+        for sizes in [
+            vec![12, 1200],
+            vec![1; 20],
+            vec![0, 5, 0, 7, 600],
+            vec![13, 13],
+        ] {
             let mut chain = Vec::new();
             let (mut at, mut rest) = (buffer(1, 0), whole.as_slice());
             for size in sizes.into_iter().chain([whole.len()]) {
@@ -151,7 +156,9 @@ fn tcp(to: [u8; 6], from: [u8; 6], data: usize) -> Vec<u8> {
     let folded = !(((sum & 0xffff) + (sum >> 16)) as u16);
     ip[10..12].copy_from_slice(&folded.to_be_bytes());
     frame.extend(ip);
-    frame.extend([0x12, 0x34, 0x56, 0x78, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0]);
+    frame.extend([
+        0x12, 0x34, 0x56, 0x78, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0,
+    ]);
     // The sum of the pseudo header, as who leaves a checksum to do has it there.
     let pseudo: u32 = 0x0a00 * 2 + 1 + 2 + 6 + 20 + data as u32;
     let pseudo = ((pseudo & 0xffff) + (pseudo >> 16)) as u16;

@@ -360,6 +360,14 @@ impl Memory {
         true
     }
 
+    /// The regions, each as its guest address and where it is mapped.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, VolatileSlice<'_>)> {
+        self.regions.iter().filter_map(|region| {
+            let len = usize::try_from(region.size).ok()?;
+            Some((region.gpa, region.slice(0, len)?))
+        })
+    }
+
     /// Whether the whole range is guest memory.
     #[inline]
     pub fn contains(&self, gpa: u64, len: u64) -> bool {

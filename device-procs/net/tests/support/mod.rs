@@ -102,6 +102,15 @@ impl Net {
 
     /// As the launcher starts it: channels at 3 and 4, the tap's queues from 5 on.
     pub fn inherit(tap: &Tap, more: &[&str]) -> (Self, OwnedFd, UnixStream) {
+        Self::inherit_with(tap, &[], more)
+    }
+
+    /// The same, with descriptors of /dev/vhost-net behind the tap's.
+    pub fn inherit_with(
+        tap: &Tap,
+        vhost_net: &[File],
+        more: &[&str],
+    ) -> (Self, OwnedFd, UnixStream) {
         let (control, control_theirs) = UnixStream::pair().unwrap();
         let (vhost, vhost_theirs) = UnixStream::pair().unwrap();
         let mut numbers = vec![control_theirs.as_raw_fd(), vhost_theirs.as_raw_fd()];
@@ -111,6 +120,14 @@ impl Net {
             list.push((5 + pair).to_string());
         }
         let mut command = Self::command();
+        let mut kernel = Vec::new();
+        for file in vhost_net {
+            numbers.push(file.as_raw_fd());
+            kernel.push((2 + numbers.len()).to_string());
+        }
+        if !kernel.is_empty() {
+            command.args(["--vhost-net", &format!("fds={}", kernel.join(":"))]);
+        }
         command
             .args(["--control-fd", "3", "--vhost-fd", "4", "--mac", MAC])
             .args(["--tap", &format!("fds={}", list.join(":"))])
@@ -403,4 +420,3 @@ pub fn ether(to: [u8; 6], from: [u8; 6], len: usize, seed: u8) -> Vec<u8> {
     f.extend(filled.take(len.saturating_sub(14)));
     f
 }
-
