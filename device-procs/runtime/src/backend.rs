@@ -23,7 +23,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::backend_channel::BackendChannel;
 use crate::device::{Device, F_EVENT_IDX, F_INDIRECT_DESC, F_PROTOCOL_FEATURES, offered_features};
-use crate::inflight::{InflightFile, InflightRegion};
+use crate::inflight::{Capacity, InflightFile, InflightRegion};
 use crate::link::Intercepted;
 use crate::mailbox::{Answer, Order, RingSetup, WorkerHandle};
 use crate::memory::{MAX_REGIONS, Memory, Region};
@@ -512,9 +512,17 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
             inflight.mmap_offset,
             inflight.num_queues,
             inflight.queue_size,
-            self.device.queues(),
+            Capacity {
+                queues: self.device.queues(),
+                kept: self.device.kept_bytes(),
+            },
         )
         .map_err(refuse)?;
+        if self.rings.iter().all(|r| !r.serving)
+            && let Some(kept) = region.kept()
+        {
+            self.device.keep(kept).map_err(refuse)?;
+        }
         self.inflight = Some(region);
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{StatsResponse, UpdateRequest};
 
+use crate::inflight::KeptMemory;
 use crate::mailbox::WorkerPort;
 
 /// VIRTIO_F_INDIRECT_DESC
@@ -67,6 +68,22 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// One line with the remedy; the process ends with it.
     fn confined(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Bytes that the device wants to outlive its process, beside its requests in flight.
+    /// Asked for before confinement.
+    fn kept_bytes(&self) -> u64 {
+        0
+    }
+
+    /// The memory for them, from the front-end: no ring is being served, and none will be
+    /// before this returns. Called each time that a front-end hands it over.
+    ///
+    /// # Errors
+    /// What a process before this one left cannot be used: one line. The front-end's message
+    /// is refused.
+    fn keep(&self, _memory: KeptMemory) -> Result<(), String> {
         Ok(())
     }
 

@@ -14,6 +14,9 @@
 //! order that the specification demands, so that the process may be killed between any two
 //! of them. Nothing is read back while the ring runs.
 //!
+//! Behind the queues' regions, at the next page, there may be a piece for the device's own
+//! use ([`KeptMemory`]), of which the front-end knows nothing but that it keeps it.
+//!
 //! What lies in the region when a ring starts was written by another process, or by
 //! anyone: it is checked as a whole before any of it is obeyed, and refused if it cannot
 //! have come from a device that keeps the rules. A front-end that shrinks its own file
@@ -31,6 +34,7 @@ use crate::ring::MAX_RING_SIZE;
 const VERSION: u16 = 1;
 /// Each queue's region begins at a multiple of this (as libvhost-user and DPDK have it).
 const ALIGN: usize = 64;
+const PAGE: u64 = 4096;
 const HEADER: usize = 16;
 const STATE: usize = 16;
 const WORD: usize = 8;
@@ -129,6 +133,11 @@ pub fn region_bytes(queues: u16, queue_size: u16) -> u64 {
     (queue_bytes(queue_size) as u64).saturating_mul(u64::from(queues))
 }
 
+/// Where the device's own piece begins.
+fn kept_at(queues: u16, queue_size: u16) -> u64 {
+    region_bytes(queues, queue_size).next_multiple_of(PAGE)
+}
+
 /// Whether a device with `have` queues can keep such a region.
 fn check(asked: u16, queue_size: u16, have: u16) -> Result<(), RegionError> {
     if asked == 0 || asked > have {
@@ -140,22 +149,32 @@ fn check(asked: u16, queue_size: u16, have: u16) -> Result<(), RegionError> {
     Ok(())
 }
 
+/// What a device has to be kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Capacity {
+    /// Its queues.
+    pub(crate) queues: u16,
+    /// Bytes that it uses itself.
+    pub(crate) kept: u64,
+}
+
 /// The file that this process offers as region (GET_INFLIGHT_FD). It is made before
 /// confinement, as large as it may ever have to be; until it is used it costs nothing.
 #[derive(Debug)]
 pub(crate) struct InflightFile {
     file: File,
-    queues: u16,
+    capacity: Capacity,
     used: bool,
 }
 
 impl InflightFile {
-    /// A file for a device of so many queues, which nobody can make larger or smaller.
-    pub(crate) fn new(queues: u16) -> std::io::Result<Self> {
-        let file = crate::sys::sealed_memfd("inflight", region_bytes(queues, MAX_RING_SIZE))?;
+    /// A file for such a device, which nobody can make larger or smaller.
+    pub(crate) fn new(capacity: Capacity) -> std::io::Result<Self> {
+        let bytes = kept_at(capacity.queues, MAX_RING_SIZE).saturating_add(capacity.kept);
+        let file = crate::sys::sealed_memfd("inflight", bytes)?;
         Ok(Self {
             file,
-            queues,
+            capacity,
             used: false,
         })
     }
@@ -167,11 +186,20 @@ impl InflightFile {
         queues: u16,
         queue_size: u16,
     ) -> Result<(u64, &File), RegionError> {
-        check(queues, queue_size, self.queues)?;
-        let bytes = region_bytes(queues, queue_size);
+        check(queues, queue_size, self.capacity.queues)?;
+        let bytes = match self.capacity.kept {
+            0 => region_bytes(queues, queue_size),
+            kept => kept_at(queues, queue_size).saturating_add(kept),
+        };
         if self.used {
             let region = Memory::new(vec![Region::map(&self.file, 0, bytes, 0, 0)?])?;
-            region.write(0, &vec![0; usize::try_from(bytes).unwrap_or(0)]);
+            for at in (0..bytes).step_by(PAGE as usize) {
+                let len = bytes.saturating_sub(at).min(PAGE);
+                region.write(
+                    at,
+                    [0; PAGE as usize].get(..len as usize).unwrap_or_default(),
+                );
+            }
         }
         self.used = true;
         Ok((bytes, &self.file))
@@ -184,19 +212,20 @@ pub(crate) struct InflightRegion {
     mapped: Memory,
     queues: u16,
     queue_size: u16,
+    kept: usize,
 }
 
 impl InflightRegion {
-    /// Maps what the front-end describes, for a device with `have` queues.
+    /// Maps what the front-end describes, for a device that has so much.
     pub(crate) fn map(
         file: &File,
         size: u64,
         offset: u64,
         queues: u16,
         queue_size: u16,
-        have: u16,
+        have: Capacity,
     ) -> Result<Self, RegionError> {
-        check(queues, queue_size, have)?;
+        check(queues, queue_size, have.queues)?;
         let need = region_bytes(queues, queue_size);
         if size < need {
             return Err(RegionError::Size { have: size, need });
@@ -204,11 +233,25 @@ impl InflightRegion {
         if !offset.is_multiple_of(8) {
             return Err(RegionError::Offset(offset));
         }
-        let region = Region::map(file, 0, need, 0, offset)?;
+        let kept_at = kept_at(queues, queue_size);
+        let kept = size.saturating_sub(kept_at).min(have.kept);
+        let mapped = if kept == 0 { need } else { kept_at + kept };
+        let region = Region::map(file, 0, mapped, 0, offset)?;
         Ok(Self {
             mapped: Memory::new(vec![region])?,
             queues,
             queue_size,
+            kept: usize::try_from(kept).unwrap_or(0),
+        })
+    }
+
+    /// The piece for the device's own use, if there is one.
+    pub(crate) fn kept(&self) -> Option<KeptMemory> {
+        let at = kept_at(self.queues, self.queue_size);
+        let area = self.mapped.area_at_user_addr(at, self.kept)?;
+        (self.kept > 0).then_some(KeptMemory {
+            area,
+            len: self.kept,
         })
     }
 
@@ -223,6 +266,52 @@ impl InflightRegion {
             area: self.mapped.area_at_user_addr(at, bytes)?,
             desc_num: self.queue_size,
         })
+    }
+}
+
+/// Memory that outlives the device process, for its own use: all zeros when the front-end
+/// has just got it, else as the process before this one left it. Nothing that is in it is to
+/// be trusted.
+#[derive(Clone, Debug)]
+pub struct KeptMemory {
+    area: Area,
+    len: usize,
+}
+
+impl KeptMemory {
+    /// Its size in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads; what lies beyond the end stays as it is in `into`.
+    pub fn read(&self, at: usize, into: &mut [u8]) {
+        let slice = self.area.slice().and_then(|s| s.offset(at).ok());
+        if let Some(slice) = slice {
+            // Short at the end of the memory.
+            let _ = slice.read(into, 0);
+        }
+    }
+
+    /// Writes, as far as the memory goes.
+    pub fn write(&self, at: usize, from: &[u8]) {
+        let slice = self.area.slice().and_then(|s| s.offset(at).ok());
+        if let Some(slice) = slice {
+            let _ = slice.write(from, 0);
+        }
+    }
+
+    /// Writes eight bytes at a multiple of eight, little-endian: all or none, whenever the
+    /// process ends, and after everything that was written before.
+    pub fn store(&self, at: usize, value: u64) {
+        if let Some(slice) = self.area.slice() {
+            let _ = slice.store(value.to_le(), at, Ordering::Release);
+        }
     }
 }
 

@@ -30,11 +30,16 @@ struct World {
     completed: u32,
 }
 
+/// A device with so many queues and nothing else to keep.
+fn of(queues: u16) -> Capacity {
+    Capacity { queues, kept: 0 }
+}
+
 fn region(queues: u16, queue_size: u16) -> InflightRegion {
     let bytes = region_bytes(queues, queue_size);
     let file = memfd("region").unwrap();
     file.set_len(bytes).unwrap();
-    InflightRegion::map(&file, bytes, 0, queues, queue_size, queues).unwrap()
+    InflightRegion::map(&file, bytes, 0, queues, queue_size, of(queues)).unwrap()
 }
 
 impl World {
@@ -506,7 +511,7 @@ fn a_region_that_does_not_fit_its_description_is_refused() {
     let file = memfd("region").unwrap();
     file.set_len(4096).unwrap();
     let map = |size, offset, queues, queue_size| {
-        InflightRegion::map(&file, size, offset, queues, queue_size, 2).map(drop)
+        InflightRegion::map(&file, size, offset, queues, queue_size, of(2)).map(drop)
     };
     assert!(map(2112, 0, 1, 128).is_ok());
     assert!(map(2112, 1984, 1, 128).is_ok());
@@ -537,11 +542,11 @@ fn a_region_that_does_not_fit_its_description_is_refused() {
 
 #[test]
 fn the_region_on_offer_is_empty_each_time_and_keeps_its_size() {
-    let mut offer = InflightFile::new(2).unwrap();
+    let mut offer = InflightFile::new(of(2)).unwrap();
     for queue_size in [128, 1024, 128] {
         let (bytes, file) = offer.offer(2, queue_size).unwrap();
         assert_eq!(bytes, region_bytes(2, queue_size));
-        let region = InflightRegion::map(file, bytes, 0, 2, queue_size, 2).unwrap();
+        let region = InflightRegion::map(file, bytes, 0, 2, queue_size, of(2)).unwrap();
         for queue in 0..2 {
             let ring = region.ring(queue).unwrap();
             let (mut log, recovered) = Log::open(ring, queue_size, 9).unwrap();
@@ -552,6 +557,39 @@ fn the_region_on_offer_is_empty_each_time_and_keeps_its_size() {
     }
     assert!(offer.offer(3, 128).is_err());
     assert!(offer.offer(2, 2048).is_err());
+}
+
+#[test]
+fn behind_the_queues_there_is_memory_for_the_device() {
+    let capacity = Capacity {
+        queues: 2,
+        kept: 10_000,
+    };
+    let mut offer = InflightFile::new(capacity).unwrap();
+    for queue_size in [1024, 128] {
+        let (bytes, file) = offer.offer(2, queue_size).unwrap();
+        let begin = region_bytes(2, queue_size).next_multiple_of(4096);
+        assert_eq!(bytes, begin + 10_000);
+        let map = |bytes| InflightRegion::map(file, bytes, 0, 2, queue_size, capacity).unwrap();
+        let (one, two) = (map(bytes).kept().unwrap(), map(bytes).kept().unwrap());
+        assert_eq!(one.len(), 10_000);
+        // Empty each time, and whoever comes next finds what was written.
+        let mut found = [9; 16];
+        one.read(0, &mut found);
+        assert_eq!(found, [0; 16]);
+        one.write(3, b"left");
+        one.store(8, 0x0102);
+        two.read(0, &mut found);
+        assert_eq!(&found, b"\0\0\0left\0\x02\x01\0\0\0\0\0\0");
+        // Nothing goes beyond the end, and nothing into the queues' regions.
+        one.write(9_998, &[7; 64]);
+        one.store(9_999, 1);
+        two.read(20_000, &mut found);
+        two.read(9_996, &mut found[..4]);
+        assert_eq!(found[..4], [0, 0, 7, 7]);
+        assert_eq!(map(begin).kept().map(|k| k.len()), None);
+        assert_eq!(map(begin + 5).kept().map(|k| k.len()), Some(5));
+    }
 }
 
 #[test]

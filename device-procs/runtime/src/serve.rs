@@ -17,7 +17,7 @@ use crate::backend::{Backend, Meanwhile};
 use crate::channels::Channels;
 use crate::control::{ConfinementReport, Control};
 use crate::device::{Device, Prepared};
-use crate::inflight::InflightFile;
+use crate::inflight::{Capacity, InflightFile};
 use crate::link::{Link, LinkError};
 use crate::mailbox::{WorkerHandle, fenced_mailbox};
 use crate::sys::{self, PollFd};
@@ -80,7 +80,11 @@ pub struct ServeOptions {
 /// Nothing is read from any channel before the process is confined.
 pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), ServeError> {
     // Before the limit on file sizes, which is the disk's and not this file's.
-    let inflight = InflightFile::new(device.queues()).map_err(ServeError::Inflight)?;
+    let inflight = InflightFile::new(Capacity {
+        queues: device.queues(),
+        kept: device.kept_bytes(),
+    })
+    .map_err(ServeError::Inflight)?;
     let locked = Confinement::new(options.rlimits).lock_down()?;
     let (control, vhost, listener, fence) = match options.channels {
         Channels::Inherited {

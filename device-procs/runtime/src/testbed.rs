@@ -268,7 +268,7 @@ impl Runtime {
             queues,
             knobs: Arc::clone(&knobs),
         });
-        let inflight = InflightFile::new(queues).unwrap();
+        let inflight = InflightFile::new(crate::inflight::Capacity { queues, kept: 0 }).unwrap();
         let workers = start_workers(&device, fence.as_ref()).unwrap();
         drop(fence);
         let signals = workers.iter().map(WorkerHandle::signals).collect();

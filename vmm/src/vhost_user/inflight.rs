@@ -27,6 +27,8 @@ const QUEUE_ENTRY: u64 = 16;
 /// as a factor and a constant.
 const MAX_FACTOR: u64 = 4;
 const MAX_EXTRA: u64 = 64 << 10;
+/// What a device may add for its own use behind all queues' regions.
+const MAX_OWN: u64 = 16 << 20;
 const PAGE: u64 = 4096;
 
 /// How many queues of what size a region tracks.
@@ -85,7 +87,8 @@ impl InflightRegion {
             .saturating_mul(QUEUE_ENTRY)
             .saturating_add(QUEUE_HEADER);
         let most = least.saturating_mul(MAX_FACTOR).saturating_add(MAX_EXTRA);
-        if !(least.saturating_mul(queues)..=most.saturating_mul(queues)).contains(&size) {
+        let most = most.saturating_mul(queues).saturating_add(MAX_OWN);
+        if !(least.saturating_mul(queues)..=most).contains(&size) {
             return Err(wrong("size of the in-flight region"));
         }
         if !offset.is_multiple_of(PAGE) {
