@@ -65,6 +65,9 @@ const TAG_READABLE: u32 = 4;
 const TAG_WRITABLE: u32 = 5;
 const TAG_OTHER: u32 = 6;
 
+/// More than this many polls in a row that end at once are no accident of a full ring.
+const SPENT: u8 = 8;
+
 /// What is written to an eventfd.
 static ONE: u64 = 1;
 
@@ -123,6 +126,8 @@ impl Inbox {
 struct Watch {
     arm_wakeup: bool,
     arm_kick: bool,
+    /// Times in a row that the kick's poll fired and ended at once, as an eventfd's does not.
+    spent: u8,
     /// Counts the kick eventfds, so that a late completion of an old one is known as such.
     generation: u32,
     /// There may be an order.
@@ -528,9 +533,12 @@ impl Engine {
         if value >> 8 != watch.generation & 0xff_ffff {
             return;
         }
-        watch.arm_kick |= !cqueue::more(flags);
+        let more = cqueue::more(flags);
+        watch.arm_kick |= !more;
+        watch.spent = if more { 0 } else { watch.spent.saturating_add(1) };
         self.pair.count_kick(place);
-        if result < 0 || result as u32 & libc::POLLIN as u32 == 0 {
+        let fired = result >= 0 && result as u32 & libc::POLLIN as u32 != 0;
+        if !fired || watch.spent > SPENT {
             watch.arm_kick = false;
             self.break_ring(place, "the kick descriptor cannot be waited for");
         }
@@ -569,6 +577,7 @@ impl Engine {
         let old = kick_data(place, watch.generation & 0xff_ffff);
         watch.generation = watch.generation.wrapping_add(1) & 0xff_ffff;
         watch.arm_kick = on;
+        watch.spent = 0;
         if !on {
             let cancel = opcode::AsyncCancel::new(old).build();
             push(&mut self.uring, &cancel.user_data(user_data(TAG_OTHER, 0)));

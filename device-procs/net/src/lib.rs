@@ -14,6 +14,8 @@ pub mod engine_plain;
 pub mod engine_uring;
 pub mod features;
 pub mod filter;
+#[cfg(test)]
+mod fuzz_tests;
 pub mod kernel;
 pub mod pair;
 pub mod receive;

@@ -201,6 +201,16 @@ impl Tap {
         Ok(tap)
     }
 
+    /// No tap at all.
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self {
+            name: String::new(),
+            queues: Vec::new(),
+            supported: libc::TUN_F_CSUM | TSO,
+        }
+    }
+
     /// Name of the interface.
     pub fn name(&self) -> &str {
         &self.name
