@@ -86,16 +86,6 @@ fn spawn_checked(
     binaries: &[OwnedFd],
     devices: &[Device],
 ) -> Result<Device, String> {
-    // The policy's name is the binary's, with a variant; none of those for stand-alone use.
-    let policy = bulkhead_seccomp::policy::get(&order.policy)
-        .filter(|p| p.name.starts_with(&order.binary) && !p.name.ends_with("-socket"))
-        .ok_or_else(|| {
-            format!(
-                "{}: not a policy of {}",
-                printable(&order.policy),
-                printable(&order.binary)
-            )
-        })?;
     let program = args
         .binaries
         .iter()
@@ -104,6 +94,16 @@ fn spawn_checked(
         .ok_or_else(|| {
             format!(
                 "{}: not a device binary of this VM",
+                printable(&order.binary)
+            )
+        })?;
+    // The policy's name is the binary's, with a variant; none of those for stand-alone use.
+    let policy = bulkhead_seccomp::policy::get(&order.policy)
+        .filter(|p| p.name.starts_with(&order.binary) && !p.name.ends_with("-socket"))
+        .ok_or_else(|| {
+            format!(
+                "{}: not a policy of {}",
+                printable(&order.policy),
                 printable(&order.binary)
             )
         })?;

@@ -29,7 +29,7 @@ impl Bed {
                 Path::new(env!("CARGO_BIN_EXE_bulkhead-launcher")),
                 "bulkhead-launcher",
             ),
-            (&own, "bulkhead-probe"),
+            (&own, "bulkhead-blk"),
         ] {
             let to = bed.path(to);
             if fs::hard_link(from, &to).is_err() {
@@ -49,8 +49,8 @@ impl Bed {
     }
 
     pub fn config(&self) -> LauncherConfig {
-        let mut devices = vec!["bulkhead-probe".to_owned()];
-        for name in ["bulkhead-text", "bulkhead-private"] {
+        let mut devices = vec!["bulkhead-blk".to_owned()];
+        for name in ["bulkhead-net", "bulkhead-blk-image"] {
             if self.path(name).exists() {
                 devices.push(name.into());
             }
@@ -73,7 +73,7 @@ impl Bed {
 
     /// Starts this program as a VMM of its own process, by its only ignored test.
     pub fn fake_vmm_as(&self, mode: &str, uid: Option<u32>) -> FakeVmm {
-        let mut command = Command::new(self.path("bulkhead-probe"));
+        let mut command = Command::new(self.path("bulkhead-blk"));
         command
             .args(["--exact", "fake_vmm::fake_vmm", "--ignored", "--nocapture"])
             .env("BULKHEAD_FAKE_VMM", mode)
@@ -166,7 +166,9 @@ impl Drop for FakeVmm {
 pub fn spec(id: &str, args: &[&str]) -> SpawnSpec {
     SpawnSpec {
         device_id: id.into(),
-        binary: "bulkhead-probe".into(),
+        binary: "bulkhead-blk".into(),
+        // It installs none, and so stays under the outer one.
+        policy: "bulkhead-blk".into(),
         args: args.iter().map(|a| (*a).to_owned()).collect(),
         incarnation: 0,
         fds: Vec::new(),

@@ -6,6 +6,7 @@
 
 mod audits;
 mod bed;
+mod disks;
 mod fake_vmm;
 mod helpers;
 mod probe;
@@ -54,7 +55,10 @@ fn given_a_device_then_it_has_nothing_but_what_it_was_given() {
     let mut told = String::new();
     while !told.ends_with("end\n") {
         let mut buffer = [0; 4096];
-        let count = control.read(&mut buffer).unwrap();
+        let count = match control.read(&mut buffer) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            count => count.unwrap(),
+        };
         assert_ne!(count, 0, "{told}");
         told.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
     }
@@ -62,8 +66,9 @@ fn given_a_device_then_it_has_nothing_but_what_it_was_given() {
     for line in [
         "pid 1",
         "fds 0 1 2 3 4 5",
-        "args bulkhead-probe report",
-        "environment 0",
+        "args bulkhead-blk report",
+        // That the launcher watches it.
+        "environment 1",
         "bounding 0",
         "securebits 239",
         "open / Permission denied",
@@ -152,13 +157,13 @@ fn given_two_devices_then_each_has_an_identity_of_its_own() {
 fn given_a_device_that_ends_then_the_launcher_says_how() {
     let bed = Bed::new("ends");
     let launcher = bed.launcher();
-    for (incarnation, (args, outcome)) in [
-        (&["exit", "7"][..], ExitOutcome::Status(7)),
-        (&["exit", "0"], ExitOutcome::Status(0)),
+    for (incarnation, (args, expected)) in [
+        (&["exit", "7"][..], "exit status 7"),
+        (&["exit", "0"], "exit status 0"),
         // A call outside the outer filter, which the binary did not set itself.
-        (&["socket"], ExitOutcome::Signal(libc::SIGSYS)),
-        (&["mount"], ExitOutcome::Signal(libc::SIGSYS)),
-        (&["fault"], ExitOutcome::Signal(libc::SIGSEGV)),
+        (&["socket"], "the system call socket"),
+        (&["mount"], "the system call mount"),
+        (&["fault"], "signal 11"),
     ]
     .into_iter()
     .enumerate()
@@ -166,11 +171,14 @@ fn given_a_device_that_ends_then_the_launcher_says_how() {
         let mut spec = spec("disk0", args);
         spec.incarnation = incarnation as u64;
         let device = launcher.spawn(spec).unwrap();
-        assert_eq!(
-            next_exit(&launcher),
-            ("disk0".into(), incarnation as u64, outcome),
-            "{args:?}"
-        );
+        let (id, of, outcome) = next_exit(&launcher);
+        assert_eq!((id.as_str(), of), ("disk0", incarnation as u64));
+        let told = match outcome {
+            ExitOutcome::Status(status) => format!("exit status {status}"),
+            ExitOutcome::Signal(signal) => format!("signal {signal}"),
+            ExitOutcome::Violation(call) => format!("the system call {}", call.name()),
+        };
+        assert_eq!(told, expected, "{args:?}");
         soon("the process is gone", || !alive(device.pid));
     }
 }
@@ -202,11 +210,11 @@ fn given_a_kill_then_that_incarnation_ends_and_no_other() {
 #[test]
 fn given_a_bad_order_then_one_line_says_so_and_nothing_stays_behind() {
     let bed = Bed::new("orders");
-    fs::write(bed.path("bulkhead-text"), "no program").unwrap();
-    fs::set_permissions(bed.path("bulkhead-text"), fs::Permissions::from_mode(0o755)).unwrap();
-    fs::copy(bed.path("bulkhead-probe"), bed.path("bulkhead-private")).unwrap();
+    fs::write(bed.path("bulkhead-net"), "no program").unwrap();
+    fs::set_permissions(bed.path("bulkhead-net"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::copy(bed.path("bulkhead-blk"), bed.path("bulkhead-blk-image")).unwrap();
     fs::set_permissions(
-        bed.path("bulkhead-private"),
+        bed.path("bulkhead-blk-image"),
         fs::Permissions::from_mode(0o600),
     )
     .unwrap();
@@ -215,28 +223,35 @@ fn given_a_bad_order_then_one_line_says_so_and_nothing_stays_behind() {
     let many = vec!["x".to_owned(); 65];
     let zero = ["a\0b".to_owned()];
     for (id, binary, args, says) in [
-        ("../x", "bulkhead-probe", &[][..], "an id is"),
-        ("", "bulkhead-probe", &[], "an id is"),
-        ("a\nb", "bulkhead-probe", &[], "an id is"),
-        ("twin", "bulkhead-probe", &[], "is running"),
+        ("../x", "bulkhead-blk", &[][..], "an id is"),
+        ("", "bulkhead-blk", &[], "an id is"),
+        ("a\nb", "bulkhead-blk", &[], "an id is"),
+        ("twin", "bulkhead-blk", &[], "is running"),
         ("x", "bulkhead-nic", &[], "not a device binary of this VM"),
         ("x", "/bin/sh", &[], "not a device binary of this VM"),
-        ("x", "bulkhead-probe", &many, "too many"),
-        ("x", "bulkhead-probe", &zero, "zero byte"),
+        ("x", "bulkhead-blk", &many, "too many"),
+        ("x", "bulkhead-blk", &zero, "zero byte"),
         (
             "x",
-            "bulkhead-text",
+            "bulkhead-net",
             &[],
             "is it a program of this machine?",
         ),
-        ("x", "bulkhead-private", &[], "chmod 0755"),
+        ("x", "bulkhead-blk-image", &[], "chmod 0755"),
     ] {
         let mut order = spec(id, &[]);
         order.binary = binary.into();
+        order.policy = binary.into();
         order.args = args.to_vec();
         let line = launcher.spawn(order).unwrap_err().to_string();
         assert!(line.contains(says), "{id} {binary}: {line}");
         assert_eq!(line.lines().count(), 1, "{line}");
+    }
+    for policy in ["", "none", "bulkhead-net", "bulkhead-vmm", "bulkhead-blk-socket"] {
+        let mut order = spec("x", &[]);
+        order.policy = policy.into();
+        let line = launcher.spawn(order).unwrap_err().to_string();
+        assert!(line.ends_with(": not a policy of bulkhead-blk"), "{line}");
     }
     assert_eq!(launcher.poll_events().unwrap(), []);
     assert_eq!(bed::children(launcher.pid()).len(), 1);
@@ -264,7 +279,7 @@ fn given_bad_paths_then_each_is_refused_in_one_line() {
         assert!(line.starts_with("disk ") && line.contains(says), "{line}");
     }
     let (file, info) = launcher
-        .open_path(&bed.path("bulkhead-probe"), "disk", Access::Read, true)
+        .open_path(&bed.path("bulkhead-blk"), "disk", Access::Read, true)
         .unwrap();
     assert_eq!(info.size, file.metadata().unwrap().len());
     let listener = launcher.bind_unix(&bed.path("api"), "API socket").unwrap();

@@ -1,0 +1,100 @@
+//! Disks as a launcher opens them: one VM's alone, and kept so that they can grow, whether or
+//! not their process lives.
+
+use bulkhead_vmm::launcher::{Access, Launcher, LauncherEvent};
+
+use crate::bed::{Bed, soon, spec};
+use crate::next_exit;
+
+/// The launcher's answer to a growth.
+fn grow(launcher: &Launcher, id: &str, index: u32, size: u64) -> Result<u64, String> {
+    let ticket = launcher.begin_grow(id, index, size).unwrap();
+    let mut events = Vec::new();
+    soon("an answer", || {
+        events.extend(launcher.poll_events().unwrap());
+        !events.is_empty()
+    });
+    match events.remove(0) {
+        LauncherEvent::Grown { ticket: of, result } if of == ticket => result,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn given_a_disk_then_it_is_one_vms_alone_and_grows_while_its_process_lives_or_not() {
+    let bed = Bed::new("disk");
+    let (launcher, other) = (bed.launcher(), bed.launcher());
+    let path = bed.path("disk");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let open = |launcher: &Launcher, access| launcher.open_disk(&path, access, false, true);
+    let (disk, info) = open(&launcher, Access::ReadWrite).unwrap();
+    assert_eq!(info.size, 4096);
+    let mut probe = spec("disk0", &["wait"]);
+    probe.fds.push(disk.into());
+    let device = launcher.spawn(probe).unwrap();
+
+    // Another VM, and a second opening of this one.
+    for launcher in [&other, &launcher] {
+        for access in [Access::ReadWrite, Access::Read] {
+            let refused = open(launcher, access).unwrap_err().to_string();
+            assert_eq!(
+                refused,
+                format!(
+                    "disk {}: is in use by another process (locked): end that process, or open it read-only in both",
+                    path.display()
+                )
+            );
+        }
+    }
+    assert!(other.open_disk(&path, Access::Read, false, false).is_ok());
+
+    let size = || std::fs::metadata(&path).unwrap().len();
+    assert_eq!(grow(&launcher, "disk0", 0, 8192), Ok(8192));
+    assert_eq!(size(), 8192);
+    assert_eq!(
+        grow(&launcher, "disk0", 0, 512),
+        Ok(8192),
+        "it is never shrunk"
+    );
+    for (id, index, to) in [
+        ("disk0", 1, 1 << 20),
+        ("disk1", 0, 1 << 20),
+        ("disk0", 0, u64::MAX),
+    ] {
+        let refused = grow(&launcher, id, index, to).unwrap_err();
+        assert!(refused.starts_with(&format!("device {id}: ")), "{refused}");
+        assert_eq!(refused.lines().count(), 1, "{refused}");
+    }
+    assert_eq!(size(), 8192);
+
+    // Its process dies: the lock stays, and the file can grow for its successor.
+    launcher.kill("disk0", 0).unwrap();
+    assert_eq!(next_exit(&launcher).0, "disk0");
+    drop(device);
+    assert!(open(&other, Access::ReadWrite).is_err());
+    assert_eq!(grow(&launcher, "disk0", 0, 16384), Ok(16384));
+
+    launcher.kill_and_forget("disk0", 0).unwrap();
+    assert!(open(&other, Access::ReadWrite).is_ok());
+    assert!(grow(&launcher, "disk0", 0, 1 << 20).is_err());
+    assert_eq!(size(), 16384);
+}
+
+#[test]
+fn given_a_vm_that_just_ended_then_its_disk_is_free_for_the_next() {
+    let bed = Bed::new("handover");
+    let path = bed.path("disk");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    for _ in 0..5 {
+        let launcher = bed.launcher();
+        let (disk, _) = launcher
+            .open_disk(&path, Access::ReadWrite, false, true)
+            .unwrap();
+        let mut probe = spec("disk0", &["wait"]);
+        probe.fds.push(disk.into());
+        let device = launcher.spawn(probe).unwrap();
+        // Nothing waits for the process's end.
+        drop(device);
+        launcher.shutdown();
+    }
+}
