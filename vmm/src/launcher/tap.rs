@@ -7,7 +7,7 @@
 //! (`bulkhead run`, with the caller's own rights: root, or whoever has CAP_NET_ADMIN, gets a
 //! tap made, which ends with the machine). For a machine that comes by the API, the launcher
 //! opens it: it has no capability over the host's network, so that the tap must exist, and
-//! belong to nobody or to bulkhead's user.
+//! belong to bulkhead's user (to nobody does on some kernels).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -133,22 +133,20 @@ fn explain(name: &str, queues: u32, existed: bool, error: &io::Error) -> String 
             .map(|text| text.trim().to_owned())
     };
     let several = if queues > 1 { " multi_queue" } else { "" };
+    // Named for root, too: some kernels let nobody but CAP_NET_ADMIN at a tap without owner.
     let (uid, _) = super::isolate::effective_ids();
-    let user = if uid == 0 {
-        String::new()
-    } else {
-        format!(" user {uid}")
-    };
-    let add = format!("`ip tuntap add {name} mode tap{several}{user}`");
+    let add = format!("`ip tuntap add {name} mode tap{several} user {uid}`");
     match (error.raw_os_error(), existed) {
         (Some(libc::EPERM), false) => format!(
             "there is no such interface, and to make one takes CAP_NET_ADMIN: run {add} first"
         ),
         (Some(libc::EPERM), true) => {
-            let owner = attribute("owner").unwrap_or_else(|| "unknown".into());
-            format!(
-                "belongs to another user (owner {owner}): make it with {add}, or run bulkhead as its owner"
-            )
+            let owner = match attribute("owner").as_deref() {
+                Some("-1") => "to nobody".to_owned(),
+                Some(owner) => format!("to user {owner}"),
+                None => "to another user".to_owned(),
+            };
+            format!("belongs {owner}: make it with {add}, or run bulkhead as its owner")
         }
         (Some(libc::EBUSY), _) => {
             "busy: another program is attached to it: stop that, or choose another tap".into()
