@@ -139,7 +139,10 @@ fn a_switch_gets_its_configuration_space_and_control_queue_from_the_vmm() {
     assert_eq!(enabled(&guest), [true, true, false, false]);
     assert_eq!(command(&guest, 0, &[4, 0, 2, 0]), 0);
     assert_eq!(enabled(&guest), [true; 4]);
-    assert_eq!(guest.function.status().queue_pairs, Some(2));
+    // Said to the API a moment after the driver.
+    while guest.function.status().queue_pairs != Some(2) {
+        std::thread::yield_now();
+    }
     assert_eq!(command(&guest, 1, &[4, 0, 3, 0]), 1, "more than there are");
     assert_eq!(
         command(&guest, 2, &[0, 0, 1]),
@@ -420,4 +423,39 @@ fn a_configuration_space_of_the_vmms_own_is_shown_as_it_is() {
     guest.write(BAR + bar::DEVICE, 1, 9);
     assert_eq!(guest.read(BAR + bar::DEVICE, 1), 7);
     assert_eq!(guest.device_status(), 15);
+}
+
+#[test]
+fn eight_pairs_with_large_queues_have_a_vector_each() {
+    let (backend, socket) = TestBackend::start_with(&[], switch_with(8));
+    let ram = Ram::new();
+    let mut options = VirtioPciOptions::external_net("net0", MAC, 8, 0);
+    options.queue_size = 1024;
+    let machine = machine(options, socket, Arc::new(ram.clone()));
+    let guest = Guest {
+        machine,
+        backend,
+        ram,
+    };
+    guest.map();
+    assert_eq!(guest.common(common::NUM_QUEUES, 2), 17);
+    let msix = guest.capability(0x11, 0);
+    assert_eq!(guest.read(Machine::config(msix + 2), 2), 17, "18 vectors");
+    assert_eq!(guest.negotiate(), 11);
+    for queue in 0..17 {
+        guest.set_common(common::QUEUE_SELECT, 2, queue);
+        assert_eq!(guest.common(common::QUEUE_SIZE, 2), 1024);
+        let place = 0x1_0000 * (queue + 1);
+        guest.set_common(common::QUEUE_DESC, 8, place);
+        guest.set_common(common::QUEUE_DRIVER, 8, place + 0x4000);
+        guest.set_common(common::QUEUE_DEVICE, 8, place + 0x8000);
+        guest.set_common(common::QUEUE_VECTOR, 2, queue + 1);
+        assert_eq!(guest.common(common::QUEUE_VECTOR, 2), queue + 1);
+        guest.set_common(common::QUEUE_ENABLE, 2, 1);
+    }
+    guest.set_common(common::DEVICE_STATUS, 1, 15);
+    assert_eq!(guest.device_status(), 15);
+    let recorder = guest.backend.lock();
+    assert!(recorder.rings.iter().all(|ring| ring.size == 1024));
+    assert_eq!(recorder.rings.iter().filter(|ring| ring.enabled).count(), 2);
 }

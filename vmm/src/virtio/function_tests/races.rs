@@ -229,3 +229,51 @@ proptest! {
         works(&guest);
     }
 }
+
+#[test]
+fn the_functions_own_threads_work_under_the_filter_of_a_running_machine() {
+    let options = VirtioPciOptions {
+        hook: crate::confine::helper_hook(),
+        ..patient()
+    };
+    let may = std::thread::spawn(|| crate::confine::helper_hook()().is_ok());
+    if !may.join().unwrap() {
+        eprintln!("skipped: a filter may not be installed here");
+        return;
+    }
+    let mut guest = guest_with(options);
+    guest.bring_up();
+    let adopted = |guest: &Guest, socket| {
+        guest.function.adopt(socket).unwrap();
+        loop {
+            match guest.function.on_event(EventSource::Successor) {
+                Outcome::Handled => std::thread::yield_now(),
+                outcome => return matches!(outcome, Outcome::Reconnected(_)),
+            }
+        }
+    };
+    let mut number = 0;
+    loop {
+        guest.backend.die();
+        lost(&guest);
+        // In turn: one that dies, one that lies.
+        let (backend, socket) = TestBackend::start_with(&CONFIG, |recorder| match number % 2 {
+            0 => recorder.dies_at = Some(number / 2),
+            _ => recorder.garbage_at = Some((number / 2, vec![0xff; 40])),
+        });
+        let done = adopted(&guest, socket);
+        drop(backend);
+        if done {
+            guest.function.on_event(EventSource::Hangup);
+        }
+        let (backend, socket) = TestBackend::start(&CONFIG);
+        assert!(adopted(&guest, socket), "{number}");
+        guest.backend = backend;
+        works(&guest);
+        if done && number % 2 == 1 {
+            break;
+        }
+        number += 1;
+    }
+    assert!(number > 30, "{number}");
+}
