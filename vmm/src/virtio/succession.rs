@@ -112,7 +112,12 @@ impl VirtioPciFunction {
             .ok_or_else(|| ReconnectError::Busy(id()))?;
         let result = self.take_over(frontend, ends, &ticket, begun);
         match &result {
-            Ok(done) => log::info!("device {}: a new process serves: {done:?}", id()),
+            Ok(done) => log::info!(
+                "device {}: another process serves {} queues after {:?}",
+                id(),
+                done.queues,
+                done.took
+            ),
             Err(error) => {
                 self.link.abandon();
                 let ours = !self.options.external;

@@ -15,8 +15,10 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::tempdir::TempDir;
 
+use super::super::*;
 use super::guest::*;
 use crate::pci::mock_hypervisor::consume;
+use crate::vhost_user::Frontend;
 use crate::virtio::VirtioPciOptions;
 use crate::virtio::registers::{bar, common};
 
@@ -112,13 +114,25 @@ fn request(machine: &Machine, ram: &File, kind: u32, sector: u64, index: u16) {
     assert_eq!(status, [0]);
 }
 
-/// Brings the device up, reads and writes, resets it, and does it again.
-fn drive(directory: &TempDir, socket: &Path, mut process: Process) {
-    let disk = made(&directory.as_path().join("disk"), DISK_SECTORS * 512);
+/// Brings the device up, reads and writes, kills the process between two requests, goes on
+/// with the next one, resets the device, and does it again. `start` starts a process for a
+/// disk on a socket.
+fn drive(start: impl Fn(&Path, &Path) -> Command) {
+    let directory = TempDir::new().unwrap();
+    let path = directory.as_path().join("disk");
+    let disk = made(&path, DISK_SECTORS * 512);
+    let mut started = 0;
+    let mut another = || {
+        started += 1;
+        let socket = directory.as_path().join(format!("socket{started}"));
+        let mut process = Process(start(&socket, &path).spawn().unwrap());
+        let stream = connect(&socket, &mut process);
+        (process, stream)
+    };
     let memory = Ram::new();
     let ram = Arc::clone(&memory.file);
-    let stream = connect(socket, &mut process);
-    let options = VirtioPciOptions::new("disk0", BLOCK, 1);
+    let (mut process, stream) = another();
+    let options = VirtioPciOptions::external("disk0", BLOCK, 1, None);
     let machine = machine(options, stream, Arc::new(memory));
     machine.map();
     assert_eq!(machine.read(BAR + bar::DEVICE, 8), DISK_SECTORS, "capacity");
@@ -137,6 +151,19 @@ fn drive(directory: &TempDir, socket: &Path, mut process: Process) {
         let mut data = [0; SECTOR];
         ram.read_exact_at(&mut data, DATA).unwrap();
         assert_eq!(data, [round; SECTOR]);
+
+        process.0.kill().unwrap();
+        process.0.wait().unwrap();
+        let outcome = machine.function.on_event(EventSource::Hangup);
+        assert!(matches!(outcome, Outcome::Suspended(_)), "{outcome:?}");
+        let (next, stream) = another();
+        process = next;
+        let frontend = Frontend::connect(stream, PATIENT).unwrap();
+        let done = machine.function.reconnect(frontend).unwrap();
+        assert_eq!((done.queues, done.needs_reset), (1, false));
+        // It was called once.
+        consume(machine.function.msix.event(1).unwrap());
+
         ram.write_all_at(&[round ^ 0x80; SECTOR], DATA).unwrap();
         request(&machine, &ram, 1, 9, 1);
         disk.read_exact_at(&mut data, 9 * 512).unwrap();
@@ -161,21 +188,16 @@ fn qemu_storage_daemon_serves_a_disk() {
         eprintln!("skipped: {program} is not installed");
         return;
     }
-    let directory = TempDir::new().unwrap();
-    let (disk, socket) = (
-        directory.as_path().join("disk"),
-        directory.as_path().join("socket"),
-    );
-    made(&disk, DISK_SECTORS * 512);
-    let blockdev = format!("driver=file,node-name=d,filename={}", disk.display());
-    let export = format!(
-        "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={}",
-        socket.display()
-    );
-    let child = Command::new(program)
-        .args(["--blockdev", &blockdev, "--export", &export])
-        .spawn();
-    drive(&directory, &socket, Process(child.unwrap()));
+    drive(|socket, disk| {
+        let blockdev = format!("driver=file,node-name=d,filename={}", disk.display());
+        let export = format!(
+            "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={}",
+            socket.display()
+        );
+        let mut command = Command::new(program);
+        command.args(["--blockdev", &blockdev, "--export", &export]);
+        command
+    });
 }
 
 /// Where cargo puts `bulkhead-blk`, if it has.
@@ -199,17 +221,10 @@ fn bulkhead_blk_serves_a_disk() {
     let Some(built) = bulkhead_blk() else {
         return;
     };
-    let directory = TempDir::new().unwrap();
-    let (disk, socket) = (
-        directory.as_path().join("disk"),
-        directory.as_path().join("socket"),
-    );
-    made(&disk, DISK_SECTORS * 512);
-    let child = Command::new(built)
-        .arg("--socket")
-        .arg(&socket)
-        .arg("--disk")
-        .arg(format!("path={}", disk.display()))
-        .spawn();
-    drive(&directory, &socket, Process(child.unwrap()));
+    drive(|socket, disk| {
+        let mut command = Command::new(&built);
+        command.arg("--socket").arg(socket).arg("--disk");
+        command.arg(format!("path={}", disk.display()));
+        command
+    });
 }
