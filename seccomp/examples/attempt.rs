@@ -53,6 +53,7 @@ fn main() {
             filter::apply_filter_this_thread(&policy::BULKHEAD_VCPU).unwrap();
             call_by_name(call).to_string()
         }
+        ("vmm-threads", count) => threads_that_allocate(count.parse().unwrap()),
         ("other-thread", call) => call_on_another_thread(call),
         ("landlock", "paths") => landlock_paths(),
         ("landlock", "network") => landlock_network(),
@@ -75,6 +76,22 @@ fn confined_call(policy: &'static Policy, call: &str) -> String {
     let confined = lock_down().seal(policy).unwrap();
     assert_eq!(confined.report().policy, policy.name);
     call_by_name(call).to_string()
+}
+
+/// As many threads as a large machine has vCPUs, all of them in malloc at once.
+fn threads_that_allocate(count: usize) -> String {
+    let _confined = lock_down().seal_for_setup(&policy::BULKHEAD_VMM).unwrap();
+    let together = std::sync::Barrier::new(count);
+    std::thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                let held = std::hint::black_box(vec![1_u8; 4096]);
+                together.wait();
+                drop(held);
+            });
+        }
+    });
+    format!("{count} threads")
 }
 
 fn call_on_another_thread(call: &str) -> String {

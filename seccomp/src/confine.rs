@@ -15,6 +15,7 @@
 //! # }
 //! ```
 
+use crate::allocator;
 use crate::filter::{self, FilterError};
 use crate::landlock_empty::{self, LandlockError, LandlockStatus};
 use crate::notify;
@@ -35,6 +36,9 @@ pub enum ConfineError {
     /// No filter.
     #[error("confinement: {0}")]
     Filter(#[from] FilterError),
+    /// malloc would open files.
+    #[error("confinement: mallopt: the C library does not take M_ARENA_MAX")]
+    Allocator,
 }
 
 /// What is to be done.
@@ -62,11 +66,14 @@ impl Confinement {
     }
 
     /// Step one, while the process has one thread: capabilities, securebits, no_new_privs,
-    /// dumpable off, rlimits, Landlock.
+    /// dumpable off, rlimits, Landlock; and malloc's arenas are bound.
     ///
     /// # Errors
     /// Something is still open; end the process.
     pub fn lock_down(&self) -> Result<LockedDown, ConfineError> {
+        if !allocator::bind_arenas() {
+            return Err(ConfineError::Allocator);
+        }
         let capabilities = privileges::drop_capabilities()?;
         privileges::no_new_privs()?;
         privileges::not_dumpable()?;

@@ -16,6 +16,7 @@
 //! | [`landlock_empty`] | landlock(7) with no rule at all |
 //! | [`uring`] | io_uring rings restricted by registration |
 
+mod allocator;
 pub mod confine;
 pub mod filter;
 pub mod landlock_empty;

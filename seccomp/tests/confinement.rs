@@ -53,6 +53,12 @@ fn answered(name: &str, answer: i32) {
 }
 
 #[test]
+fn threads_that_allocate_open_no_file_however_many_they_are() {
+    let output = attempt("vmm-threads 64");
+    assert_eq!(said(&output), "64 threads");
+}
+
+#[test]
 fn a_device_that_tries_a_forbidden_call_is_killed() {
     killed(&[
         "call open",
