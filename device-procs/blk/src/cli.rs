@@ -27,6 +27,7 @@ Usage:
   --socket PATH        listen at PATH; a stale socket there is replaced
   --control-fd N       inherited control channel (ttrpc)
   --vhost-fd N         inherited vhost-user channel
+  --fence-fd N         inherited write end of a pipe, kept open until all I/O has ended
   --disk SPEC          the disk, comma-separated:
                          path=FILE     raw image or block device (with --socket)
                          fd=N          the same, inherited
@@ -98,6 +99,8 @@ pub enum Endpoint {
         control: RawFd,
         /// vhost-user channel.
         vhost: RawFd,
+        /// Write end of the fence.
+        fence: Option<RawFd>,
     },
     /// A socket of its own.
     Socket(PathBuf),
@@ -134,6 +137,7 @@ pub struct Options {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     let (mut socket, mut control, mut vhost, mut disk) = (None, None, None, None);
+    let mut fence = None;
     let (mut queues, mut engine, mut verbose) = (1u16, EngineChoice::Auto, false);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -143,6 +147,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
             Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?)?),
             Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?)?),
+            Long("fence-fd") => fence = Some(fd("--fence-fd", &parser.value()?)?),
             Long("disk") => disk = Some(DiskOptions::parse(&parser.value()?)?),
             Long("queues") => {
                 queues = parser.value()?.parse()?;
@@ -162,22 +167,34 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
         }
     }
     let endpoint = match (socket, control, vhost) {
-        (Some(path), None, None) => Endpoint::Socket(path),
-        (None, Some(control), Some(vhost)) if control != vhost => {
-            Endpoint::Inherited { control, vhost }
+        (Some(path), None, None) if fence.is_none() => Endpoint::Socket(path),
+        (None, Some(control), Some(vhost))
+            if control != vhost && fence.is_none_or(|fd| fd != control && fd != vhost) =>
+        {
+            Endpoint::Inherited {
+                control,
+                vhost,
+                fence,
+            }
         }
         _ => {
             return bad(
                 "--socket",
-                "give either it, or both --control-fd and --vhost-fd",
+                "give either it, or both --control-fd and --vhost-fd (and --fence-fd)",
             );
         }
     };
     let Some(disk) = disk else {
         return bad("--disk", "is missing");
     };
-    if let Endpoint::Inherited { control, vhost } = &endpoint
-        && disk.fds().any(|fd| fd == *control || fd == *vhost)
+    if let Endpoint::Inherited {
+        control,
+        vhost,
+        fence,
+    } = &endpoint
+        && disk
+            .fds()
+            .any(|fd| fd == *control || fd == *vhost || Some(fd) == *fence)
     {
         return bad("--disk", "fd is the number of a channel");
     }
@@ -220,7 +237,8 @@ mod tests {
             o.endpoint,
             Endpoint::Inherited {
                 control: 3,
-                vhost: 4
+                vhost: 4,
+                fence: None
             }
         );
         assert_eq!(o.disk.source, DiskSource::Fd(5));
@@ -228,6 +246,26 @@ mod tests {
         assert_eq!(o.disk.direct, Some(true));
         assert_eq!(&o.disk.serial[..4], b"abc\0");
         assert_eq!(o.queues, 4);
+    }
+
+    #[test]
+    fn a_fence_goes_with_channels() {
+        let o = serve("--control-fd 3 --vhost-fd 4 --fence-fd 6 --disk fd=5").unwrap();
+        assert_eq!(
+            o.endpoint,
+            Endpoint::Inherited {
+                control: 3,
+                vhost: 4,
+                fence: Some(6)
+            }
+        );
+        for line in [
+            "--socket /s --fence-fd 6 --disk path=/x",
+            "--control-fd 3 --vhost-fd 4 --fence-fd 4 --disk fd=5",
+            "--control-fd 3 --vhost-fd 4 --fence-fd 5 --disk fd=5",
+        ] {
+            assert!(serve(line).is_err(), "{line}");
+        }
     }
 
     #[test]

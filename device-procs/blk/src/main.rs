@@ -76,8 +76,16 @@ fn complain(e: &dyn std::error::Error) {
 fn run(options: &Options) -> Result<(), MainError> {
     // Inherited numbers first, before anything else can take them.
     let (disk, channels) = match &options.endpoint {
-        Endpoint::Inherited { control, vhost } => {
+        Endpoint::Inherited {
+            control,
+            vhost,
+            fence,
+        } => {
             let channels = Channels::inherit(*control, *vhost)?;
+            let channels = match fence {
+                Some(fence) => channels.with_fence(*fence)?,
+                None => channels,
+            };
             (Disk::open(&options.disk)?, channels)
         }
         Endpoint::Socket(path) => {
@@ -103,6 +111,8 @@ fn run(options: &Options) -> Result<(), MainError> {
         },
     };
     let policy: &'static Policy = match (&options.endpoint, engine) {
+        (Endpoint::Socket(_), _) if is_image => &policy::BULKHEAD_BLK_IMAGE_SOCKET,
+        (Endpoint::Inherited { .. }, _) if is_image => &policy::BULKHEAD_BLK_IMAGE,
         (Endpoint::Socket(_), _) => &policy::BULKHEAD_BLK_SOCKET,
         (_, EngineKind::IoUring) => &policy::BULKHEAD_BLK,
         (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,
