@@ -3,6 +3,7 @@
 
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::vmm::{Scratch, Vmm, guest_file};
 
@@ -73,6 +74,20 @@ pub fn debian<S: AsRef<str>>(
     disks: &[S],
     more: &[&str],
 ) -> Result<Vmm, String> {
+    debian_by(&[], scratch, script, disks, more)
+}
+
+/// The same, by a command in front that becomes `bulkhead`.
+///
+/// # Errors
+/// Why it could not be started.
+pub fn debian_by<S: AsRef<str>>(
+    by: &[&str],
+    scratch: &Scratch,
+    script: &str,
+    disks: &[S],
+    more: &[&str],
+) -> Result<Vmm, String> {
     let root = format!("path={},readonly=on,id=rootfs,queues=1", rootfs()?);
     // A failure of the script's commands is for it to see: it prints what the test waits for.
     let script = format!("export HOME=/root LC_ALL=C\n{script}");
@@ -89,7 +104,99 @@ pub fn debian<S: AsRef<str>>(
     if !more.contains(&"--memory") {
         args.extend_from_slice(&["--memory", "384M"]);
     }
-    Vmm::boot("bh.cmd=script root=/dev/vda", &args)
+    Vmm::boot_by(by, "bh.cmd=script root=/dev/vda", &args)
+}
+
+/// A network namespace of a test's own, with what is in it; gone with the value.
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn new(name: &str) -> Result<Self, String> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("bh-{name}-{number}-{}", std::process::id());
+        sh(&format!(
+            "ip netns add {name} && ip -n {name} link set lo up"
+        ))?;
+        Ok(Self { name })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The command in front that runs another one in it.
+    pub fn enter(&self) -> [String; 2] {
+        ["nsenter".into(), format!("--net=/run/netns/{}", self.name)]
+    }
+
+    /// Runs a script in it; see [`sh`].
+    ///
+    /// # Errors
+    /// What it printed, if it failed.
+    pub fn sh(&self, script: &str) -> Result<String, String> {
+        let quoted = script.replace('\'', "'\\''");
+        sh(&format!(
+            "nsenter --net=/run/netns/{} bash -euo pipefail -c '{quoted}'",
+            self.name
+        ))
+        .map_err(|e| e.replace(&quoted, script))
+    }
+
+    /// Makes a tap: up, with an address (`10.1.0.1/24`) unless that is empty.
+    ///
+    /// # Errors
+    /// What `ip` said.
+    pub fn tap(&self, name: &str, address: &str, options: &str) -> Result<(), String> {
+        let address = match address {
+            "" => String::new(),
+            given => format!("ip addr add {given} dev {name}"),
+        };
+        self.sh(&format!(
+            "ip tuntap add {name} mode tap vnet_hdr {options}
+sysctl -qw net.ipv6.conf.{name}.disable_ipv6=1
+{address}
+ip link set {name} up"
+        ))
+        .map(drop)
+    }
+
+    /// A guest that runs a script (see [`debian`]), its `bulkhead` started in here.
+    ///
+    /// # Errors
+    /// Why it could not be started.
+    pub fn debian(&self, scratch: &Scratch, script: &str, more: &[&str]) -> Result<Vmm, String> {
+        let enter = self.enter();
+        let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+        debian_by(&by, scratch, script, &[] as &[&str], more)
+    }
+
+    /// Starts a command in here; killed with the value.
+    ///
+    /// # Errors
+    /// Why it did not start.
+    pub fn spawn(&self, script: &str) -> Result<Vmm, String> {
+        let enter = self.enter();
+        let mut command = Command::new(&enter[0]);
+        command.args([&enter[1], "bash", "-c", &format!("exec {script}")]);
+        Vmm::spawn(command)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = sh(&format!(
+            "ip netns pids {0} | xargs -r kill -KILL; ip netns del {0}",
+            self.name
+        ));
+    }
 }
 
 /// Allocated bytes of a file.

@@ -138,6 +138,14 @@ impl Vmm {
     /// # Errors
     /// Why it did not start.
     pub fn boot(cmdline: &str, more: &[&str]) -> Result<Self, String> {
+        Self::boot_by(&[], cmdline, more)
+    }
+
+    /// The same, by a command in front (`nsenter …`, `env …`) that becomes `bulkhead`.
+    ///
+    /// # Errors
+    /// Why it did not start.
+    pub fn boot_by(by: &[&str], cmdline: &str, more: &[&str]) -> Result<Self, String> {
         let (kernel, initrd) = (guest_file("vmlinux"), guest_file("initrd.img"));
         let cmdline = format!("console=ttyS0 panic=-1 quiet {cmdline}");
         let mut args = vec![
@@ -153,7 +161,12 @@ impl Vmm {
         if !more.contains(&"--memory") {
             args.extend_from_slice(&["--memory", "256M"]);
         }
-        Self::start(&args)
+        let Some((first, rest)) = by.split_first() else {
+            return Self::start(&args);
+        };
+        let mut command = Command::new(first);
+        command.args(rest).arg(bin("bulkhead")).args(&args);
+        Self::spawn(command)
     }
 
     /// Starts a prepared command.

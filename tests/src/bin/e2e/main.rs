@@ -17,6 +17,9 @@ mod disk;
 mod disk_faults;
 mod disk_formats;
 mod hostile_guest;
+mod net;
+mod net_bad;
+mod net_modes;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -37,6 +40,9 @@ fn main() -> ExitCode {
         tests.extend(disk::tests());
         tests.extend(disk_formats::tests());
         tests.extend(disk_faults::tests());
+        tests.extend(net::tests());
+        tests.extend(net_modes::tests());
+        tests.extend(net_bad::tests());
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(death::tests());

@@ -1,0 +1,222 @@
+//! Networks that cannot be had: each a clear line and a defined state; the VM boots without
+//! that link only if `required=off`.
+
+use std::time::Duration;
+
+use bulkhead_tests::host::Namespace;
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, nothing_left};
+
+use crate::net::LIMIT;
+
+/// The tests of this subject.
+pub fn tests() -> Vec<Test> {
+    let test = |name, run| Test {
+        subject: "net",
+        name,
+        long: false,
+        run,
+    };
+    vec![
+        test(
+            "a tap that is absent, busy, of the wrong type or without multiqueue is said so in one line",
+            taps,
+        ),
+        test(
+            "a MAC, an MTU or a number of queues that cannot be is said so in one line",
+            options,
+        ),
+        test(
+            "a switch that never answers, answers garbage or hangs up is said so in one line",
+            switches,
+        ),
+        test(
+            "with required=off the VM boots and that link is down",
+            not_required,
+        ),
+    ]
+}
+
+/// Starts a VM with this network in the namespace.
+fn start(host: &Namespace, net: &str, more: &[&str]) -> Result<Vmm, String> {
+    let enter = host.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let mut args = vec!["--net", net];
+    args.extend_from_slice(more);
+    Vmm::boot_by(&by, "bh.cmd=hang", &args)
+}
+
+/// It ends with this code and one line that holds the words; nothing is left.
+fn refused(host: &Namespace, net: &str, more: &[&str], code: i32, words: &[&str]) -> Verdict {
+    let mut vmm = start(host, net, more)?;
+    let got = vmm.wait(LIMIT)?;
+    let errors = vmm.errors();
+    let fail = |what: &str| vmm.story(&format!("--net {net}: {what}"));
+    check(got == code, || {
+        fail(&format!("exit code {got}, not {code}"))
+    })?;
+    check(errors.lines().count() == 1, || fail("not one line"))?;
+    for word in words {
+        check(errors.contains(word), || fail(&format!("no {word:?}")))?;
+    }
+    println!("[{}]", errors.trim());
+    nothing_left(Duration::from_secs(30))
+}
+
+fn taps() -> Verdict {
+    let host = Namespace::new("bad")?;
+    host.sh(
+        "ip tuntap add single mode tap vnet_hdr; ip tuntap add many mode tap vnet_hdr multi_queue
+ip tuntap add busy mode tap vnet_hdr; ip tuntap add layer3 mode tun; ip link add bridge0 type bridge
+ip link set single up; ip link set many up; ip link set busy up",
+    )?;
+    refused(&host, "tap=nosuch0", &[], 1, &["nosuch0"])?;
+    refused(&host, "tap=layer3", &[], 1, &["layer3"])?;
+    refused(&host, "tap=bridge0", &[], 1, &["bridge0"])?;
+    refused(
+        &host,
+        "tap=single,queues=2",
+        &["--cpus", "2"],
+        1,
+        &["single"],
+    )?;
+    let mut holder = start(&host, "tap=busy", &[])?;
+    holder.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
+    let mut vmm = start(&host, "tap=busy", &[])?;
+    let code = vmm.wait(LIMIT)?;
+    let errors = vmm.errors();
+    check(
+        code == 1 && errors.lines().count() == 1 && errors.contains("busy"),
+        || vmm.story(&format!("a busy tap: exit code {code}")),
+    )?;
+    println!("[{}]", errors.trim());
+    holder.kill();
+    nothing_left(Duration::from_secs(30))?;
+    refused(
+        &host,
+        "tap=abcdefghijklmnopq",
+        &[],
+        2,
+        &["abcdefghijklmnopq"],
+    )?;
+    refused(&host, "fd=77", &[], 1, &["77"])
+}
+
+fn options() -> Verdict {
+    let host = Namespace::new("bad")?;
+    host.sh("ip tuntap add tap0 mode tap vnet_hdr multi_queue; ip link set tap0 up")?;
+    for mac in [
+        "52:54:00:12:34",
+        "52:54:00:12:34:zz",
+        "525400123456",
+        "01:00:5e:00:00:01",
+        "ff:ff:ff:ff:ff:ff",
+        "00:00:00:00:00:00",
+    ] {
+        refused(&host, &format!("tap=tap0,mac={mac}"), &[], 2, &[mac])?;
+    }
+    refused(&host, "tap=tap0,mtu=10", &[], 2, &["mtu"])?;
+    refused(&host, "tap=tap0,mtu=70000", &[], 2, &["mtu"])?;
+    refused(&host, "tap=tap0,backend=magic", &[], 2, &["magic"])?;
+    refused(&host, "tap=tap0,queues=0", &[], 2, &["queues"])?;
+    refused(&host, "tap=tap0,queues=100000", &[], 2, &["queues"])?;
+    let mut vmm = start(&host, "tap=tap0,queues=3", &["--cpus", "2"])?;
+    let code = vmm.wait(LIMIT)?;
+    let errors = vmm.errors();
+    check(
+        (code == 1 || code == 2) && errors.lines().count() == 1 && errors.contains("queue"),
+        || vmm.story(&format!("3 queues, 2 vCPUs: exit code {code}")),
+    )?;
+    println!("[{}]", errors.trim());
+    Ok(())
+}
+
+/// A switch that behaves badly: what it does with each connection.
+fn rogue(host: &Namespace, socket: &str, with: &str) -> Result<Vmm, String> {
+    let program = format!(
+        "import socket, os, time
+s = socket.socket(socket.AF_UNIX); s.bind('{socket}'); s.listen(16); print('LISTENS', flush=True)
+kept = []
+while True:
+    c, _ = s.accept()
+    kept.append(c)
+    try:
+        {with}
+    except OSError:
+        pass"
+    );
+    let mut running = host.spawn(&format!("python3 -c \"{program}\""))?;
+    running.wait_for("LISTENS", LIMIT)?;
+    Ok(running)
+}
+
+const NEVER: &str = "pass";
+const GARBAGE: &str = "c.recv(12); c.sendall(os.urandom(8192))";
+const SHORT: &str = "c.recv(12); c.sendall(bytes(5))";
+const HANGS_UP: &str = "c.close()";
+const AFTER_ONE: &str = "c.recv(12); c.sendall(bytes([1,0,0,0,5,0,0,0,8,0,0,0]) + bytes([0,0,0,64,1,0,0,0])); c.close()";
+
+fn switches() -> Verdict {
+    let scratch = Scratch::new("rogue")?;
+    let host = Namespace::new("rogue")?;
+    let absent = scratch.path("absent");
+    refused(
+        &host,
+        &format!("vhost-user={absent},id=net7"),
+        &[],
+        1,
+        &[&absent],
+    )?;
+    let file = scratch.file("file", b"no socket")?;
+    refused(&host, &format!("vhost-user={file}"), &[], 1, &[&file])?;
+    for (name, with) in [
+        ("never", NEVER),
+        ("garbage", GARBAGE),
+        ("short", SHORT),
+        ("hangs-up", HANGS_UP),
+        ("after-one", AFTER_ONE),
+    ] {
+        let socket = scratch.path(name);
+        let _switch = rogue(&host, &socket, with)?;
+        refused(
+            &host,
+            &format!("vhost-user={socket},id=net7"),
+            &[],
+            1,
+            &["net7"],
+        )
+        .map_err(|e| format!("{name}: {e}"))?;
+    }
+    Ok(())
+}
+
+fn not_required() -> Verdict {
+    let scratch = Scratch::new("optional")?;
+    let host = Namespace::new("optional")?;
+    let socket = scratch.path("hangs-up");
+    let _switch = rogue(&host, &socket, HANGS_UP)?;
+    let script = "ip link set eth0 up 2>/dev/null; ip link set eth1 up 2>/dev/null; sleep 1
+for i in eth0 eth1; do echo CARRIER-$i=$(cat /sys/class/net/$i/carrier 2>/dev/null || echo absent); done; echo UP";
+    let nets = [
+        format!("vhost-user={socket},id=net0,required=off"),
+        "tap=nosuch0,id=net1,required=off".to_string(),
+    ];
+    let mut vmm = host.debian(&scratch, script, &["--net", &nets[0], "--net", &nets[1]])?;
+    vmm.wait_for("UP", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    for i in ["eth0", "eth1"] {
+        check(
+            vmm.output().contains(&format!("CARRIER-{i}=0"))
+                || vmm.output().contains(&format!("CARRIER-{i}=absent")),
+            || vmm.story(&format!("{i} has a link")),
+        )?;
+    }
+    let (out, errors) = (vmm.output(), vmm.errors());
+    let carriers: Vec<&str> = out.lines().filter(|l| l.starts_with("CARRIER")).collect();
+    println!(
+        "[{}; {}]",
+        carriers.join(" ").replace('\r', ""),
+        errors.trim().replace('\n', "; ")
+    );
+    Ok(())
+}

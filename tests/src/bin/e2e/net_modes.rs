@@ -1,0 +1,305 @@
+//! Networks without a tap: user mode by passt, switches of others (DPDK, passt) over
+//! vhost-user that restart, and any vhost-user device of somebody else's.
+
+use bulkhead_tests::host::{Namespace, debian, sh};
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm};
+
+use crate::net::LIMIT;
+
+/// The tests of this subject.
+pub fn tests() -> Vec<Test> {
+    let test = |name, run| Test {
+        subject: "net",
+        name,
+        long: false,
+        run,
+    };
+    vec![
+        test(
+            "user mode: an address by DHCP, a name by DNS, TCP and UDP out, a forwarded port in",
+            user_mode,
+        ),
+        test(
+            "a DPDK switch (testpmd's vhost) answers the guest, also after it was killed and restarted",
+            || switch(false),
+        ),
+        test(
+            "a DPDK switch that connects to the VM's own socket, also after its restart",
+            || switch(true),
+        ),
+        test("passt as somebody else's switch gives a lease", passt),
+        test(
+            "a generic vhost-user device: qemu-storage-daemon's disk, also after its restart",
+            generic,
+        ),
+    ]
+}
+
+/// A program that the harness's host script names.
+fn tool(variable: &str) -> Result<String, String> {
+    std::env::var(variable).map_err(|_| format!("{variable} is not set: run by tests/e2e"))
+}
+
+fn user_mode() -> Verdict {
+    let scratch = Scratch::new("user")?;
+    // The VM's host is 192.0.2.2 with a default route to `outside`, which has the names and
+    // the services; no privilege and no tap.
+    let host = Namespace::new("host")?;
+    let outside = Namespace::new("outside")?;
+    sh(&format!(
+        "modprobe veth; ip -n {host} link add up0 type veth peer name down0 netns {outside}
+ip -n {host} addr add 192.0.2.2/24 dev up0; ip -n {host} link set up0 up
+ip -n {outside} addr add 192.0.2.1/24 dev down0; ip -n {outside} addr add 198.51.100.7/32 dev down0
+ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1",
+        host = host.name(),
+        outside = outside.name()
+    ))?;
+    let _dns = outside.spawn(
+        "dnsmasq --no-daemon --conf-file=/dev/null --no-resolv --no-hosts --user=root --address=/service.test/198.51.100.7",
+    )?;
+    let file = scratch.disk("file", 1 << 20, 89)?;
+    let _tcp = outside.spawn(&format!("socat -u FILE:{file} TCP-LISTEN:8000,reuseaddr"))?;
+    let _udp = outside.spawn("socat -b 65536 UDP4-RECVFROM:8001,fork,reuseaddr SYSTEM:cat")?;
+    let resolv = scratch.file("resolv.conf", b"nameserver 192.0.2.1\n")?;
+    let script = "ip link set lo up; ip link set eth0 up
+cat >/tmp/lease <<'END'
+#!/bin/sh
+[ \"$1\" = bound ] || exit 0
+ip addr add $ip/$mask dev $interface
+ip route add ${router%% *} dev $interface; ip route add default via ${router%% *}
+for d in $dns; do echo nameserver $d; done >/tmp/resolv.conf
+echo LEASE ip=$ip router=$router dns=$dns
+END
+chmod 755 /tmp/lease; : >/tmp/resolv.conf
+mount --bind /tmp/resolv.conf /etc/resolv.conf 2>/dev/null || ln -sf /tmp/resolv.conf /etc/resolv.conf
+busybox udhcpc -i eth0 -n -q -t 30 -T 2 -s /tmp/lease 2>&1
+name=$(busybox nslookup service.test $(awk '{ print $2; exit }' /tmp/resolv.conf) 2>&1 | awk '/^Address/ { a = $NF } END { print a }')
+echo NAME=$name
+echo GOT=$(socat -u TCP:198.51.100.7:8000,retry=20,interval=0.3 - | sha256sum)
+n=0; until [ \"$(echo datagram | socat -T 2 - UDP4:198.51.100.7:8001 2>/dev/null)\" = datagram ] || [ $n -gt 30 ]; do n=$((n + 1)); done
+[ $n -le 30 ] && echo UDP=good
+head -c 300000 /dev/urandom >/tmp/f; echo SUM=$(sha256sum </tmp/f | cut -d' ' -f1)
+socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
+    let root = bulkhead_tests::host::rootfs()?;
+    let (root, script) = (
+        format!("path={root},readonly=on,id=rootfs,queues=1"),
+        format!(
+            "path={},readonly=on,id=script,queues=1",
+            scratch.script("script", script)?
+        ),
+    );
+    // `unshare --mount`: the host's resolver is the test's.
+    let by = [
+        "nsenter".to_string(),
+        format!("--net=/run/netns/{}", host.name()),
+        "unshare".into(),
+        "--mount".into(),
+        "sh".into(),
+        "-c".into(),
+        format!("mount --bind {resolv} /etc/resolv.conf && exec \"$@\""),
+        "sh".into(),
+    ];
+    let by: Vec<&str> = by.iter().map(String::as_str).collect();
+    let passt = tool("PASST")?;
+    let args = [
+        "--disk",
+        &root,
+        "--disk",
+        &script,
+        "--memory",
+        "384M",
+        "--net",
+        "user,id=net0,forward=tcp:127.0.0.1:8080:80",
+        "--passt",
+        &passt,
+    ];
+    let mut vmm = Vmm::boot_by(&by, "bh.cmd=script root=/dev/vda", &args)?;
+    vmm.wait_for("LEASE", LIMIT)?;
+    vmm.wait_for("NAME=198.51.100.7", LIMIT)?;
+    let expected = sh(&format!("sha256sum <{file}"))?;
+    vmm.wait_for(
+        &format!("GOT={}", expected.split_whitespace().next().unwrap_or("?")),
+        LIMIT,
+    )?;
+    vmm.wait_for("UDP=good", LIMIT)?;
+    vmm.wait_for("SERVING", LIMIT)?;
+    let came = host.sh("socat -u TCP:127.0.0.1:8080,retry=20,interval=0.5 - | sha256sum")?;
+    vmm.wait_for(
+        &format!("SUM={}", came.split_whitespace().next().unwrap_or("?")),
+        LIMIT,
+    )
+    .map_err(|e| format!("the forwarded port gave {came}: {e}"))?;
+    vmm.wait_for("DONE", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    let output = vmm.output();
+    let lease = output.lines().find(|l| l.starts_with("LEASE"));
+    println!("[{}]", lease.unwrap_or_default().trim());
+    bulkhead_tests::vmm::nothing_left(LIMIT)
+}
+
+/// testpmd that answers ARP and ICMP echo, as a switch with a host behind it would.
+fn testpmd(socket: &str, client: bool) -> Result<Vmm, String> {
+    let client = u8::from(client);
+    let mut command = std::process::Command::new(tool("TESTPMD")?);
+    command
+        .args([
+            "--lcores",
+            "0@0,1@0",
+            "--no-huge",
+            "-m",
+            "128",
+            "--no-pci",
+            "--no-telemetry",
+        ])
+        .args(["--file-prefix=bhe2e", "--vdev"])
+        .arg(format!(
+            "net_vhost0,iface={socket},queues=1,client={client}"
+        ))
+        .args([
+            "--",
+            "--forward-mode=icmpecho",
+            "--port-topology=loop",
+            "--total-num-mbufs=4096",
+        ])
+        .args(["--stats-period=5", "--no-lsc-interrupt", "--auto-start"]);
+    let mut running = Vmm::spawn(command)?;
+    running.wait_for("Port statistics", LIMIT)?;
+    Ok(running)
+}
+
+/// `ours`: the VM listens and the switch connects.
+fn switch(ours: bool) -> Verdict {
+    let scratch = Scratch::new("switch")?;
+    let socket = scratch.path("switch");
+    let script = "ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
+ip neigh replace 10.5.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
+answered() { until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; ping -q -c 5 -i 0.2 -W 5 -s 1000 10.5.0.1 | grep -q ' 0% packet loss' && echo ANSWERED-$1; }
+answered first; read -r line; answered again
+echo DONE";
+    let net = format!(
+        "vhost-user={socket},id=net0{}",
+        if ours { ",server=on" } else { "" }
+    );
+    let mut first = None;
+    if !ours {
+        first = Some(testpmd(&socket, false)?);
+    }
+    let mut vmm = debian(&scratch, script, &[] as &[&str], &["--net", &net])?;
+    if ours {
+        let end = std::time::Instant::now() + LIMIT;
+        while !std::path::Path::new(&socket).exists() {
+            check(std::time::Instant::now() < end, || {
+                vmm.story("the VM does not listen")
+            })?;
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        first = Some(testpmd(&socket, true)?);
+    }
+    vmm.wait_for("ANSWERED-first", LIMIT)?;
+    drop(first);
+    if !ours {
+        let _ = std::fs::remove_file(&socket);
+    }
+    let _second = testpmd(&socket, ours)?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("ANSWERED-again", LIMIT)?;
+    vmm.ends_with(0, LIMIT)
+}
+
+fn passt() -> Verdict {
+    let scratch = Scratch::new("passt")?;
+    let socket = scratch.path("passt");
+    let host = Namespace::new("passt")?;
+    host.sh("modprobe veth; ip link add up0 type veth peer name down0; ip link set down0 up; ip addr add 192.0.2.2/24 dev up0
+ip link set up0 up; ip route add default via 192.0.2.1")?;
+    let start = || -> Result<Vmm, String> {
+        let mut passt = host.spawn(&format!(
+            "{} --vhost-user -s {socket} -f --runas 0",
+            tool("PASST")?
+        ))?;
+        let end = std::time::Instant::now() + LIMIT;
+        while !std::path::Path::new(&socket).exists() {
+            check(std::time::Instant::now() < end, || {
+                passt.story("passt does not listen")
+            })?;
+            let _ = passt.wait(std::time::Duration::ZERO).is_ok();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        Ok(passt)
+    };
+    let script = "ip link set eth0 up
+for n in first again; do
+  until busybox udhcpc -i eth0 -n -q -t 3 -T 2 -s /bin/true >/tmp/out 2>&1; do :; done; grep -q 192.0.2.2 /tmp/out && echo LEASE-$n
+  [ $n = again ] || read -r line
+done";
+    let first = start()?;
+    let mut vmm = host.debian(
+        &scratch,
+        script,
+        &["--net", &format!("vhost-user={socket},id=net0")],
+    )?;
+    vmm.wait_for("LEASE-first", LIMIT)?;
+    drop(first);
+    let _ = std::fs::remove_file(&socket);
+    let _second = start()?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("LEASE-again", LIMIT)?;
+    vmm.ends_with(0, LIMIT)
+}
+
+fn generic() -> Verdict {
+    let scratch = Scratch::new("generic")?;
+    let socket = scratch.path("blk");
+    let disk = scratch.disk("disk", 4 << 20, 97)?;
+    let before = sh(&format!("sha256sum <{disk}"))?;
+    let start = || -> Result<Vmm, String> {
+        let _ = std::fs::remove_file(&socket);
+        let mut command = std::process::Command::new("qemu-storage-daemon");
+        command
+            .args([
+                "--blockdev",
+                &format!("driver=file,node-name=f,filename={disk},locking=off"),
+            ])
+            .arg("--export")
+            .arg(format!(
+                "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
+            ));
+        let daemon = Vmm::spawn(command)?;
+        let end = std::time::Instant::now() + LIMIT;
+        while !std::path::Path::new(&socket).exists() {
+            check(std::time::Instant::now() < end, || {
+                daemon.story("qemu-storage-daemon does not listen")
+            })?;
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        Ok(daemon)
+    };
+    // Disks of ours first: vda (root), vdb (script); the foreign one is found by its size.
+    let script =
+        "for d in vda vdb vdc; do [ $(cat /sys/block/$d/size) = 8192 ] && dev=/dev/$d; done
+echo BEFORE=$(dd if=$dev bs=64k iflag=direct status=none | sha256sum)
+dd if=/dev/urandom of=$dev bs=64k count=10 oflag=direct status=none && sync && echo WRITTEN
+echo STEP; read -r line
+echo AFTER=$(dd if=$dev bs=64k iflag=direct status=none | sha256sum)";
+    let first = start()?;
+    let mut vmm = debian(
+        &scratch,
+        script,
+        &[] as &[&str],
+        &[
+            "--vhost-user",
+            &format!("socket={socket},device-id=2,queues=1,id=foreign"),
+        ],
+    )?;
+    let word = |text: &str| text.split_whitespace().next().unwrap_or("?").to_string();
+    vmm.wait_for(&format!("BEFORE={}", word(&before)), LIMIT)?;
+    vmm.wait_for("STEP", LIMIT)?;
+    drop(first);
+    let _second = start()?;
+    vmm.type_text("\n")?;
+    let after = word(&sh(&format!("sha256sum <{disk}"))?);
+    vmm.wait_for(&format!("AFTER={after}"), LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    check(vmm.output().contains("WRITTEN"), || vmm.story("no write"))
+}
