@@ -162,6 +162,8 @@ pub struct Ring {
     log: Option<Log>,
     /// What a process before this one left in flight, the next one at the end.
     resubmit: Vec<u16>,
+    /// The driver has been asked for a kick, or may take it so.
+    kicks_wanted: bool,
 }
 
 impl Ring {
@@ -194,6 +196,7 @@ impl Ring {
             heads: vec![Head::Free; usize::from(size)],
             batch: Vec::with_capacity(usize::from(size)),
             in_flight: 0,
+            kicks_wanted: true,
             taken: 0,
             log: None,
             resubmit: Vec::new(),
@@ -512,6 +515,7 @@ impl Ring {
     /// Asks the driver to kick for the next buffer; true if one is there already, in
     /// which case the caller must look again before it sleeps.
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
+        self.kicks_wanted = true;
         if self.features.event_idx {
             let at = USED_HEADER + USED_ELEM * usize::from(self.size);
             self.store_u16(&self.used, at, self.next_avail, Ordering::Relaxed)?;
@@ -525,11 +529,17 @@ impl Ring {
 
     /// Tells the driver that no kick is needed for now: the worker looks by itself.
     pub fn disable_kicks(&mut self) -> Result<(), RingError> {
-        if self.features.event_idx {
-            // The event index stays behind, which has the same effect.
+        if !std::mem::replace(&mut self.kicks_wanted, false) {
             return Ok(());
         }
-        self.store_u16(&self.used, 0, USED_F_NO_NOTIFY, Ordering::Relaxed)
+        if !self.features.event_idx {
+            return self.store_u16(&self.used, 0, USED_F_NO_NOTIFY, Ordering::Relaxed);
+        }
+        // An index that the driver has passed. To leave it where it is would do only once
+        // the driver has passed it, after a kick for that.
+        let at = USED_HEADER + USED_ELEM * usize::from(self.size);
+        let passed = self.next_avail.wrapping_sub(1);
+        self.store_u16(&self.used, at, passed, Ordering::Relaxed)
     }
 }
 

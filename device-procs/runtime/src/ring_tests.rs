@@ -304,6 +304,10 @@ fn with_event_idx_kicks_and_interrupts_are_asked_for_by_index() {
     }
     assert_eq!(ring.enable_kicks(), Ok(false));
     assert_eq!(driver.avail_event(), 4);
+    // No kick for the next buffer: the driver has passed this index.
+    ring.disable_kicks().unwrap();
+    assert_eq!(driver.avail_event(), 3);
+    assert_eq!(ring.enable_kicks(), Ok(false));
     driver.set_used_event(2);
     ring.complete(0, 1).unwrap();
     assert_eq!(ring.publish(), Ok(true), "the first time always");
