@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::tap_sys::{self, Interfaces, flag};
@@ -181,14 +181,37 @@ fn parse_flags(text: &str) -> Option<i32> {
     i32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
 }
 
-/// Whether a descriptor is a queue of a tap or tun, and the name of the interface.
-pub fn interface_of(fd: BorrowedFd<'_>) -> Option<String> {
-    tap_sys::describe(fd).map(|(name, _)| name)
+/// A queue of a tap or tun that this process inherited, and what the kernel says of it: a
+/// confined process may not ask.
+#[derive(Debug)]
+pub struct Inherited {
+    fd: OwnedFd,
+    name: String,
+    flags: i16,
+    mtu: u32,
+}
+
+impl Inherited {
+    /// What a descriptor is a queue of, made non-blocking; `None` if it is no such thing.
+    fn look(fd: &OwnedFd) -> Option<(String, i16, u32)> {
+        let (name, flags) = tap_sys::describe(fd.as_fd())?;
+        sys::set_nonblocking(fd.as_fd()).ok()?;
+        // The interface may lie in another network namespace than ours, by which it is not known.
+        let mtu = Interfaces::open()
+            .and_then(|interfaces| interfaces.mtu(&name))
+            .unwrap_or(0);
+        Some((name, flags, mtu))
+    }
+
+    /// Name of its interface.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Takes every queue of a tap or tun among this process's descriptors, by their numbers. To
 /// be called before the process has opened any of its own.
-pub fn inherited() -> BTreeMap<i32, OwnedFd> {
+pub fn inherited() -> BTreeMap<i32, Inherited> {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else {
         return BTreeMap::new();
     };
@@ -203,33 +226,44 @@ pub fn inherited() -> BTreeMap<i32, OwnedFd> {
         let Ok(fd) = sys::take_inherited(number) else {
             continue;
         };
-        if interface_of(fd.as_fd()).is_some() {
-            taps.insert(number, fd);
-        } else {
+        match Inherited::look(&fd) {
+            Some((name, flags, mtu)) => {
+                let queue = Inherited {
+                    fd,
+                    name,
+                    flags,
+                    mtu,
+                };
+                taps.insert(number, queue);
+            }
             // Not ours to close.
-            let _ = fd.into_raw_fd();
+            None => {
+                let _ = fd.into_raw_fd();
+            }
         }
     }
     taps
 }
 
-/// Looks at descriptors that this process inherited as one tap's queues, and makes them
-/// non-blocking.
+/// Takes inherited queues for those of one tap.
 ///
 /// # Errors
 /// One line that names the descriptor by the number under which it was inherited.
-pub fn adopt(fds: Vec<(i32, OwnedFd)>) -> Result<Tap, String> {
-    let several = fds.len() > 1;
+pub fn adopt(queues: Vec<(i32, Inherited)>) -> Result<Tap, String> {
+    let several = queues.len() > 1;
     let mut tap = Tap {
         name: String::new(),
         queues: Vec::new(),
         mtu: 0,
     };
-    for (number, fd) in fds {
+    for (number, queue) in queues {
         let say = |why: &str| Err(format!("fd {number}: {why}"));
-        let Some((name, flags)) = tap_sys::describe(fd.as_fd()) else {
-            return say("is no tap: open /dev/net/tun and attach it with TUNSETIFF first");
-        };
+        let Inherited {
+            fd,
+            name,
+            flags,
+            mtu,
+        } = queue;
         let shown = printable(&name);
         if flags & flag::TAP == 0 {
             return say(&format!(
@@ -252,15 +286,10 @@ pub fn adopt(fds: Vec<(i32, OwnedFd)>) -> Result<Tap, String> {
                 printable(&tap.name)
             ));
         }
-        sys::set_nonblocking(fd.as_fd())
-            .map_err(|e| format!("fd {number}: tap {shown}: {}", reason(&e)))?;
         tap.name = name;
+        tap.mtu = mtu;
         tap.queues.push(fd);
     }
-    // The interface may lie in another network namespace than ours, by which it is not known.
-    tap.mtu = Interfaces::open()
-        .and_then(|interfaces| interfaces.mtu(&tap.name))
-        .unwrap_or(0);
     Ok(tap)
 }
 

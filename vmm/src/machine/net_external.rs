@@ -23,7 +23,7 @@ use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 /// How long one vhost-user message may take.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a back-end has to connect to our socket before the machine is given up.
-const ACCEPT_LIMIT: Duration = Duration::from_secs(30);
+const ACCEPT_LIMIT: Duration = Duration::from_secs(10);
 /// Queues of a device that nothing is known of.
 const UNKNOWN_QUEUES: u16 = 1;
 /// Address that a forwarded port listens on when nothing is said.
@@ -175,7 +175,7 @@ fn finish(
         if let Origin::Listen(path, _) = &origin {
             let _ = site.launcher.forget(path);
         }
-        format!("device {id}: {origin}: {why}")
+        format!("device {id}: {origin}: {}", of_others(&id, &why))
     })?;
     let mut switch = Switch::new(&id, kind, origin, net, serving, Instant::now());
     if let Some(process) = process {
@@ -231,7 +231,8 @@ fn reach(
         (Origin::Connect(PathBuf::from(socket)), came)
     };
     let frontend = stream.and_then(|stream| {
-        Frontend::connect(stream, MESSAGE_LIMIT).map_err(|error| format!("{origin}: {error}"))
+        Frontend::connect(stream, MESSAGE_LIMIT)
+            .map_err(|error| format!("{origin}: {}", of_others(id, &error.to_string())))
     });
     match frontend {
         Ok(frontend) => Ok(First {
@@ -249,6 +250,15 @@ fn reach(
         }
         Err(why) => Err(format!("device {id}: {why}")),
     }
+}
+
+/// The words for a device process of ours, for somebody else's; and the device's name, which
+/// stands before them already, left out.
+fn of_others(id: &str, why: &str) -> String {
+    why.strip_prefix(&format!("device {id}: "))
+        .unwrap_or(why)
+        .replace("the device process", "the back-end")
+        .replace("its process", "the back-end")
 }
 
 /// Waits for a connection.
@@ -365,6 +375,15 @@ mod tests {
             ["mtu=1400", "tcp=127.0.0.1/8080:80", "udp=::1/8080:80"]
         );
         assert!(passt_options(&NetConfig::new(), &UserBackend::new()).is_empty());
+    }
+
+    #[test]
+    fn somebody_elses_process_is_called_a_back_end_and_named_once() {
+        let why = "device n0: its process does not offer VIRTIO_F_VERSION_1";
+        assert_eq!(
+            of_others("n0", why),
+            "the back-end does not offer VIRTIO_F_VERSION_1"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! machine, when nothing can be opened any more but by the launcher.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use bulkhead_proto::machine::{
     MachineConfig, NetConfig, TapBackend, net_config, tap_backend::Datapath,
@@ -26,7 +26,7 @@ pub struct Link {
 /// What was opened before confinement.
 pub struct Prepared {
     /// Taps by the number under which they were inherited.
-    inherited: BTreeMap<i32, OwnedFd>,
+    inherited: BTreeMap<i32, tap::Inherited>,
     /// As many descriptors of vhost-net, or why there are none.
     vhost: Result<Vec<OwnedFd>, String>,
     /// Taps by the id of the device. An error is told when the machine is made.
@@ -126,7 +126,7 @@ impl Prepared {
                 .fds
                 .first()
                 .and_then(|number| self.inherited.get(number))
-                .and_then(|fd| tap::interface_of(fd.as_fd()))
+                .map(|queue| queue.name().to_owned())
                 .unwrap_or_default(),
             Some(net_config::Backend::VhostUser(switch)) => switch.socket.clone(),
             _ => String::new(),

@@ -16,6 +16,20 @@ fn fresh(letter: char) -> Option<String> {
     }
 }
 
+/// As if they had been inherited, under numbers from `first` on.
+fn numbered(first: i32, fds: Vec<OwnedFd>) -> Vec<(i32, Inherited)> {
+    let queue = |fd: OwnedFd| {
+        let (name, flags, mtu) = Inherited::look(&fd).unwrap();
+        Inherited {
+            fd,
+            name,
+            flags,
+            mtu,
+        }
+    };
+    (first..).zip(fds.into_iter().map(queue)).collect()
+}
+
 fn line(result: Result<Tap, String>) -> String {
     let line = result.map(|tap| tap.name).unwrap_err();
     assert!(!line.contains('\n'), "{line}");
@@ -59,7 +73,7 @@ fn a_tap_that_is_busy_or_of_another_kind_is_refused_by_name() {
     tap_sys::attach(tun.as_fd(), &name, flag::TUN | flag::NO_PI).unwrap();
     let wrong = line(open(&name, 1, 0));
     assert!(wrong.contains("is a tun (layer 3)"), "{wrong}");
-    let adopted = line(adopt(vec![(9, tun.into())]));
+    let adopted = line(adopt(numbered(9, vec![tun.into()])));
     assert!(
         adopted.starts_with("fd 9: ") && adopted.contains("is a tun"),
         "{adopted}"
@@ -70,8 +84,7 @@ fn a_tap_that_is_busy_or_of_another_kind_is_refused_by_name() {
 fn inherited_queues_are_of_one_tap_and_of_the_right_form() {
     let Some(name) = fresh('c') else { return };
     let tap = open(&name, 2, 0).unwrap();
-    let numbered = |fds: Vec<OwnedFd>| (7..).zip(fds).collect::<Vec<_>>();
-    let tap = adopt(numbered(tap.queues)).unwrap();
+    let tap = adopt(numbered(7, tap.queues)).unwrap();
     assert_eq!(
         (tap.name.as_str(), tap.queues.len(), tap.mtu),
         (name.as_str(), 2, 1500)
@@ -80,13 +93,13 @@ fn inherited_queues_are_of_one_tap_and_of_the_right_form() {
 
     let bare = open_tun().unwrap();
     tap_sys::attach(bare.as_fd(), &name, flag::TAP | flag::NO_PI).unwrap();
-    let no_header = line(adopt(vec![(5, bare.into())]));
+    let no_header = line(adopt(numbered(5, vec![bare.into()])));
     assert!(no_header.contains("IFF_VNET_HDR"), "{no_header}");
 
     let one = open(&name, 1, 0).unwrap();
     let mut fds = one.queues;
     fds.push(fds[0].try_clone().unwrap());
-    let single = line(adopt(numbered(fds)));
+    let single = line(adopt(numbered(7, fds)));
     assert!(single.contains("IFF_MULTI_QUEUE"), "{single}");
 
     let Some(other) = fresh('d') else { return };
@@ -95,16 +108,14 @@ fn inherited_queues_are_of_one_tap_and_of_the_right_form() {
     let mut others = open(&other, 2, 0).unwrap().queues;
     others.truncate(1);
     queues.append(&mut others);
-    let mixed = line(adopt(numbered(queues)));
+    let mixed = line(adopt(numbered(7, queues)));
     assert!(mixed.contains("queues of one tap"), "{mixed}");
 }
 
 #[test]
-fn what_is_no_tap_is_refused_by_its_number() {
+fn what_is_no_tap_is_not_taken_for_one() {
     let (read, _write) = sys::pipe().unwrap();
-    assert_eq!(interface_of(read.as_fd()), None);
-    let pipe = line(adopt(vec![(12, read)]));
-    assert!(pipe.starts_with("fd 12: is no tap"), "{pipe}");
+    assert!(Inherited::look(&read).is_none());
     for bad in ["", "sixteen-letters!"] {
         assert!(line(open(bad, 1, 0)).starts_with("tap "));
     }
