@@ -63,7 +63,7 @@ fn given_passt_then_it_speaks_and_has_the_hosts_network_and_nothing_else() {
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     let cmdline = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
-    assert!(cmdline.contains("--mtu\01400"), "{cmdline:?}");
+    assert!(cmdline.contains("--mtu\x001400"), "{cmdline:?}");
     if root() {
         let uid = proc_field(pid, "Uid");
         let uid: u32 = uid.split_whitespace().next().unwrap().parse().unwrap();
