@@ -5,16 +5,16 @@
 //!
 //! Part of every confinement (`confine`), while the process has one thread.
 
-/// Most arenas: threads that allocate are few, and share.
-#[cfg(target_env = "gnu")]
-const ARENAS: libc::c_int = 4;
+/// Most arenas, unless it is said otherwise: threads that allocate are few, and share.
+pub const ARENAS: libc::c_int = 4;
 
 /// Binds the number of malloc's arenas; false when the C library would not.
-pub fn bind_arenas() -> bool {
+#[cfg_attr(not(target_env = "gnu"), expect(unused_variables))]
+pub fn bind_arenas(most: libc::c_int) -> bool {
     #[cfg(target_env = "gnu")]
     {
         // SAFETY: mallopt takes integers; the process has one thread, so that nobody is in malloc.
-        unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) == 1 }
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, most) == 1 }
     }
     #[cfg(not(target_env = "gnu"))]
     {

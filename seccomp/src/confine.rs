@@ -46,6 +46,7 @@ pub enum ConfineError {
 pub struct Confinement {
     rlimits: Rlimits,
     landlock: bool,
+    arenas: libc::c_int,
 }
 
 impl Confinement {
@@ -55,7 +56,16 @@ impl Confinement {
         Self {
             rlimits,
             landlock: true,
+            arenas: allocator::ARENAS,
         }
+    }
+
+    /// For a process whose filter has no mprotect(2), by which all of malloc's arenas grow
+    /// but the first.
+    #[must_use]
+    pub fn single_arena(mut self) -> Self {
+        self.arenas = 1;
+        self
     }
 
     /// For the launcher, which opens files for others: no Landlock.
@@ -71,7 +81,7 @@ impl Confinement {
     /// # Errors
     /// Something is still open; end the process.
     pub fn lock_down(&self) -> Result<LockedDown, ConfineError> {
-        if !allocator::bind_arenas() {
+        if !allocator::bind_arenas(self.arenas) {
             return Err(ConfineError::Allocator);
         }
         let capabilities = privileges::drop_capabilities()?;

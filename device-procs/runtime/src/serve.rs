@@ -85,7 +85,9 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         kept: device.kept_bytes(),
     })
     .map_err(ServeError::Inflight)?;
-    let locked = Confinement::new(options.rlimits).lock_down()?;
+    let locked = Confinement::new(options.rlimits)
+        .single_arena()
+        .lock_down()?;
     let (control, vhost, listener, fence) = match options.channels {
         Channels::Inherited {
             control,
