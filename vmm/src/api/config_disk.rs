@@ -92,7 +92,7 @@ pub(super) fn check_size(name: &str, size: u64) -> Result<(), String> {
     if size > MAX_SIZE {
         return Err(format!("{name} is {size}: at most {MAX_SIZE} are possible"));
     }
-    if size % SECTOR != 0 {
+    if !size.is_multiple_of(SECTOR) {
         return Err(format!(
             "{name} is {size}: give a multiple of {SECTOR} bytes"
         ));

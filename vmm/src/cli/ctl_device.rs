@@ -98,9 +98,9 @@ fn usage(line: String) -> Failure {
 }
 
 /// One of the limits that are replaced together is given: the other stays as it is.
-fn merged<L: Default>(present: Option<&L>, change: impl FnOnce(&mut L)) -> L
+fn merged<L>(present: Option<&L>, change: impl FnOnce(&mut L)) -> L
 where
-    L: Clone,
+    L: Default + Clone,
 {
     let mut limits = present.cloned().unwrap_or_default();
     change(&mut limits);
