@@ -34,7 +34,7 @@ struct Seen {
 /// Judges as the launcher does, until the process ends or breaks its policy; then it is killed.
 fn judge(listener: &OwnedFd) -> Seen {
     let mut seen = Seen::default();
-    let mut kill = |report: &Report| {
+    let kill = |report: &Report| {
         // SAFETY: kill takes integers; the process hangs at its call, so that its pid is its own.
         unsafe { libc::kill(i32::try_from(report.pid).unwrap(), libc::SIGKILL) };
     };
