@@ -16,7 +16,7 @@ use super::device::{self, Device, Site, Special};
 use super::net_kinds;
 use super::net_mac::MacAddress;
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
-use crate::launcher::{Linked, Program, printable, sys};
+use crate::launcher::{Program, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -303,17 +303,11 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 &format!("passt: {error}; it has said why above"),
             )
         })?;
-        let linked = Linked {
-            fd: helper.pidfd,
-            pid: Some(helper.pid),
+        let process = HelperProcess {
+            pid: helper.pid,
+            pidfd: helper.pidfd,
         };
-        Ok((
-            frontend,
-            HelperProcess {
-                pid: helper.pid,
-                linked,
-            },
-        ))
+        Ok((frontend, process))
     });
     match first {
         Ok((frontend, process)) => Ok(First {

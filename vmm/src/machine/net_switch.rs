@@ -16,9 +16,9 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::RpcStatus;
@@ -26,8 +26,8 @@ use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
 use super::net_mac;
-use crate::launcher::{Launcher, Linked, printable};
-use crate::virtio::VirtioPciFunction;
+use crate::launcher::{Launcher, printable};
+use crate::virtio::{ReconnectError, VirtioPciFunction};
 
 /// First and longest pause before another attempt.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -35,6 +35,52 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const STEADY: Duration = Duration::from_secs(5);
 /// How long the launcher may take to connect or to start passt.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is asked of the launcher; nothing waits for its answer.
+pub trait Links {
+    /// Begins to connect to a socket; the answer comes with the ticket.
+    ///
+    /// # Errors
+    /// One line.
+    fn connect(&self, path: &Path) -> Result<u64, String>;
+
+    /// Begins to start passt; our end of its channel comes back at once.
+    ///
+    /// # Errors
+    /// One line.
+    fn passt(
+        &self,
+        id: &str,
+        incarnation: u64,
+        options: &[String],
+    ) -> Result<(u64, UnixStream), String>;
+
+    /// Ends a passt that is no longer listened to.
+    fn end_passt(&self, id: &str, incarnation: u64);
+}
+
+impl Links for Launcher {
+    fn connect(&self, path: &Path) -> Result<u64, String> {
+        self.begin_connect(path, "vhost-user")
+            .map_err(|e| e.to_string())
+    }
+
+    fn passt(
+        &self,
+        id: &str,
+        incarnation: u64,
+        options: &[String],
+    ) -> Result<(u64, UnixStream), String> {
+        self.begin_helper(id, "passt", incarnation, options.to_vec())
+            .map_err(|e| e.to_string())
+    }
+
+    fn end_passt(&self, id: &str, incarnation: u64) {
+        if let Err(error) = self.kill(id, incarnation) {
+            log::warn!("device {id}: {error}");
+        }
+    }
+}
 
 /// Where the back-end comes from.
 #[derive(Debug)]
@@ -77,6 +123,9 @@ pub struct NetFacts {
     pub mtu: u32,
 }
 
+/// Hands a connection to the device's function; its end is told later.
+pub type Adopt<'a> = &'a dyn Fn(UnixStream) -> Result<(), ReconnectError>;
+
 #[derive(Debug)]
 enum Phase {
     Serving {
@@ -101,7 +150,16 @@ pub struct HelperProcess {
     /// Host pid.
     pub pid: i32,
     /// Keeps the pid from being reused.
-    pub linked: Linked,
+    pub pidfd: OwnedFd,
+}
+
+/// What the launcher has brought: a connection, or a helper's pidfd and pid.
+#[derive(Debug)]
+pub struct Came {
+    /// The descriptor.
+    pub fd: OwnedFd,
+    /// A helper's host pid.
+    pub pid: Option<i32>,
 }
 
 /// A device with such a back-end.
@@ -162,6 +220,19 @@ impl Switch {
         &self.origin
     }
 
+    /// What is to be said of it when the machine is made: kind and detail of an event.
+    pub fn announcement(&self) -> (&'static str, String) {
+        let kind = &self.kind;
+        match (&self.phase, &self.origin) {
+            (Phase::Serving { .. }, origin) => ("device.ready", format!("{kind} behind {origin}")),
+            (_, Origin::Nothing(why)) => ("device.absent", format!("{kind}: {why}")),
+            (_, origin) => (
+                "device.disconnected",
+                format!("{kind} waits for {origin}; the machine starts without it"),
+            ),
+        }
+    }
+
     /// What the API says of it beyond any device.
     pub fn describe(&self, info: &mut DeviceInfo) {
         if let Some(process) = &self.process {
@@ -180,7 +251,7 @@ impl Switch {
     }
 
     /// Its back-end is gone.
-    pub fn lost(&mut self, launcher: &Launcher, now: Instant) {
+    pub fn lost(&mut self, launcher: &dyn Links, now: Instant) {
         if let Phase::Serving { since } = self.phase
             && now.saturating_duration_since(since) >= STEADY
         {
@@ -197,7 +268,7 @@ impl Switch {
     }
 
     /// One that came did not take over. True: this is news.
-    pub fn not_reconnected(&mut self, launcher: &Launcher, why: &str, now: Instant) -> bool {
+    pub fn not_reconnected(&mut self, launcher: &dyn Links, why: &str, now: Instant) -> bool {
         self.end_process(launcher);
         self.wait(now);
         self.news(why)
@@ -220,11 +291,9 @@ impl Switch {
     }
 
     /// A process that is no longer listened to could still write to guest memory.
-    fn end_process(&mut self, launcher: &Launcher) {
-        if self.process.take().is_some()
-            && let Err(error) = launcher.kill(&self.id, self.incarnation)
-        {
-            log::warn!("device {}: {error}", self.id);
+    fn end_process(&mut self, launcher: &dyn Links) {
+        if self.process.take().is_some() {
+            launcher.end_passt(&self.id, self.incarnation);
         }
     }
 
@@ -247,13 +316,13 @@ impl Switch {
 
     /// Somebody connects. While a back-end serves, or another is on its way in, nobody else
     /// is let in.
-    pub fn on_listener(&mut self, function: &VirtioPciFunction, now: Instant) {
+    pub fn on_listener(&mut self, adopt: Adopt<'_>, now: Instant) {
         let Origin::Listen(_, listener) = &self.origin else {
             return;
         };
         match listener.accept() {
             Ok((stream, _)) if matches!(self.phase, Phase::Waiting { .. }) => {
-                self.adopt(stream, function, now);
+                self.adopt(stream, adopt, now);
             }
             Ok(_) => log::warn!(
                 "device {}: a second connection to its socket was closed: it has a back-end",
@@ -264,8 +333,8 @@ impl Switch {
         }
     }
 
-    fn adopt(&mut self, stream: UnixStream, function: &VirtioPciFunction, now: Instant) {
-        match function.adopt(stream) {
+    fn adopt(&mut self, stream: UnixStream, adopt: Adopt<'_>, now: Instant) {
+        match adopt(stream) {
             Ok(()) => self.phase = Phase::Adopting,
             Err(error) => {
                 log::debug!("{error}");
@@ -284,7 +353,7 @@ impl Switch {
     }
 
     /// Does what is due. A line that is news comes back.
-    pub fn on_timer(&mut self, launcher: &Launcher, now: Instant) -> Option<String> {
+    pub fn on_timer(&mut self, launcher: &dyn Links, now: Instant) -> Option<String> {
         match self.phase {
             Phase::Waiting { until: Some(until) } if until <= now => self.link(launcher, now),
             Phase::Linking { deadline, .. } if deadline <= now => {
@@ -297,15 +366,13 @@ impl Switch {
     }
 
     /// Begins another attempt.
-    fn link(&mut self, launcher: &Launcher, now: Instant) -> Option<String> {
+    fn link(&mut self, launcher: &dyn Links, now: Instant) -> Option<String> {
         let begun = match &self.origin {
-            Origin::Connect(path) => launcher
-                .begin_connect(path, "vhost-user")
-                .map(|ticket| (ticket, None)),
+            Origin::Connect(path) => launcher.connect(path).map(|ticket| (ticket, None)),
             Origin::Passt(options) => {
                 self.incarnation = self.incarnation.saturating_add(1);
                 launcher
-                    .begin_helper(&self.id, "passt", self.incarnation, options.clone())
+                    .passt(&self.id, self.incarnation, options)
                     .map(|(ticket, ours)| (ticket, Some(ours)))
             }
             Origin::Listen(..) | Origin::Nothing(_) => return None,
@@ -320,9 +387,8 @@ impl Switch {
                 };
                 None
             }
-            Err(error) => {
+            Err(why) => {
                 self.wait(now);
-                let why = error.to_string();
                 self.news(&why).then_some(why)
             }
         }
@@ -337,8 +403,8 @@ impl Switch {
     /// that is news comes back.
     pub fn on_linked(
         &mut self,
-        linked: Result<Linked, String>,
-        function: &VirtioPciFunction,
+        linked: Result<Came, String>,
+        adopt: Adopt<'_>,
         now: Instant,
     ) -> Option<String> {
         let old = std::mem::replace(&mut self.phase, Phase::Adopting);
@@ -350,7 +416,7 @@ impl Switch {
             (Ok(linked), Some(ours)) => {
                 self.process = Some(HelperProcess {
                     pid: linked.pid.unwrap_or_default(),
-                    linked,
+                    pidfd: linked.fd,
                 });
                 ours
             }
@@ -360,7 +426,7 @@ impl Switch {
                 return self.news(&why).then_some(why);
             }
         };
-        self.adopt(stream, function, now);
+        self.adopt(stream, adopt, now);
         None
     }
 
@@ -384,7 +450,7 @@ impl Switch {
         status.datapath = match &self.origin {
             Origin::Connect(_) | Origin::Listen(..) => "vhost-user",
             Origin::Passt(_) => "passt",
-            Origin::Nothing(_) => "",
+            Origin::Nothing(_) => "none",
         }
         .to_owned();
         let mut response = DeviceStatsResponse::new();
@@ -403,31 +469,36 @@ impl Switch {
         function: &VirtioPciFunction,
         update: &NetUpdate,
     ) -> Result<(), RpcStatus> {
-        let refused = |why: &str| {
-            Err(RpcStatus::failed_precondition(format!(
-                "device {}: {why}",
-                self.id
-            )))
-        };
-        if self.net.is_none() {
-            return refused("is no network device: see Devices");
-        }
-        if update.to_guest.is_some() || update.from_guest.is_some() {
-            return refused("its frames are moved by somebody else's process: set limits there");
-        }
         use net_update::Link;
-        match update.link.enum_value_or_default() {
+        match self.check_update(update)? {
             Link::UNCHANGED => Ok(()),
-            Link::UP | Link::DOWN if matches!(self.origin, Origin::Nothing(_)) => {
-                refused("it has no back-end: its link stays down")
-            }
-            up @ (Link::UP | Link::DOWN) => {
-                if function.set_link(up == Link::UP) {
-                    Ok(())
-                } else {
-                    refused("its link is its back-end's")
-                }
-            }
+            link if function.set_link(link == Link::UP) => Ok(()),
+            _ => Err(self.refused("its link is its back-end's")),
         }
     }
+
+    fn refused(&self, why: &str) -> RpcStatus {
+        RpcStatus::failed_precondition(format!("device {}: {why}", self.id))
+    }
+
+    /// What an update asks of the link, if it is possible.
+    fn check_update(&self, update: &NetUpdate) -> Result<net_update::Link, RpcStatus> {
+        if self.net.is_none() {
+            return Err(self.refused("is no network device: see Devices"));
+        }
+        if update.to_guest.is_some() || update.from_guest.is_some() {
+            return Err(
+                self.refused("its frames are moved by somebody else's process: set limits there")
+            );
+        }
+        let link = update.link.enum_value_or_default();
+        if link != net_update::Link::UNCHANGED && !self.origin.returns() {
+            return Err(self.refused("it has no back-end: its link stays down"));
+        }
+        Ok(link)
+    }
 }
+
+#[cfg(test)]
+#[path = "net_switch_tests.rs"]
+mod tests;

@@ -8,7 +8,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::{Host, Source};
 use crate::launcher::ExitOutcome;
 use crate::machine::device::{Device, Special};
-use crate::machine::net_switch::Switch;
+use crate::machine::net_switch::{Came, Switch};
 
 /// A device's tie to its back-end, if that is somebody else's.
 fn switch(device: &mut Device) -> Option<&mut Switch> {
@@ -38,7 +38,8 @@ impl Host {
             return;
         };
         if let Special::Foreign(switch) = &mut device.special {
-            switch.on_listener(&device.function, Instant::now());
+            let function = &device.function;
+            switch.on_listener(&|stream| function.adopt(stream), Instant::now());
         }
     }
 
@@ -126,8 +127,12 @@ impl Host {
     /// The launcher has connected to a back-end or started a helper, or not.
     pub(super) fn on_linked(&mut self, ticket: u64, result: Result<(), String>) {
         let linked = result.and_then(|()| {
-            self.launcher
-                .take_linked(ticket)
+            let linked = self.launcher.take_linked(ticket);
+            linked
+                .map(|linked| Came {
+                    fd: linked.fd,
+                    pid: linked.pid,
+                })
                 .ok_or_else(|| "the launcher's answer was lost".to_owned())
         });
         let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
@@ -141,7 +146,8 @@ impl Host {
             return;
         };
         let function = std::sync::Arc::clone(&device.function);
-        let news = switch(device).and_then(|s| s.on_linked(linked, &function, Instant::now()));
+        let adopt = |stream| function.adopt(stream);
+        let news = switch(device).and_then(|s| s.on_linked(linked, &adopt, Instant::now()));
         if let Some(line) = news {
             self.tell(index, "device.not-reconnected", &line);
         }

@@ -11,6 +11,7 @@ use super::{Host, Machine, PendingShutdown, VCPU_LIMIT};
 use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
 use crate::machine::build;
+use crate::machine::device::Special;
 use crate::machine::state::{IllegalTransition, MachineState, Transition};
 use crate::machine::stop::StopReason;
 
@@ -66,6 +67,11 @@ impl Host {
         )
         .map_err(RpcStatus::failed_precondition)?;
         for device in &parts.devices {
+            if let Special::Foreign(switch) = &device.special {
+                let (kind, detail) = switch.announcement();
+                self.log.publish(kind, &device.id, &detail);
+                continue;
+            }
             let how = match &device.process {
                 Some(process) => format!("pid {} in {} us", process.pid, process.ready_us),
                 None => "its back-end is somebody else's".to_owned(),

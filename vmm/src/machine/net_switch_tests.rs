@@ -1,0 +1,235 @@
+//! A tie to somebody else's back-end, against a launcher that does as it is told and a clock
+//! that is set.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
+
+use bulkhead_proto::Code;
+use bulkhead_proto::common::NetLimits;
+
+use super::*;
+
+#[derive(Default)]
+struct Fake {
+    refuse: Cell<bool>,
+    asked: RefCell<Vec<String>>,
+}
+
+impl Fake {
+    fn ask(&self, what: String) -> Result<u64, String> {
+        self.asked.borrow_mut().push(what);
+        if self.refuse.get() {
+            return Err("the launcher is busy".to_owned());
+        }
+        Ok(u64::try_from(self.asked.borrow().len()).unwrap())
+    }
+
+    fn count(&self) -> usize {
+        self.asked.borrow().len()
+    }
+}
+
+impl Links for Fake {
+    fn connect(&self, path: &Path) -> Result<u64, String> {
+        self.ask(format!("connect {}", path.display()))
+    }
+
+    fn passt(
+        &self,
+        id: &str,
+        incarnation: u64,
+        options: &[String],
+    ) -> Result<(u64, UnixStream), String> {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        self.ask(format!("passt {id} {incarnation} {}", options.join(" ")))
+            .map(|ticket| (ticket, ours))
+    }
+
+    fn end_passt(&self, id: &str, incarnation: u64) {
+        self.asked
+            .borrow_mut()
+            .push(format!("end {id} {incarnation}"));
+    }
+}
+
+fn came(pid: Option<i32>) -> Came {
+    let (fd, _) = UnixStream::pair().unwrap();
+    Came {
+        fd: OwnedFd::from(fd),
+        pid,
+    }
+}
+
+fn taken(_: UnixStream) -> Result<(), ReconnectError> {
+    Ok(())
+}
+
+fn switch(origin: Origin, now: Instant) -> Switch {
+    let facts = NetFacts {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 0,
+    };
+    Switch::new("net0", "net", origin, Some(facts), true, now)
+}
+
+fn state(switch: &Switch) -> String {
+    let mut info = DeviceInfo::new();
+    info.state = "ready".into();
+    switch.describe(&mut info);
+    info.state
+}
+
+/// Lets time pass to the next timer and do what is due; the pause that it was.
+fn pass(switch: &mut Switch, fake: &Fake, now: &mut Instant) -> (Duration, Option<String>) {
+    let at = switch.next_timer().unwrap();
+    let pause = at.saturating_duration_since(*now);
+    *now = at;
+    (pause, switch.on_timer(fake, at))
+}
+
+#[test]
+fn a_lost_back_end_is_looked_for_with_pauses_that_double() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let mut tie = switch(Origin::Connect("/s".into()), now);
+    assert_eq!((state(&tie).as_str(), tie.next_timer()), ("ready", None));
+    tie.lost(&fake, now);
+    assert_eq!(state(&tie), "disconnected");
+    let mut pauses = Vec::new();
+    let mut told = 0;
+    for attempt in 1..=8 {
+        pauses.push(pass(&mut tie, &fake, &mut now).0.as_millis());
+        assert!(tie.awaits(attempt) && !tie.awaits(attempt + 1));
+        let news = tie.on_linked(Err("nobody listens".into()), &taken, now);
+        told += usize::from(news.is_some());
+    }
+    assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+    assert_eq!(told, 1, "the same reason is told once");
+
+    pass(&mut tie, &fake, &mut now);
+    assert_eq!(tie.on_linked(Ok(came(None)), &taken, now), None);
+    assert_eq!(tie.next_timer(), None);
+    tie.reconnected(now);
+    assert_eq!(state(&tie), "ready");
+    assert!(fake.asked.borrow().iter().all(|a| a == "connect /s"));
+
+    // One that goes at once is not met at once; one that served for a while is.
+    tie.lost(&fake, now);
+    assert_eq!(tie.next_timer().unwrap() - now, PAUSE.1);
+    tie.reconnected(now);
+    now += STEADY;
+    tie.lost(&fake, now);
+    assert_eq!(tie.next_timer().unwrap() - now, PAUSE.0);
+}
+
+#[test]
+fn a_launcher_that_refuses_or_is_silent_holds_nothing_up() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let mut tie = switch(Origin::Connect("/s".into()), now);
+    tie.lost(&fake, now);
+    fake.refuse.set(true);
+    let (_, news) = pass(&mut tie, &fake, &mut now);
+    assert_eq!(news.as_deref(), Some("the launcher is busy"));
+    fake.refuse.set(false);
+    pass(&mut tie, &fake, &mut now);
+    let ticket = u64::try_from(fake.count()).unwrap();
+    let (waited, news) = pass(&mut tie, &fake, &mut now);
+    assert_eq!(waited, LINK_LIMIT);
+    assert!(news.unwrap().contains("does not answer"));
+    // What comes too late is for nobody.
+    assert!(!tie.awaits(ticket));
+    assert_eq!(tie.on_linked(Ok(came(None)), &taken, now), None);
+    assert_eq!(state(&tie), "disconnected");
+}
+
+#[test]
+fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let process = HelperProcess {
+        pid: 77,
+        pidfd: came(None).fd,
+    };
+    let mut tie = switch(Origin::Passt(vec!["mtu=1400".into()]), now).with_process(1, process);
+    let mut info = DeviceInfo::new();
+    tie.describe(&mut info);
+    assert_eq!((info.pid, info.helper.as_str()), (77, "passt"));
+    tie.lost(&fake, now);
+    pass(&mut tie, &fake, &mut now);
+    assert_eq!(
+        *fake.asked.borrow(),
+        ["end net0 1", "passt net0 2 mtu=1400"]
+    );
+    assert_eq!(tie.on_linked(Ok(came(Some(78))), &taken, now), None);
+    let mut info = DeviceInfo::new();
+    tie.describe(&mut info);
+    assert_eq!((info.pid, info.incarnation), (78, 2));
+    assert!(tie.not_reconnected(&fake, "it broke the protocol", now));
+    assert_eq!(fake.asked.borrow().last().unwrap(), "end net0 2");
+    assert!(!tie.not_reconnected(&fake, "it broke the protocol", now));
+}
+
+#[test]
+fn a_back_end_that_never_can_be_is_never_looked_for() {
+    let fake = Fake::default();
+    let now = Instant::now();
+    let mut tie = switch(Origin::Nothing("tap x: absent".into()), now);
+    tie.lost(&fake, now);
+    assert_eq!((state(&tie).as_str(), tie.next_timer()), ("absent", None));
+    let (kind, detail) = tie.announcement();
+    assert_eq!(
+        (kind, detail.as_str()),
+        ("device.absent", "net: tap x: absent")
+    );
+    assert_eq!(fake.count(), 0);
+}
+
+#[test]
+fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
+    let place = std::env::temp_dir().join(format!("bh-switch-{}", std::process::id()));
+    let _ = std::fs::remove_file(&place);
+    let listener = UnixListener::bind(&place).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let now = Instant::now();
+    let mut tie = switch(Origin::Listen(place.clone(), listener), now);
+    assert!(tie.listener().is_some());
+    let let_in = Cell::new(0);
+    let count = |_| {
+        let_in.set(let_in.get() + 1);
+        Ok(())
+    };
+    let _surplus = UnixStream::connect(&place).unwrap();
+    tie.on_listener(&count, now);
+    assert_eq!(let_in.get(), 0, "it has a back-end");
+    tie.lost(&Fake::default(), now);
+    assert_eq!(tie.next_timer(), None, "it waits for whoever comes");
+    let _first = UnixStream::connect(&place).unwrap();
+    let _second = UnixStream::connect(&place).unwrap();
+    tie.on_listener(&count, now);
+    tie.on_listener(&count, now);
+    tie.on_listener(&count, now);
+    assert_eq!(let_in.get(), 1);
+    std::fs::remove_file(&place).unwrap();
+}
+
+#[test]
+fn what_somebody_else_keeps_is_not_changed_here() {
+    let refused = |update: NetUpdate, origin: Origin| {
+        let tie = switch(origin, Instant::now());
+        tie.check_update(&update).unwrap_err()
+    };
+    let mut limits = NetUpdate::new();
+    limits.to_guest = Some(NetLimits::new()).into();
+    let status = refused(limits, Origin::Connect("/s".into()));
+    assert_eq!(status.code, Code::FailedPrecondition);
+    assert!(
+        status.message.contains("set limits there"),
+        "{}",
+        status.message
+    );
+    let mut up = NetUpdate::new();
+    up.link = net_update::Link::UP.into();
+    let status = refused(up, Origin::Nothing("gone".into()));
+    assert!(status.message.contains("no back-end"), "{}", status.message);
+}
