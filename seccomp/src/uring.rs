@@ -149,6 +149,33 @@ pub fn restricted(spec: &RingSpec<'_>) -> Result<RestrictedRing, UringError> {
     })
 }
 
+/// Creates a ring on the calling thread that can wait for any descriptor of this process and
+/// do nothing else: what ppoll(2) can do.
+///
+/// # Errors
+/// The kernel refused a step; nothing is left behind.
+pub fn polling(entries: u32) -> Result<IoUring, UringError> {
+    let (ring, _) = create(entries)?;
+    let mut restrictions = [
+        Restriction::sqe_op(io_uring::opcode::PollAdd::CODE),
+        Restriction::sqe_op(io_uring::opcode::PollRemove::CODE),
+    ];
+    let submitter = ring.submitter();
+    submitter
+        .register_restrictions(&mut restrictions)
+        .map_err(|source| UringError {
+            what: "registering restrictions (Linux 5.10 or later)",
+            source,
+        })?;
+    submitter
+        .register_enable_rings()
+        .map_err(|source| UringError {
+            what: "enabling the ring",
+            source,
+        })?;
+    Ok(ring)
+}
+
 /// Newest set of features first; an older kernel says EINVAL to a flag that it does not know.
 fn create(entries: u32) -> Result<(IoUring, bool), UringError> {
     let newest = IoUring::builder()

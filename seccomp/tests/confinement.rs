@@ -293,5 +293,12 @@ fn steady_state_is_small() {
     let count = |policy: &Policy| policy.syscalls(Stage::Steady).unwrap().len();
     assert!(count(&policy::BULKHEAD_BLK) <= 16);
     assert!(count(&policy::BULKHEAD_BLK_PLAIN) <= 16);
+    for net in [
+        &policy::BULKHEAD_NET,
+        &policy::BULKHEAD_NET_PLAIN,
+        &policy::BULKHEAD_NET_VHOST,
+    ] {
+        assert!(count(net) <= 12, "{}: {}", net.name, count(net));
+    }
     assert!(count(&policy::BULKHEAD_BLK_IMAGE) <= 16);
 }

@@ -18,6 +18,15 @@ pub fn bin(name: &str) -> PathBuf {
     dir.unwrap_or_default().join(name)
 }
 
+/// The limit, or what `BULKHEAD_PATIENCE` (seconds) says if that is less: for whoever writes
+/// tests and does not want to wait for what will not come.
+pub fn patience(limit: Duration) -> Duration {
+    let given = std::env::var("BULKHEAD_PATIENCE")
+        .ok()
+        .and_then(|s| s.parse().ok());
+    given.map_or(limit, |seconds| limit.min(Duration::from_secs(seconds)))
+}
+
 /// A file that `tests/guest/make` made (`BULKHEAD_GUEST`, default `target/guest`).
 pub fn guest_file(name: &str) -> String {
     let dir = std::env::var("BULKHEAD_GUEST").unwrap_or_else(|_| "target/guest".to_string());
@@ -218,7 +227,7 @@ impl Vmm {
     /// # Errors
     /// All that was printed, when the time is up or the process ended without it.
     pub fn wait_for(&mut self, wanted: &str, limit: Duration) -> Result<(), String> {
-        let end = Instant::now() + limit;
+        let end = Instant::now() + patience(limit);
         loop {
             if self.output().contains(wanted) {
                 return Ok(());
@@ -243,7 +252,7 @@ impl Vmm {
     /// # Errors
     /// All that was printed, when the time is up (the process is then killed).
     pub fn wait(&mut self, limit: Duration) -> Result<i32, String> {
-        let end = Instant::now() + limit;
+        let end = Instant::now() + patience(limit);
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
                 use std::os::unix::process::ExitStatusExt;

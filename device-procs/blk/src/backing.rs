@@ -12,6 +12,8 @@ use std::fs::File;
 use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use bulkhead_runtime::inflight::KeptMemory;
+
 use crate::transfer::{Direction, Step};
 
 /// Looks at an image for the first time.
@@ -30,14 +32,16 @@ pub enum Backing {
 pub struct Formatted {
     opener: Mutex<Option<Opener>>,
     image: OnceLock<Box<dyn Image>>,
+    kept_bytes: u64,
 }
 
 impl Formatted {
-    /// An image that `opener` will open.
-    pub fn new(opener: Opener) -> Self {
+    /// An image that `opener` will open, and that has so much for its successor to find.
+    pub fn new(opener: Opener, kept_bytes: u64) -> Self {
         Self {
             opener: Mutex::new(Some(opener)),
             image: OnceLock::new(),
+            kept_bytes,
         }
     }
 
@@ -52,6 +56,11 @@ impl Formatted {
             self.image.get_or_init(|| image);
         }
         Ok(())
+    }
+
+    /// Bytes that outlive this process, if the front-end keeps them.
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept_bytes
     }
 
     /// The image, once it is open.
@@ -85,6 +94,13 @@ pub trait Image: fmt::Debug + Send + Sync {
     /// As for [`Self::transfer`].
     fn flush(&self) -> io::Result<()>;
 
+    /// A queue stops: what waits in this process is written, so that nothing is lost or
+    /// leaked if it ends.
+    ///
+    /// # Errors
+    /// As for [`Self::transfer`].
+    fn settle(&self) -> io::Result<()>;
+
     /// Whether [`Self::discard`] may be offered.
     fn can_discard(&self) -> bool;
 
@@ -100,6 +116,17 @@ pub trait Image: fmt::Debug + Send + Sync {
     /// # Errors
     /// As for [`Self::transfer`].
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// What a discard must be a multiple of to give space back, in bytes.
+    fn discard_granularity(&self) -> u32;
+
+    /// From now on, what completed requests need to be found again is kept there too: the
+    /// memory outlives this process. What another process left there is taken over first.
+    /// Called on the main thread while no queue is being served.
+    ///
+    /// # Errors
+    /// One line.
+    fn keep(&self, memory: KeptMemory) -> Result<(), String>;
 
     /// Makes the disk larger, on the main thread, while the queues are being served.
     ///

@@ -93,7 +93,7 @@ pub fn space(disk: &Disk, queues: u16) -> [u8; CONFIG_LEN] {
     if disk.discards() {
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
-        put(44, &(physical / SECTOR).to_le_bytes());
+        put(44, &(disk.discard_granularity() / SECTOR).to_le_bytes());
     }
     if !disk.geometry.readonly {
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());

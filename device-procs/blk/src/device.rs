@@ -9,6 +9,7 @@ use bulkhead_proto::common::DiskLimits;
 use bulkhead_proto::device::UpdateRequest;
 use bulkhead_proto::device::update_request::Kind;
 use bulkhead_runtime::device::{Device, Update, Worker};
+use bulkhead_runtime::inflight::KeptMemory;
 use bulkhead_runtime::limit::Rate;
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::sys;
@@ -121,6 +122,24 @@ impl Device for Block {
             if let Some(image) = image.get() {
                 self.disk.set_size(image.size());
             }
+        }
+        Ok(())
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        match &self.disk.backing {
+            Backing::Raw(_) => 0,
+            Backing::Image(image) => image.kept_bytes(),
+        }
+    }
+
+    fn keep(&self, memory: KeptMemory) -> Result<(), String> {
+        if let Backing::Image(image) = &self.disk.backing
+            && let Some(image) = image.get()
+        {
+            image.keep(memory)?;
+            // The process before this one may have made it larger.
+            self.disk.set_size(image.size());
         }
         Ok(())
     }

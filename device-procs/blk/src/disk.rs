@@ -18,6 +18,7 @@ use crate::config::{F_CONFIG_WCE, F_FLUSH};
 use crate::disk_options::{Cache, DiskOptions, DiskSource, Format};
 use crate::host::{self, SECTOR};
 pub use crate::host::{Alignment, Topology};
+use crate::image;
 use crate::request::ID_BYTES;
 
 /// How long a lock may be held that another process should have let go.
@@ -65,12 +66,6 @@ pub enum DiskError {
     /// O_DIRECT was demanded.
     #[error("disk {name}: the file system has no O_DIRECT; leave out direct=on")]
     NoDirect {
-        /// Path or fd.
-        name: String,
-    },
-    /// Not built.
-    #[error("disk {name}: qcow2 images are not served by this build; convert it to raw")]
-    Format {
         /// Path or fd.
         name: String,
     },
@@ -234,7 +229,19 @@ impl Disk {
                 disk.in_memory = in_memory;
                 if discard { disk.with_discard() } else { disk }
             }
-            Format::Qcow2 => return Err(DiskError::Format { name }),
+            Format::Qcow2 => {
+                let mut chain = vec![(name, top)];
+                for source in &options.backing {
+                    let file = open_source(source, options, true)?;
+                    chain.push((source.to_string(), file));
+                }
+                let geometry = Geometry {
+                    block_size: SECTOR,
+                    ..geometry
+                };
+                let image = image::qcow2(chain, options);
+                Self::new(Backing::Image(image), geometry, 0)
+            }
         };
         disk.direct = direct;
         disk.regular = regular;
@@ -304,6 +311,16 @@ impl Disk {
             Backing::Raw(_) => self.discard,
             Backing::Image(image) => image.get().is_some_and(|i| i.can_discard()),
         }
+    }
+
+    /// What a discard should be a multiple of, in bytes.
+    pub fn discard_granularity(&self) -> u32 {
+        let physical = self.geometry.topology.physical;
+        let image = match &self.backing {
+            Backing::Raw(_) => 0,
+            Backing::Image(image) => image.get().map_or(0, |i| i.discard_granularity()),
+        };
+        physical.max(self.geometry.block_size).max(image)
     }
 
     /// How a raw disk empties a range now.

@@ -66,7 +66,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Looks at the host, by calls that confinement forbids.
+    /// A worker without habits.
     pub fn new() -> Self {
         Self {
             look: Look::new(),
@@ -128,7 +128,7 @@ impl Worker {
         }
         let now = Instant::now();
         let time = self.look.idle(now, std::mem::take(&mut self.round));
-        !time.is_zero() && Look::spin(now, time, || queue.ring().available() > 0)
+        !time.is_zero() && self.look.until(time, || queue.ring().available() > 0)
     }
 }
 
@@ -257,9 +257,18 @@ fn obey(order: Order, queue: &mut Option<Queue>, port: &WorkerPort, disk: &Arc<D
             }
             Err(why) => Answer::Refused(why.to_string()),
         },
-        Order::Stop => Answer::Stopped {
-            next_avail: queue.take().map(Queue::stop),
-        },
+        Order::Stop => {
+            if let Backing::Image(image) = &disk.backing
+                && let Some(image) = image.get()
+                && queue.is_some()
+                && let Err(e) = image.settle()
+            {
+                log::error!("the image's tables cannot be written: {e}");
+            }
+            Answer::Stopped {
+                next_avail: queue.take().map(Queue::stop),
+            }
+        }
         Order::Memory(memory) => match queue.as_mut().map(|q| q.ring().swap_memory(memory)) {
             Some(Err(why)) => Answer::Refused(why.to_string()),
             _ => Answer::Done,

@@ -330,7 +330,7 @@ impl Engine {
         let Some(queue) = &mut self.queue else {
             return false;
         };
-        Look::spin(now, time, || queue.ring().available() > 0)
+        self.look.until(time, || queue.ring().available() > 0)
     }
 
     /// Shows the driver what has completed, and has it signalled if it wants that.

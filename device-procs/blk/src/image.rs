@@ -19,14 +19,19 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use bulkhead_runtime::inflight::KeptMemory;
 use imago::format::PreallocateMode;
 use imago::{FormatAccess, Mapping, ShallowMapping};
 
+use crate::backing::{self, Formatted};
+use crate::disk;
+use crate::disk_options::{Cache, DiskOptions};
 use crate::image_chain::{self, ImageError, Layer, MAX_PENDING, Opened};
 use crate::image_io::{self, Buffer};
-use crate::qcow2_journal::{Journal, JournalError, Kept};
+use crate::qcow2_journal::{Journal, JournalError, Kept, LOG_BYTES};
+use crate::qcow2_store::Backend;
 use crate::qcow2_store::Store;
 use crate::transfer::{Direction, Step};
 use crate::vectored;
@@ -367,6 +372,87 @@ impl Image {
         self.write_tables(&state)?;
         grown
     }
+}
+
+impl backing::Image for Image {
+    fn size(&self) -> u64 {
+        Self::size(self)
+    }
+
+    fn transfer(&self, direction: Direction, step: &Step, durable: bool) -> io::Result<u32> {
+        Self::transfer(self, direction, step, durable)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Self::flush(self)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        Self::flush(self)
+    }
+
+    fn can_discard(&self) -> bool {
+        self.writable
+    }
+
+    fn discard_granularity(&self) -> u32 {
+        u32::try_from(self.read_state().header.cluster_size()).unwrap_or(u32::MAX)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        Self::discard(self, offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        Self::write_zeroes(self, offset, len, unmap)
+    }
+
+    fn keep(&self, memory: KeptMemory) -> Result<(), String> {
+        Self::keep(self, Box::new(memory)).map_err(|e| e.to_string())
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        Self::grow(self, size)
+    }
+}
+
+impl Kept for KeptMemory {
+    fn len(&self) -> usize {
+        Self::len(self)
+    }
+
+    fn read(&self, at: usize, buffer: &mut [u8]) {
+        Self::read(self, at, buffer);
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        Self::write(self, at, bytes);
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        Self::store(self, at, value);
+    }
+}
+
+/// A qcow2 disk over these files, top first, to be opened after confinement.
+pub fn qcow2(chain: Vec<(String, disk::Opened)>, options: &DiskOptions) -> Formatted {
+    let durable = options.cache != Cache::Unsafe;
+    let writable = !options.readonly;
+    let layers = chain.into_iter().map(|(name, opened)| Layer {
+        name,
+        backend: Arc::new(Backend {
+            file: opened.file,
+            len: opened.len,
+            direct: opened.direct,
+            durable,
+        }),
+    });
+    let layers: Vec<Layer> = layers.collect();
+    let open = move || match Image::open(layers, writable) {
+        Ok(image) => Ok(Box::new(image) as Box<dyn backing::Image>),
+        Err(e) => Err(e.to_string()),
+    };
+    Formatted::new(Box::new(open), if writable { LOG_BYTES } else { 0 })
 }
 
 impl Drop for Image {

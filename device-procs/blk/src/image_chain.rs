@@ -7,12 +7,14 @@
 use std::io;
 use std::sync::Arc;
 
+use bulkhead_runtime::sys;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
+use crate::disk_options::Format;
 use crate::image_io::{self, Buffer};
-use crate::qcow2_header::{AT_AUTOCLEAR, Format, Header, HeaderError, LOOK, Name};
+use crate::qcow2_header::{AT_AUTOCLEAR, Header, HeaderError, LOOK, Name};
 use crate::qcow2_journal::Record;
 use crate::qcow2_map::{Map, MapError};
 use crate::qcow2_overlay::Overlay;
@@ -38,7 +40,8 @@ pub struct Layer {
 impl Layer {
     /// Length of the file now.
     fn len(&self) -> u64 {
-        let now = image_io::length(&self.backend.file).unwrap_or(0);
+        // A block device's is not to be had so; it was measured before.
+        let now = sys::file_size(&self.backend.file).map_or(0, |(len, _)| len);
         now.max(self.backend.len)
     }
 }

@@ -85,19 +85,48 @@ pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     .map(|_| ())
 }
 
-/// Length of a regular file; 0 for a block device.
-pub fn length(file: &File) -> io::Result<u64> {
-    // SAFETY: an all-zero stat is valid, and only a place to write to.
-    let mut st: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: st is live and of the right type.
-    check(unsafe { libc::fstat(file.as_raw_fd(), &raw mut st) } as isize)?;
-    Ok(u64::try_from(st.st_size).unwrap_or(0))
-}
-
 /// Makes what was written durable.
 pub fn sync(file: &File) -> io::Result<()> {
     // SAFETY: no memory is involved.
     retry(|| check(unsafe { libc::fdatasync(file.as_raw_fd()) } as isize)).map(|_| ())
+}
+
+/// Does before confinement what the format driver would do by calls that the policy lacks.
+/// To be called on the main thread while there is no other.
+///
+/// # Errors
+/// The kernel gave no address space.
+pub fn prepare(heap: usize) -> io::Result<()> {
+    // Keys for hash maps: the standard library asks the kernel once per thread, and only
+    // the main thread, which opens images, makes any.
+    std::hint::black_box(std::hash::RandomState::new());
+    reserve_heap(heap)
+}
+
+/// Extends malloc's arena by so many bytes of address space, of which none costs memory
+/// before it is used, and keeps it from being given back: the policy has no brk(2), which no
+/// errno can refuse (the C library takes -ENOMEM for an address).
+fn reserve_heap(bytes: usize) -> io::Result<()> {
+    /// Below the size that malloc takes from mmap.
+    const PROBE: usize = 100 * 1024;
+    let pad = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    // SAFETY: mallopt takes integers, sbrk(0) only asks, and what malloc gives is freed at
+    // once or, being null, ignored by free.
+    unsafe {
+        let before = libc::sbrk(0) as usize;
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, pad);
+        // Enough of them that the arena has to grow.
+        let probes = [(); 4].map(|()| std::hint::black_box(libc::malloc(PROBE)));
+        for probe in probes {
+            libc::free(probe);
+        }
+        libc::mallopt(libc::M_TOP_PAD, 0);
+        if (libc::sbrk(0) as usize).saturating_sub(before) < bytes {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+    }
+    Ok(())
 }
 
 /// A zeroed buffer at a multiple of `align` bytes.

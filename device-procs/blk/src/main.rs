@@ -9,6 +9,7 @@ use bulkhead_blk::cli::{self, Command, Endpoint, EngineChoice, HELP, Options};
 use bulkhead_blk::device::{Block, EngineKind};
 use bulkhead_blk::disk::{Disk, DiskError};
 use bulkhead_blk::host;
+use bulkhead_blk::image_io;
 use bulkhead_runtime::channels::{ChannelError, Channels};
 use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
@@ -21,6 +22,9 @@ const BASE_FDS: u64 = 80;
 /// Descriptors of a queue: kick, call, err, their successors, two eventfds, a ring.
 const FDS_PER_QUEUE: u64 = 10;
 
+/// Address space for the tables of an image, and something over.
+const IMAGE_HEAP: usize = 384 << 20;
+
 #[derive(Debug, thiserror::Error)]
 enum MainError {
     #[error(transparent)]
@@ -31,6 +35,8 @@ enum MainError {
     Uring(#[from] UringError),
     #[error("an image is not served by io_uring; leave out --io-engine")]
     Image,
+    #[error("no address space for an image's tables: {0}; raise the limit on data (ulimit -d)")]
+    Heap(std::io::Error),
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
@@ -117,6 +123,9 @@ fn run(options: &Options) -> Result<(), MainError> {
         (_, EngineKind::IoUring) => &policy::BULKHEAD_BLK,
         (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,
     };
+    if is_image {
+        image_io::prepare(IMAGE_HEAP).map_err(MainError::Heap)?;
+    }
     let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
     if let Some(limit) = disk.file_limit() {
         host::survive_size_limit();

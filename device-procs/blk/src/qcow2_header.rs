@@ -9,6 +9,8 @@
 
 use std::fmt;
 
+use crate::disk_options::Format;
+
 /// Bytes at the start of the file that are looked at: header and extensions lie there.
 pub const LOOK: usize = 64 * 1024;
 /// Largest virtual disk: 1 PiB.
@@ -59,16 +61,6 @@ const EXTENDED_L2: u64 = 1 << 4;
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
-
-/// How a file is to be read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
-    /// Sector by sector, whatever is inside.
-    #[default]
-    Raw,
-    /// As the specification above says.
-    Qcow2,
-}
 
 /// A name out of an image, for messages only: printable, and not endless.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -148,6 +148,16 @@ impl Queue {
     /// Ends service; the available index at which a successor goes on.
     pub fn stop(mut self) -> u16 {
         self.show();
+        let requests = self.status.requests.get();
+        if requests > 0 {
+            let each = |n: u64| n as f64 / requests as f64;
+            log::debug!(
+                "{requests} requests by now; of each {:.3} kicks, {:.3} interrupts, {:.3} system calls",
+                each(self.status.kicks.get()),
+                each(self.status.interrupts.get()),
+                each(self.status.syscalls.get())
+            );
+        }
         self.ring.stop()
     }
 

@@ -171,7 +171,7 @@ fn spoil(bytes: &[u8], path: &Path, dice: &mut Dice) {
             2 => old ^ 1 << dice.roll(64),
             3 => 1 << 63 | other,
             4 => 1 << 62 | dice.roll(1 << 62),
-            5 => 1 << 63 | dice.roll(1 << 20) * cluster,
+            5 => (1 << 63) | (dice.roll(1 << 20) * cluster),
             6 => 1 << 63 | 0x00ff_ffff_ffff_ffff & !(cluster - 1),
             7 => other,
             8 => old.wrapping_add(cluster),
@@ -184,6 +184,17 @@ fn spoil(bytes: &[u8], path: &Path, dice: &mut Dice) {
                 .unwrap();
         } else {
             file.write_all_at(&new.to_be_bytes(), at).unwrap();
+        }
+    }
+}
+
+/// Says which seed it was.
+struct Seed(u64);
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("seed {}", self.0);
         }
     }
 }
@@ -213,6 +224,7 @@ fn each(name: &str, seeds: std::ops::Range<u64>, mut case: impl FnMut(u64, &mut 
     });
     for seed in seeds {
         current.store(seed, Ordering::Relaxed);
+        let _seed = Seed(seed);
         let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         for _ in 0..8 {
             dice.roll(2);
@@ -223,8 +235,9 @@ fn each(name: &str, seeds: std::ops::Range<u64>, mut case: impl FnMut(u64, &mut 
 }
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
-    let count = std::env::var("BULKHEAD_FUZZ_SEEDS").ok();
-    0..count.and_then(|n| n.parse().ok()).unwrap_or(default)
+    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    let first = number("BULKHEAD_FUZZ_FIRST").unwrap_or(0);
+    first..first + number("BULKHEAD_FUZZ_SEEDS").unwrap_or(default)
 }
 
 /// Peak memory of this process, in KiB.

@@ -1,7 +1,6 @@
 //! The network device as the runtime sees it. Called by the main thread.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +12,7 @@ use bulkhead_proto::device::{NetState, NetUpdate, StatsResponse, UpdateRequest, 
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_runtime::device::{Device, Update, Worker};
 use bulkhead_runtime::limit::Rate;
-use bulkhead_runtime::mailbox::WorkerPort;
+use bulkhead_runtime::mailbox::{Signals, WorkerPort};
 
 use crate::features;
 use crate::kernel::Kernel;
@@ -39,7 +38,7 @@ pub struct Net {
     engine: EngineKind,
     /// The kernel's end of each pair that has no thread yet.
     kernel: Mutex<VecDeque<VhostNet>>,
-    wakeups: Mutex<Vec<File>>,
+    wakeups: Mutex<Vec<Signals>>,
     wakeups_given: AtomicBool,
 }
 
@@ -65,7 +64,7 @@ impl Net {
         let number = usize::from(first.index() / 2);
         {
             let mut wakeups = self.wakeups.lock().unwrap_or_else(PoisonError::into_inner);
-            wakeups.push(first.wakeup().try_clone()?);
+            wakeups.push(first.signals());
             // The control queue's thread comes last.
             if number >= usize::from(self.pairs())
                 && !self.wakeups_given.swap(true, Ordering::Relaxed)

@@ -8,8 +8,9 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use bulkhead_runtime::clock;
 use bulkhead_runtime::sys::{self, PollFd};
 use libc::iovec;
 
@@ -93,7 +94,7 @@ impl Engine {
             return;
         };
         half.ring().disable_kicks();
-        half.fill(Instant::now);
+        half.fill(clock::now);
         let mut calls = 0;
         for number in 0..half.count() {
             let Some(segments) = half.waiting(number) else {
@@ -151,7 +152,7 @@ impl Engine {
                 self.pending = None;
                 continue;
             };
-            match half.deliver(frame, Instant::now) {
+            match half.deliver(frame, clock::now) {
                 Delivery::Done => self.pending = None,
                 Delivery::NoBuffers => break,
                 Delivery::Held(time) => {

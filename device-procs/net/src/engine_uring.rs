@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
+use bulkhead_runtime::clock;
 use bulkhead_runtime::sys;
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -318,7 +319,7 @@ impl Engine {
         if half.settle() && self.full {
             return;
         }
-        half.fill(Instant::now);
+        half.fill(clock::now);
         if let Some(held) = half.held() {
             wait.nap(held);
         } else if half.count() == 0 {
@@ -360,7 +361,7 @@ impl Engine {
                 self.inbox.next += 1;
                 continue;
             };
-            match half.deliver(frame, Instant::now) {
+            match half.deliver(frame, clock::now) {
                 Delivery::Done => self.inbox.next += 1,
                 Delivery::NoBuffers => return,
                 Delivery::Held(time) => return wait.nap(time),
@@ -368,7 +369,7 @@ impl Engine {
         }
         self.inbox.clear();
         if let Some(retry) = self.retry {
-            let left = retry.saturating_duration_since(Instant::now());
+            let left = retry.saturating_duration_since(clock::now());
             if !left.is_zero() {
                 return wait.nap(left);
             }
@@ -509,7 +510,7 @@ impl Engine {
             Err(_) => {
                 self.readable = false;
                 if self.retry.is_none() {
-                    self.retry = Some(Instant::now() + RETRY);
+                    self.retry = Some(clock::now() + RETRY);
                     if let Some(half) = self.pair.receive() {
                         half.failed(result.wrapping_neg());
                     }

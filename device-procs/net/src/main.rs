@@ -24,6 +24,9 @@ const BASE_FDS: u64 = 80;
 /// the tap's, vhost-net's, a ring's.
 const FDS_PER_PAIR: u64 = 24;
 
+/// Small blocks of memory, all together: connections, messages, tables. Costs nothing until used.
+const HEAP: usize = 8 << 20;
+
 #[derive(Debug, thiserror::Error)]
 enum MainError {
     #[error(transparent)]
@@ -39,7 +42,7 @@ enum MainError {
 }
 
 fn main() -> ExitCode {
-    sys::frugal_malloc();
+    sys::fixed_heap(HEAP);
     let options = match cli::parse(std::env::args_os().skip(1)) {
         Ok(Command::Serve(options)) => options,
         Ok(Command::Help) => return print(HELP),

@@ -5,13 +5,12 @@
 //! queue on behalf of the driver; the workers of pairs read. They look at atomics only, and
 //! take the lock when the filter has changed.
 
-use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
 
+use bulkhead_runtime::clock;
 use bulkhead_runtime::limit::{Limiter, Rate};
-use bulkhead_runtime::sys;
+use bulkhead_runtime::mailbox::Signals;
 
 use crate::features::{self, Traits};
 use crate::filter::{Filter, Mac};
@@ -64,14 +63,14 @@ pub struct State {
     /// Limits on what comes from it.
     pub from_guest: Limiter,
     /// Wakes the worker of each pair.
-    wakeups: OnceLock<Vec<File>>,
+    wakeups: OnceLock<Vec<Signals>>,
 }
 
 impl State {
     /// The state after start, without a driver.
     pub fn new(tap: Tap, settings: &Settings) -> Self {
         let pairs = u16::try_from(tap.queues()).unwrap_or(u16::MAX).max(1);
-        let now = Instant::now();
+        let now = clock::now();
         let state = Self {
             traits: Traits {
                 pairs,
@@ -108,13 +107,13 @@ impl State {
     }
 
     /// Says how to wake the worker of each pair. Once, before the first of them runs.
-    pub fn set_wakeups(&self, wakeups: Vec<File>) {
+    pub fn set_wakeups(&self, wakeups: Vec<Signals>) {
         let _ = self.wakeups.set(wakeups);
     }
 
     fn wake_pairs(&self) {
         for wakeup in self.wakeups.get().into_iter().flatten() {
-            sys::signal(wakeup);
+            wakeup.refresh();
         }
     }
 
@@ -243,6 +242,6 @@ impl State {
 
     /// Changes limits on one direction.
     pub fn limit(limiter: &Limiter, limits: Limits) {
-        limiter.set(limits.bytes, limits.packets, Instant::now());
+        limiter.set(limits.bytes, limits.packets, clock::now());
     }
 }

@@ -10,9 +10,9 @@
 //! *front-end* can get wrong ends the connection.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -22,6 +22,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::backend_channel::BackendChannel;
+use crate::clock;
 use crate::device::{Device, F_EVENT_IDX, F_INDIRECT_DESC, F_PROTOCOL_FEATURES, offered_features};
 use crate::inflight::{Capacity, InflightFile, InflightRegion};
 use crate::link::Intercepted;
@@ -34,6 +35,9 @@ use crate::sys::{self, PollFd};
 /// time-outs; past it the process gives up and exits, because it can neither unmap the
 /// memory nor say where the ring stands.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long the main thread waits for a worker before it looks at its control channel.
+const ANSWER_MS: u16 = 10;
 
 /// Served while the main thread waits for a worker, so that Health is answered.
 pub(crate) trait Meanwhile {
@@ -193,7 +197,7 @@ impl<M: Meanwhile> Backend<M> {
 
     /// Waits for a worker's answer, serving the control channel meanwhile.
     fn wait(&mut self, index: usize) -> Result<Answer> {
-        let deadline = Instant::now() + DRAIN_DEADLINE;
+        let deadline = clock::now() + DRAIN_DEADLINE;
         loop {
             let Some(worker) = self.workers.get(index) else {
                 return Err(Error::InvalidParam);
@@ -201,8 +205,7 @@ impl<M: Meanwhile> Backend<M> {
             if let Some(answer) = worker.take_answer() {
                 return Ok(answer);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if clock::now() >= deadline {
                 self.gave_up = true;
                 log::error!(
                     "queue {index}: requests still wait for the host after {} s; giving up",
@@ -210,18 +213,9 @@ impl<M: Meanwhile> Backend<M> {
                 );
                 return Err(refuse("queue did not drain"));
             }
-            let mut fds = [
-                PollFd::new(worker.answered().as_fd(), libc::POLLIN),
-                self.meanwhile.poll_fd(),
-            ];
-            let ms = i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1);
-            sys::poll(&mut fds, ms).map_err(Error::ReqHandlerError)?;
-            let [answered, other] = fds;
-            if answered.revents() != 0 {
-                if let Some(worker) = self.workers.get(index) {
-                    sys::drain(worker.answered());
-                }
-            } else if other.revents() != 0 {
+            worker.wait_answer(ANSWER_MS);
+            let mut fds = [self.meanwhile.poll_fd()];
+            if !worker.has_answer() && sys::poll(&mut fds, 0).map_err(Error::ReqHandlerError)? > 0 {
                 self.serve_control();
             }
         }

@@ -19,6 +19,7 @@ mod backend;
 mod backend_channel;
 pub mod chain;
 pub mod channels;
+pub mod clock;
 pub mod control;
 #[cfg(test)]
 mod crash;
@@ -35,5 +36,6 @@ pub mod ring;
 pub mod serve;
 pub mod status;
 pub mod sys;
+mod waiter;
 
 pub use serve::{ServeError, ServeOptions, serve};

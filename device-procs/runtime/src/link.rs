@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
+use crate::clock;
 use crate::sys::{self, PollFd};
 
 /// Time for the whole of one message to arrive, and for its reply to leave.
@@ -120,8 +121,8 @@ impl<B: VhostUserBackendReqHandlerMut + Intercepted> Link<B> {
     /// Handles one message if a whole one is there.
     pub(crate) fn serve(&mut self) -> Result<(), LinkError> {
         if !self.message_complete()? || !self.reply_fits()? {
-            let since = *self.waiting_since.get_or_insert_with(Instant::now);
-            return if since.elapsed() > MESSAGE_DEADLINE {
+            let since = *self.waiting_since.get_or_insert_with(clock::now);
+            return if clock::now().saturating_duration_since(since) > MESSAGE_DEADLINE {
                 Err(LinkError::Deadline)
             } else {
                 Ok(())

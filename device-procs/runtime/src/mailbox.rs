@@ -2,8 +2,8 @@
 //!
 //! A worker sleeps in its own way (io_uring, poll) and watches [`WorkerPort::wakeup`]
 //! there; an order lies in the mailbox when that eventfd fires. The main thread waits for
-//! the answer on another eventfd together with its control channel, with a deadline, so a
-//! worker that must first finish slow I/O never makes the process deaf.
+//! the answer by a futex, a moment at a time, and looks at its control channel in between, so
+//! a worker that must first finish slow I/O never makes the process deaf.
 //!
 //! Beside the orders there are [`Signals`], which need no answer and can be given at any
 //! time, even while an order is outstanding: "look again", "pause", "go on".
@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::inflight::InflightRing;
@@ -83,7 +83,8 @@ struct Slots {
 struct Shared {
     slots: Mutex<Slots>,
     wakeup: File,
-    answered: File,
+    /// Grows with each answer.
+    answers: AtomicU32,
     refresh: AtomicBool,
 }
 
@@ -143,10 +144,19 @@ impl WorkerPort {
         self.fence.take()
     }
 
+    /// How others wake this worker.
+    pub fn signals(&self) -> Signals {
+        Signals {
+            shared: Arc::clone(&self.shared),
+            status: Arc::clone(&self.status),
+        }
+    }
+
     /// Answers the last order; each order gets exactly one answer.
     pub fn answer(&self, answer: Answer) {
         self.shared.lock().answer = Some(answer);
-        sys::signal(&self.shared.answered);
+        self.shared.answers.fetch_add(1, Ordering::Release);
+        sys::wake(&self.shared.answers);
     }
 
     /// Health and counters of this queue.
@@ -225,7 +235,6 @@ impl WorkerHandle {
 
     /// Gives an order. The answer to the one before must have been taken.
     pub fn order(&self, order: Order) {
-        sys::drain(&self.shared.answered);
         {
             let mut slots = self.shared.lock();
             slots.answer = None;
@@ -234,9 +243,17 @@ impl WorkerHandle {
         sys::signal(&self.shared.wakeup);
     }
 
-    /// Becomes readable when there is an answer.
-    pub fn answered(&self) -> &File {
-        &self.shared.answered
+    /// Sleeps until there is an answer, or the time is over; may return early.
+    pub fn wait_answer(&self, milliseconds: u16) {
+        let answers = self.shared.answers.load(Ordering::Acquire);
+        if self.shared.lock().answer.is_none() {
+            sys::sleep_while(&self.shared.answers, answers, milliseconds);
+        }
+    }
+
+    /// Whether there is an answer.
+    pub fn has_answer(&self) -> bool {
+        self.shared.lock().answer.is_some()
     }
 
     /// Takes the answer, if there is one.
@@ -263,7 +280,7 @@ pub(crate) fn fenced_mailbox(
     let shared = Arc::new(Shared {
         slots: Mutex::default(),
         wakeup: sys::eventfd()?,
-        answered: sys::eventfd()?,
+        answers: AtomicU32::new(0),
         refresh: AtomicBool::new(false),
     });
     let status = Arc::new(QueueStatus::default());

@@ -12,15 +12,18 @@ use bulkhead_seccomp::confine::{ConfineError, Confinement};
 use bulkhead_seccomp::notify;
 use bulkhead_seccomp::policy::Policy;
 use bulkhead_seccomp::privileges::Rlimits;
+use bulkhead_seccomp::uring::UringError;
 
 use crate::backend::{Backend, Meanwhile};
 use crate::channels::Channels;
+use crate::clock;
 use crate::control::{ConfinementReport, Control};
 use crate::device::{Device, Prepared};
 use crate::inflight::{Capacity, InflightFile};
 use crate::link::{Link, LinkError};
 use crate::mailbox::{WorkerHandle, fenced_mailbox};
 use crate::sys::{self, PollFd};
+use crate::waiter;
 
 /// Stack of a worker thread: its frames are small and it never recurses.
 const WORKER_STACK: usize = 128 * 1024;
@@ -61,6 +64,9 @@ pub enum ServeError {
     /// The device refuses what it found after confinement.
     #[error("{0}")]
     Device(String),
+    /// The main thread has no way to wait.
+    #[error(transparent)]
+    Uring(#[from] UringError),
     /// Waiting failed.
     #[error("poll: {0}")]
     Poll(#[from] std::io::Error),
@@ -88,6 +94,8 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     let locked = Confinement::new(options.rlimits)
         .single_arena()
         .lock_down()?;
+    // Which has allowed a few arenas; here one must do, or threads would need mprotect.
+    sys::one_arena();
     let (control, vhost, listener, fence) = match options.channels {
         Channels::Inherited {
             control,
@@ -99,6 +107,10 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     let workers = start_workers(&device, fence.as_ref())?;
     // From here on only the workers hold it, or their rings.
     drop(fence);
+    clock::start();
+    if !allows(options.policy, "ppoll") {
+        waiter::install()?;
+    }
     let landlock_abi = locked.landlock().abi;
     let confined = if notify::is_watched() {
         locked.seal_watched(options.policy)?
@@ -124,6 +136,12 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         Ok(()) => Err(ServeError::Stuck),
         Err(e) => Err(e),
     }
+}
+
+/// Whether a policy lets a call through.
+fn allows(policy: &Policy, call: &str) -> bool {
+    let mut rules = policy.rules.iter();
+    rules.any(|rule| rule.syscall == call && rule.errno.is_none())
 }
 
 fn start_workers(

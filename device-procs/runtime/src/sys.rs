@@ -8,6 +8,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use std::sync::atomic::AtomicU32;
+
+use crate::waiter;
 use vhost::vhost_user::{BackendReqHandler, VhostUserBackendReqHandler};
 
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
@@ -46,11 +49,23 @@ impl PollFd {
     pub fn revents(&self) -> i16 {
         self.0.revents
     }
+
+    /// Number and events, if anything is waited for.
+    pub(crate) fn wanted(&self) -> Option<(RawFd, i16)> {
+        (self.0.fd >= 0).then_some((self.0.fd, self.0.events))
+    }
+
+    pub(crate) fn happened(&mut self, events: i16) {
+        self.0.revents = events;
+    }
 }
 
 /// Waits until something happens on one of `fds`, or `timeout_ms` have passed (negative:
 /// for ever). A signal counts as "nothing happened".
 pub fn poll(fds: &mut [PollFd], timeout_ms: i32) -> io::Result<usize> {
+    if let Some(done) = waiter::poll(fds, timeout_ms) {
+        return done;
+    }
     let timeout = u32::try_from(timeout_ms).ok().map(|ms| libc::timespec {
         tv_sec: libc::time_t::from(ms / 1000),
         tv_nsec: libc::c_long::from(ms % 1000) * 1_000_000,
@@ -355,6 +370,29 @@ pub fn frugal_malloc() {
     }
 }
 
+/// One malloc arena for all threads that are to come.
+pub(crate) fn one_arena() {
+    // SAFETY: mallopt takes integers; called before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// As [`frugal_malloc`], and with a heap of `bytes` from the start, for a policy without
+/// brk: the heap never grows and is never trimmed, large blocks come by mmap. What needs
+/// more small blocks than that ends by the policy.
+pub fn fixed_heap(bytes: usize) {
+    // SAFETY: mallopt takes integers, and malloc's answer is only given back; called before
+    // any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, libc::c_int::MAX);
+        libc::free(libc::malloc(bytes));
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
+    }
+}
+
 /// Adds one to an eventfd. Failure is not reported: the counter is full, which means that
 /// the other side has been told already, or the other side gave something that is no
 /// eventfd, which harms only itself. So does a front-end that fills a blocking call eventfd
@@ -363,6 +401,53 @@ pub fn frugal_malloc() {
 pub fn signal(eventfd: &File) {
     use std::io::Write;
     let _ = (&*eventfd).write(&1u64.to_ne_bytes());
+}
+
+/// Sleeps while `word` holds `value`, until somebody calls [`wake`] for it or the time is
+/// over; may return early. The time is relative, so no clock is asked.
+pub(crate) fn sleep_while(word: &AtomicU32, value: u32, milliseconds: u16) {
+    let time = libc::timespec {
+        tv_sec: libc::time_t::from(milliseconds / 1000),
+        tv_nsec: libc::c_long::from(milliseconds % 1000) * 1_000_000,
+    };
+    // SAFETY: the word and the time live through the call, which reads them and writes
+    // neither.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            std::ptr::from_ref(word),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            value,
+            &raw const time,
+        );
+    }
+}
+
+/// Wakes who sleeps for this word, which has been changed.
+pub(crate) fn wake(word: &AtomicU32) {
+    // SAFETY: FUTEX_WAKE takes the word's address and integers, and touches no memory.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            std::ptr::from_ref(word),
+            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+            1,
+        );
+    }
+}
+
+/// CLOCK_MONOTONIC_COARSE, in nanoseconds: as exact as the timer tick, and read without a
+/// system call whatever the host's clock source is.
+pub(crate) fn coarse_time() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the time is live and exclusively borrowed.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(rest)
 }
 
 /// Empties a non-blocking eventfd of this process.

@@ -15,7 +15,16 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_runtime::driver::{Desc, DriverRing, USER_BASE, WRITE, guest};
+use bulkhead_proto::common::{DiskLimits, TokenBucket};
+use bulkhead_proto::device::{
+    BlkUpdate, HealthRequest, HealthResponse, StatsRequest, StatsResponse, UpdateRequest,
+    UpdateResponse,
+};
+use bulkhead_proto::protobuf::MessageField;
+use bulkhead_proto::server::CONTROL_MAX_FRAME;
+use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
+pub use bulkhead_runtime::driver::WRITE;
+use bulkhead_runtime::driver::{Desc, DriverRing, USER_BASE, guest};
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::sys;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
@@ -37,9 +46,14 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
 
 pub const F_RO: u64 = 1 << 5;
 pub const F_FLUSH: u64 = 1 << 9;
+pub const F_CONFIG_WCE: u64 = 1 << 11;
+pub const F_DISCARD: u64 = 1 << 13;
+pub const F_WRITE_ZEROES: u64 = 1 << 14;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
@@ -48,7 +62,11 @@ pub struct Scratch(PathBuf);
 
 impl Scratch {
     pub fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("bh-blk-{}-{name}", std::process::id()));
+        Self::new_in(&std::env::temp_dir(), name)
+    }
+
+    pub fn new_in(place: &Path, name: &str) -> Self {
+        let dir = place.join(format!("bh-blk-{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).unwrap();
         Self(dir)
@@ -181,6 +199,59 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     while !done() {
         assert!(start.elapsed() < PATIENCE, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The VMM's end of the control channel.
+pub struct Control(BlockingClient);
+
+impl Control {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(BlockingClient::new(fd, CONTROL_MAX_FRAME))
+    }
+
+    pub fn health(&mut self) -> HealthResponse {
+        let request = HealthRequest::new();
+        self.0
+            .call(DEVICE_SERVICE, "Health", &request, PATIENCE)
+            .unwrap()
+    }
+
+    pub fn stats(&mut self) -> StatsResponse {
+        let request = StatsRequest::new();
+        self.0
+            .call(DEVICE_SERVICE, "Stats", &request, PATIENCE)
+            .unwrap()
+    }
+
+    pub fn update(&mut self, blk: BlkUpdate) -> Result<(), String> {
+        let mut request = UpdateRequest::new();
+        request.set_blk(blk);
+        let reply: Result<UpdateResponse, _> =
+            self.0.call(DEVICE_SERVICE, "Update", &request, PATIENCE);
+        reply.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// New limits, (rate, burst) of bytes and of operations; (0, 0) is none.
+    pub fn limit(&mut self, bytes: (u64, u64), operations: (u64, u64)) -> Result<(), String> {
+        let bucket = |(rate, burst)| {
+            let mut bucket = TokenBucket::new();
+            bucket.per_second = rate;
+            bucket.burst = burst;
+            MessageField::some(bucket)
+        };
+        let mut limits = DiskLimits::new();
+        limits.bytes = bucket(bytes);
+        limits.operations = bucket(operations);
+        let mut update = BlkUpdate::new();
+        update.limits = MessageField::some(limits);
+        self.update(update)
+    }
+
+    pub fn resize(&mut self, bytes: u64) -> Result<(), String> {
+        let mut update = BlkUpdate::new();
+        update.size_bytes = bytes;
+        self.update(update)
     }
 }
 
@@ -341,7 +412,8 @@ impl Vm {
         let (head, status) = (GPA + 0x100, GPA + 0x200);
         self.header(head, kind, sector);
         self.write_mem(status, &[0xff]);
-        let flags = if kind == T_OUT { 0 } else { WRITE };
+        let out = [T_OUT, T_DISCARD, T_WRITE_ZEROES].contains(&kind);
+        let flags = if out { 0 } else { WRITE };
         let mut chain = vec![d(head, 16, 0)];
         if len > 0 {
             chain.push(d(data, len, flags));

@@ -212,6 +212,36 @@ impl Guest {
         ))
     }
 
+    /// Reads until the line that begins with `start` is whole.
+    ///
+    /// # Errors
+    /// What it printed instead.
+    pub fn reaches_line(&mut self, start: &str) -> Result<(), String> {
+        let from = self
+            .text
+            .windows(start.len())
+            .position(|w| w == start.as_bytes())
+            .ok_or("no such line")?;
+        let mut buffer = [0; 4096];
+        while !self.text.get(from..).unwrap_or_default().contains(&b'\n') {
+            match self.stdout.read(&mut buffer) {
+                Ok(n @ 1..) => self
+                    .text
+                    .extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                _ => return Err("its output ended in a line".into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// What follows `start` on its line.
+    pub fn after(&self, start: &str) -> String {
+        let text = String::from_utf8_lossy(&self.text);
+        let rest = text.split_once(start).map(|(_, rest)| rest);
+        let line = rest.and_then(|r| r.lines().next());
+        line.unwrap_or_default().to_string()
+    }
+
     /// Reads to the end of its output and waits for the process.
     pub fn finish(mut self) {
         let mut rest = Vec::new();

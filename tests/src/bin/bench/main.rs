@@ -1,8 +1,8 @@
 //! The benchmarks: measures Bulkhead beside its peers and prints tables (Markdown). It
 //! never fails because something is slow, only because something does not work.
-//! `tests/bench/run` starts it: `boot` and `pss` where KVM runs guests, the others here.
+//! `tests/bench/run` starts it: `boot`, `pss` and `guestnet` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk, net)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk, net, guestnet)
 
 use std::process::ExitCode;
 
@@ -10,6 +10,7 @@ mod blk;
 mod blk_backend;
 mod boot;
 mod guest;
+mod guestnet;
 mod kvm;
 mod net;
 mod process;
@@ -70,7 +71,7 @@ fn parse() -> Result<(Vec<String>, Options), String> {
         }
     }
     if subjects.is_empty() {
-        return Err("no subject: give boot, pss, spawn, blk or net".into());
+        return Err("no subject: give boot, pss, spawn, blk, net or guestnet".into());
     }
     Ok((subjects, options))
 }
@@ -114,7 +115,8 @@ fn main() -> ExitCode {
             "spawn" => spawn::measure(runs.unwrap_or(20)),
             "blk" => blk::measure(&options),
             "net" => net::measure(&options),
-            _ => Err("no such subject: give boot, pss, spawn, blk or net".into()),
+            "guestnet" => guestnet::measure(&options),
+            _ => Err("no such subject: give boot, pss, spawn, blk, net or guestnet".into()),
         };
         match report {
             Ok(text) => println!("{text}"),

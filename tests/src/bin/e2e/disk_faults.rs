@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::{Undo, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead};
+use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, patience};
 
 use crate::disk::LIMIT;
 
@@ -37,7 +37,7 @@ pub fn tests() -> Vec<Test> {
 
 /// Waits for an event of this kind about this device; its line.
 pub fn event(socket: &str, kind: &str, subject: &str) -> Result<String, String> {
-    let end = Instant::now() + LIMIT;
+    let end = Instant::now() + patience(LIMIT);
     loop {
         let output = bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -86,7 +86,7 @@ import random, socket, sys, time
 random.seed(3)
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.settimeout(0.5)
-for n in range(60):
+for n in range(25):
     data = n.to_bytes(4, 'big') + random.randbytes(random.choice((0, 1, 100, 1000, 1400, 4000, 16000)))
     for attempt in range(200):
         s.sendto(data, ('10.5.0.2', 7003))
@@ -107,9 +107,9 @@ fn traffic(backend: &str) -> Verdict {
     let scratch = Scratch::new("traffic")?;
     let host = Namespace::new("traffic")?;
     host.tap("tap0", "10.5.0.1/24", "")?;
-    let down = scratch.disk("down", 6 << 20, 71)?;
+    let down = scratch.disk("down", 2 << 20, 71)?;
     // Each round: down by TCP, up by TCP, an echo server for UDP, pings both ways.
-    let script = "head -c 6M /dev/urandom >/tmp/up
+    let script = "head -c 2M /dev/urandom >/tmp/up
 round() {
   echo GOT-$1=$(socat -u TCP:10.5.0.1:7000,retry=50,interval=0.2 - | sha256sum | cut -d' ' -f1)
   echo SENT-$1=$(sha256sum </tmp/up | cut -d' ' -f1)
@@ -216,7 +216,7 @@ fn queues(backend: &str) -> Verdict {
     let scratch = Scratch::new("queues")?;
     let host = Namespace::new("queues")?;
     host.tap("tap0", "10.5.0.1/24", "multi_queue")?;
-    let down = scratch.disk("down", 24 << 20, 79)?;
+    let down = scratch.disk("down", 6 << 20, 79)?;
     let socket = scratch.path("api");
     let script = "echo AT-FIRST=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
 (for n in 1 2 3 4; do echo GOT-$n=$(socat -u TCP:10.5.0.1:700$n,retry=50,interval=0.2 - | sha256sum); done; echo ALL >/tmp/all) &

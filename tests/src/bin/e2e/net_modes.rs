@@ -3,7 +3,7 @@
 
 use bulkhead_tests::host::{Namespace, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm};
+use bulkhead_tests::vmm::{Scratch, Vmm, patience};
 
 use crate::net::LIMIT;
 
@@ -60,7 +60,7 @@ ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1"
     )?;
     let file = scratch.disk("file", 1 << 20, 89)?;
     let _tcp = outside.spawn(&format!("socat -u FILE:{file} TCP-LISTEN:8000,reuseaddr"))?;
-    let _udp = outside.spawn("socat -b 65536 UDP4-RECVFROM:8001,fork,reuseaddr SYSTEM:cat")?;
+    let _udp = outside.spawn("socat -b 65536 UDP4-RECVFROM:8001,bind=198.51.100.7,fork,reuseaddr SYSTEM:cat")?;
     let resolv = scratch.file("resolv.conf", b"nameserver 192.0.2.1\n")?;
     let script = "ip link set lo up; ip link set eth0 up
 cat >/tmp/lease <<'END'
@@ -187,7 +187,7 @@ echo DONE";
     }
     let mut vmm = debian(&scratch, script, &[] as &[&str], &["--net", &net])?;
     if ours {
-        let end = std::time::Instant::now() + LIMIT;
+        let end = std::time::Instant::now() + patience(LIMIT);
         while !std::path::Path::new(&socket).exists() {
             check(std::time::Instant::now() < end, || {
                 vmm.story("the VM does not listen")
@@ -218,7 +218,7 @@ ip link set up0 up; ip route add default via 192.0.2.1")?;
             "{} --vhost-user -s {socket} -f --runas 0",
             tool("PASST")?
         ))?;
-        let end = std::time::Instant::now() + LIMIT;
+        let end = std::time::Instant::now() + patience(LIMIT);
         while !std::path::Path::new(&socket).exists() {
             check(std::time::Instant::now() < end, || {
                 passt.story("passt does not listen")
@@ -266,7 +266,7 @@ fn generic() -> Verdict {
                 "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
             ));
         let daemon = Vmm::spawn(command)?;
-        let end = std::time::Instant::now() + LIMIT;
+        let end = std::time::Instant::now() + patience(LIMIT);
         while !std::path::Path::new(&socket).exists() {
             check(std::time::Instant::now() < end, || {
                 daemon.story("qemu-storage-daemon does not listen")
