@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use bulkhead_runtime::sys;
 use libc::iovec;
 
 use crate::transfer::Step;
@@ -91,8 +92,10 @@ pub fn sync(file: &File) -> io::Result<()> {
     retry(|| check(unsafe { libc::fdatasync(file.as_raw_fd()) } as isize)).map(|_| ())
 }
 
-/// Does before confinement what the format driver would do by calls that the policy lacks.
-/// To be called on the main thread while there is no other.
+/// Does before confinement what the format driver would do by calls that the policy lacks:
+/// no errno could refuse brk(2), because the C library takes -ENOMEM for an address. The heap
+/// is address space, which costs nothing before it is used. To be called on the main thread
+/// while there is no other.
 ///
 /// # Errors
 /// The kernel gave no address space.
@@ -100,31 +103,13 @@ pub fn prepare(heap: usize) -> io::Result<()> {
     // Keys for hash maps: the standard library asks the kernel once per thread, and only
     // the main thread, which opens images, makes any.
     std::hint::black_box(std::hash::RandomState::new());
-    reserve_heap(heap)
-}
-
-/// Extends malloc's arena by so many bytes of address space, of which none costs memory
-/// before it is used, and keeps it from being given back: the policy has no brk(2), which no
-/// errno can refuse (the C library takes -ENOMEM for an address).
-fn reserve_heap(bytes: usize) -> io::Result<()> {
-    /// Below the size that malloc takes from mmap.
-    const PROBE: usize = 100 * 1024;
-    let pad = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    // SAFETY: mallopt takes integers, sbrk(0) only asks, and what malloc gives is freed at
-    // once or, being null, ignored by free.
-    unsafe {
-        let before = libc::sbrk(0) as usize;
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-        libc::mallopt(libc::M_TOP_PAD, pad);
-        // Enough of them that the arena has to grow.
-        let probes = [(); 4].map(|()| std::hint::black_box(libc::malloc(PROBE)));
-        for probe in probes {
-            libc::free(probe);
-        }
-        libc::mallopt(libc::M_TOP_PAD, 0);
-        if (libc::sbrk(0) as usize).saturating_sub(before) < bytes {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
+    // SAFETY: sbrk(0) only asks.
+    let before = unsafe { libc::sbrk(0) } as usize;
+    sys::fixed_heap(heap);
+    // SAFETY: as above.
+    let after = unsafe { libc::sbrk(0) } as usize;
+    if after.saturating_sub(before) < heap {
+        return Err(io::ErrorKind::OutOfMemory.into());
     }
     Ok(())
 }
