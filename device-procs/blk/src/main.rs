@@ -24,6 +24,9 @@ const FDS_PER_QUEUE: u64 = 10;
 
 /// Address space for the tables of an image, and something over.
 const IMAGE_HEAP: usize = 384 << 20;
+/// Address space that malloc's arena has without one, where no ring of io_uring takes the
+/// place of calls: far more than 64 queues can come to use.
+const PLAIN_HEAP: usize = 64 << 20;
 
 #[derive(Debug, thiserror::Error)]
 enum MainError {
@@ -125,6 +128,8 @@ fn run(options: &Options) -> Result<(), MainError> {
     };
     if is_image {
         image_io::prepare(IMAGE_HEAP).map_err(MainError::Heap)?;
+    } else if engine == EngineKind::Plain {
+        image_io::prepare(PLAIN_HEAP).map_err(MainError::Heap)?;
     }
     let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
     if let Some(limit) = disk.file_limit() {
