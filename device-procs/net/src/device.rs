@@ -11,10 +11,12 @@ use bulkhead_proto::device::net_update::Link;
 use bulkhead_proto::device::{NetState, NetUpdate, StatsResponse, UpdateRequest, update_request};
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_runtime::device::{Device, Update, Worker};
+use bulkhead_runtime::inflight::KeptMemory;
 use bulkhead_runtime::limit::Rate;
 use bulkhead_runtime::mailbox::{Signals, WorkerPort};
 
 use crate::features;
+use crate::kept;
 use crate::kernel::Kernel;
 use crate::pair::Pair;
 use crate::state::{Limits, State};
@@ -163,6 +165,19 @@ impl Device for Net {
 
     fn config(&self) -> Vec<u8> {
         self.state.config()
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        kept::BYTES
+    }
+
+    fn keep(&self, memory: KeptMemory) -> Result<(), String> {
+        self.state.keep(memory);
+        Ok(())
+    }
+
+    fn let_go(&self) {
+        self.state.let_go();
     }
 
     fn accepted(&self, features: u64) {

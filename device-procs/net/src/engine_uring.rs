@@ -536,7 +536,11 @@ impl Engine {
         }
         let more = cqueue::more(flags);
         watch.arm_kick |= !more;
-        watch.spent = if more { 0 } else { watch.spent.saturating_add(1) };
+        watch.spent = if more {
+            0
+        } else {
+            watch.spent.saturating_add(1)
+        };
         self.pair.count_kick(place);
         let fired = result >= 0 && result as u32 & libc::POLLIN as u32 != 0;
         if !fired || watch.spent > SPENT {

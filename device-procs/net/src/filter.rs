@@ -61,6 +61,13 @@ impl Table {
         table
     }
 
+    /// A table as it was: these addresses, and whether it stands for all of its kind.
+    pub fn kept(macs: impl Iterator<Item = Mac>, overflow: bool) -> Self {
+        let mut table = Self::new(macs);
+        table.overflow |= overflow;
+        table
+    }
+
     /// The addresses that are kept.
     pub fn entries(&self) -> &[Mac] {
         self.entries.get(..self.used).unwrap_or_default()
@@ -128,6 +135,11 @@ impl Filter {
         (0u16..).zip(&self.vlans).flat_map(|(i, word)| {
             (0..64u16).filter_map(move |bit| (word >> bit & 1 != 0).then_some(i * 64 + bit))
         })
+    }
+
+    /// The same, one bit each, from the lowest on.
+    pub fn vlan_bits(&self) -> &[u64; VLANS / 64] {
+        &self.vlans
     }
 
     fn has_vlan(&self, id: u16) -> bool {

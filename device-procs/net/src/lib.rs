@@ -5,7 +5,8 @@
 //! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_uring`],
 //! [`engine_plain`]). The control
 //! Or the kernel
-//! moves the frames itself, by vhost-net ([`kernel`]). The control queue ([`control`]) has a thread of its own; what it is told lies in [`state`].
+//! moves the frames itself, by vhost-net ([`kernel`]). The control queue ([`control`]) has a thread of its own; what it is told lies in [`state`], and
+//! a copy where a successor finds it ([`kept`]).
 
 pub mod cli;
 pub mod control;
@@ -16,6 +17,7 @@ pub mod features;
 pub mod filter;
 #[cfg(test)]
 mod fuzz_tests;
+pub mod kept;
 pub mod kernel;
 pub mod pair;
 pub mod receive;

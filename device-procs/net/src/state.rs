@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bulkhead_runtime::clock;
+use bulkhead_runtime::inflight::KeptMemory;
 use bulkhead_runtime::limit::{Limiter, Rate};
 use bulkhead_runtime::mailbox::Signals;
 
 use crate::features::{self, Traits};
 use crate::filter::{Filter, Mac};
+use crate::kept::{Kept, Wishes};
 use crate::tap::Tap;
 
 /// Limits of one direction.
@@ -51,6 +53,10 @@ pub struct State {
     features: AtomicU64,
     link_up: AtomicBool,
     announce: AtomicBool,
+    /// Offloads that the driver takes now.
+    offloads: AtomicU64,
+    /// Where a successor finds what the driver has set.
+    kept: Mutex<Option<Kept>>,
     /// Pairs in use.
     pairs: AtomicU16,
     /// The rx ring of each pair is being served.
@@ -82,6 +88,8 @@ impl State {
             features: AtomicU64::new(0),
             link_up: AtomicBool::new(settings.link_up),
             announce: AtomicBool::new(false),
+            offloads: AtomicU64::new(0),
+            kept: Mutex::default(),
             pairs: AtomicU16::new(1),
             receiving: (0..pairs).map(|_| AtomicBool::new(false)).collect(),
             filter: Mutex::new(Filter::new(settings.mac, false)),
@@ -135,23 +143,80 @@ impl State {
     }
 
     /// The driver accepted these features, or there is none any more (0): everything that a
-    /// driver sets is as after a reset.
+    /// driver sets is as after a reset, or, if this process took the place of another under
+    /// the same driver, as that one left it.
     pub fn accept(&self, accepted: u64) {
         self.features.store(accepted, Ordering::Relaxed);
-        let by_vlan = accepted & features::F_CTRL_VLAN != 0;
-        self.change_filter(|filter| *filter = Filter::new(self.default_mac, by_vlan));
-        self.announce.store(false, Ordering::Relaxed);
-        self.tap
-            .set_offload(features::tap_flags(accepted & features::GUEST_OFFLOADS));
-        // Who has no control queue here (QEMU keeps it to itself) starts and stops rings.
-        let by_ring = accepted & features::F_MQ != 0 && accepted & features::F_CTRL_VQ == 0;
-        self.set_pairs(if by_ring { self.traits.pairs } else { 1 });
+        self.begin();
+    }
+
+    /// Memory that outlives this process: takes over what is in it, and keeps what the driver
+    /// sets in it from now on.
+    pub fn keep(&self, memory: KeptMemory) {
+        *self.lock_kept() = Some(Kept::new(memory));
+        self.begin();
+    }
+
+    /// The front-end goes: what it gave to be kept is its successor's, and not touched again.
+    pub fn let_go(&self) {
+        *self.lock_kept() = None;
+    }
+
+    fn begin(&self) {
+        let features = self.features();
+        let kept = self
+            .lock_kept()
+            .as_ref()
+            .and_then(|kept| kept.load(features, self.traits.pairs))
+            .filter(|_| features != 0);
+        // A successor's host may have forgotten where the guest is.
+        let announce = kept.is_some() && features & features::F_GUEST_ANNOUNCE != 0;
+        let wishes = kept.unwrap_or_else(|| {
+            // Who has no control queue here (QEMU keeps it to itself) starts and stops rings.
+            let mq = features & features::F_MQ != 0;
+            let by_ring = mq && features & features::F_CTRL_VQ == 0;
+            Wishes {
+                features,
+                filter: Filter::new(self.default_mac, features & features::F_CTRL_VLAN != 0),
+                offloads: features & features::GUEST_OFFLOADS,
+                pairs: if by_ring { self.traits.pairs } else { 1 },
+            }
+        });
+        self.announce.store(announce, Ordering::Relaxed);
+        self.offloads.store(wishes.offloads, Ordering::Relaxed);
+        self.tap.set_offload(features::tap_flags(wishes.offloads));
+        self.pairs.store(wishes.pairs, Ordering::SeqCst);
+        self.attach_queues();
+        self.wake_pairs();
+        self.change_filter(|filter| *filter = wishes.filter);
+    }
+
+    fn lock_kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what the driver has set, for a successor.
+    fn save(&self) {
+        let mut kept = self.lock_kept();
+        if let Some(kept) = kept.as_mut() {
+            kept.save(&Wishes {
+                features: self.features(),
+                filter: self.filter(),
+                offloads: self.offloads.load(Ordering::Relaxed),
+                pairs: self.pairs(),
+            });
+        }
     }
 
     /// The driver chose these offloads among those that it accepted; false if not.
     pub fn choose_offloads(&self, offloads: u64) -> bool {
         let known = self.features() & features::GUEST_OFFLOADS;
-        offloads & !known == 0 && self.tap.set_offload(features::tap_flags(offloads))
+        if offloads & !known != 0 || !self.tap.set_offload(features::tap_flags(offloads)) {
+            return false;
+        }
+        self.offloads.store(offloads, Ordering::Relaxed);
+        self.save();
+        true
     }
 
     /// Pairs that the driver uses.
@@ -164,6 +229,7 @@ impl State {
         self.pairs.store(pairs, Ordering::SeqCst);
         self.attach_queues();
         self.wake_pairs();
+        self.save();
     }
 
     /// The rx ring of a pair is served, or no more.
@@ -205,7 +271,7 @@ impl State {
         }
         let announce = up && self.features() & features::F_GUEST_ANNOUNCE != 0;
         let announced = self.announce.swap(announce, Ordering::Relaxed);
-        was != up || announce != announced
+        was != up || announce || announced
     }
 
     /// The driver has announced itself.
@@ -224,9 +290,13 @@ impl State {
 
     /// Changes the filter; workers see it with the next frame.
     pub fn change_filter<T>(&self, change: impl FnOnce(&mut Filter) -> T) -> T {
-        let mut filter = self.lock();
-        let answer = change(&mut filter);
-        self.generation.fetch_add(1, Ordering::Release);
+        let answer = {
+            let mut filter = self.lock();
+            let answer = change(&mut filter);
+            self.generation.fetch_add(1, Ordering::Release);
+            answer
+        };
+        self.save();
         answer
     }
 

@@ -589,3 +589,81 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
         bed.vm.send(1, &PLAIN, &frame);
     });
 }
+
+#[test]
+fn a_successor_goes_on_with_what_the_driver_has_set() {
+    use vhost::vhost_user::VhostUserFrontend;
+    use vhost::vhost_user::message::VhostUserInflight;
+    engines(|engine| {
+        let mut bed = Bed::new(engine, 2, &[], |o| o);
+        let request = VhostUserInflight {
+            mmap_size: 0,
+            mmap_offset: 0,
+            num_queues: 5,
+            queue_size: RING_SIZE,
+        };
+        for queue in 0..5 {
+            bed.vm.frontend.get_vring_base(queue).unwrap();
+            bed.vm.queues[queue].ring.reset();
+        }
+        let (region, file) = bed.vm.frontend.get_inflight_fd(&request).unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        bed.vm.frontend.set_inflight_fd(&region, fd).unwrap();
+        for queue in 0..5 {
+            bed.vm.start_queue(queue, 0);
+        }
+        let group = [1, 0, 0x5e, 0, 0, 5];
+        assert_eq!(bed.command(0, 0, &[0]), OK);
+        assert_eq!(bed.command(1, 0, &[macs(&[]), macs(&[group])].concat()), OK);
+        assert_eq!(bed.command(2, 0, &7u16.to_le_bytes()), OK);
+        assert_eq!(bed.command(1, 1, &[2, 0, 0, 0, 0, 0x42]), OK);
+        assert_eq!(bed.command(4, 0, &2u16.to_le_bytes()), OK);
+        let mut before = bed.state();
+        assert_eq!(before.queue_pairs, 2);
+
+        let take_over = |bed: Bed| {
+            drop(bed.net);
+            let args = ["--io-engine", engine];
+            let (net, control, vhost) = Net::inherit(&bed.tap, &args);
+            let mut vm = Vm::over(vhost, 5, |o| o);
+            (vm.file, vm.memory, vm.queues) = (bed.vm.file, bed.vm.memory, bed.vm.queues);
+            vm.frontend.set_inflight_fd(&region, fd).unwrap();
+            vm.frontend.set_mem_table(&[vm.region()]).unwrap();
+            for queue in 0..5 {
+                let used = vm.queues[queue].ring.used_idx();
+                vm.start_queue(queue, used);
+            }
+            Bed {
+                net,
+                client: BlockingClient::new(control, CONTROL_MAX_FRAME),
+                vm,
+                ..bed
+            }
+        };
+        bed = take_over(bed);
+        assert_eq!(bed.state(), before);
+        assert_eq!(bed.vm.config(0, 6), [2, 0, 0, 0, 0, 0x42]);
+        assert_eq!(bed.vm.link_status(), 3, "the driver is to announce itself");
+        // And the successor's own is kept, too.
+        assert_eq!(bed.command(2, 1, &7u16.to_le_bytes()), OK);
+        before.vlan_filter.clear();
+        bed = take_over(bed);
+        assert_eq!(bed.state(), before);
+
+        // A driver that begins anew finds nothing of it.
+        for queue in 0..5 {
+            bed.vm.frontend.get_vring_base(queue).unwrap();
+            bed.vm.queues[queue].ring.reset();
+        }
+        let (region, file) = bed.vm.frontend.get_inflight_fd(&request).unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        bed.vm.frontend.set_inflight_fd(&region, fd).unwrap();
+        let state = bed.state();
+        assert!(state.promiscuous && state.multicast_filter.is_empty());
+        assert_eq!(
+            (state.queue_pairs, state.mac.as_slice()),
+            (1, &MAC_BYTES[..])
+        );
+        assert_eq!(bed.vm.link_status(), 1);
+    });
+}

@@ -147,6 +147,7 @@ impl<M: Meanwhile> Backend<M> {
 
     /// Ends the connection: as reset, and lets all go that the front-end has given.
     pub(crate) fn disconnect(&mut self) -> bool {
+        self.device.let_go();
         let stopped = self.reset();
         if stopped {
             self.memory = Arc::default();
@@ -515,7 +516,12 @@ impl<M: Meanwhile> VhostUserBackendReqHandlerMut for Backend<M> {
         if self.rings.iter().all(|r| !r.serving)
             && let Some(kept) = region.kept()
         {
+            let before = self.device.config();
             self.device.keep(kept).map_err(refuse)?;
+            // What was kept may show in it: a size, a driver that is to announce itself.
+            if self.device.config() != before {
+                self.channel.config_changed();
+            }
         }
         self.inflight = Some(region);
         Ok(())

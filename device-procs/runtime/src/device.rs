@@ -87,6 +87,10 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
+    /// The front-end goes: the memory that it gave to be kept is a successor's from now on,
+    /// and what happens to this device afterwards is not to be seen in it.
+    fn let_go(&self) {}
+
     /// The kind's own feature bits. The runtime adds what rings need: VERSION_1,
     /// INDIRECT_DESC, EVENT_IDX and vhost-user's protocol features.
     fn features(&self) -> u64;
