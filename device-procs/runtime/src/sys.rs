@@ -388,7 +388,8 @@ pub fn fixed_heap(bytes: usize) {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
         libc::mallopt(libc::M_MMAP_THRESHOLD, libc::c_int::MAX);
-        libc::free(libc::malloc(bytes));
+        // Seen from outside, or the compiler leaves the pair out.
+        libc::free(std::hint::black_box(libc::malloc(bytes)));
         libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
     }
 }
