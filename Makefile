@@ -45,8 +45,8 @@ deny: setup ## licences, sources, duplicates and (where the database can be had)
 unit: ## unit, property and short fuzz tests
 	@tests/unit
 
-native: setup build guest ## bulkhead-blk under third-party front-ends, no KVM needed
-	@tests/native/blk-frontends
+native: setup build guest ## device processes under third-party front-ends, no KVM needed
+	@tests/native/all
 
 e2e: setup build guest nested ## end-to-end tests in real KVM guests
 	@tests/e2e $(T)

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use bulkhead_tests::hostile::{CASES, Case, Expect, STORM};
+use bulkhead_tests::host::Namespace;
+use bulkhead_tests::hostile::{CASES, Case, Expect, NET_CASES, STORM};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, nothing_left};
 use serde_json::Value;
@@ -28,6 +29,16 @@ pub fn tests() -> Vec<Test> {
             false,
             "malformed rings and a storm cost a guest those devices until it resets them, no more",
             || attacked(&[1], 2),
+        ),
+        test(
+            false,
+            "malformed control rings and a storm cost a guest that network device until it resets it, no more",
+            || attacked_net(&[11], 2),
+        ),
+        test(
+            true,
+            "longer storms on a network device from other seeds",
+            || attacked_net(&[12, 13, 14, 15], 20),
         ),
         test(true, "longer storms from other seeds", || {
             attacked(&[2, 3, 4, 5, 6], 20)
@@ -141,6 +152,118 @@ echo JUDGED; read -r line",
     }
     check(faults.is_empty(), || vmm.story(&faults.join("\n")))?;
 
+    vmm.type_text("\n")?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
+
+/// Boots one guest with two network devices on taps; it attacks the first: the ring cases on
+/// its control queue, then storms over all queues, in user space and by vhost-net.
+fn attacked_net(seeds: &[u64], seconds: u64) -> Verdict {
+    let scratch = Scratch::new("hostile-net")?;
+    let socket = scratch.path("api");
+    let host = Namespace::new("hostile")?;
+    for (index, tap) in ["tap0", "tap1", "tap2"].iter().enumerate() {
+        host.tap(tap, &format!("10.5.{index}.1/24"), "")?;
+    }
+    let program = program_disk(&scratch)?;
+    let cases: Vec<&str> = NET_CASES
+        .iter()
+        .map(|c| c.name)
+        .filter(|n| *n != STORM)
+        .collect();
+    let storms: String = seeds
+        .iter()
+        .flat_map(|seed| ["eth0", "eth1"].map(|device| (seed, device)))
+        .map(|(seed, device)| {
+            format!(
+                "/run/h --net --seed {seed} --seconds {seconds} $({device}) {STORM} >>/run/out\n"
+            )
+        })
+        .collect();
+    let script = format!(
+        "dd if=/dev/vda of=/run/h bs=64k 2>/dev/null; chmod +x /run/h
+a0=$(basename $(dirname $(readlink -f /sys/class/net/eth0/device))); a1=$(basename $(dirname $(readlink -f /sys/class/net/eth1/device)))
+eth0() {{ echo $a0; }}; eth1() {{ echo $a1; }}
+ip link set eth2 up; ip addr add 10.5.2.2/24 dev eth2
+echo ARMED; read -r line
+/run/h --net $(eth0) {} >/run/out
+{storms}cat /run/out
+for a in $a0 $a1; do echo $a >/sys/bus/pci/drivers/virtio-pci/bind; done
+n=0; for a in $a0 $a1; do name=$(ls /sys/bus/pci/devices/$a/virtio*/net); ip link set $name up; ip addr add 10.5.$n.2/24 dev $name; n=$((n + 1)); done
+for n in 0 1 2; do tries=0; until ping -c 1 -W 2 10.5.$n.1 >/dev/null || [ $tries -gt 20 ]; do tries=$((tries + 1)); done; [ $tries -le 20 ] && echo PING-$n=good; done
+echo JUDGED; read -r line",
+        cases.join(" ")
+    );
+    let script = scratch.script("script", &script)?;
+    let disks = [
+        format!("path={program},readonly=on,id=program"),
+        format!("path={script},readonly=on,id=script"),
+    ];
+    let mut arguments = vec!["--api-socket", &socket];
+    for disk in &disks {
+        arguments.extend_from_slice(&["--disk", disk]);
+    }
+    for net in [
+        "tap=tap0,id=net0,backend=user",
+        "tap=tap1,id=net1,backend=vhost-net",
+        "tap=tap2,id=net2,backend=user",
+    ] {
+        arguments.extend_from_slice(&["--net", net]);
+    }
+    let enter = host.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let mut vmm = Vmm::boot_by(&by, "bh.cmd=script", &arguments)?;
+    vmm.wait_for("ARMED", LIMIT)?;
+    let before = identities(&socket)?;
+    vmm.type_text("\n")?;
+    vmm.wait_for(
+        "JUDGED",
+        ALL_CASES + Duration::from_secs(2 * seconds) * seeds.len() as u32,
+    )?;
+    let output = vmm.output();
+    let mut faults: Vec<String> = Vec::new();
+    for case in NET_CASES {
+        let reports: Vec<&str> = output
+            .lines()
+            .filter_map(|l| report(l, case.name))
+            .collect();
+        let wanted = if case.name == STORM {
+            2 * seeds.len()
+        } else {
+            1
+        };
+        if reports.len() != wanted {
+            faults.push(format!(
+                "{}: {} reports, not {wanted}",
+                case.name,
+                reports.len()
+            ));
+        }
+        faults.extend(
+            reports
+                .iter()
+                .filter_map(|r| fault(case, r, "0000000000000000")),
+        );
+    }
+    faults.extend(
+        output
+            .lines()
+            .filter(|l| l.starts_with("# ") && !l.contains("attacks"))
+            .map(str::to_string),
+    );
+    for n in 0..3 {
+        if !output.contains(&format!("PING-{n}=good")) {
+            faults.push(format!("eth{n} does not work any more"));
+        }
+    }
+    let after = identities(&socket)?;
+    if after != before {
+        faults.push(format!(
+            "device processes changed from {before:?} to {after:?}"
+        ));
+    }
+    check(faults.is_empty(), || vmm.story(&faults.join("\n")))?;
     vmm.type_text("\n")?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))

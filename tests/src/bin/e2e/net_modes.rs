@@ -60,7 +60,8 @@ ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1"
     )?;
     let file = scratch.disk("file", 1 << 20, 89)?;
     let _tcp = outside.spawn(&format!("socat -u FILE:{file} TCP-LISTEN:8000,reuseaddr"))?;
-    let _udp = outside.spawn("socat -b 65536 UDP4-RECVFROM:8001,bind=198.51.100.7,fork,reuseaddr SYSTEM:cat")?;
+    let _udp = outside
+        .spawn("socat -b 65536 UDP4-RECVFROM:8001,bind=198.51.100.7,fork,reuseaddr SYSTEM:cat")?;
     let resolv = scratch.file("resolv.conf", b"nameserver 192.0.2.1\n")?;
     let script = "ip link set lo up; ip link set eth0 up
 cat >/tmp/lease <<'END'

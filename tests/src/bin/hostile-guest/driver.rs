@@ -1,6 +1,7 @@
 //! A minimal virtio-pci driver (virtio 1.2, 3.1.1, 4.1.5) with one split ring and no
 //! interrupts, which lets its caller put anything at all into the ring.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use crate::function::{Function, Window};
@@ -33,6 +34,8 @@ const FEATURES_OK: u8 = 8;
 pub const NEEDS_RESET: u8 = 0x40;
 const NO_VECTOR: u16 = 0xffff;
 
+/// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_CTRL_RX (5.1.3).
+const NET_CONTROL: u64 = 1 << 17 | 1 << 18;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_VERSION_1: u64 = 1 << 32;
 const F_ACCESS_PLATFORM: u64 = 1 << 33;
@@ -76,7 +79,7 @@ pub struct Desc {
     pub next: u16,
 }
 
-/// How queue 0 is set up.
+/// How a queue is set up.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub size: u16,
@@ -94,21 +97,49 @@ pub struct Outcome {
     pub status: Option<u8>,
 }
 
+/// What the device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A disk, attacked on its first queue.
+    Block,
+    /// A network device of one queue pair, attacked on its control queue.
+    Net,
+}
+
+/// Queues of a network device of one pair (5.1.2): receive, transmit, control.
+pub const NET_QUEUES: [u16; 3] = [0, 1, 2];
+const TRANSMIT: u16 = 1;
+const CONTROL: u16 = 2;
+
 /// The device and the pages it is given.
 pub struct Driver {
+    pub kind: Kind,
     pub function: Function,
     pub pages: Pages,
+    queue: Cell<u16>,
 }
 
 impl Driver {
-    pub fn open(name: &str) -> Result<Self, String> {
+    pub fn open(name: &str, kind: Kind) -> Result<Self, String> {
         // A page that moves is noticed; this makes it rare. Not every kernel has the switch.
         let _ = std::fs::write("/proc/sys/vm/compact_unevictable_allowed", "0");
         let pages = Pages::new(page::COUNT)?;
         Ok(Self {
+            kind,
             function: Function::open(name)?,
             pages,
+            queue: Cell::new(if kind == Kind::Net { CONTROL } else { 0 }),
         })
+    }
+
+    /// Chooses the queue that is set up and kicked from now on.
+    pub fn choose(&self, queue: u16) {
+        self.queue.set(queue);
+    }
+
+    /// The queue that cases attack.
+    pub fn choose_attacked(&self) {
+        self.choose(if self.kind == Kind::Net { CONTROL } else { 0 });
     }
 
     /// A register of the common configuration.
@@ -175,7 +206,11 @@ impl Driver {
         if offered & F_VERSION_1 == 0 {
             return Err(format!("features {offered:#x} lack VERSION_1"));
         }
-        let accepted = offered & (F_VERSION_1 | F_INDIRECT_DESC | F_ACCESS_PLATFORM);
+        let mut wanted = F_VERSION_1 | F_INDIRECT_DESC | F_ACCESS_PLATFORM;
+        if self.kind == Kind::Net {
+            wanted |= NET_CONTROL;
+        }
+        let accepted = offered & wanted;
         for half in 0..2 {
             self.write32(common::DRIVER_FEATURE_SELECT, half)?;
             self.write32(common::DRIVER_FEATURE, (accepted >> (32 * half)) as u32)?;
@@ -199,10 +234,10 @@ impl Driver {
         })
     }
 
-    /// Sets queue 0 up and enables it.
+    /// Sets the chosen queue up and enables it.
     pub fn queue(&self, setup: Setup) -> Result<(), String> {
         self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR)?;
-        self.write16(common::QUEUE_SELECT, 0)?;
+        self.write16(common::QUEUE_SELECT, self.queue.get())?;
         self.write16(common::QUEUE_MSIX_VECTOR, NO_VECTOR)?;
         self.write16(common::QUEUE_SIZE, setup.size)?;
         self.write64(common::QUEUE_DESC, setup.desc)?;
@@ -219,16 +254,18 @@ impl Driver {
         )
     }
 
-    /// Rings queue 0's doorbell.
+    /// Rings the chosen queue's doorbell.
     pub fn kick(&self) -> Result<(), String> {
-        self.write16(common::QUEUE_SELECT, 0)?;
+        self.write16(common::QUEUE_SELECT, self.queue.get())?;
         let queue = usize::from(self.read16(common::QUEUE_NOTIFY_OFF)?);
         let Window { offset, .. } = self.function.notify;
         let bell = queue
             .saturating_mul(self.function.notify_multiplier)
             .saturating_add(offset);
         barrier();
-        self.function.bar(self.function.notify)?.w16(bell, 0)
+        self.function
+            .bar(self.function.notify)?
+            .w16(bell, self.queue.get())
     }
 
     /// Guest-physical address of a byte of a page.
@@ -340,9 +377,76 @@ impl Driver {
         }
     }
 
-    /// What an honest driver does after DEVICE_NEEDS_RESET: resets the device, sets it up
-    /// again and reads sector 0, whose first eight bytes are returned.
+    /// What an honest driver does after DEVICE_NEEDS_RESET: resets the device and uses it. Of a
+    /// disk the first eight bytes are returned, of a network device zero.
     pub fn recover(&self) -> Result<u64, String> {
+        match self.kind {
+            Kind::Block => self.read_sector(),
+            Kind::Net => {
+                self.command_and_send()?;
+                Ok(0)
+            }
+        }
+    }
+
+    /// A command on the control queue (5.1.6.5.1: promiscuous mode off) is answered with OK,
+    /// and a frame on the transmit queue is used.
+    fn command_and_send(&self) -> Result<(), String> {
+        self.reset()?;
+        self.pages.clear()?;
+        self.negotiate()?;
+        self.choose(CONTROL);
+        // Class 0, command 0, value 0: the page is zero. The status byte is not.
+        self.request(0, 0)?;
+        let command = Desc {
+            len: 3,
+            ..self.header()?
+        };
+        self.chain(page::DESC, &[command, self.status_desc()?])?;
+        self.offer(&[0])?;
+        self.queue(self.honest()?)?;
+        self.go()?;
+        self.kick()?;
+        let answer = self.wait(1, DEADLINE)?;
+        self.reset()?;
+        self.pages.clear()?;
+        self.negotiate()?;
+        self.choose(TRANSMIT);
+        // The header of 12 bytes and a frame of 60, zero but for the addresses.
+        let at = page::DATA * PAGE;
+        for place in [12, 18] {
+            self.pages.bytes().w8(at + place, 2)?;
+        }
+        let frame = Desc {
+            len: 72,
+            flags: 0,
+            ..self.data(0)?
+        };
+        self.chain(page::DESC, &[frame])?;
+        self.offer(&[0])?;
+        self.queue(self.honest()?)?;
+        self.go()?;
+        self.kick()?;
+        let sent = self.wait(1, DEADLINE)?;
+        let used = self.pages.bytes().r16(page::USED * PAGE + 2)?;
+        self.choose_attacked();
+        self.reset()?;
+        match (answer, sent, used) {
+            (
+                Outcome {
+                    needs_reset: false,
+                    status: Some(0),
+                },
+                Outcome {
+                    needs_reset: false, ..
+                },
+                1,
+            ) => Ok(()),
+            other => Err(format!("a command or a frame is not taken: {other:?}")),
+        }
+    }
+
+    fn read_sector(&self) -> Result<u64, String> {
         self.reset()?;
         self.pages.clear()?;
         self.negotiate()?;

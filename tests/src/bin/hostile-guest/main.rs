@@ -1,8 +1,8 @@
-//! A hostile virtio-blk driver, to be run as root inside a guest: takes a disk from the
-//! kernel's driver, gives its device malformed rings (virtio 1.2, 2.7), requests and
+//! A hostile virtio driver, to be run as root inside a guest: takes a disk, or with --net a
+//! network device of one queue pair, from the kernel's driver, gives its device malformed rings (virtio 1.2, 2.7), requests and
 //! registers, and tells what the device did about each and whether it came back.
 //!
-//! usage: hostile-guest [--seed N] [--seconds N] DEVICE CASE...
+//! usage: hostile-guest [--net] [--seed N] [--seconds N] DEVICE CASE...
 //!
 //! DEVICE is a disk's name (`vda`) or a PCI address (`0000:01:00.0`), which it keeps when no
 //! driver is bound; CASE is a name of `bulkhead_tests::hostile::CASES` or `all`. The device is
@@ -16,9 +16,9 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bulkhead_tests::hostile::{CASES, STORM};
+use bulkhead_tests::hostile::{CASES, NET_CASES, STORM};
 
-use crate::driver::{Driver, NEEDS_RESET, Outcome};
+use crate::driver::{Driver, Kind, NEEDS_RESET, Outcome};
 use crate::storm::Random;
 
 mod cases;
@@ -28,6 +28,7 @@ mod raw;
 mod storm;
 
 struct Arguments {
+    kind: Kind,
     seed: u64,
     seconds: u64,
     device: String,
@@ -36,6 +37,7 @@ struct Arguments {
 
 fn arguments() -> Result<Arguments, String> {
     let (mut seed, mut seconds, mut rest) = (1, 2, Vec::new());
+    let mut kind = Kind::Block;
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -47,16 +49,18 @@ fn arguments() -> Result<Arguments, String> {
         match word.as_str() {
             "--seed" => seed = number()?,
             "--seconds" => seconds = number()?,
+            "--net" => kind = Kind::Net,
             _ => rest.push(word),
         }
     }
     let mut rest = rest.into_iter();
     let device = rest
         .next()
-        .ok_or("usage: hostile-guest [--seed N] [--seconds N] DEVICE CASE...")?;
+        .ok_or("usage: hostile-guest [--net] [--seed N] [--seconds N] DEVICE CASE...")?;
     let mut cases: Vec<String> = rest.collect();
     if cases.iter().any(|c| c == "all") {
-        cases = CASES.iter().map(|c| c.name.to_string()).collect();
+        let all = if kind == Kind::Net { NET_CASES } else { CASES };
+        cases = all.iter().map(|c| c.name.to_string()).collect();
     }
     match cases
         .iter()
@@ -64,6 +68,7 @@ fn arguments() -> Result<Arguments, String> {
     {
         Some(unknown) => Err(format!("no case {unknown:?}")),
         None => Ok(Arguments {
+            kind,
             seed,
             seconds,
             device,
@@ -89,7 +94,7 @@ fn attack(driver: &Driver, name: &str, arguments: &Arguments) -> Result<Outcome,
 
 fn run() -> Result<bool, String> {
     let arguments = arguments()?;
-    let driver = Driver::open(&arguments.device)?;
+    let driver = Driver::open(&arguments.device, arguments.kind)?;
     let mut all_well = true;
     for name in &arguments.cases {
         let outcome = attack(&driver, name, &arguments);

@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::driver::{Driver, Setup, common, page};
+use crate::driver::{Driver, Kind, NET_QUEUES, Setup, common, page};
 use crate::function::{COMMAND, Window};
 use crate::raw::PAGE;
 
@@ -99,6 +99,7 @@ pub fn run(driver: &Driver, random: &mut Random, duration: Duration) -> Result<u
         }
         driver.function.restore_config()?;
     }
+    driver.choose_attacked();
     // Quiet before the pages go, whatever state the device is in.
     driver.function.restore_config()?;
     driver.reset()?;
@@ -149,7 +150,10 @@ fn common_configuration(driver: &Driver, random: &mut Random) -> Result<(), Stri
         2 => driver.write32(common::DRIVER_FEATURE, word as u32),
         3 => driver.write16(common::CONFIG_MSIX_VECTOR, random.below(6) as u16),
         4 => driver.write8(common::STATUS, word as u8),
-        5 => driver.write16(common::QUEUE_SELECT, [0, 1, word as u16][random.below(3)]),
+        5 => driver.write16(
+            common::QUEUE_SELECT,
+            [0, 1, 2, word as u16][random.below(4)],
+        ),
         6 => driver.write16(common::QUEUE_SIZE, random.ring_size()),
         7 => driver.write16(common::QUEUE_MSIX_VECTOR, random.below(6) as u16),
         8 => driver.write16(common::QUEUE_ENABLE, random.below(3) as u16),
@@ -184,6 +188,9 @@ fn live_queue(driver: &Driver, random: &mut Random) -> Result<(), String> {
     // All ones: out of reach behind a moved or disabled BAR, where no reset ever ends.
     if driver.status()? == 0xff {
         driver.function.restore_config()?;
+    }
+    if driver.kind == Kind::Net {
+        driver.choose(random.pick(&NET_QUEUES).unwrap_or(0));
     }
     driver.negotiate()?;
     let mut setup = driver.honest()?;
