@@ -9,6 +9,7 @@ mod bed;
 mod disks;
 mod fake_vmm;
 mod helpers;
+mod links;
 mod probe;
 
 use std::fs;
