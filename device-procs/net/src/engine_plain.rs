@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use bulkhead_runtime::clock;
 use bulkhead_runtime::sys::{self, PollFd};
-use libc::iovec;
 
 use crate::pair::{PLACES, Pair, Serving};
 use crate::receive::Delivery;
 use crate::tap::MAX_FRAME;
 use crate::tap_ioctl;
+use crate::transmit::Segment;
 
 /// Frames read before the other rings are looked at.
 const READS: usize = 64;
@@ -256,17 +256,14 @@ impl Engine {
     }
 }
 
-#[allow(unsafe_code)] // segments of guest memory
-fn write(file: &File, segments: &[iovec], gathered: &mut [u8]) -> i32 {
+fn write(file: &File, segments: &[Segment], gathered: &mut [u8]) -> i32 {
     if let [one] = segments {
-        // SAFETY: the segments of a waiting frame are mapped until it is settled.
-        return unsafe { tap_ioctl::write_segment(file, *one) };
+        return tap_ioctl::write_segment(file, one);
     }
     let mut at = 0usize;
     for segment in segments {
         if let Some(rest) = gathered.get_mut(at..) {
-            // SAFETY: as above.
-            at = at.saturating_add(unsafe { tap_ioctl::gather(*segment, rest) });
+            at = at.saturating_add(tap_ioctl::gather(segment, rest));
         }
     }
     tap_ioctl::write(file, gathered.get(..at).unwrap_or_default())

@@ -154,7 +154,7 @@ proptest! {
                 let Some(segments) = half.waiting(number) else {
                     continue;
                 };
-                let bytes: usize = segments.iter().map(|s| s.iov_len).sum();
+                let bytes: usize = segments.iter().map(|s| s.len()).sum();
                 prop_assert!((HEADER..=crate::tap::MAX_FRAME).contains(&bytes));
                 prop_assert!(segments.len() <= 1024);
                 prop_assert!(given.insert(number));

@@ -2,7 +2,7 @@
 //!
 //! `main` attaches or inherits the tap ([`tap`]) and hands a [`device::Net`] to the runtime.
 //! One worker thread serves each queue pair ([`pair`]): frames go from the guest to the tap
-//! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_uring`],
+//! ([`transmit`]) and back ([`receive`]) through its engine ([`engine_uring`] over [`frame_ring`],
 //! [`engine_plain`]). The control
 //! Or the kernel
 //! moves the frames itself, by vhost-net ([`kernel`]). The control queue ([`control`]) has a thread of its own; what it is told lies in [`state`], and
@@ -15,6 +15,7 @@ pub mod engine_plain;
 pub mod engine_uring;
 pub mod features;
 pub mod filter;
+pub mod frame_ring;
 #[cfg(test)]
 mod fuzz_tests;
 pub mod kept;

@@ -11,7 +11,7 @@ use bulkhead_net::device::{EngineKind, Net};
 use bulkhead_net::filter::Mac;
 use bulkhead_net::state::{Settings, State};
 use bulkhead_net::tap::{Tap, TapError};
-use bulkhead_net::{engine_uring, kernel};
+use bulkhead_net::{frame_ring, kernel};
 use bulkhead_runtime::channels::{ChannelError, Channels};
 use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
@@ -118,10 +118,10 @@ fn run(options: &Options) -> Result<(), MainError> {
         _ if !kernel.is_empty() => EngineKind::Kernel,
         EngineChoice::Plain => EngineKind::Plain,
         EngineChoice::IoUring => {
-            engine_uring::supported(&tap).map_err(MainError::Uring)?;
+            frame_ring::supported(&tap).map_err(MainError::Uring)?;
             EngineKind::IoUring
         }
-        EngineChoice::Auto => match engine_uring::supported(&tap) {
+        EngineChoice::Auto => match frame_ring::supported(&tap) {
             Ok(()) => EngineKind::IoUring,
             Err(why) => {
                 log::info!("{why}; the plain engine serves instead");

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use libc::iovec;
+use crate::transmit::Segment;
 
 /// struct ifreq of linux/if.h, as far as tap devices use it: name and flags.
 #[repr(C)]
@@ -136,26 +136,20 @@ pub fn write(file: &File, frame: &[u8]) -> i32 {
 }
 
 /// Writes one frame that lies in one piece of guest memory.
-///
-/// # Safety
-/// The segment is mapped, readable memory during the call.
-pub unsafe fn write_segment(file: &File, segment: iovec) -> i32 {
-    // SAFETY: by this function's contract; the kernel only reads, and a guest that writes
-    // there meanwhile changes its own frame.
-    outcome(unsafe { libc::write(file.as_raw_fd(), segment.iov_base, segment.iov_len) })
+pub fn write_segment(file: &File, segment: &Segment) -> i32 {
+    // SAFETY: a segment is mapped while it is borrowed; the kernel only reads, and a guest
+    // that writes there meanwhile changes its own frame.
+    outcome(unsafe { libc::write(file.as_raw_fd(), segment.start().cast(), segment.len()) })
 }
 
 /// Copies as much of a segment of guest memory as `into` has room for; how much that was.
-///
-/// # Safety
-/// The segment is mapped, readable memory during the call.
-pub unsafe fn gather(segment: iovec, into: &mut [u8]) -> usize {
-    let len = segment.iov_len.min(into.len());
-    // SAFETY: by this function's contract, for the source; `into` has len bytes and is
-    // private, so they do not overlap. The guest may write to the source meanwhile: the bytes
-    // are a frame of its own, and nothing is concluded from them.
+pub fn gather(segment: &Segment, into: &mut [u8]) -> usize {
+    let len = segment.len().min(into.len());
+    // SAFETY: a segment is mapped while it is borrowed; `into` has len bytes and is private,
+    // so they do not overlap. The guest may write to the source meanwhile: the bytes are a
+    // frame of its own, and nothing is concluded from them.
     unsafe {
-        std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>(), into.as_mut_ptr(), len);
+        std::ptr::copy_nonoverlapping(segment.start(), into.as_mut_ptr(), len);
     }
     len
 }

@@ -12,6 +12,7 @@ use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::chain::Chain;
 use bulkhead_runtime::status::QueueStatus;
 use libc::iovec;
+use vm_memory::VolatileSlice;
 
 use crate::state::State;
 use crate::tap::{HEADER, MAX_FRAME};
@@ -30,6 +31,42 @@ enum Malformed {
     Short(u32),
     #[error("a transmitted frame has device-writable buffers")]
     Writable,
+}
+
+/// A piece of a frame in guest memory. Whoever has one borrows it from the [`Transmit`] that
+/// keeps the memory mapped.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct Segment(iovec);
+
+impl Segment {
+    fn new(slice: &VolatileSlice<'_>) -> Self {
+        Self(iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+    }
+
+    /// Where it begins.
+    pub fn start(&self) -> *const u8 {
+        self.0.iov_base.cast()
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether there are none; segments of frames always have some.
+    pub fn is_empty(&self) -> bool {
+        self.0.iov_len == 0
+    }
+
+    /// A list of segments as the kernel takes it.
+    pub fn list(segments: &[Self]) -> *const iovec {
+        // Transparent.
+        segments.as_ptr().cast()
+    }
 }
 
 /// What is to be done with a frame, or was.
@@ -59,7 +96,7 @@ pub struct Transmit {
     state: Arc<State>,
     chain: Chain,
     frames: Vec<Frame>,
-    segments: Vec<iovec>,
+    segments: Vec<Segment>,
     /// A limit holds the next frame back for so long.
     held: Option<Duration>,
     /// The tap's last answer was an error of the host's.
@@ -138,10 +175,7 @@ impl Transmit {
                 // Within guest memory, as the chain's walk has found: no piece is missing.
                 memory.for_each_slice(buffer.addr, u64::from(buffer.len), |slice| {
                     if !slice.is_empty() {
-                        self.segments.push(iovec {
-                            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                            iov_len: slice.len(),
-                        });
+                        self.segments.push(Segment::new(&slice));
                     }
                 });
             }
@@ -168,7 +202,7 @@ impl Transmit {
     /// The frame of that number as segments of guest memory, if the tap is to get it. They
     /// stay mapped until [`Self::settle`] has given the frame back.
     #[inline]
-    pub fn waiting(&self, number: usize) -> Option<&[iovec]> {
+    pub fn waiting(&self, number: usize) -> Option<&[Segment]> {
         let frame = self.frames.get(number)?;
         if frame.fate != Fate::Waiting {
             return None;
