@@ -34,8 +34,10 @@ const FEATURES_OK: u8 = 8;
 pub const NEEDS_RESET: u8 = 0x40;
 const NO_VECTOR: u16 = 0xffff;
 
-/// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_CTRL_RX (5.1.3).
-const NET_CONTROL: u64 = 1 << 17 | 1 << 18;
+/// VIRTIO_NET_F_CTRL_VQ (5.1.3)
+const F_CTRL_VQ: u64 = 1 << 17;
+/// VIRTIO_NET_F_CTRL_RX
+const F_CTRL_RX: u64 = 1 << 18;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_VERSION_1: u64 = 1 << 32;
 const F_ACCESS_PLATFORM: u64 = 1 << 33;
@@ -117,6 +119,7 @@ pub struct Driver {
     pub function: Function,
     pub pages: Pages,
     queue: Cell<u16>,
+    accepted: Cell<u64>,
 }
 
 impl Driver {
@@ -129,6 +132,7 @@ impl Driver {
             function: Function::open(name)?,
             pages,
             queue: Cell::new(if kind == Kind::Net { CONTROL } else { 0 }),
+            accepted: Cell::new(0),
         })
     }
 
@@ -208,9 +212,10 @@ impl Driver {
         }
         let mut wanted = F_VERSION_1 | F_INDIRECT_DESC | F_ACCESS_PLATFORM;
         if self.kind == Kind::Net {
-            wanted |= NET_CONTROL;
+            wanted |= F_CTRL_VQ | F_CTRL_RX;
         }
         let accepted = offered & wanted;
+        self.accepted.set(accepted);
         for half in 0..2 {
             self.write32(common::DRIVER_FEATURE_SELECT, half)?;
             self.write32(common::DRIVER_FEATURE, (accepted >> (32 * half)) as u32)?;
@@ -389,8 +394,8 @@ impl Driver {
         }
     }
 
-    /// A command on the control queue (5.1.6.5.1: promiscuous mode off) is answered with OK,
-    /// and a frame on the transmit queue is used.
+    /// A command on the control queue (5.1.6.5.1: promiscuous mode off) is answered, with OK if
+    /// the device has it and with ERR if not, and a frame on the transmit queue is used.
     fn command_and_send(&self) -> Result<(), String> {
         self.reset()?;
         self.pages.clear()?;
@@ -431,17 +436,18 @@ impl Driver {
         let used = self.pages.bytes().r16(page::USED * PAGE + 2)?;
         self.choose_attacked();
         self.reset()?;
+        let expected = u8::from(self.accepted.get() & F_CTRL_RX == 0);
         match (answer, sent, used) {
             (
                 Outcome {
                     needs_reset: false,
-                    status: Some(0),
+                    status: Some(status),
                 },
                 Outcome {
                     needs_reset: false, ..
                 },
                 1,
-            ) => Ok(()),
+            ) if status == expected => Ok(()),
             other => Err(format!("a command or a frame is not taken: {other:?}")),
         }
     }
