@@ -118,8 +118,9 @@ pub fn run(args: &AuditArgs) -> i32 {
     if args.policies {
         return match policies::render(args.json) {
             Ok(text) => {
-                // A reader that has closed the pipe has what it wanted.
-                let _ = writeln!(std::io::stdout(), "{text}");
+                if let Err(line) = say(&(text + "\n")) {
+                    return fail(&line);
+                }
                 0
             }
             Err(line) => fail(&line),
@@ -160,9 +161,24 @@ pub fn run(args: &AuditArgs) -> i32 {
     } else {
         table::render(&audit)
     };
-    // A reader that has closed the pipe has what it wanted.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    if let Err(line) = say(&text) {
+        return fail(&line);
+    }
     i32::from(verdict != Verdict::Ok)
+}
+
+/// Prints; a reader that has closed the pipe has what it wanted.
+fn say(text: &str) -> Result<(), String> {
+    let mut output = std::io::stdout();
+    match output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!(
+            "standard output: {error}: the audit is not all there"
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn fail(line: &str) -> i32 {

@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 
+use super::ctl_output_net as net;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
@@ -37,6 +38,12 @@ fn serial_text(config: &MachineConfig) -> String {
 pub fn info_json(info: &InfoResponse) -> Value {
     let config = info.config.as_ref().map(|config| {
         let disks: Vec<Value> = config.disks.iter().map(disk_json).collect();
+        let nets: Vec<Value> = config.nets.iter().map(net::net_json).collect();
+        let others: Vec<Value> = config
+            .vhost_users
+            .iter()
+            .map(net::vhost_user_json)
+            .collect();
         json!({
             "kernel": config.kernel,
             "initrd": config.initrd,
@@ -44,6 +51,8 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "memory_bytes": config.memory_bytes,
             "cpus": { "boot": config.cpus.boot, "pin": config.cpus.pin },
             "disks": disks,
+            "nets": nets,
+            "vhost_users": others,
             "serial": serial_text(config),
         })
     });
@@ -95,6 +104,12 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         line("serial", &serial_text(config))?;
         for disk in &config.disks {
             line("disk", &disk_text(disk))?;
+        }
+        for device in &config.nets {
+            line("net", &net::net_text(device))?;
+        }
+        for device in &config.vhost_users {
+            line("vhost-user", &net::vhost_user_text(device))?;
         }
     }
     let counters = &info.counters;

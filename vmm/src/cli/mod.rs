@@ -11,6 +11,7 @@ pub mod audit;
 pub mod ctl;
 mod ctl_device;
 pub mod ctl_output;
+mod ctl_output_net;
 mod ctl_stats;
 pub mod disk_args;
 pub mod machine_args;

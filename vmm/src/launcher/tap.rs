@@ -18,6 +18,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use super::tap_sys::{self, Interfaces, flag};
 use super::{printable, sys};
 
+/// Of a tap that is somebody else's.
+const BUSY: &str = "busy: another program is attached to it: stop that, or choose another tap";
+
 /// Where taps are made.
 const TUN: &str = "/dev/net/tun";
 /// Where the kernel's own back-end is had.
@@ -57,6 +60,11 @@ pub fn open(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => false,
         Err(error) => return Err(say(reason(&error))),
     };
+    // A tap of several queues lets anybody attach to what is left, who then gets a share of the
+    // other's frames.
+    if existed && interfaces.has_carrier(name) {
+        return Err(say(BUSY.to_owned()));
+    }
     let mut fds = vec![attach_first(name, queues, existed).map_err(say)?];
     for have in 1..queues {
         let fd = attach(name, flag::MULTI_QUEUE).map_err(|e| {
@@ -148,14 +156,14 @@ fn explain(name: &str, queues: u32, existed: bool, error: &io::Error) -> String 
             };
             format!("belongs {owner}: make it with {add}, or run bulkhead as its owner")
         }
-        (Some(libc::EBUSY), _) => {
-            "busy: another program is attached to it: stop that, or choose another tap".into()
-        }
+        (Some(libc::EBUSY), _) => BUSY.into(),
         (Some(libc::E2BIG), _) => {
             "busy: all its queues are taken: stop who holds them, or choose another tap".into()
         }
         (Some(libc::EINVAL), true) => match attribute("tun_flags").as_deref().map(parse_flags) {
-            None => "is an interface, but no tap: name a tap".into(),
+            None => {
+                format!("is no tap, or not one of {queues} queues: name a tap, made with {add}")
+            }
             Some(Some(flags)) if flags & i32::from(flag::TUN) != 0 => {
                 format!("is a tun (layer 3), not a tap: make another with {add}")
             }

@@ -103,6 +103,29 @@ impl Interfaces {
         u32::try_from(mtu).map_err(io::Error::other)
     }
 
+    /// SIOCETHTOOL, ETHTOOL_GLINK: whether a tap that is up has a carrier, which it has as long
+    /// as somebody is attached to it. `false` where the interface does not say.
+    pub fn has_carrier(&self, name: &str) -> bool {
+        /// `struct ethtool_value`
+        #[repr(C)]
+        struct Value {
+            cmd: u32,
+            data: u32,
+        }
+        const ETHTOOL_GLINK: u32 = 0x0a;
+        let mut value = Value {
+            cmd: ETHTOOL_GLINK,
+            data: 0,
+        };
+        let Ok(mut request) = request(name) else {
+            return false;
+        };
+        request.ifr_ifru.ifru_data = (&raw mut value).cast();
+        self.call(libc::SIOCETHTOOL as libc::c_ulong, &mut request)
+            .is_ok()
+            && value.data != 0
+    }
+
     /// SIOCSIFMTU.
     pub fn set_mtu(&self, name: &str, mtu: u32) -> io::Result<()> {
         let mut request = request(name)?;
