@@ -185,7 +185,7 @@ fn bad_options() -> Verdict {
             vec!["--disk", "path="],
         ),
         (
-            vec!["run", "--kernel", &kernel, "--disk", "path=/x,format=qcow2"],
+            vec!["run", "--kernel", &kernel, "--disk", "path=/x,format=vdi"],
             vec!["format"],
         ),
         (
