@@ -300,7 +300,9 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 site.launcher,
                 &net.id,
                 1,
-                &format!("passt: {error}; it has said why above"),
+                &format!(
+                    "passt: {error}; it has said why on stderr (for vhost-user it must be 2024_11_27 or later)"
+                ),
             )
         })?;
         let process = HelperProcess {

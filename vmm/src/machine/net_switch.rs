@@ -175,6 +175,8 @@ pub struct Switch {
     pause: Duration,
     /// Attempts to get passt, and its process.
     incarnation: u64,
+    /// The last of them that served.
+    served: u64,
     process: Option<HelperProcess>,
     /// Why the last attempt failed; told once.
     told: Option<String>,
@@ -198,6 +200,7 @@ impl Switch {
             phase: Phase::Serving { since: now },
             pause: PAUSE.0,
             incarnation: 0,
+            served: 0,
             process: None,
             told: None,
         };
@@ -211,6 +214,7 @@ impl Switch {
     #[must_use]
     pub fn with_process(mut self, incarnation: u64, process: HelperProcess) -> Self {
         self.incarnation = incarnation;
+        self.served = incarnation;
         self.process = Some(process);
         self
     }
@@ -264,6 +268,7 @@ impl Switch {
     /// A back-end serves.
     pub fn reconnected(&mut self, now: Instant) {
         self.phase = Phase::Serving { since: now };
+        self.served = self.incarnation;
         self.told = None;
     }
 
@@ -274,11 +279,13 @@ impl Switch {
         self.news(why)
     }
 
-    /// Its helper has ended by itself: the hang-up of its channel tells the rest.
-    pub fn exited(&mut self, incarnation: u64) {
+    /// Its helper has ended: the hang-up of its channel tells the rest. True: this is news,
+    /// since it had served.
+    pub fn exited(&mut self, incarnation: u64) -> bool {
         if self.incarnation == incarnation {
             self.process = None;
         }
+        self.served == incarnation
     }
 
     /// Notes a reason; false when it was the last one told, too.

@@ -165,7 +165,9 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.incarnation), (78, 2));
+    assert!(tie.exited(1), "it had served");
     assert!(tie.not_reconnected(&fake, "it broke the protocol", now));
+    assert!(!tie.exited(2));
     assert_eq!(fake.asked.borrow().last().unwrap(), "end net0 2");
     assert!(!tie.not_reconnected(&fake, "it broke the protocol", now));
 }

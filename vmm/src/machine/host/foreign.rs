@@ -85,7 +85,10 @@ impl Host {
         let Some(switch) = found.and_then(switch) else {
             return false;
         };
-        switch.exited(incarnation);
+        if !switch.exited(incarnation) {
+            log::debug!("device {id}: {}: {outcome}", switch.origin());
+            return true;
+        }
         let how = format!("{}: {outcome}", switch.origin());
         self.log.publish("device.exited", id, &how);
         log::warn!("device {id}: {how}");
