@@ -299,7 +299,7 @@ impl Disk {
     /// Whether there is anything to flush.
     #[inline]
     pub fn flushes(&self) -> bool {
-        self.cache != Cache::Unsafe && !self.geometry.readonly
+        self.cache != Cache::Unsafe && !self.geometry.readonly && !self.in_memory
     }
 
     /// Whether discard is offered.

@@ -2,8 +2,7 @@
 //! pwritev2, fallocate and fdatasync on a raw disk, or whatever an image does. Kicks and
 //! orders are waited for by ppoll.
 //!
-//! It serves hosts without io_uring, images, and files in memory (tmpfs): there io_uring
-//! would hand every request to a thread of the kernel, and nothing ever waits.
+//! It serves images, and hosts without io_uring.
 //!
 //! Runs on the queue's worker thread.
 
@@ -209,7 +208,7 @@ fn perform(queue: &mut Queue, disk: &Disk, work: Work) {
             .status()
             .waits_for_host
             .store(false, Ordering::Relaxed);
-        next = queue.finish(index, negated(result));
+        next = queue.finish(index, vectored::negated(result));
     }
 }
 
@@ -237,13 +236,6 @@ fn empty(disk: &Disk, step: &RangeStep) -> io::Result<u32> {
         }),
     }
     .map(|()| 0)
-}
-
-fn negated(result: io::Result<u32>) -> i32 {
-    match result {
-        Ok(n) => i32::try_from(n).unwrap_or(i32::MAX),
-        Err(e) => e.raw_os_error().map_or(-libc::EIO, i32::wrapping_neg),
-    }
 }
 
 /// Carries out an order. Nothing is ever in flight between requests.

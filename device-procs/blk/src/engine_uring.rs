@@ -21,56 +21,29 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use bulkhead_runtime::active::ActiveRing;
-use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
+use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::sys;
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::backing::Backing;
-use crate::disk::{Disk, RangeHow};
+use crate::disk::Disk;
 use crate::look::Look;
-use crate::queue::{Queue, RangeStep, Work};
-use crate::transfer::{Direction, Step};
+use crate::queue::{Queue, Work};
+use crate::uring_entries::{
+    self as entries, CALL, DISK, KICK, ONE, OPCODES, TAG_IO, TAG_KICK, TAG_SIGNAL, TAG_WAKEUP,
+    WAKEUP, user_data,
+};
+use crate::vectored;
 
 /// Submission entries; more requests than this at once are submitted in turns.
 const ENTRIES: u32 = 256;
 /// Requests taken before the kernel is told of them.
 const PORTION: u32 = 32;
 
-// Registered files.
-const DISK: types::Fixed = types::Fixed(0);
-const WAKEUP: types::Fixed = types::Fixed(1);
-const KICK: types::Fixed = types::Fixed(2);
-const CALL: types::Fixed = types::Fixed(3);
-
-/// Operations that the ring takes, and no others.
-const OPCODES: [u8; 8] = [
-    opcode::Read::CODE,
-    opcode::Write::CODE,
-    opcode::Readv::CODE,
-    opcode::Writev::CODE,
-    opcode::Fsync::CODE,
-    opcode::Fallocate::CODE,
-    opcode::PollAdd::CODE,
-    opcode::AsyncCancel::CODE,
-];
-
-/// What is written to an eventfd.
-static ONE: u64 = 1;
-
-/// What a completion belongs to, as the upper half of user_data; the lower half is a slot
-/// or the kick's generation.
-const TAG_IO: u32 = 0;
-const TAG_KICK: u32 = 1;
-const TAG_WAKEUP: u32 = 2;
-const TAG_CANCEL: u32 = 3;
-const TAG_SIGNAL: u32 = 4;
-
-fn user_data(tag: u32, value: u32) -> u64 {
-    u64::from(tag) << 32 | u64::from(value)
-}
+#[path = "engine_uring_orders.rs"]
+mod orders;
 
 /// An order that waits until nothing is in flight.
 enum Draining {
@@ -111,6 +84,8 @@ pub struct Engine {
     quiet: bool,
     /// The call eventfd is signalled by the ring: it is one that never blocks.
     signal_by_ring: bool,
+    /// The disk's content is in memory: it is read and written by calls, at once.
+    inline: bool,
 }
 
 impl Engine {
@@ -135,6 +110,7 @@ impl Engine {
         .map_err(|e| e.to_string())?;
         drop(fence);
         Ok(Self {
+            inline: disk.in_memory,
             port,
             disk,
             uring: ring,
@@ -151,6 +127,11 @@ impl Engine {
             quiet,
             signal_by_ring: false,
         })
+    }
+
+    /// How many requests to take first, from a disk that has nothing to do.
+    fn first_portion(&self) -> u32 {
+        if self.inline { PORTION } else { 1 }
     }
 
     /// Serves the queue for ever.
@@ -271,7 +252,11 @@ impl Engine {
             if throttled.is_some() {
                 return Next::Wait(throttled);
             }
-            self.portion = if self.in_kernel == 0 { 1 } else { PORTION };
+            self.portion = if self.in_kernel == 0 {
+                self.first_portion()
+            } else {
+                PORTION
+            };
             if self.look() {
                 continue;
             }
@@ -295,6 +280,9 @@ impl Engine {
         queue.new_batch();
         while let Some(work) = self.queue.as_mut().and_then(|q| q.next(&mut budget)) {
             self.start(work);
+            if self.inline {
+                self.show_early();
+            }
         }
         if budget < self.portion {
             self.round = self
@@ -352,9 +340,59 @@ impl Engine {
         }
     }
 
-    /// Gives the kernel a request, or the next step of one.
+    /// Shows the driver what has completed at once, if it is enough to be worth it.
+    fn show_early(&mut self) {
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        if !queue.is_worth_showing() {
+            return;
+        }
+        // Those that follow were taken later.
+        queue.new_batch();
+        self.show();
+        if !self.uring.submission().is_empty() {
+            self.enter(0);
+            self.collect();
+        }
+    }
+
+    /// Does a request, or the next step of one, or gives it to the kernel to do.
     #[inline]
     fn start(&mut self, work: Work) {
+        match work {
+            Work::Transfer(index) if self.inline => self.perform(index),
+            work => self.submit(work),
+        }
+    }
+
+    /// Moves data to or from memory: what io_uring would have to give to a thread of the
+    /// kernel, because such files do not tell whether they would wait.
+    fn perform(&mut self, index: u16) {
+        let Backing::Raw(file) = &self.disk.backing else {
+            return;
+        };
+        loop {
+            let Some(queue) = &mut self.queue else {
+                return;
+            };
+            let Some(transfer) = queue.transfer(index) else {
+                return;
+            };
+            self.port.status().syscalls.add(1);
+            let direction = transfer.direction();
+            let done = vectored::perform(file, direction, &transfer.step(), false);
+            match queue.finish(index, vectored::negated(done)) {
+                Some(Work::Transfer(same)) if same == index => {}
+                Some(work) => return self.submit(work),
+                None => return,
+            }
+        }
+    }
+
+    /// Gives the kernel a request, or the next step of one.
+    #[inline]
+    fn submit(&mut self, work: Work) {
         let Some(queue) = &mut self.queue else {
             return;
         };
@@ -365,14 +403,17 @@ impl Engine {
                     .flags(types::FsyncFlags::DATASYNC)
                     .build(),
             ),
-            Work::Range(index, step) => (index, fallocate(&step)),
+            Work::Range(index, step) => (index, entries::fallocate(&step)),
             Work::Transfer(index) => {
                 let durable = queue.durable_writes();
                 let Some(transfer) = queue.transfer(index) else {
                     return;
                 };
                 let direction = transfer.direction();
-                (index, entry(direction, &transfer.step(), durable))
+                (
+                    index,
+                    entries::transfer(direction, &transfer.step(), durable),
+                )
             }
         };
         self.in_kernel = self.in_kernel.saturating_add(1);
@@ -458,152 +499,6 @@ impl Engine {
         }
         self.port.status().kicks.add(1);
         self.arm_kick |= !cqueue::more(flags);
-    }
-
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::Start(setup) => {
-                let answer = match self.start_ring(*setup) {
-                    Ok(()) => Answer::Done,
-                    Err(why) => Answer::Refused(why),
-                };
-                self.port.answer(answer);
-            }
-            // Answered by finish_draining.
-            Order::Stop => self.draining = Some(Draining::Stop),
-            Order::Memory(memory) => self.draining = Some(Draining::Memory(memory)),
-            Order::Call(call) => {
-                self.show();
-                // What is to be signalled on the old one is, before it goes.
-                self.enter(0);
-                if let Some(queue) = &mut self.queue {
-                    queue.ring().set_call(call);
-                    self.register_call();
-                }
-                self.port.answer(Answer::Done);
-            }
-            Order::Err(err) => {
-                if let Some(queue) = &mut self.queue {
-                    queue.ring().set_err(err);
-                }
-                self.port.answer(Answer::Done);
-            }
-        }
-    }
-
-    fn start_ring(&mut self, setup: RingSetup) -> Result<(), String> {
-        let ring = ActiveRing::start(setup, self.port.index(), self.port.status())
-            .map_err(|e| e.to_string())?;
-        self.uring
-            .submitter()
-            .register_files_update(KICK.0, &[ring.kick().as_raw_fd()])
-            .map_err(|e| format!("cannot register the kick eventfd: {e}"))?;
-        let status = Arc::clone(self.port.status());
-        self.queue = Some(Queue::new(ring, status, Arc::clone(&self.disk)));
-        self.register_call();
-        self.generation = self.generation.wrapping_add(1);
-        self.arm_kick = true;
-        self.portion = 1;
-        Ok(())
-    }
-
-    /// Lets the ring signal the call eventfd, if it can.
-    fn register_call(&mut self) {
-        let call = self.queue.as_mut().and_then(|q| q.ring().call().cloned());
-        let fd = call.as_ref().map_or(-1, |c| c.as_raw_fd());
-        let registered = self
-            .uring
-            .submitter()
-            .register_files_update(CALL.0, &[fd])
-            .is_ok();
-        self.signal_by_ring = registered && self.quiet && call.is_some();
-    }
-
-    /// Answers the order that waits for I/O to end, once it has ended. True if it did: then
-    /// the ring must be looked at again before the thread sleeps.
-    fn finish_draining(&mut self) -> bool {
-        if self.draining.is_none() || self.queue.as_ref().is_some_and(|q| !q.is_idle()) {
-            return false;
-        }
-        let answer = match (self.draining.take(), &mut self.queue) {
-            (Some(Draining::Memory(memory)), Some(queue)) => {
-                match queue.ring().swap_memory(memory) {
-                    Ok(()) => Answer::Done,
-                    Err(why) => Answer::Refused(why.to_string()),
-                }
-            }
-            (Some(Draining::Stop), queue) => {
-                let queue = queue.take();
-                if queue.is_some() {
-                    self.drop_eventfds();
-                }
-                Answer::Stopped {
-                    next_avail: queue.map(Queue::stop),
-                }
-            }
-            _ => Answer::Done,
-        };
-        self.port.answer(answer);
-        true
-    }
-
-    /// Stops watching the kick and lets the eventfds go.
-    fn drop_eventfds(&mut self) {
-        let poll = user_data(TAG_KICK, self.generation);
-        self.generation = self.generation.wrapping_add(1);
-        self.arm_kick = false;
-        self.push(
-            &opcode::AsyncCancel::new(poll)
-                .build()
-                .user_data(user_data(TAG_CANCEL, 0)),
-        );
-        self.enter(0);
-        self.signal_by_ring = false;
-        let update = self
-            .uring
-            .submitter()
-            .register_files_update(KICK.0, &[-1, -1]);
-        if let Err(e) = update {
-            log::warn!("cannot release the eventfds of a ring: {e}");
-        }
-    }
-}
-
-fn fallocate(step: &RangeStep) -> squeue::Entry {
-    let mode = match step.how {
-        RangeHow::Punch => libc::FALLOC_FL_PUNCH_HOLE,
-        _ => libc::FALLOC_FL_ZERO_RANGE,
-    };
-    // Never makes the file larger, whatever has become of it.
-    opcode::Fallocate::new(DISK, u64::from(step.range.len))
-        .offset(step.range.offset)
-        .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
-        .build()
-}
-
-fn entry(direction: Direction, step: &Step, durable: bool) -> squeue::Entry {
-    let flags = if durable { libc::RWF_DSYNC } else { 0 };
-    match (direction, step.single) {
-        (Direction::Read, Some(s)) => {
-            let len = u32::try_from(s.iov_len).unwrap_or(0);
-            opcode::Read::new(DISK, s.iov_base.cast(), len)
-                .offset(step.offset)
-                .build()
-        }
-        (Direction::Write, Some(s)) => {
-            let len = u32::try_from(s.iov_len).unwrap_or(0);
-            opcode::Write::new(DISK, s.iov_base.cast(), len)
-                .offset(step.offset)
-                .rw_flags(flags)
-                .build()
-        }
-        (Direction::Read, None) => opcode::Readv::new(DISK, step.segments, step.count)
-            .offset(step.offset)
-            .build(),
-        (Direction::Write, None) => opcode::Writev::new(DISK, step.segments, step.count)
-            .offset(step.offset)
-            .rw_flags(flags)
-            .build(),
     }
 }
 

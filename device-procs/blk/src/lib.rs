@@ -26,4 +26,5 @@ pub mod qcow2_store;
 pub mod queue;
 pub mod request;
 pub mod transfer;
+mod uring_entries;
 pub mod vectored;

@@ -24,9 +24,10 @@ const FDS_PER_QUEUE: u64 = 10;
 
 /// Address space for the tables of an image, and something over.
 const IMAGE_HEAP: usize = 384 << 20;
-/// Address space that malloc's arena has without one, where no ring of io_uring takes the
-/// place of calls: far more than 64 queues can come to use.
-const PLAIN_HEAP: usize = 64 << 20;
+/// Address space for malloc's arena without one: of the process, and of each queue. A ring
+/// of 1024 requests of 254 segments each, as many as are offered, has room in it.
+const HEAP: usize = 8 << 20;
+const QUEUE_HEAP: usize = 10 << 20;
 
 #[derive(Debug, thiserror::Error)]
 enum MainError {
@@ -106,7 +107,7 @@ fn run(options: &Options) -> Result<(), MainError> {
     let engine = match options.engine {
         EngineChoice::Plain => EngineKind::Plain,
         EngineChoice::IoUring if is_image => return Err(MainError::Image),
-        EngineChoice::Auto if is_image || disk.in_memory => EngineKind::Plain,
+        EngineChoice::Auto if is_image => EngineKind::Plain,
         EngineChoice::IoUring => {
             uring::available()?;
             EngineKind::IoUring
@@ -126,11 +127,12 @@ fn run(options: &Options) -> Result<(), MainError> {
         (_, EngineKind::IoUring) => &policy::BULKHEAD_BLK,
         (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,
     };
-    if is_image {
-        image_io::prepare(IMAGE_HEAP).map_err(MainError::Heap)?;
-    } else if engine == EngineKind::Plain {
-        image_io::prepare(PLAIN_HEAP).map_err(MainError::Heap)?;
-    }
+    let heap = if is_image {
+        IMAGE_HEAP
+    } else {
+        HEAP.saturating_add(QUEUE_HEAP.saturating_mul(usize::from(options.queues)))
+    };
+    image_io::prepare(heap).map_err(MainError::Heap)?;
     let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
     if let Some(limit) = disk.file_limit() {
         host::survive_size_limit();

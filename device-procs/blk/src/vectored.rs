@@ -1,5 +1,5 @@
-//! preadv2(2), pwritev2(2) and fdatasync(2): the plain engine's system calls, and the only
-//! ones on the disk that a policy without io_uring admits.
+//! preadv2(2) and pwritev2(2): how the plain engine moves data, and how disks in memory are
+//! read and written.
 
 #![allow(unsafe_code)] // system calls over segments of guest memory
 
@@ -36,6 +36,15 @@ pub fn perform(file: &File, direction: Direction, step: &Step, durable: bool) ->
             }
         }
     })
+}
+
+/// A result as io_uring gives it: bytes, or a negated errno.
+#[inline]
+pub fn negated(result: io::Result<u32>) -> i32 {
+    match result {
+        Ok(n) => i32::try_from(n).unwrap_or(i32::MAX),
+        Err(e) => e.raw_os_error().map_or(-libc::EIO, i32::wrapping_neg),
+    }
 }
 
 /// Reads into a private buffer.
