@@ -36,6 +36,9 @@ mod tests {
         std::thread::sleep(Duration::from_millis(50));
         let passed = now().saturating_duration_since(before);
         assert!(passed >= Duration::from_millis(30), "{passed:?}");
-        assert!(passed <= exact.elapsed() + Duration::from_millis(20), "{passed:?}");
+        assert!(
+            passed <= exact.elapsed() + Duration::from_millis(20),
+            "{passed:?}"
+        );
     }
 }

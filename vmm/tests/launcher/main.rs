@@ -232,12 +232,7 @@ fn given_a_bad_order_then_one_line_says_so_and_nothing_stays_behind() {
         ("x", "/bin/sh", &[], "not a device binary of this VM"),
         ("x", "bulkhead-blk", &many, "too many"),
         ("x", "bulkhead-blk", &zero, "zero byte"),
-        (
-            "x",
-            "bulkhead-net",
-            &[],
-            "is it a program of this machine?",
-        ),
+        ("x", "bulkhead-net", &[], "is it a program of this machine?"),
         ("x", "bulkhead-blk-image", &[], "chmod 0755"),
     ] {
         let mut order = spec(id, &[]);
@@ -248,7 +243,13 @@ fn given_a_bad_order_then_one_line_says_so_and_nothing_stays_behind() {
         assert!(line.contains(says), "{id} {binary}: {line}");
         assert_eq!(line.lines().count(), 1, "{line}");
     }
-    for policy in ["", "none", "bulkhead-net", "bulkhead-vmm", "bulkhead-blk-socket"] {
+    for policy in [
+        "",
+        "none",
+        "bulkhead-net",
+        "bulkhead-vmm",
+        "bulkhead-blk-socket",
+    ] {
         let mut order = spec("x", &[]);
         order.policy = policy.into();
         let line = launcher.spawn(order).unwrap_err().to_string();
