@@ -295,9 +295,9 @@ impl Header {
 
     fn judge_tables(&self, file_len: u64) -> Result<(), HeaderError> {
         let cluster = self.cluster_size();
-        if self.size == 0 {
+        if self.size < 512 {
             return Err(HeaderError::Unsupported {
-                what: "has a virtual disk of no bytes".into(),
+                what: "has a virtual disk of less than a sector".into(),
                 remedy: "enlarge it (qemu-img resize IMAGE SIZE)",
             });
         }

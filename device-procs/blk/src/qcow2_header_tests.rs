@@ -110,7 +110,7 @@ fn absurd_numbers_are_refused() {
     let cases: [(usize, &[u8]); 14] = [
         (AT_CLUSTER_BITS, &8u32.to_be_bytes()),
         (AT_CLUSTER_BITS, &22u32.to_be_bytes()),
-        (AT_SIZE, &0u64.to_be_bytes()),
+        (AT_SIZE, &511u64.to_be_bytes()),
         (AT_SIZE, &u64::MAX.to_be_bytes()),
         (AT_L1_ENTRIES, &1u32.to_be_bytes()),
         (AT_L1_ENTRIES, &u32::MAX.to_be_bytes()),
