@@ -111,6 +111,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     if !allows(options.policy, "ppoll") {
         waiter::install()?;
     }
+    sys::forget_start();
     let landlock_abi = locked.landlock().abi;
     let confined = if notify::is_watched() {
         locked.seal_watched(options.policy)?

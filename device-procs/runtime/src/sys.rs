@@ -394,6 +394,30 @@ pub fn fixed_heap(bytes: usize) {
     }
 }
 
+/// Lets go of what this program's start has read of its own file: most of it is needed only
+/// once. What is needed again is mapped again, from the page cache.
+pub(crate) fn forget_start() {
+    unsafe extern "C" {
+        /// The first byte of the program's image, by the linker.
+        static __executable_start: u8;
+        /// The end of its code.
+        static etext: u8;
+    }
+    let page = 4096;
+    let start = (&raw const __executable_start) as usize & !(page - 1);
+    let end = (&raw const etext) as usize & !(page - 1);
+    // SAFETY: between these symbols lie constants and code, mapped privately from the
+    // program's file and never written (a static program has no relocations there): the
+    // kernel reads the same bytes again when they are touched. If it refuses, all stays.
+    unsafe {
+        libc::madvise(
+            start as *mut libc::c_void,
+            end.saturating_sub(start),
+            libc::MADV_DONTNEED,
+        );
+    }
+}
+
 /// Adds one to an eventfd. Failure is not reported: the counter is full, which means that
 /// the other side has been told already, or the other side gave something that is no
 /// eventfd, which harms only itself. So does a front-end that fills a blocking call eventfd
