@@ -1,6 +1,6 @@
-//! Given limits on a disk: what is beyond them waits, in the ring and not in the process, so
-//! that orders are obeyed at once; and a change is felt at once. No test waits for a rate:
-//! those in force are so low that nothing more passes while it runs.
+//! Given a disk that is limited or drained: what may not pass waits, in the ring and not in
+//! the process, so that orders are obeyed at once; and a change is felt at once. No test
+//! waits for a rate: those in force are so low that nothing more passes while it runs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -188,5 +188,37 @@ fn a_wait_ends_by_itself() {
         let stats = control.stats();
         let counted: u64 = stats.queues[0].latency_us_log2.iter().sum();
         assert_eq!(counted, u64::from(REQUESTS), "{engine}");
+    });
+}
+
+#[test]
+fn a_drained_disk_takes_nothing_until_it_is_told_to_go_on() {
+    engines(|engine| {
+        for options in ["", ",iops=1:4"] {
+            let (_scratch, mut blk, mut control, mut vm) = start("drain", engine, options, 2);
+            offer(&mut vm, 0, REQUESTS);
+            wait_for("the drain", || control.drain());
+            let before = control.stats().queues[0].requests;
+            offer(&mut vm, 1, REQUESTS);
+            vm.kick(0);
+            assert!(control.drain(), "{engine}: it stays drained");
+            let stats = control.stats();
+            assert_eq!(stats.queues[0].requests, before, "{engine}");
+            assert_eq!(stats.queues[1].requests, 0, "{engine}");
+            // Orders are obeyed meanwhile, and so are changes.
+            let next = vm.frontend.get_vring_base(1).unwrap() as u16;
+            assert_eq!(next, 0, "{engine}");
+            vm.start_queue(1, 0);
+            control.limit((0, 0), (0, 0)).unwrap();
+            assert_eq!(control.stats().queues[1].requests, 0, "{engine}");
+            control.resume();
+            control.resume();
+            for queue in 0..2 {
+                for _ in 0..REQUESTS {
+                    vm.completion(queue);
+                }
+            }
+            assert!(blk.is_running());
+        }
     });
 }

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use bulkhead_proto::common::{DiskLimits, TokenBucket};
 use bulkhead_proto::device::{
-    BlkUpdate, HealthRequest, HealthResponse, StatsRequest, StatsResponse, UpdateRequest,
-    UpdateResponse,
+    BlkUpdate, DrainRequest, DrainResponse, HealthRequest, HealthResponse, ResumeRequest,
+    ResumeResponse, StatsRequest, StatsResponse, UpdateRequest, UpdateResponse,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
@@ -230,6 +230,22 @@ impl Control {
         let reply: Result<UpdateResponse, _> =
             self.0.call(DEVICE_SERVICE, "Update", &request, PATIENCE);
         reply.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// Takes no new requests; whether nothing is in flight any more.
+    pub fn drain(&mut self) -> bool {
+        let reply: DrainResponse = self
+            .0
+            .call(DEVICE_SERVICE, "Drain", &DrainRequest::new(), PATIENCE)
+            .unwrap();
+        reply.drained
+    }
+
+    pub fn resume(&mut self) {
+        let _: ResumeResponse = self
+            .0
+            .call(DEVICE_SERVICE, "Resume", &ResumeRequest::new(), PATIENCE)
+            .unwrap();
     }
 
     /// New limits, (rate, burst) of bytes and of operations; (0, 0) is none.
