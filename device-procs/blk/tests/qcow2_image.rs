@@ -457,6 +457,43 @@ fn a_successor_finds_every_completed_write() {
 }
 
 #[test]
+fn a_crash_spares_a_refcount_table_that_moves() {
+    let scratch = Scratch::new("moves");
+    let (path, copy) = (scratch.path("m.qcow2"), scratch.path("copy.qcow2"));
+    let size = 10 * MIB;
+    scratch.create("m.qcow2", size, &["-o", "cluster_size=512"]);
+    let table = |path: &Path| std::fs::read(path).unwrap()[48..56].to_vec();
+    let before = table(&path);
+    let image = open(&[&path], true).unwrap();
+    let memory = Memory::new(1 << 20);
+    image.keep(Box::new(memory.clone())).unwrap();
+    let mut model = vec![0; size as usize];
+    let (mut dice, mut places) = (Dice(5), Vec::new());
+    for (i, at) in (0..size).step_by(64 * 1024).enumerate() {
+        let bytes = dice.bytes(64 * 1024);
+        write(&image, at, &bytes);
+        model[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+        let now = table(&path);
+        let moved = places.last() != Some(&now);
+        places.push(now);
+        if moved || i % 50 == 0 {
+            std::fs::copy(&path, &copy).unwrap();
+            let left = memory.copy();
+            assert_no_worse_than_leaks(&copy);
+            let successor = open(&[&copy], true).unwrap();
+            successor.keep(left).unwrap();
+            assert_content(&successor, &model);
+            drop(successor);
+            assert_no_worse_than_leaks(&copy);
+        }
+    }
+    drop(image);
+    assert_clean(&path);
+    assert!(table(&path) != before, "the table did not move");
+    assert_qemu_sees(&path, &model, &scratch);
+}
+
+#[test]
 fn several_workers_share_an_image() {
     let scratch = Scratch::new("shared");
     let base = scratch.create("base.qcow2", 16 * MIB, &[]);

@@ -287,6 +287,59 @@ fn what_is_not_granted_or_not_served_is_refused_in_one_line() {
 }
 
 #[test]
+fn a_file_that_cannot_grow_costs_an_error_and_no_more() {
+    let scratch = Scratch::new("qcow2-full");
+    let path = scratch.path("full.qcow2");
+    create(&path, 8 * MIB, &["-o", "cluster_size=4k"]);
+    let socket = scratch.path("s");
+    let spec = format!("path={},format=qcow2,max-size=1M", path.display());
+    let mut blk = Blk::listen(&socket, &spec, &[]);
+    let mut vm = Vm::connect(&socket, 1);
+    vm.start();
+    let mut model = vec![0u8; 8 * MIB as usize];
+    let (mut written, mut refused) = (0, 0);
+    for at in (0..8 * MIB / 512).step_by(64) {
+        let bytes = vec![(at / 64) as u8 | 1; 32 * 1024];
+        vm.write_mem(DATA, &bytes);
+        let place = at as usize * 512..at as usize * 512 + bytes.len();
+        match vm.request(T_OUT, at, DATA, bytes.len() as u32).0 {
+            0 => {
+                model[place].copy_from_slice(&bytes);
+                written += 1;
+            }
+            _ => {
+                refused += 1;
+                // What was there is there, or part of what was to be.
+                let now = read(&mut vm, at, 64);
+                let whole = now.chunks(512).all(|s| s == &bytes[..512] || s == [0; 512]);
+                assert!(whole, "sector {at}");
+                model[place].copy_from_slice(&now);
+            }
+        }
+    }
+    assert!(
+        written > 10 && refused > 10,
+        "{written} written, {refused} refused"
+    );
+    // Space that a discard frees is used again.
+    assert_eq!(range_request(&mut vm, T_DISCARD, 0, 64, false), 0);
+    model[..32 * 1024].fill(0);
+    let last = 8 * MIB / 512 - 8;
+    vm.write_mem(DATA, &[77; 4096]);
+    assert_eq!(vm.request(T_OUT, last, DATA, 4096).0, 0);
+    model[last as usize * 512..].fill(77);
+    assert_eq!(vm.request(T_FLUSH, 0, 0, 0).0, 0);
+    assert!(read(&mut vm, 0, 8 * MIB / 512) == model);
+    assert!(blk.is_running());
+    drop(vm);
+    settle(&socket);
+    kill(blk);
+    check(&path, &[0, 3]);
+    assert_qemu_sees(&path, &model);
+    assert!(std::fs::metadata(&path).unwrap().len() <= MIB);
+}
+
+#[test]
 fn descriptors_of_a_chain_are_inherited() {
     let scratch = Scratch::new("qcow2-fds");
     let (base, top) = (scratch.path("base.raw"), scratch.path("top.qcow2"));
