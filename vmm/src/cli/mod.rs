@@ -3,9 +3,12 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+
+use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
 pub mod ctl;
@@ -55,6 +58,10 @@ pub struct HostArgs {
     /// passt for `--net user` [default of run: /usr/bin/passt, …; serve starts none without it]
     #[arg(long, value_name = "PATH")]
     pub passt: Option<PathBuf>,
+    /// How often a device's process may be replaced, within how many seconds, before the device
+    /// is left without one; 0: never
+    #[arg(long, value_name = "N[:SECONDS]", default_value = "5:60", value_parser = restarts)]
+    pub restarts: Budget,
     /// What to log on standard error: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
     pub log: log::LevelFilter,
@@ -80,6 +87,20 @@ pub struct ServeArgs {
     api_socket: PathBuf,
     #[command(flatten)]
     host: HostArgs,
+}
+
+fn restarts(text: &str) -> Result<Budget, String> {
+    let wanted = || format!("give N or N:SECONDS, N up to {MAX_BUDGET}, such as 5:60");
+    let (count, seconds) = text.split_once(':').unwrap_or((text, "60"));
+    let restarts = count.parse().ok().filter(|n| *n <= MAX_BUDGET);
+    let seconds = seconds.parse().ok().filter(|n| (1..=86_400).contains(n));
+    match (restarts, seconds) {
+        (Some(restarts), Some(seconds)) => Ok(Budget {
+            restarts,
+            window: Duration::from_secs(seconds),
+        }),
+        _ => Err(wanted()),
+    }
 }
 
 fn log_level(text: &str) -> Result<log::LevelFilter, String> {

@@ -18,6 +18,7 @@ pub fn run(args: RunArgs) -> ExitCode {
         passt: args.host.passt,
         api_socket: args.api_socket,
         first: Some(config),
+        restarts: args.host.restarts,
     }))
 }
 
@@ -29,6 +30,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
         passt: args.host.passt,
         api_socket: Some(args.api_socket),
         first: None,
+        restarts: args.host.restarts,
     }))
 }
 

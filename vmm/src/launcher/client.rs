@@ -131,6 +131,8 @@ pub struct SpawnSpec {
     pub incarnation: u64,
     /// Descriptors of its own, which it finds from 5 on.
     pub fds: Vec<OwnedFd>,
+    /// Give it the write end of a pipe behind them, to learn when all of its I/O has ended.
+    pub fence: bool,
 }
 
 /// A device process that has been executed. It ends when it is killed or the launcher
@@ -147,6 +149,8 @@ pub struct SpawnedDevice {
     pub vhost: UnixStream,
     /// From request to exec in the launcher, microseconds.
     pub spawn_us: u64,
+    /// If asked for: hangs up when nothing of it is left, nor of the I/O that it began.
+    pub fence: Option<OwnedFd>,
 }
 
 /// What the launcher reports unasked.
@@ -351,6 +355,7 @@ impl Launcher {
             args,
             incarnation,
             fds,
+            fence,
         } = spec;
         let refused = |why: &str| {
             Err(LauncherError::Refused(format!(
@@ -378,10 +383,11 @@ impl Launcher {
             args,
             incarnation,
             policy,
+            fence,
             ..Default::default()
         };
         let called = self.call(wire::request::Op::Spawn(op), &passed, DEADLINE, "spawn");
-        let (reply, mut fds, pid) = match called {
+        let (reply, fds, pid) = match called {
             Err(error @ LauncherError::Deadline(_)) => {
                 // Should it come up later, nobody would know it.
                 let _ = self.kill(&device_id, incarnation);
@@ -389,14 +395,18 @@ impl Launcher {
             }
             other => other?,
         };
-        match (reply.result, fds.pop(), fds.pop(), pid) {
-            (Some(wire::reply::Result::Spawned(spawned)), Some(pidfd), None, Some(pid)) => {
+        let mut fds = fds.into_iter();
+        match (reply.result, fds.next(), fds.next(), fds.next(), pid) {
+            (Some(wire::reply::Result::Spawned(spawned)), Some(pidfd), read, None, Some(pid))
+                if read.is_some() == fence =>
+            {
                 Ok(SpawnedDevice {
                     pid,
                     pidfd,
                     control,
                     vhost,
                     spawn_us: spawned.spawn_us,
+                    fence: read,
                 })
             }
             _ => Err(LauncherError::Protocol(
@@ -675,10 +685,12 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
                 && reply.error.is_empty()
                 && links.remove(&reply_id)
             {
-                let fd = fds.into_iter().next().ok_or(LauncherError::Protocol(
+                let mut fds = fds.into_iter();
+                let fd = fds.next().ok_or(LauncherError::Protocol(
                     "a connection without its descriptor",
                 ))?;
-                linked.insert(reply_id, Linked { fd, pid });
+                let fence = fds.next();
+                linked.insert(reply_id, Linked { fd, pid, fence });
                 events.push_back(LauncherEvent::Linked {
                     ticket: reply_id,
                     result: Ok(()),

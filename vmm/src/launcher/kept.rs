@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 
 use super::device::Order;
@@ -17,6 +18,10 @@ const CHANNELS: usize = 2;
 
 /// A device, whether or not its process lives.
 struct KeptDevice {
+    binary: String,
+    policy: String,
+    args: Vec<String>,
+    fence: bool,
     files: Vec<File>,
 }
 
@@ -30,13 +35,58 @@ impl Kept {
         self.0.len() < MAX_DEVICES || self.0.contains_key(id)
     }
 
-    /// Keeps what a process was started with.
-    pub fn keep(&mut self, order: Order) {
+    /// Keeps what a process was started with, and whether it has a fence. Not the channels,
+    /// nor the fence itself: it must hang up with the process.
+    pub fn keep(&mut self, order: Order, fence: bool) {
         let files = order.fds.into_iter().skip(CHANNELS).map(File::from);
         let device = KeptDevice {
+            binary: order.binary,
+            policy: order.policy,
+            args: order.args,
+            fence,
             files: files.collect(),
         };
         self.0.insert(order.id, device);
+    }
+
+    /// What to start another process of a device with, on these channels, and whether it is
+    /// to have a fence.
+    pub fn order(
+        &self,
+        id: &str,
+        incarnation: u64,
+        channels: Vec<OwnedFd>,
+    ) -> Result<(Order, bool), String> {
+        let device = self.find(id)?;
+        if channels.len() != CHANNELS {
+            return Err(format!(
+                "device {}: another process needs {CHANNELS} channels",
+                printable(id)
+            ));
+        }
+        let mut fds = channels;
+        for file in &device.files {
+            let copy = file.as_fd().try_clone_to_owned();
+            fds.push(copy.map_err(|e| format!("device {}: {}", printable(id), reason(&e)))?);
+        }
+        let order = Order {
+            id: id.to_owned(),
+            incarnation,
+            binary: device.binary.clone(),
+            policy: device.policy.clone(),
+            args: device.args.clone(),
+            fds,
+        };
+        Ok((order, device.fence))
+    }
+
+    fn find(&self, id: &str) -> Result<&KeptDevice, String> {
+        self.0.get(id).ok_or_else(|| {
+            format!(
+                "device {}: no process was started for it: is it another's?",
+                printable(id)
+            )
+        })
     }
 
     /// Lets go of a device.
@@ -48,9 +98,7 @@ impl Kept {
     /// then. A block device is only measured.
     pub fn grow(&self, id: &str, index: u32, size: u64) -> Result<u64, String> {
         let name = printable(id);
-        let device = self.0.get(id).ok_or_else(|| {
-            format!("device {name}: no process was started for it: is it another's?")
-        })?;
+        let device = self.find(id)?;
         let file = usize::try_from(index)
             .ok()
             .and_then(|index| device.files.get(index))
@@ -94,7 +142,6 @@ fn grow(mut file: &File, size: u64) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::{AsFd, OwnedFd};
 
     fn temp() -> File {
         let path = std::env::temp_dir().join(format!(
@@ -136,7 +183,7 @@ mod tests {
         let file = temp();
         file.set_len(1000).unwrap();
         let mut kept = Kept::default();
-        kept.keep(order("d", vec![copy(&temp()), copy(&file)]));
+        kept.keep(order("d", vec![copy(&temp()), copy(&file)]), false);
         assert_eq!(kept.grow("d", 1, 4096), Ok(4096));
         assert_eq!(file.metadata().unwrap().len(), 4096);
         assert_eq!(kept.grow("d", 1, 512), Ok(4096));
@@ -149,7 +196,7 @@ mod tests {
     #[test]
     fn only_a_kept_devices_own_descriptors_are_within_reach() {
         let mut kept = Kept::default();
-        kept.keep(order("d", vec![copy(&temp())]));
+        kept.keep(order("d", vec![copy(&temp())]), false);
         assert!(
             kept.grow("e", 0, 1)
                 .unwrap_err()
@@ -174,7 +221,10 @@ mod tests {
             .unwrap();
         let readonly = File::open("/proc/self/exe").unwrap();
         let mut kept = Kept::default();
-        kept.keep(order("d", vec![read.into(), null.into(), readonly.into()]));
+        kept.keep(
+            order("d", vec![read.into(), null.into(), readonly.into()]),
+            false,
+        );
         for index in 0..2 {
             let error = kept.grow("d", index, 1 << 20).unwrap_err();
             assert!(error.contains("is no file"), "{error}");
@@ -184,11 +234,37 @@ mod tests {
     }
 
     #[test]
+    fn another_process_gets_what_the_last_one_had() {
+        let file = temp();
+        file.set_len(77).unwrap();
+        let mut kept = Kept::default();
+        let mut first = order("d", vec![copy(&file)]);
+        first.args = vec!["--disk".into()];
+        kept.keep(first, true);
+        let channels = || vec![temp().into(), temp().into()];
+        let (again, fence) = kept.order("d", 5, channels()).unwrap();
+        assert!(fence);
+        assert_eq!((again.id.as_str(), again.incarnation), ("d", 5));
+        assert_eq!((again.binary.as_str(), again.policy.as_str()), ("x", "x"));
+        assert_eq!(again.args, ["--disk"]);
+        assert_eq!(again.fds.len(), 3);
+        let own = File::from(again.fds.into_iter().nth(2).unwrap());
+        assert_eq!(own.metadata().unwrap().len(), 77);
+        for refused in [
+            kept.order("e", 1, channels()),
+            kept.order("d", 1, Vec::new()),
+            kept.order("d", 1, vec![temp().into(), temp().into(), temp().into()]),
+        ] {
+            assert!(refused.is_err_and(|line| line.starts_with("device ")));
+        }
+    }
+
+    #[test]
     fn no_more_devices_are_kept_than_there_may_be() {
         let mut kept = Kept::default();
         for n in 0..MAX_DEVICES {
             assert!(kept.has_room(&format!("d{n}")));
-            kept.keep(order(&format!("d{n}"), Vec::new()));
+            kept.keep(order(&format!("d{n}"), Vec::new()), false);
         }
         assert!(kept.has_room("d3") && !kept.has_room("another"));
         kept.forget("d3");

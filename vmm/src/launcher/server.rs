@@ -297,6 +297,7 @@ impl Server {
             Some(wire::request::Op::SpawnHelper(op)) => self.spawn_helper(id, op, packet.fds),
             Some(wire::request::Op::ConnectUnix(op)) => self.connect(id, &op),
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
+            Some(wire::request::Op::Respawn(op)) => self.respawn(id, &op, packet.fds),
             Some(wire::request::Op::Kill(op)) => self.kill(id, &op),
             Some(wire::request::Op::GrowFile(op)) => self.grow(id, &op),
             Some(wire::request::Op::Forget(op)) => {
@@ -361,9 +362,50 @@ impl Server {
         if !self.kept.has_room(&order.id) {
             return Err(format!("there are {MAX_DEVICES} devices already"));
         }
+        self.start_device(id, order, op.fence, begin)
+    }
+
+    /// Starts a process in the place of one that has ended.
+    fn respawn(
+        &mut self,
+        id: u64,
+        op: &wire::Respawn,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Outgoing, String> {
+        let begin = Instant::now();
+        if self.devices.iter().any(|d| d.id == op.device_id) {
+            return Err(format!(
+                "device {}: its last process has not ended",
+                printable(&op.device_id)
+            ));
+        }
+        let (order, fence) = self.kept.order(&op.device_id, op.incarnation, fds)?;
+        self.start_device(id, order, fence, begin)
+    }
+
+    fn start_device(
+        &mut self,
+        id: u64,
+        mut order: Order,
+        fence: bool,
+        begin: Instant,
+    ) -> Result<Outgoing, String> {
+        let mut read_end = None;
+        if fence {
+            let (read, write) = sys::pipe()
+                .map_err(|error| format!("device {}: its fence: {error}", printable(&order.id)))?;
+            order.fds.push(write);
+            read_end = Some(read);
+        }
         let device = device::spawn(&order, &self.args, &self.binaries, &self.devices)?;
-        self.kept.keep(order);
-        self.started(id, device, begin)
+        if fence {
+            // Only the process holds it.
+            order.fds.pop();
+        }
+        self.kept.keep(order, fence);
+        let mut outgoing = self.started(id, device, begin)?;
+        outgoing.fds.extend(read_end);
+        Ok(outgoing)
     }
 
     /// Notes a process that runs; the reply carries its pid and pidfd.

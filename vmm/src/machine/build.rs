@@ -195,7 +195,7 @@ impl Drop for Undo<'_> {
     fn drop(&mut self) {
         for device in &self.devices {
             // The launcher ends what is left when the VMM ends, at the latest.
-            if let Err(e) = device.kill(self.launcher, true) {
+            if let Err(e) = device.forget(self.launcher) {
                 log::warn!("device {}: {e}", device.id);
             }
         }

@@ -97,8 +97,19 @@ pub enum Notice {
     DrainFailed,
 }
 
-/// Why the process must be given up, in a line that begins with "its process".
-pub type Breach = String;
+/// Why the process must be given up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Breach {
+    /// It hung up; its end may say more.
+    #[error("its process closed the control channel")]
+    HungUp,
+    /// It did not answer in time.
+    #[error("its process {0}")]
+    Deadline(String),
+    /// It said what it must not.
+    #[error("its process {0}")]
+    Protocol(String),
+}
 
 /// Who grows files: the launcher.
 pub trait Grower {
@@ -159,15 +170,26 @@ impl ControlChannel {
     /// # Errors
     /// When the process has said more than it was asked.
     pub fn new(client: BlockingClient, about: About) -> Result<Self, ClientError> {
-        Ok(Self {
-            client: client.into_async(AsyncLimits::default())?,
+        let client = client.into_async(AsyncLimits::default())?;
+        Ok(Self::resume(client, about))
+    }
+
+    /// The same, on a channel that never waited.
+    pub fn resume(client: AsyncClient, about: About) -> Self {
+        Self {
+            client,
             host_errors: vec![0; about.queues],
             about,
             waiting: VecDeque::new(),
             current: None,
             last_token: HEALTH,
             ended: None,
-        })
+        }
+    }
+
+    /// What is known of the device without asking it.
+    pub fn about(&self) -> &About {
+        &self.about
     }
 
     /// Takes a request; whoever asked is answered in any case.
@@ -315,6 +337,11 @@ impl ControlChannel {
         self.ended.is_none() && self.client.wants_write()
     }
 
+    /// The process was given up.
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
     /// Gives calls in flight more time, because the manager itself was held up.
     pub fn extend_deadlines(&mut self, span: Duration) {
         self.client.extend_deadlines(span);
@@ -322,9 +349,6 @@ impl ControlChannel {
 
     /// The process is given up: everyone who waits is told why, and whoever comes later.
     pub fn give_up(&mut self, why: &str) {
-        if self.ended.is_some() {
-            return;
-        }
         self.ended = Some(why.to_owned());
         let _ = self.client.give_up();
         let status = self.unavailable(why);
@@ -435,7 +459,8 @@ impl ControlChannel {
             if token == HEALTH {
                 // A process that cannot say how it is has failed at what it is for.
                 let health = result.map_err(|status| {
-                    format!("its process does not tell its health: {}", status.message)
+                    let message = crate::launcher::printable(&status.message);
+                    Breach::Protocol(format!("does not tell its health: {message}"))
                 })?;
                 turn.notices.extend(self.on_health(&health)?);
             } else {
@@ -449,11 +474,11 @@ impl ControlChannel {
     fn on_health(&mut self, payload: &[u8]) -> Result<Option<Notice>, Breach> {
         let health: HealthResponse = parse(payload)?;
         if health.rings.len() > self.about.queues {
-            return Err(format!(
-                "its process tells of {} rings and has {}",
+            return Err(Breach::Protocol(format!(
+                "tells of {} rings and has {}",
                 health.rings.len(),
                 self.about.queues
-            ));
+            )));
         }
         let (mut count, mut last) = (0u64, (0, 0));
         for (ring, known) in health.rings.iter().zip(&mut self.host_errors) {
@@ -487,10 +512,8 @@ impl ControlChannel {
         if let Some(status) = current.undoing.take() {
             // A device that cannot be resumed stays stopped: nothing but its end helps.
             result.map_err(|status| {
-                format!(
-                    "its process cannot resume after a drain: {}",
-                    status.message
-                )
+                let message = crate::launcher::printable(&status.message);
+                Breach::Protocol(format!("cannot resume after a drain: {message}"))
             })?;
             turn.notices.push(Notice::DrainFailed);
             self.finish(Err(status));
@@ -516,7 +539,8 @@ impl ControlChannel {
         match &current.task {
             Task::Stats => {
                 let stats: StatsResponse = parse(&payload)?;
-                let response = device_stats::response(&self.about, &stats)?;
+                let response =
+                    device_stats::response(&self.about, &stats).map_err(Breach::Protocol)?;
                 self.finish(Ok(ApiResponse::DeviceStats(Box::new(response))));
             }
             Task::UpdateDisk { update, size, .. } => {
@@ -602,16 +626,17 @@ impl AsFd for ControlChannel {
 
 fn parse<M: Message>(payload: &[u8]) -> Result<M, Breach> {
     M::parse_from_bytes(payload)
-        .map_err(|error| format!("its process sent a malformed {}: {error}", M::NAME))
+        .map_err(|error| Breach::Protocol(format!("sent a malformed {}: {error}", M::NAME)))
 }
 
 fn breach(error: ClientError) -> Breach {
     match error {
-        ClientError::Closed => "its process closed the control channel".into(),
+        ClientError::Closed => Breach::HungUp,
         ClientError::Timeout(span) => {
-            format!("its process gave no answer within {} s", span.as_secs())
+            Breach::Deadline(format!("gave no answer within {} s", span.as_secs()))
         }
-        other => format!("its process's control channel: {other}"),
+        ClientError::Malformed(what) => Breach::Protocol(format!("broke the protocol: {what}")),
+        other => Breach::Protocol(format!("failed on its control channel: {other}")),
     }
 }
 

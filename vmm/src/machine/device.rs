@@ -17,7 +17,10 @@ use super::control::ControlChannel;
 use super::device_stats::About;
 use super::disk::Disk;
 use super::kinds::DeviceKind;
+use super::life::Life;
 use super::net_switch::Switch;
+use super::newcomer::{Changes, Newcomer};
+use super::supervise::Budget;
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -35,6 +38,8 @@ pub const DEVICE_PROTOCOL: u32 = 1;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// How long one vhost-user message may take.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
+/// fd of a device process's first own descriptor.
+const FIRST_OWN_FD: usize = 5;
 /// Most root ports on bus 0: one for each device number but the host bridge's.
 const MAX_PORTS: u8 = 31;
 
@@ -67,8 +72,20 @@ pub struct Device {
     pub granted: Vec<String>,
 }
 
-/// A device process, past its first call.
+/// A device's process, past its first call, and what is known of those before and after it.
 pub struct Process {
+    /// Its kind.
+    pub kind: &'static DeviceKind,
+    /// What becomes of it, and of its successors.
+    pub life: Life,
+    /// Its successor, on its way in.
+    pub newcomer: Option<Newcomer>,
+    /// What each successor must be told.
+    pub changes: Changes,
+    /// Hangs up when nothing is left of it, nor of its I/O. Gone once it has.
+    pub fence: Option<OwnedFd>,
+    /// The driver has used the device since it was quarantined, so that its reset can be seen.
+    pub used_since_quarantine: bool,
     /// Counts the processes that have served the device.
     pub incarnation: u64,
     /// Host pid.
@@ -104,7 +121,10 @@ impl Device {
         info.kind = self.kind.to_string();
         info.pci_address = self.address.to_string();
         info.port = self.port.clone();
-        info.state = if self.failed.is_some() || status.failure.is_some() {
+        let life = self.process.as_ref().and_then(|p| p.life.state());
+        info.state = if let Some(state) = life {
+            state
+        } else if self.failed.is_some() || status.failure.is_some() {
             "failed"
         } else if status.needs_reset {
             "needs-reset"
@@ -130,31 +150,17 @@ impl Device {
         info
     }
 
-    /// Asks the launcher to end its process, if it has one. `forget`: and to close what it
-    /// keeps of it.
+    /// Asks the launcher to end its process, if it has one, and to close what it keeps of it.
     ///
     /// # Errors
     /// When the launcher is gone or does not answer.
-    pub fn kill(&self, launcher: &Launcher, forget: bool) -> Result<(), String> {
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
         let Some(process) = &self.process else {
             return Ok(());
         };
-        end_process(launcher, &self.id, process.incarnation, forget)
+        let ended = launcher.kill_and_forget(&self.id, process.incarnation);
+        ended.map_err(|e| e.to_string())
     }
-}
-
-fn end_process(
-    launcher: &Launcher,
-    id: &str,
-    incarnation: u64,
-    forget: bool,
-) -> Result<(), String> {
-    let ended = if forget {
-        launcher.kill_and_forget(id, incarnation)
-    } else {
-        launcher.kill(id, incarnation)
-    };
-    ended.map_err(|e| e.to_string())
 }
 
 /// Guest memory as a device process maps it.
@@ -275,6 +281,9 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
             format!("{}-plain", kind.binary)
         }
     };
+    // Behind its own descriptors.
+    let fence = FIRST_OWN_FD.saturating_add(fds.len());
+    args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
     let incarnation = 1;
     let spawned = launcher
@@ -285,6 +294,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
             args,
             incarnation,
             fds,
+            fence: true,
         })
         .map_err(|e| e.to_string())?;
     let undo = |why: String| undo(launcher, id, incarnation, &why);
@@ -302,6 +312,12 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         .map_err(|e| undo(format!("its vhost-user channel: {e}")))?;
     let ready_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     let process = Process {
+        kind,
+        life: Life::new(Budget::default()),
+        newcomer: None,
+        changes: Changes::default(),
+        fence: spawned.fence,
+        used_since_quarantine: false,
         incarnation,
         pid: spawned.pid,
         pidfd: spawned.pidfd,
@@ -315,7 +331,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
 
 /// Ends a process that cannot be used after all, and says why.
 pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
-    if let Err(e) = end_process(launcher, id, incarnation, true) {
+    if let Err(e) = launcher.kill_and_forget(id, incarnation) {
         log::warn!("device {id}: {e}");
     }
     format!("device {id}: {why}")
@@ -331,6 +347,11 @@ pub fn attach(
     frontend: impl Into<Option<Frontend>>,
 ) -> Result<(Arc<VirtioPciFunction>, PciAddress, String), String> {
     options.hook = crate::confine::helper_hook();
+    if !options.external {
+        // A process of ours is replaced when it dies, once its I/O has ended.
+        options.successor = true;
+        options.fenced = true;
+    }
     let function = VirtioPciFunction::new(
         options,
         frontend,
@@ -353,8 +374,7 @@ pub fn attach(
     Ok((function, address, port))
 }
 
-/// The first call on a control channel: is it the process that was spawned, and does it
-/// speak our protocol?
+/// The first call on a control channel.
 fn hello(
     control: &mut BlockingClient,
     id: &str,
@@ -367,6 +387,19 @@ fn hello(
     let hello: HelloResponse = control
         .call(DEVICE_SERVICE, "Hello", &request, HELLO_LIMIT)
         .map_err(|e| format!("{} does not answer: {e}", kind.binary))?;
+    check_hello(&hello, kind, incarnation)?;
+    Ok(hello)
+}
+
+/// Is it the process that was started, and does it speak our protocol?
+///
+/// # Errors
+/// One line.
+pub fn check_hello(
+    hello: &HelloResponse,
+    kind: &DeviceKind,
+    incarnation: u64,
+) -> Result<(), String> {
     if hello.kind != kind.name || hello.incarnation != incarnation {
         return Err(format!(
             "{} says that it is {:?} number {}: use the binaries of one build",
@@ -379,7 +412,7 @@ fn hello(
             kind.binary, hello.protocol
         ));
     }
-    Ok(hello)
+    Ok(())
 }
 
 /// What the ACPI tables must know.

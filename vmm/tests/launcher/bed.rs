@@ -172,6 +172,7 @@ pub fn spec(id: &str, args: &[&str]) -> SpawnSpec {
         args: args.iter().map(|a| (*a).to_owned()).collect(),
         incarnation: 0,
         fds: Vec::new(),
+        fence: false,
     }
 }
 

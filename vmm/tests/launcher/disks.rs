@@ -1,9 +1,14 @@
 //! Disks as a launcher opens them: one VM's alone, and kept so that they can grow, whether or
-//! not their process lives.
+//! not their process lives, and so that another process can take its place.
 
-use bulkhead_vmm::launcher::{Access, Launcher, LauncherEvent};
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
-use crate::bed::{Bed, soon, spec};
+use bulkhead_vmm::launcher::{Access, Launcher, LauncherEvent, Linked};
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::bed::{Bed, alive, soon, spec};
 use crate::next_exit;
 
 /// The launcher's answer to a growth.
@@ -97,4 +102,70 @@ fn given_a_vm_that_just_ended_then_its_disk_is_free_for_the_next() {
         drop(device);
         launcher.shutdown();
     }
+}
+
+/// The launcher's answer to a start in the place of another.
+fn respawn(launcher: &Launcher, incarnation: u64) -> Result<Linked, String> {
+    let (ticket, control, vhost) = launcher.begin_respawn("disk0", incarnation).unwrap();
+    let mut events = Vec::new();
+    soon("an answer", || {
+        events.extend(launcher.poll_events().unwrap());
+        !events.is_empty()
+    });
+    // The process ends by itself otherwise; this one does not care.
+    drop((control, vhost));
+    match events.remove(0) {
+        LauncherEvent::Linked { ticket: of, result } if of == ticket => {
+            result.map(|()| launcher.take_linked(ticket).unwrap())
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Whether nothing holds the other end of a fence.
+fn fallen(fence: &impl AsFd) -> bool {
+    let mut entry = [PollFd::new(fence, PollFlags::empty())];
+    rustix::event::poll(&mut entry, Some(&Timespec::default())).unwrap();
+    entry[0].revents().contains(PollFlags::HUP)
+}
+
+#[test]
+fn given_a_process_that_died_then_another_takes_its_place_with_the_same_descriptors() {
+    let bed = Bed::new("respawn");
+    let launcher = bed.launcher();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let mut probe = spec("disk0", &["report"]);
+    probe.fence = true;
+    probe.fds.push(theirs.into());
+    let first = launcher.spawn(probe).unwrap();
+    let mut word = [0; 5];
+    ours.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"fd 5\n");
+    let fence = first.fence.unwrap();
+    // It reports and waits, or has ended: then there is nothing to refuse.
+    if alive(first.pid) {
+        let refused = respawn(&launcher, 1).unwrap_err();
+        assert_eq!(refused, "device disk0: its last process has not ended");
+        assert!(!fallen(&fence), "it fell while the process lived");
+    }
+    launcher.begin_kill("disk0", 0).unwrap();
+    assert_eq!(next_exit(&launcher).0, "disk0");
+    soon("the fence falls", || fallen(&fence));
+
+    for incarnation in 1..4 {
+        let next = respawn(&launcher, incarnation).unwrap();
+        ours.read_exact(&mut word).unwrap();
+        assert_eq!(&word, b"fd 5\n", "it has the descriptor of the first");
+        let fence = next.fence.unwrap();
+        launcher.begin_kill("disk0", incarnation).unwrap();
+        let (id, of, _) = next_exit(&launcher);
+        assert_eq!((id.as_str(), of), ("disk0", incarnation));
+        soon("the fence falls", || fallen(&fence));
+    }
+    launcher.kill_and_forget("disk0", 3).unwrap();
+    let refused = respawn(&launcher, 4).unwrap_err();
+    assert!(
+        refused.contains("no process was started for it"),
+        "{refused}"
+    );
 }

@@ -3,12 +3,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
-use super::{Access, DEADLINE, Launcher, LauncherError, OpenedInfo};
+use super::{Access, DEADLINE, Inner, Launcher, LauncherError, OpenedInfo};
 
 /// Growths that may be under way.
 const MAX_BEGUN: usize = 64;
@@ -39,38 +41,78 @@ impl Launcher {
             .map(|_| ())
     }
 
+    /// Begins to start a process in the place of a device's last one, which has ended. Does
+    /// not wait: the answer is a [`Linked`](super::LauncherEvent::Linked) with the ticket that
+    /// this returns; our ends of its control and vhost-user channels come back at once.
+    pub fn begin_respawn(
+        &self,
+        device_id: &str,
+        incarnation: u64,
+    ) -> Result<(u64, UnixStream, UnixStream), LauncherError> {
+        let pair = || UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e));
+        let (control, control_end) = pair()?;
+        let (vhost, vhost_end) = pair()?;
+        let op = wire::request::Op::Respawn(wire::Respawn {
+            device_id: device_id.to_owned(),
+            incarnation,
+            ..Default::default()
+        });
+        let ticket = self.begin_link(op, &[control_end.as_fd(), vhost_end.as_fd()])?;
+        Ok((ticket, control, vhost))
+    }
+
+    /// Kills a device process as [`kill`](Self::kill) does, and does not wait for the launcher
+    /// to say that it was done.
+    pub fn begin_kill(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        let op = wire::request::Op::Kill(wire::Kill {
+            device_id: device_id.to_owned(),
+            incarnation,
+            ..Default::default()
+        });
+        let mut inner = self.lock();
+        let id = inner.last_id.wrapping_add(1).max(1);
+        send(&inner, id, op)?;
+        inner.last_id = id;
+        Ok(())
+    }
+
     /// Asks for a device's own descriptor number `index` (from 0) to be grown to `size` bytes.
     /// Does not wait: the answer is a [`Grown`](super::LauncherEvent::Grown) with the ticket
     /// that this returns.
     pub fn begin_grow(&self, device_id: &str, index: u32, size: u64) -> Result<u64, LauncherError> {
         let mut inner = self.lock();
         let id = inner.last_id.wrapping_add(1).max(1);
-        let op = wire::GrowFile {
+        let op = wire::request::Op::GrowFile(wire::GrowFile {
             device_id: device_id.to_owned(),
             index,
             size,
             ..Default::default()
-        };
-        let request = wire::Request {
-            id,
-            op: Some(wire::request::Op::GrowFile(op)),
-            ..Default::default()
-        };
-        let bytes = request
-            .write_to_bytes()
-            .map_err(|_| LauncherError::Protocol("a request that cannot be encoded"))?;
+        });
         if inner.inbox.begun.len() >= MAX_BEGUN {
             return Err(busy());
         }
-        let socket = inner.socket.as_ref().ok_or(LauncherError::Gone)?;
-        match socket.send(&bytes, &[], None) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(busy()),
-            Err(_) => return Err(LauncherError::Gone),
-        }
+        send(&inner, id, op)?;
         inner.last_id = id;
         inner.inbox.begun.insert(id);
         Ok(id)
+    }
+}
+
+/// Sends a request now or not at all.
+fn send(inner: &Inner, id: u64, op: wire::request::Op) -> Result<(), LauncherError> {
+    let request = wire::Request {
+        id,
+        op: Some(op),
+        ..Default::default()
+    };
+    let bytes = request
+        .write_to_bytes()
+        .map_err(|_| LauncherError::Protocol("a request that cannot be encoded"))?;
+    let socket = inner.socket.as_ref().ok_or(LauncherError::Gone)?;
+    match socket.send(&bytes, &[], None) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(busy()),
+        Err(_) => Err(LauncherError::Gone),
     }
 }
 

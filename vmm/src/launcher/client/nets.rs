@@ -31,10 +31,12 @@ pub struct SpawnedHelper {
 /// What came with an answer to a request that was begun.
 #[derive(Debug)]
 pub struct Linked {
-    /// The connection, or a helper's pidfd.
+    /// The connection, or a process's pidfd.
     pub fd: OwnedFd,
-    /// A helper's pid as the VMM sees it.
+    /// A process's pid as the VMM sees it.
     pub pid: Option<i32>,
+    /// A device process's fence.
+    pub fence: Option<OwnedFd>,
 }
 
 impl Launcher {
@@ -154,7 +156,7 @@ impl Launcher {
         self.lock().inbox.linked.remove(&ticket)
     }
 
-    fn begin_link(
+    pub(super) fn begin_link(
         &self,
         op: wire::request::Op,
         fds: &[BorrowedFd<'_>],

@@ -9,7 +9,7 @@ use bulkhead_proto::device::NetUpdate;
 use bulkhead_proto::machine::{UpdateDiskRequest, UpdateNetRequest};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
-use super::{Host, RING_ERROR_INTERVAL, Source};
+use super::{Host, RING_ERROR_INTERVAL, Source, supervision};
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::launcher::{ExitOutcome, Launcher};
 use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Task, Turn};
@@ -34,7 +34,7 @@ impl Host {
         self.machine.as_mut()?.parts.devices.get_mut(index)
     }
 
-    fn devices_count(&self) -> usize {
+    pub(super) fn devices_count(&self) -> usize {
         self.machine.as_ref().map_or(0, |m| m.parts.devices.len())
     }
 
@@ -62,6 +62,11 @@ impl Host {
             process.interest = interest(&process.control);
             let fd = process.control.as_fd().as_raw_fd();
             wanted.push((fd, Source::Control { index }, process.interest));
+            if let Some(fence) = &process.fence {
+                // Only its end is of interest, which is always told.
+                let fd = fence.as_raw_fd();
+                wanted.push((fd, Source::Fence { index }, EventSet::empty()));
+            }
         }
         for (fd, source, events) in wanted {
             self.watch(fd, source, events)?;
@@ -78,18 +83,10 @@ impl Host {
         else {
             return;
         };
-        let mut fds: Vec<_> = device
-            .function
-            .poll_fds()
-            .iter()
-            .map(|poll| poll.fd.as_raw_fd())
-            .collect();
-        let control = device.process.as_ref().map(|p| p.control.as_fd());
-        fds.extend(control.map(|fd| fd.as_raw_fd()));
-        for fd in fds {
-            let _ = self
-                .epoll
-                .ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        for poll in device.function.poll_fds() {
+            let gone = EpollEvent::default();
+            let fd = poll.fd.as_raw_fd();
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, gone);
         }
     }
 
@@ -105,9 +102,15 @@ impl Host {
                     self.on_ring_error(index, queue);
                 }
             }
+            Outcome::Failed(why) | Outcome::Suspended(why) if self.is_supervised(index) => {
+                self.on_function_lost(index, &why);
+            }
             Outcome::Failed(why) => self.give_up_device(index, why),
             Outcome::Suspended(why) => self.on_suspended(index, &why),
             Outcome::Reconnected(done) => self.on_reconnected(index, &done),
+            Outcome::NotReconnected(error) if self.is_supervised(index) => {
+                self.on_not_taken_over(index, error.to_string());
+            }
             Outcome::NotReconnected(error) if self.foreign_failed(index, &error.to_string()) => {}
             Outcome::NotReconnected(error) => {
                 self.tell(index, "device.not-reconnected", &error.to_string());
@@ -146,6 +149,9 @@ impl Host {
             if let Err(why) = self.watch(poll.fd.as_raw_fd(), source, events) {
                 log::warn!("{why}");
             }
+        }
+        if self.is_supervised(index) {
+            return self.on_taken_over(index, done);
         }
         let queues = done.queues;
         let reset = if done.needs_reset {
@@ -187,10 +193,11 @@ impl Host {
             return;
         };
         self.log.publish(kind, &device.id, detail);
-        log::warn!("device {}: {detail}", device.id);
+        let what = kind.strip_prefix("device.").unwrap_or(kind);
+        log::warn!("device {}: {what}: {detail}", device.id);
     }
 
-    /// A device's process broke a rule or is gone: nothing is expected of it any more.
+    /// A back-end of somebody else's is given up for good.
     fn give_up_device(&mut self, index: usize, why: FailReason) {
         let Some(device) = self.device(index) else {
             return;
@@ -201,22 +208,9 @@ impl Host {
         if first {
             device.failed = Some(why.clone());
         }
-        if let Some(process) = &mut device.process {
-            process.control.give_up(&why);
-        }
         self.unwatch_device(index);
         if first {
             self.tell(index, "device.failed", &why);
-            // A channel that broke its protocol is not listened to any more.
-            let Some(machine) = &self.machine else {
-                return;
-            };
-            let Some(device) = machine.parts.devices.get(index) else {
-                return;
-            };
-            if let Err(e) = device.kill(&self.launcher, false) {
-                log::warn!("device {}: {e}", device.id);
-            }
         }
     }
 
@@ -236,23 +230,8 @@ impl Host {
             }
         };
         self.log.publish("device.exited", id, &how);
-        log::warn!("device {id}: its process ended ({how}); the machine runs on without it");
-        let index = self.machine.as_ref().and_then(|machine| {
-            machine.parts.devices.iter().position(|device| {
-                let process = device.process.as_ref();
-                device.id == id && process.is_some_and(|p| p.incarnation == incarnation)
-            })
-        });
-        let Some((index, device)) = index.and_then(|i| Some((i, self.device(i)?))) else {
-            return;
-        };
-        let why = format!("its process ended ({how})");
-        device.function.fail(FailReason::Stopped(why.clone()));
-        device.failed.get_or_insert(how);
-        if let Some(process) = &mut device.process {
-            process.control.give_up(&why);
-        }
-        self.unwatch_device(index);
+        log::warn!("device {id}: its process ended ({how})");
+        self.on_process_exited(id, incarnation, *outcome);
     }
 
     /// Something with a device's control channel, and what comes of it.
@@ -281,8 +260,8 @@ impl Host {
                 self.update_interest(index);
                 Some(value)
             }
-            Err(why) => {
-                self.give_up_device(index, FailReason::Stopped(why));
+            Err(breach) => {
+                self.lose_process(index, supervision::reason(&breach));
                 None
             }
         }
@@ -303,7 +282,7 @@ impl Host {
             return;
         };
         let wanted = interest(&process.control);
-        if wanted != process.interest {
+        if wanted != process.interest && !process.control.has_ended() {
             let fd = process.control.as_fd().as_raw_fd();
             let event = EpollEvent::new(wanted, token);
             match epoll.ctl(ControlOperation::Modify, fd, event) {
@@ -316,7 +295,12 @@ impl Host {
 
     /// A device's control channel is ready. True: it was nothing but its heartbeat.
     pub(super) fn on_control(&mut self, index: u16) -> bool {
-        self.with_control(usize::from(index), |control, turn| {
+        let index = usize::from(index);
+        if self.process(index).is_some_and(|p| p.newcomer.is_some()) {
+            self.on_newcomer(index);
+            return false;
+        }
+        self.with_control(index, |control, turn| {
             control.on_writable(turn.now)?;
             control.on_readable(turn)
         })
@@ -364,6 +348,9 @@ impl Host {
                 if update.size_bytes != 0 {
                     done.push(format!("grown to {size} bytes"));
                 }
+                if let Some(process) = &mut device.process {
+                    process.changes.disk(&update);
+                }
                 if let Some(limits) = update.limits.into_option() {
                     done.push("new limits".to_owned());
                     let config = machine.config.disks.iter_mut().find(|d| d.id == id);
@@ -375,6 +362,9 @@ impl Host {
             }
             Notice::NetUpdated(update) => {
                 let detail = net_detail(&update);
+                if let Some(process) = &mut device.process {
+                    process.changes.net(&update);
+                }
                 let config = machine.config.nets.iter_mut().find(|n| n.id == id);
                 if let Some(config) = config {
                     if update.to_guest.is_some() {
@@ -410,6 +400,7 @@ impl Host {
         devices
             .filter_map(|d| d.process.as_ref()?.control.next_timer())
             .chain(self.heartbeat)
+            .chain(self.life_timer())
             .min()
     }
 
@@ -428,6 +419,7 @@ impl Host {
                 self.with_control(index, |control, turn| control.on_timer(turn));
             }
         }
+        only_heartbeat &= self.on_life_timers(now);
         let watched = self.machine.as_ref().is_some_and(|machine| {
             let mut devices = machine.parts.devices.iter();
             let lives = |d: &Device| d.process.is_some() && d.failed.is_none();
@@ -439,6 +431,7 @@ impl Host {
             Some(_) => {
                 self.heartbeat = now.checked_add(HEARTBEAT);
                 self.check_boot();
+                self.look_for_resets();
                 for index in 0..self.devices_count() {
                     self.with_control(index, |control, _| control.ask_health());
                 }
@@ -453,6 +446,7 @@ impl Host {
         if late < HELD_UP {
             return;
         }
+        self.forgive_newcomers(late);
         let Some(machine) = &mut self.machine else {
             return;
         };
@@ -541,7 +535,13 @@ impl Host {
         self.ask(id, reply, |_| Ok(Task::Drain { limit }));
     }
 
+    /// Also brings a quarantined device back.
     pub(super) fn resume_device(&mut self, id: &str, reply: ReplyHandle) {
+        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
+        let index = devices.unwrap_or_default().iter().position(|d| d.id == id);
+        if index.is_some_and(|index| self.revive(index)) {
+            return reply.complete(Ok(ApiResponse::Done));
+        }
         self.ask(id, reply, |_| Ok(Task::Resume));
     }
 

@@ -129,6 +129,9 @@ impl Host {
 
     /// The launcher has connected to a back-end or started a helper, or not.
     pub(super) fn on_linked(&mut self, ticket: u64, result: Result<(), String>) {
+        if self.on_respawned(ticket, &result) {
+            return;
+        }
         let linked = result.and_then(|()| {
             let linked = self.launcher.take_linked(ticket);
             linked

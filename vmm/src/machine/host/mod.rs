@@ -14,6 +14,7 @@ use super::net_start::Prepared;
 use super::queue::{self, RequestReceiver};
 use super::state::{MachineState, Transition};
 use super::stop::StopReason;
+use super::supervise::Budget;
 use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
@@ -26,6 +27,7 @@ mod devices;
 mod foreign;
 mod requests;
 mod source;
+mod supervision;
 
 use source::Source;
 
@@ -52,6 +54,8 @@ pub struct HostOptions {
     pub api_socket: Option<PathBuf>,
     /// The machine to create and boot at once.
     pub first: Option<MachineConfig>,
+    /// How often a device's process may be replaced.
+    pub restarts: Budget,
 }
 
 /// Starts the VMM and stays until its machine has stopped.
@@ -127,6 +131,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         stop: None,
         shutdown: None,
         unseen: None,
+        restarts: options.restarts,
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -197,6 +202,8 @@ struct Host {
     shutdown: Option<PendingShutdown>,
     /// Seconds that a booted guest has not been seen to do anything; `None` once it has.
     unseen: Option<u32>,
+    /// How often a device's process may be replaced.
+    restarts: Budget,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -326,6 +333,7 @@ impl Host {
             }
             Source::Device { index, source } => self.on_device(index, source),
             Source::Control { index } => return self.on_control(index),
+            Source::Fence { index } => self.on_fence(index),
             Source::Listener { index } => self.on_listener(index),
         }
         false

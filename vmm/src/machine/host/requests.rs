@@ -12,6 +12,7 @@ use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
 use crate::machine::build;
 use crate::machine::device::Special;
+use crate::machine::life::Life;
 use crate::machine::state::{IllegalTransition, MachineState, Transition};
 use crate::machine::stop::StopReason;
 
@@ -56,7 +57,7 @@ impl Host {
             .ok_or_else(|| RpcStatus::internal("/dev/kvm is closed"))?
             .try_clone()
             .map_err(|e| RpcStatus::internal(format!("/dev/kvm: {e}")))?;
-        let parts = build::build(
+        let mut parts = build::build(
             &config,
             dev_kvm,
             &self.launcher,
@@ -78,6 +79,9 @@ impl Host {
             };
             let detail = format!("{} {how}", device.kind);
             self.log.publish("device.ready", &device.id, &detail);
+        }
+        for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
+            process.life = Life::new(self.restarts);
         }
         let devices = parts.devices.len();
         self.machine = Some(Machine {

@@ -12,6 +12,7 @@ pub(super) enum Source {
     Signals,
     Device { index: u16, source: EventSource },
     Control { index: u16 },
+    Fence { index: u16 },
     Listener { index: u16 },
 }
 
@@ -25,6 +26,7 @@ impl Source {
             Self::LauncherDeath => 3,
             Self::Signals => 4,
             Self::Control { index } => (1 << 62) | u64::from(index),
+            Self::Fence { index } => (1 << 62) | (1 << 33) | u64::from(index),
             Self::Listener { index } => (1 << 62) | (1 << 32) | u64::from(index),
             Self::Device { index, source } => {
                 (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
@@ -44,6 +46,7 @@ impl Source {
             return match (token >> 32) & 0x3fff_ffff {
                 0 => Some(Self::Control { index }),
                 1 => Some(Self::Listener { index }),
+                2 => Some(Self::Fence { index }),
                 _ => None,
             };
         }
@@ -81,7 +84,13 @@ mod tests {
         let controls = [0, 1, u16::MAX]
             .into_iter()
             .flat_map(|index| [Source::Control { index }, Source::Listener { index }]);
-        for source in plain.into_iter().chain(devices).chain(controls) {
+        let fences = [0, 1, u16::MAX].map(|index| Source::Fence { index });
+        for source in plain
+            .into_iter()
+            .chain(devices)
+            .chain(controls)
+            .chain(fences)
+        {
             assert_eq!(Source::from_token(source.token()), Some(source));
         }
         assert_eq!(Source::from_token(5), None);

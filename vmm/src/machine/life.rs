@@ -1,0 +1,375 @@
+//! The life of a supervised device's processes: what follows what, without the deeds. The
+//! manager thread feeds one [`Life`] per device with what it sees, and carries out the
+//! [`Action`]s that come back; time is passed in, so that every order of events can be tested.
+//!
+//! ```text
+//!               lost                ended, fenced, pause over
+//!   serving ───────────▶ ending ────────────────────────────▶ starting
+//!      ▲                 │ ▲  ▲ │                                │ │
+//!      │                 │ │  └─┼──────────── not started ───────┘ │ answered
+//!      │  budget spent,  │ │    │                                  ▼
+//!      │  fence missing  ▼ │    └───────── not taken over ──── taking over
+//!      │          quarantined                                      │
+//!      └───────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Two processes never serve a device at once: a new one is started only after the launcher
+//! has reaped the old one *and* its fence has fallen. The fence is a pipe whose write end the
+//! process and its rings hold: I/O outlives a process, and must not meet that of the next.
+
+use std::time::{Duration, Instant};
+
+use super::supervise::{Budget, CrashReason, Decision, Supervisor};
+
+/// How long a process that hung up has to end by itself, so that it can be told why.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long a process that was killed, and its I/O, may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(30);
+/// How long a new process may take to be started, greeted and told what it must know.
+const START_LIMIT: Duration = Duration::from_secs(15);
+/// How long it may take to have the rings.
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(15);
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Take the function from the process: a successor will come.
+    Suspend(String),
+    /// Tell the driver that the device needs a reset; nobody serves it.
+    Fail(String),
+    /// End the process that serves, or that is being started.
+    Kill,
+    /// All I/O of the old process has ended.
+    Quiesced,
+    /// Start a process.
+    Start,
+    /// Publish an event: its kind and detail.
+    Tell(&'static str, String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    Ending {
+        /// Kill it then.
+        kill_at: Option<Instant>,
+        /// Give up waiting for its end.
+        limit: Instant,
+        /// Start the next one no earlier.
+        not_before: Instant,
+    },
+    Starting {
+        limit: Instant,
+    },
+    TakingOver {
+        limit: Instant,
+    },
+    Quarantined,
+}
+
+/// A time without a process that serves.
+#[derive(Clone, Debug)]
+struct Outage {
+    since: Instant,
+    reason: Option<CrashReason>,
+    told: bool,
+}
+
+/// One device's processes.
+#[derive(Debug)]
+pub struct Life {
+    phase: Phase,
+    supervisor: Supervisor,
+    outage: Option<Outage>,
+    /// The last process that was started has been reaped.
+    exited: bool,
+    /// Its fence has fallen.
+    fallen: bool,
+}
+
+impl Life {
+    /// A device whose first process serves.
+    pub fn new(budget: Budget) -> Self {
+        Self {
+            phase: Phase::Serving,
+            supervisor: Supervisor::new(budget),
+            outage: None,
+            exited: false,
+            fallen: false,
+        }
+    }
+
+    /// Its process serves.
+    pub fn serving(&self) -> bool {
+        self.phase == Phase::Serving
+    }
+
+    /// A new process is on its way in and may be spoken to.
+    pub fn starting(&self) -> bool {
+        matches!(self.phase, Phase::Starting { .. })
+    }
+
+    /// As the API tells it, when it is not serving.
+    pub fn state(&self) -> Option<&'static str> {
+        match self.phase {
+            Phase::Serving => None,
+            Phase::Quarantined => Some("quarantined"),
+            _ => Some("restarting"),
+        }
+    }
+
+    /// Processes that have replaced another.
+    pub fn restarts(&self) -> u64 {
+        self.supervisor.restarts()
+    }
+
+    /// When [`on_timer`](Self::on_timer) is due.
+    pub fn next_timer(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Serving | Phase::Quarantined => None,
+            Phase::Ending {
+                kill_at,
+                limit,
+                not_before,
+            } => {
+                let start = self.is_gone().then_some(*not_before);
+                let wait = (!self.is_gone()).then_some(*limit);
+                kill_at.iter().copied().chain(start).chain(wait).min()
+            }
+            Phase::Starting { limit } | Phase::TakingOver { limit } => Some(*limit),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.exited && self.fallen
+    }
+
+    /// The process hung up, or did something for which it must go (`reason`), or the next one
+    /// did not come to serve.
+    pub fn lost(&mut self, reason: Option<CrashReason>, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match self.phase {
+            Phase::Serving | Phase::Starting { .. } | Phase::TakingOver { .. } => {
+                self.begin_outage(reason, now, &mut actions);
+            }
+            Phase::Ending { .. } | Phase::Quarantined => self.learn(reason, &mut actions),
+        }
+        actions
+    }
+
+    /// The launcher has reaped the process.
+    pub fn exited(&mut self, reason: CrashReason, now: Instant) -> Vec<Action> {
+        self.exited = true;
+        let mut actions = match self.phase {
+            Phase::Serving | Phase::Starting { .. } | Phase::TakingOver { .. } => {
+                self.lost(Some(reason), now)
+            }
+            _ => {
+                let mut actions = Vec::new();
+                self.learn(Some(reason), &mut actions);
+                actions
+            }
+        };
+        actions.retain(|action| *action != Action::Kill);
+        if let Phase::Ending { kill_at, .. } = &mut self.phase {
+            *kill_at = None;
+        }
+        self.proceed(now, &mut actions);
+        actions
+    }
+
+    /// The fence of the process has fallen. That alone says nothing: a process can close it.
+    pub fn fence_fell(&mut self, now: Instant) -> Vec<Action> {
+        self.fallen = true;
+        let mut actions = Vec::new();
+        self.proceed(now, &mut actions);
+        actions
+    }
+
+    /// The process that was started has answered all that it was asked: the function may hand
+    /// its rings to it. False: nobody waits for it any more.
+    pub fn answered(&mut self, now: Instant) -> bool {
+        let waits = self.starting();
+        if waits {
+            self.phase = Phase::TakingOver {
+                limit: after(now, TAKEOVER_LIMIT),
+            };
+        }
+        waits
+    }
+
+    /// The process has the rings. `detail` says what it found.
+    pub fn took_over(&mut self, detail: &str, now: Instant) -> Vec<Action> {
+        if !matches!(self.phase, Phase::TakingOver { .. }) {
+            return Vec::new();
+        }
+        self.phase = Phase::Serving;
+        let stall = self
+            .outage
+            .take()
+            .map_or(Duration::ZERO, |o| now.saturating_duration_since(o.since));
+        let detail = format!("after {} us, {detail}", stall.as_micros());
+        vec![Action::Tell("device.restarted", detail)]
+    }
+
+    /// A client, or the guest by a reset, wants a quarantined device back. False: it is not
+    /// quarantined.
+    pub fn revive(&mut self, now: Instant) -> (bool, Vec<Action>) {
+        let mut actions = Vec::new();
+        if self.phase != Phase::Quarantined {
+            return (false, actions);
+        }
+        self.supervisor.pardon();
+        self.outage = Some(Outage {
+            since: now,
+            reason: None,
+            told: true,
+        });
+        self.phase = Phase::Ending {
+            kill_at: None,
+            limit: after(now, END_LIMIT),
+            not_before: now,
+        };
+        self.proceed(now, &mut actions);
+        (true, actions)
+    }
+
+    /// Looks at what is due.
+    pub fn on_timer(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match &mut self.phase {
+            Phase::Ending { kill_at, limit, .. } => {
+                if kill_at.is_some_and(|at| at <= now) {
+                    *kill_at = None;
+                    actions.push(Action::Kill);
+                }
+                if *limit <= now && !self.is_gone() {
+                    let why = if self.exited {
+                        "its I/O does not end: is the host's storage stuck?"
+                    } else {
+                        "its process does not end: is the host's storage stuck?"
+                    };
+                    self.quarantine(why, &mut actions);
+                } else {
+                    self.proceed(now, &mut actions);
+                }
+            }
+            Phase::Starting { limit } if *limit <= now => {
+                let why = "it was not ready in time".to_owned();
+                actions = self.lost(Some(CrashReason::Start(why)), now);
+            }
+            Phase::TakingOver { limit } if *limit <= now => {
+                let why = "it did not take the rings over in time".to_owned();
+                actions = self.lost(Some(CrashReason::Start(why)), now);
+            }
+            _ => {}
+        }
+        actions
+    }
+
+    fn begin_outage(
+        &mut self,
+        reason: Option<CrashReason>,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
+        let served = self.phase == Phase::Serving;
+        let known = reason.is_some();
+        let since = self.outage.as_ref().map_or(now, |outage| outage.since);
+        self.outage = Some(Outage {
+            since,
+            reason: None,
+            told: false,
+        });
+        if served {
+            let why = reason
+                .as_ref()
+                .map_or_else(|| "its process hung up".to_owned(), ToString::to_string);
+            actions.push(Action::Suspend(why));
+        }
+        self.learn(reason, actions);
+        if known {
+            actions.push(Action::Kill);
+        }
+        match self.supervisor.crashed(now) {
+            Decision::Restart(pause) => {
+                self.phase = Phase::Ending {
+                    kill_at: (!known).then(|| after(now, LAST_WORDS)),
+                    limit: after(now, END_LIMIT),
+                    not_before: after(now, pause),
+                };
+            }
+            Decision::Quarantine => {
+                if !known {
+                    actions.push(Action::Kill);
+                }
+                self.quarantine("it crashed too often", actions);
+            }
+        }
+    }
+
+    /// Publishes why the process had to go, once that is known.
+    fn learn(&mut self, reason: Option<CrashReason>, actions: &mut Vec<Action>) {
+        let Some(outage) = &mut self.outage else {
+            return;
+        };
+        if outage.reason.is_none() {
+            outage.reason = reason;
+        }
+        if let (Some(reason), false) = (&outage.reason, outage.told) {
+            outage.told = true;
+            actions.push(Action::Tell("device.crashed", reason.to_string()));
+        }
+    }
+
+    fn quarantine(&mut self, why: &str, actions: &mut Vec<Action>) {
+        self.phase = Phase::Quarantined;
+        actions.push(Action::Fail(format!("quarantined: {why}")));
+        let detail = format!("{why}; resume-device, or a reset by the guest, brings it back");
+        actions.push(Action::Tell("device.quarantined", detail));
+    }
+
+    /// Goes on once nothing is left of the old process.
+    fn proceed(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        if !self.is_gone() {
+            return;
+        }
+        match &self.phase {
+            Phase::Ending { not_before, .. } => {
+                if !actions.contains(&Action::Quiesced) {
+                    actions.push(Action::Quiesced);
+                }
+                if *not_before <= now {
+                    (self.exited, self.fallen) = (false, false);
+                    self.phase = Phase::Starting {
+                        limit: after(now, START_LIMIT),
+                    };
+                    actions.push(Action::Start);
+                }
+            }
+            Phase::Quarantined => actions.push(Action::Quiesced),
+            _ => {}
+        }
+    }
+
+    /// The process that was to be started does not exist, so that nothing will be heard of
+    /// its end.
+    pub fn not_started(&mut self, why: String, now: Instant) -> Vec<Action> {
+        if !self.starting() {
+            return Vec::new();
+        }
+        (self.exited, self.fallen) = (true, true);
+        let mut actions = self.lost(Some(CrashReason::Start(why)), now);
+        actions.retain(|action| *action != Action::Kill);
+        self.proceed(now, &mut actions);
+        actions
+    }
+}
+
+fn after(now: Instant, span: Duration) -> Instant {
+    now.checked_add(span).unwrap_or(now)
+}
+
+#[cfg(test)]
+#[path = "life_tests.rs"]
+mod tests;
