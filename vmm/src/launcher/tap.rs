@@ -62,10 +62,11 @@ pub fn open(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
     };
     // A tap of several queues lets anybody attach to what is left, who then gets a share of the
     // other's frames.
-    if existed && interfaces.has_carrier(name) {
+    let shared = existed && interfaces.has_carrier(name);
+    let mut fds = vec![attach_first(name, queues, existed).map_err(say)?];
+    if shared {
         return Err(say(BUSY.to_owned()));
     }
-    let mut fds = vec![attach_first(name, queues, existed).map_err(say)?];
     for have in 1..queues {
         let fd = attach(name, flag::MULTI_QUEUE).map_err(|e| {
             say(match e.raw_os_error() {
