@@ -268,14 +268,25 @@ impl Image {
             }
             match extent {
                 Extent::Zero | Extent::Nothing => {}
-                _ if state.header.version == 3 => {
-                    state.access.write_zeroes(at, len)?;
-                    self.settle(&state, true)?;
-                }
                 _ => {
+                    let size = state.access.size();
+                    let whole = if state.header.version == 3 {
+                        whole_clusters(at, len, size, state.header.cluster_size())
+                    } else {
+                        // Version 2 has no mapping that says "zero".
+                        at..at
+                    };
+                    if !whole.is_empty() {
+                        state.access.write_zeroes(whole.start, whole_len(&whole))?;
+                        self.settle(&state, true)?;
+                    }
                     drop(alloc);
                     drop(state);
-                    self.write_zero_data(at, len)?;
+                    // The driver's own way with parts of clusters fails on a disk that is
+                    // smaller than one.
+                    self.write_zero_data(at, whole.start.saturating_sub(at))?;
+                    let end = at.saturating_add(len);
+                    self.write_zero_data(whole.end, end.saturating_sub(whole.end))?;
                 }
             }
             at = at.saturating_add(len);
@@ -283,7 +294,7 @@ impl Image {
         Ok(())
     }
 
-    /// Version 2 has no mapping that says "zero".
+    /// Writes zeros as any other data.
     fn write_zero_data(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut zeros = Buffer::new(ZEROS, 4096);
         let (mut at, end) = (offset, offset.saturating_add(len));
@@ -321,13 +332,13 @@ impl Image {
                     return Err(eio());
                 }
                 if let Extent::Data(host) = extent {
-                    let (cluster, size) = (state.header.cluster_size(), access.size());
-                    holes.extend(whole_clusters(
-                        at..at.saturating_add(len),
-                        host,
-                        size,
-                        cluster,
-                    ));
+                    let cluster = state.header.cluster_size();
+                    let whole = whole_clusters(at, len, access.size(), cluster);
+                    let first = host.saturating_add(whole.start.saturating_sub(at));
+                    let len = whole_len(&whole).next_multiple_of(cluster);
+                    if len > 0 {
+                        holes.push(first..first.saturating_add(len));
+                    }
                 }
                 match extent {
                     Extent::Data(_) | Extent::Shared if state.beneath.is_none() => {
@@ -499,20 +510,18 @@ fn allocate(state: &Opened, step: &Step, len: u64) -> io::Result<u64> {
     Ok(len)
 }
 
-/// The host clusters that discarding a range of guest data frees: those that are in it as a
-/// whole.
-fn whole_clusters(guest: Range<u64>, host: u64, size: u64, cluster: u64) -> Option<Range<u64>> {
-    let mask = cluster.checked_sub(1)?;
-    let start = guest.start.checked_add(mask)? & !mask;
+/// The clusters that lie in a range of guest data as a whole; empty if none does.
+fn whole_clusters(at: u64, len: u64, size: u64, cluster: u64) -> Range<u64> {
+    let mask = cluster.saturating_sub(1);
+    let end = at.saturating_add(len);
+    let start = at.saturating_add(mask) & !mask;
     // The disk's last cluster is whole wherever the disk ends.
-    let end = if guest.end == size {
-        guest.end.checked_add(mask)? & !mask
-    } else {
-        guest.end & !mask
-    };
-    let first = host.checked_add(start.checked_sub(guest.start)?)?;
-    let len = end.checked_sub(start).filter(|&len| len > 0)?;
-    Some(first..first.checked_add(len)?)
+    let last = if end == size { end } else { end & !mask };
+    if start < last { start..last } else { at..at }
+}
+
+fn whole_len(range: &Range<u64>) -> u64 {
+    range.end.saturating_sub(range.start)
 }
 
 fn extent(access: &FormatAccess<Store>, offset: u64, len: u64) -> io::Result<(Extent, u64)> {

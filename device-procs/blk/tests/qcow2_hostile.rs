@@ -189,12 +189,13 @@ fn spoil(bytes: &[u8], path: &Path, dice: &mut Dice) {
 }
 
 /// Says which seed it was.
-struct Seed(u64);
+struct Seed<'a>(u64, &'a AtomicU64);
 
-impl Drop for Seed {
+impl Drop for Seed<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("seed {}", self.0);
+            self.1.store(u64::MAX, Ordering::Relaxed);
         }
     }
 }
@@ -224,7 +225,7 @@ fn each(name: &str, seeds: std::ops::Range<u64>, mut case: impl FnMut(u64, &mut 
     });
     for seed in seeds {
         current.store(seed, Ordering::Relaxed);
-        let _seed = Seed(seed);
+        let _seed = Seed(seed, &current);
         let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         for _ in 0..8 {
             dice.roll(2);

@@ -268,6 +268,31 @@ fn random_requests_agree_with_a_model_and_with_qemu() {
 }
 
 #[test]
+fn a_disk_may_be_smaller_than_a_cluster() {
+    let scratch = Scratch::new("small");
+    for (i, (size, options)) in [
+        (512, FLAVOURS[0]),
+        (5 * 512, FLAVOURS[4]),
+        (70_144, FLAVOURS[0]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = scratch.create(&format!("{i}.qcow2"), size, options);
+        let mut model = vec![0; size as usize];
+        let image = open(&[&path], true).unwrap();
+        play(&image, &mut model, &mut Dice(21 + i as u64), 200, true);
+        image.grow(3 * MIB).unwrap();
+        model.resize(3 * MIB as usize, 0);
+        play(&image, &mut model, &mut Dice(51 + i as u64), 50, true);
+        image.flush().unwrap();
+        drop(image);
+        assert_clean(&path);
+        assert_qemu_sees(&path, &model, &scratch);
+    }
+}
+
+#[test]
 fn a_chain_of_three_is_one_disk() {
     let scratch = Scratch::new("chain");
     let (base, mid, top) = (
