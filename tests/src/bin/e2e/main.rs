@@ -20,6 +20,7 @@ mod hostile_guest;
 mod net;
 mod net_bad;
 mod net_modes;
+mod recovery;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(death::tests());
+        tests.extend(recovery::tests());
         tests.extend(hostile_guest::tests());
         tests.extend(bad_input::tests());
     }

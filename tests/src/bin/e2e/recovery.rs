@@ -1,0 +1,240 @@
+//! Device processes that die under load: another one takes over, and the guest notices a pause
+//! and no error.
+
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::host::{debian, sh};
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, ctl, nothing_left};
+
+use crate::disk::{LIMIT, sparse};
+
+const MIB: u64 = 1 << 20;
+
+/// The tests of this subject.
+pub fn tests() -> Vec<Test> {
+    let test = |name, run| Test {
+        subject: "recovery",
+        name,
+        long: false,
+        run,
+    };
+    let long = |name, run| Test {
+        subject: "recovery",
+        name,
+        long: true,
+        run,
+    };
+    vec![
+        test(
+            "a disk's process is killed 8 times while fio verifies: no error, nothing lost",
+            || killed_under_fio(8, "raw"),
+        ),
+        long(
+            "a disk's process is killed 100 times while fio verifies: no error, nothing lost",
+            || killed_under_fio(100, "raw"),
+        ),
+        test(
+            "the same on a qcow2 image, which qemu-img finds sound",
+            || killed_under_fio(8, "qcow2"),
+        ),
+        test(
+            "a process that dies too often is quarantined, another disk works on, and it can be brought back",
+            quarantined,
+        ),
+        test(
+            "limits and a drain outlive the process they were told",
+            remembered,
+        ),
+    ]
+}
+
+fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
+    field(socket, device, "pid").and_then(|pid| pid.as_i64().ok_or_else(|| pid.to_string()))
+}
+
+fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value, String> {
+    let devices = ctl(socket, &["devices"])?;
+    let found = devices
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|d| d["id"] == device);
+    found
+        .map(|d| d[name].clone())
+        .ok_or_else(|| format!("no {device} in {devices}"))
+}
+
+fn kill(socket: &str, device: &str) -> Verdict {
+    let pid = pid_of(socket, device)?;
+    sh(&format!("kill -9 {pid}")).map(drop)
+}
+
+/// Waits for a device's state.
+fn state(socket: &str, device: &str, wanted: &str) -> Verdict {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let state = field(socket, device, "state")?;
+        if state == wanted {
+            return Ok(());
+        }
+        check(Instant::now() < end, || {
+            let events = ctl(socket, &["events"]).map_or_else(|e| e, |e| e.to_string());
+            format!("{device} stays {state}, {wanted} was due: {events}")
+        })?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn killed_under_fio(kills: u32, format: &str) -> Verdict {
+    let scratch = Scratch::new("recover")?;
+    let size = 32 * MIB;
+    let disk = if format == "raw" {
+        sparse(&scratch, "disk", size)?
+    } else {
+        let path = scratch.path("disk");
+        sh(&format!("qemu-img create -q -f {format} {path} {size}"))?;
+        path
+    };
+    let socket = scratch.path("api");
+    // It writes and verifies again and again until told to stop.
+    let script = "cd /tmp; echo READY; read -r line
+while :; do
+  fio --name=v --thread --filename=/dev/vdb --direct=1 --bs=16k --rw=randwrite --size=32M --ioengine=libaio \\
+    --iodepth=16 --fsync=64 --verify=crc32c --verify_fatal=1 --verify_state_save=0 >/tmp/out 2>&1 || { echo BAD; tail -5 /tmp/out; break; }
+  echo ROUND
+  read -r -t 1 line && break
+done
+dmesg | grep -i 'i/o error' | head -3
+echo OVER";
+    let disk = format!("path={disk},id=data,queues=2,format={format}");
+    let mut vmm = debian(
+        &scratch,
+        script,
+        &[disk],
+        &[
+            "--cpus",
+            "2",
+            "--api-socket",
+            &socket,
+            "--restarts",
+            "100000:3600",
+        ],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    vmm.type_text("go\n")?;
+    for round in 0..u64::from(kills) {
+        // At moments that differ: 0 to 1 s after the last one serves.
+        std::thread::sleep(Duration::from_millis(round * 373 % 1000));
+        kill(&socket, "data")?;
+        let wanted = round + 2;
+        let end = Instant::now() + LIMIT;
+        while field(&socket, "data", "incarnation")? != wanted
+            || field(&socket, "data", "state")? != "running"
+        {
+            check(Instant::now() < end, || {
+                let events = ctl(&socket, &["events"]).map_or_else(|e| e, |e| e.to_string());
+                vmm.story(&format!("process {wanted} does not serve: {events}"))
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    vmm.type_text("stop\n")?;
+    vmm.wait_for("OVER", LIMIT)?;
+    let output = vmm.output();
+    check(
+        !output.contains("BAD") && !output.to_lowercase().contains("i/o error"),
+        || vmm.story("the guest saw an error"),
+    )?;
+    check(output.contains("ROUND"), || vmm.story("not one round"))?;
+    vmm.ends_with(0, LIMIT)?;
+    if format != "raw" {
+        sh(&format!(
+            "qemu-img check -f {format} {}",
+            scratch.path("disk")
+        ))?;
+    }
+    nothing_left(Duration::from_secs(5))
+}
+
+fn quarantined() -> Verdict {
+    let scratch = Scratch::new("quarantine")?;
+    let (bad, good) = (
+        sparse(&scratch, "bad", 8 * MIB)?,
+        sparse(&scratch, "good", 8 * MIB)?,
+    );
+    let socket = scratch.path("api");
+    let read = |device: &str| {
+        format!("dd if=/dev/{device} of=/dev/null bs=64k count=16 iflag=direct status=none")
+    };
+    let script = format!(
+        "{} && {} && echo READY; read -r line
+{} && echo GOOD; read -r line
+{} && echo BACK",
+        read("vdb"),
+        read("vdc"),
+        read("vdc"),
+        read("vdb")
+    );
+    let mut vmm = debian(
+        &scratch,
+        &script,
+        &[format!("path={bad},id=bad"), format!("path={good},id=good")],
+        &["--api-socket", &socket, "--restarts", "2:600"],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    for _ in 0..2 {
+        kill(&socket, "bad")?;
+        // Before the state is looked at, the death must have been seen.
+        std::thread::sleep(Duration::from_millis(300));
+        state(&socket, "bad", "running")?;
+    }
+    kill(&socket, "bad")?;
+    state(&socket, "bad", "quarantined")?;
+    vmm.type_text("go\n")?;
+    vmm.wait_for("GOOD", LIMIT)?;
+    let refused = ctl(&socket, &["stats", "bad"]).map_or_else(|e| e, |v| v.to_string());
+    check(refused.contains("quarantined"), || refused)?;
+    ctl(&socket, &["resume-device", "bad"])?;
+    let end = Instant::now() + LIMIT;
+    while field(&socket, "bad", "incarnation")? != 4 {
+        check(Instant::now() < end, || "it is not started again".into())?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    vmm.type_text("go\n")?;
+    vmm.wait_for("BACK", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
+
+fn remembered() -> Verdict {
+    let scratch = Scratch::new("remember")?;
+    let disk = sparse(&scratch, "disk", 8 * MIB)?;
+    let socket = scratch.path("api");
+    let script = "echo READY; read -r line
+dd if=/dev/vdb of=/dev/null bs=4k count=40 iflag=direct status=none && echo READ";
+    let mut vmm = debian(
+        &scratch,
+        script,
+        &[format!("path={disk},id=data,queues=1")],
+        &["--api-socket", &socket],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    ctl(&socket, &["update-disk", "data", "--iops", "10:1"])?;
+    ctl(&socket, &["drain", "data"])?;
+    kill(&socket, "data")?;
+    std::thread::sleep(Duration::from_millis(300));
+    state(&socket, "data", "drained")?;
+    vmm.type_text("go\n")?;
+    std::thread::sleep(Duration::from_secs(2));
+    check(!vmm.output().contains("READ\r"), || {
+        vmm.story("a drained disk read")
+    })?;
+    let begun = Instant::now();
+    ctl(&socket, &["resume-device", "data"])?;
+    vmm.wait_for("READ", LIMIT)?;
+    check(begun.elapsed() >= Duration::from_secs(3), || {
+        format!("40 reads at 10 a second took {:?}", begun.elapsed())
+    })?;
+    vmm.ends_with(0, LIMIT)
+}
