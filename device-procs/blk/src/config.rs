@@ -34,6 +34,11 @@ pub const F_DISCARD: u64 = 1 << 13;
 /// VIRTIO_BLK_F_WRITE_ZEROES
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
+/// VIRTIO_F_ACCESS_PLATFORM. The memory table is all that the platform grants: addresses are
+/// guest-physical whether the driver accepts it or not. A front-end with an IOMMU of its own
+/// must not pass it on, as there is no way to translate.
+const F_ACCESS_PLATFORM: u64 = 1 << 33;
+
 /// Most data segments of a request: with header and status, a full ring of 256.
 const SEG_MAX: u32 = 254;
 /// Largest segment. A request of SEG_MAX of them stays below 4 GiB, as a chain must.
@@ -46,7 +51,7 @@ const AT_WRITEBACK: usize = 32;
 
 /// The kind's feature bits.
 pub fn features(disk: &Disk, queues: u16) -> u64 {
-    let mut bits = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY;
+    let mut bits = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_ACCESS_PLATFORM;
     if disk.geometry.readonly {
         bits |= F_RO;
     } else {

@@ -24,8 +24,10 @@ const MAX_BOUNCED: usize = 16;
 const MAX_RETRIES: u8 = 100;
 /// Range lists longer than this are not kept for the next request.
 const KEEP_RANGES: usize = 4;
-/// Completions that are worth an interrupt while there is more to do.
+/// Completions that are worth an interrupt while there is more to do, if they are half of
+/// all, and in any case.
 const WORTH_SHOWING: usize = 8;
+const MUST_SHOW: usize = 32;
 
 /// Work for the engine: in which slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -537,7 +539,7 @@ impl Queue {
             return false;
         }
         let left = self.ring.in_flight().saturating_add(self.ring.available());
-        done >= usize::from(left)
+        done >= usize::from(left).min(MUST_SHOW)
     }
 }
 
