@@ -6,15 +6,54 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::device::Order;
 use super::paths::reason;
+use super::tap;
 use super::{MAX_DEVICES, printable};
 
 /// Descriptors at the head of an order that are a process's and not the device's: its
 /// channels.
 const CHANNELS: usize = 2;
+
+/// Number of /dev/vhost-net: MISC_MAJOR and VHOST_NET_MINOR of the kernel's headers.
+const VHOST_NET: u64 = libc::makedev(10, 238);
+
+/// A descriptor of a device's own.
+enum Own {
+    File(File),
+    /// Of /dev/vhost-net: what the kernel was told by one belongs to the process that told it,
+    /// and goes on until its last descriptor is closed. So none is kept; a successor gets a
+    /// fresh one.
+    VhostNet,
+}
+
+impl Own {
+    fn new(fd: OwnedFd) -> Self {
+        let file = File::from(fd);
+        let vhost_net = file.metadata().is_ok_and(|metadata| {
+            metadata.file_type().is_char_device() && metadata.rdev() == VHOST_NET
+        });
+        if vhost_net {
+            Self::VhostNet
+        } else {
+            Self::File(file)
+        }
+    }
+
+    fn again(&self) -> Result<OwnedFd, String> {
+        match self {
+            Self::File(file) => file
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(|error| reason(&error)),
+            Self::VhostNet => tap::open_vhost_net(1)?
+                .pop()
+                .ok_or_else(|| "no descriptor of vhost-net".to_owned()),
+        }
+    }
+}
 
 /// A device, whether or not its process lives.
 struct KeptDevice {
@@ -22,7 +61,7 @@ struct KeptDevice {
     policy: String,
     args: Vec<String>,
     fence: bool,
-    files: Vec<File>,
+    files: Vec<Own>,
 }
 
 /// Devices by their ids.
@@ -38,7 +77,7 @@ impl Kept {
     /// Keeps what a process was started with, and whether it has a fence. Not the channels,
     /// nor the fence itself: it must hang up with the process.
     pub fn keep(&mut self, order: Order, fence: bool) {
-        let files = order.fds.into_iter().skip(CHANNELS).map(File::from);
+        let files = order.fds.into_iter().skip(CHANNELS).map(Own::new);
         let device = KeptDevice {
             binary: order.binary,
             policy: order.policy,
@@ -66,8 +105,8 @@ impl Kept {
         }
         let mut fds = channels;
         for file in &device.files {
-            let copy = file.as_fd().try_clone_to_owned();
-            fds.push(copy.map_err(|e| format!("device {}: {}", printable(id), reason(&e)))?);
+            let own = file.again();
+            fds.push(own.map_err(|why| format!("device {}: {why}", printable(id)))?);
         }
         let order = Order {
             id: id.to_owned(),
@@ -103,6 +142,9 @@ impl Kept {
             .ok()
             .and_then(|index| device.files.get(index))
             .ok_or_else(|| format!("device {name}: has no descriptor number {index}"))?;
+        let Own::File(file) = file else {
+            return Err(format!("device {name}: its descriptor is no file"));
+        };
         grow(file, size).map_err(|why| format!("device {name}: {why}"))
     }
 }
