@@ -20,7 +20,7 @@ use super::kinds::DeviceKind;
 use super::life::Life;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
-use super::supervise::Budget;
+use super::supervise::{Budget, CrashReason};
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -36,6 +36,8 @@ use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
 pub const DEVICE_PROTOCOL: u32 = 1;
 /// How long a device process has for its first answer, confinement included.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// How long to wait for the end of one that hung up, to say how it ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long one vhost-user message may take.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// fd of a device process's first own descriptor.
@@ -299,7 +301,13 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         .map_err(|e| e.to_string())?;
     let undo = |why: String| undo(launcher, id, incarnation, &why);
     let mut control = BlockingClient::new(spawned.control, CONTROL_MAX_FRAME);
-    let hello = hello(&mut control, id, kind, incarnation).map_err(undo)?;
+    let hello = hello(&mut control, id, kind, incarnation).map_err(|why| {
+        let end = launcher.end_of(id, incarnation, LAST_WORDS);
+        undo(match end {
+            Some(outcome) => format!("{why} ({})", CrashReason::from_outcome(outcome)),
+            None => why,
+        })
+    })?;
     let about = About {
         id: id.to_string(),
         kind: kind.name.to_string(),

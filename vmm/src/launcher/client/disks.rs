@@ -6,11 +6,13 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
-use super::{Access, DEADLINE, Inner, Launcher, LauncherError, OpenedInfo};
+use super::{Access, DEADLINE, Inner, Launcher, LauncherError, LauncherEvent, OpenedInfo, take};
+use crate::launcher::sys::{self, ExitOutcome};
 
 /// Growths that may be under way.
 const MAX_BEGUN: usize = 64;
@@ -74,6 +76,47 @@ impl Launcher {
         send(&inner, id, op)?;
         inner.last_id = id;
         Ok(())
+    }
+
+    /// How a device process ended, if that is told within `limit`; the event stays to be polled.
+    /// For whoever waits for an answer that cannot come any more.
+    pub fn end_of(
+        &self,
+        device_id: &str,
+        incarnation: u64,
+        limit: Duration,
+    ) -> Option<ExitOutcome> {
+        let deadline = Instant::now().checked_add(limit)?;
+        let mut inner = self.lock();
+        let Inner { socket, inbox, .. } = &mut *inner;
+        let socket = socket.as_ref()?;
+        let outcome = loop {
+            let told = inbox.events.iter().find_map(|event| match event {
+                LauncherEvent::Exited {
+                    device_id: id,
+                    incarnation: of,
+                    outcome,
+                } if id == device_id && *of == incarnation => Some(*outcome),
+                _ => None,
+            });
+            if told.is_some() || Instant::now() >= deadline {
+                break told;
+            }
+            match socket.receive() {
+                Ok(Some(packet)) => {
+                    take(packet, inbox, 0).ok()?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    sys::poll(&[(socket.as_fd(), libc::POLLIN)], Some(deadline)).ok()?;
+                }
+                // The next call says so.
+                Ok(None) | Err(_) => break None,
+            }
+        };
+        if !inner.inbox.events.is_empty() {
+            let _ = self.pending.write(1);
+        }
+        outcome
     }
 
     /// Asks for a device's own descriptor number `index` (from 0) to be grown to `size` bytes.
