@@ -71,6 +71,11 @@ pub enum Task {
 /// What the manager should know of.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
+    /// The device is well; of each ring, whether its oldest request waits for the host.
+    Health {
+        /// By the numbers of the rings.
+        waits_for_host: Vec<bool>,
+    },
     /// The host failed some of the device's requests.
     HostErrors {
         /// How many since the last look.
@@ -471,7 +476,7 @@ impl ControlChannel {
         Ok(())
     }
 
-    fn on_health(&mut self, payload: &[u8]) -> Result<Option<Notice>, Breach> {
+    fn on_health(&mut self, payload: &[u8]) -> Result<Vec<Notice>, Breach> {
         let health: HealthResponse = parse(payload)?;
         if health.rings.len() > self.about.queues {
             return Err(Breach::Protocol(format!(
@@ -490,11 +495,19 @@ impl ControlChannel {
             }
         }
         let (errno, sector) = last;
-        Ok((count > 0).then_some(Notice::HostErrors {
-            count,
-            errno,
-            sector,
-        }))
+        let mut notices = Vec::new();
+        if count > 0 {
+            notices.push(Notice::HostErrors {
+                count,
+                errno,
+                sector,
+            });
+        }
+        let waits_for_host = health.rings.iter().map(|ring| ring.waits_for_host);
+        notices.push(Notice::Health {
+            waits_for_host: waits_for_host.collect(),
+        });
+        Ok(notices)
     }
 
     fn on_answer(

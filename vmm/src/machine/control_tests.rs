@@ -377,7 +377,12 @@ fn errors_of_the_host_are_told_once() {
         bed.control.ask_health().unwrap();
         bed.device_answers(|_, _| Ok(health(errors, errno, sector)));
         assert!(bed.readable().unwrap(), "nothing but the heartbeat");
-        std::mem::take(&mut bed.notices)
+        let mut notices = std::mem::take(&mut bed.notices);
+        let well = Notice::Health {
+            waits_for_host: vec![false; 2],
+        };
+        assert_eq!(notices.pop(), Some(well));
+        notices
     };
     assert_eq!(look(&mut bed, [0, 0], 0, 0), []);
     let expected = Notice::HostErrors {

@@ -20,7 +20,7 @@ use super::kinds::DeviceKind;
 use super::life::Life;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
-use super::supervise::{Budget, CrashReason};
+use super::supervise::{Budget, CrashReason, HangDetector};
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -86,6 +86,8 @@ pub struct Process {
     pub changes: Changes,
     /// Hangs up when nothing is left of it, nor of its I/O. Gone once it has.
     pub fence: Option<OwnedFd>,
+    /// Of each queue, whether it makes progress.
+    pub detectors: Vec<HangDetector>,
     /// The driver has used the device since it was quarantined, so that its reset can be seen.
     pub used_since_quarantine: bool,
     /// Counts the processes that have served the device.
@@ -325,6 +327,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         newcomer: None,
         changes: Changes::default(),
         fence: spawned.fence,
+        detectors: Vec::new(),
         used_since_quarantine: false,
         incarnation,
         pid: spawned.pid,

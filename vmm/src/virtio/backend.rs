@@ -245,6 +245,19 @@ impl Backend {
         Ok(())
     }
 
+    /// How far the rings that the device process serves have come, as memory has it.
+    pub fn progress(&self, common: &CommonConfig) -> Vec<(u16, Indices)> {
+        let regions = self.memory.regions();
+        common
+            .queues()
+            .filter(|(index, queue)| queue.enabled && self.started.contains(index))
+            .filter_map(|(index, queue)| {
+                let addresses = place(queue, &regions)?;
+                Some((index, ring::indices(self.memory.memory(), &addresses)?))
+            })
+            .collect()
+    }
+
     /// Takes every queue back and says where each has stopped; on success the device
     /// process no longer touches memory.
     pub fn stop(&mut self, deadline: Deadline) -> Result<Vec<(u16, u16)>, VhostUserError> {

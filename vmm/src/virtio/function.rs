@@ -10,7 +10,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -24,6 +24,7 @@ use super::doorbell::Doorbells;
 use super::events::{EventSource, FailReason, Outcome, PollFd};
 use super::link::{Ends, Link, Presence};
 use super::registers::{ISR_CONFIG, bar, net, status};
+use super::ring::Indices;
 use super::service::Service;
 use super::{VirtioError, VirtioPciOptions};
 use crate::hypervisor::Hypervisor;
@@ -335,6 +336,17 @@ impl VirtioPciFunction {
         if self.options.fenced && self.link.serving() {
             self.signals.unquiet.store(true, Ordering::Release);
         }
+    }
+
+    /// How far each ring that a process serves has come: a look from the manager thread, now
+    /// and then. Nothing while the driver is just setting the device up. Never blocks.
+    pub fn progress(&self) -> Vec<(u16, Indices)> {
+        let device = match self.device.try_lock() {
+            Ok(device) => device,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Vec::new(),
+        };
+        device.backend.progress(&device.common)
     }
 
     /// Takes a network device's link up or down, where the VMM keeps it (a configuration

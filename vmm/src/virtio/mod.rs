@@ -62,6 +62,7 @@ use std::time::Duration;
 pub use events::{EventSource, FailReason, Outcome, PollFd};
 pub use function::{FunctionStatus, VirtioPciFunction};
 pub use options::{ConfigSource, MAX_NET_PAIRS, MAX_QUEUE_SIZE, MAX_QUEUES, VirtioPciOptions};
+pub use ring::Indices;
 pub use succession::{ReconnectError, Reconnected};
 
 use crate::pci::PciError;

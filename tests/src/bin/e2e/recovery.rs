@@ -212,7 +212,7 @@ fn remembered() -> Verdict {
     let disk = sparse(&scratch, "disk", 8 * MIB)?;
     let socket = scratch.path("api");
     let script = "echo READY; read -r line
-dd if=/dev/vdb of=/dev/null bs=4k count=40 iflag=direct status=none && echo READ";
+dd if=/dev/vdb of=/dev/null bs=4k count=40 iflag=direct status=none && echo FORTY";
     let mut vmm = debian(
         &scratch,
         script,
@@ -227,12 +227,12 @@ dd if=/dev/vdb of=/dev/null bs=4k count=40 iflag=direct status=none && echo READ
     state(&socket, "data", "drained")?;
     vmm.type_text("go\n")?;
     std::thread::sleep(Duration::from_secs(2));
-    check(!vmm.output().contains("READ\r"), || {
+    check(!vmm.output().contains("FORTY"), || {
         vmm.story("a drained disk read")
     })?;
     let begun = Instant::now();
     ctl(&socket, &["resume-device", "data"])?;
-    vmm.wait_for("READ", LIMIT)?;
+    vmm.wait_for("FORTY", LIMIT)?;
     check(begun.elapsed() >= Duration::from_secs(3), || {
         format!("40 reads at 10 a second took {:?}", begun.elapsed())
     })?;

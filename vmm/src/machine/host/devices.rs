@@ -325,6 +325,9 @@ impl Host {
         };
         let id = device.id.clone();
         let (kind, detail) = match notice {
+            Notice::Health { waits_for_host } => {
+                return self.look_for_hangs(index, &waits_for_host);
+            }
             Notice::HostErrors {
                 count,
                 errno,

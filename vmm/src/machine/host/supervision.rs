@@ -11,11 +11,11 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use super::{Host, Source};
 use crate::launcher::{ExitOutcome, Linked};
 use crate::machine::control::{Breach, ControlChannel};
-use crate::machine::device::Process;
+use crate::machine::device::{Process, Special};
 use crate::machine::life::{Action, Life};
 use crate::machine::newcomer::{Newcomer, Ready};
-use crate::machine::supervise::CrashReason;
-use crate::virtio::{FailReason, Reconnected};
+use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
+use crate::virtio::{FailReason, Indices, Reconnected};
 
 /// Why a process was given up, as the supervisor has it; `None`: its end will tell.
 pub(super) fn reason(breach: &Breach) -> Option<CrashReason> {
@@ -292,6 +292,7 @@ impl Host {
         process.hello = hello;
         process.control = ControlChannel::resume(client, process.control.about().clone());
         process.interest = EventSet::IN;
+        process.detectors.clear();
         if !process.life.answered(now) {
             return;
         }
@@ -436,6 +437,50 @@ impl Host {
             } else if std::mem::take(&mut process.used_since_quarantine) {
                 self.revive(index);
             }
+        }
+    }
+
+    /// Looks whether a disk's rings make progress, beside what its process says of them. Other
+    /// devices' rings may wait for what never comes.
+    pub(super) fn look_for_hangs(&mut self, index: usize, waits_for_host: &[bool]) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let Some(device) = machine.parts.devices.get_mut(index) else {
+            return;
+        };
+        let Some(process) = &mut device.process else {
+            return;
+        };
+        if !matches!(device.special, Special::Disk(_)) || !process.life.serving() {
+            return;
+        }
+        let config = machine.config.disks.iter().find(|d| d.id == device.id);
+        let limited = config.is_some_and(|d| {
+            let buckets = [d.limits.bytes.as_ref(), d.limits.operations.as_ref()];
+            buckets.into_iter().flatten().any(|b| b.per_second != 0)
+        });
+        let held = limited || device.drained || !process.control.only_heartbeat();
+        process
+            .detectors
+            .resize_with(waits_for_host.len(), HangDetector::default);
+        let mut hung = None;
+        for (queue, Indices { available, used }) in device.function.progress() {
+            let at = usize::from(queue);
+            let waits = waits_for_host.get(at).copied().unwrap_or(true);
+            let look = RingLook {
+                avail: available,
+                used,
+                waits_for_host: waits,
+                held,
+            };
+            if process.detectors.get_mut(at).is_some_and(|d| d.look(look)) {
+                hung = Some(queue);
+            }
+        }
+        if let Some(queue) = hung {
+            process.detectors.clear();
+            self.lose_process(index, Some(CrashReason::Hung { queue }));
         }
     }
 
