@@ -89,7 +89,7 @@ enum CtlCommand {
     UpdateNet(ctl_device::UpdateNetArgs),
     /// Let a device finish what is in flight and take nothing new
     Drain(ctl_device::DrainArgs),
-    /// Let a drained device take requests again
+    /// Let a drained device take requests again, or bring a quarantined one back
     ResumeDevice(ctl_device::ResumeDeviceArgs),
     /// Show what has happened to the machine
     Events {

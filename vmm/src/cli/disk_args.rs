@@ -8,9 +8,6 @@ use bulkhead_proto::machine::disk_config::{Cache, Format};
 
 use super::machine_args::{MAX_CPUS, absolute, check_id, parse_size, parse_switch};
 
-/// What `--disk` takes, for its help.
-pub const DISK_FORM: &str = "path=FILE[,readonly=on][,id=NAME][,serial=TEXT][,queues=N][,format=raw|qcow2][,cache=none|writeback|writethrough|unsafe][,backing=PATH[:PATH…]][,max-size=SIZE][,bps=SIZE[:BURST]][,iops=N[:BURST]][,lock=off]";
-
 const KEYS: &str = "path, readonly, id, serial, queues, format, cache, backing, max-size, bps, \
                     iops and lock";
 

@@ -28,14 +28,52 @@ pub struct MachineArgs {
     /// vCPUs, and the host CPU of each in order: N[,pin=A:B:…]
     #[arg(long, value_name = "N[,pin=A:B]", default_value = "1")]
     pub cpus: String,
-    /// A disk, served by a confined process of its own; may be given several times
-    #[arg(long = "disk", value_name = super::disk_args::DISK_FORM)]
+    /// A disk, served by a confined process of its own: path=FILE[,KEY=VALUE]…; may be repeated
+    ///
+    ///   path=FILE              a file or a block device
+    ///   readonly=on            the guest cannot write to it
+    ///   id=NAME                its name in the API [default: disk0, disk1, …]
+    ///   serial=TEXT            up to 20 bytes that the guest can ask for [default: the id]
+    ///   queues=N               virtqueues [default: one for each vCPU]
+    ///   format=raw|qcow2       never guessed [default: raw]
+    ///   cache=none             past the host's page cache; flushes reach the disk [default]
+    ///   cache=writeback        through the page cache; flushes reach the disk
+    ///   cache=writethrough     every write is on the disk when it completes
+    ///   cache=unsafe           flushes are ignored: a crash of the host loses data
+    ///   backing=PATH[:PATH]…   qcow2: the files beneath it, top first, opened read-only
+    ///   max-size=SIZE          it can never be grown beyond
+    ///   bps=SIZE[:BURST]       bytes per second, and how many may be saved up
+    ///   iops=N[:BURST]         operations per second, and how many may be saved up
+    ///   lock=off               do not lock the file: who else writes it corrupts it
+    #[arg(long = "disk", value_name = "DISK", verbatim_doc_comment)]
     pub disks: Vec<String>,
-    /// A network device; may be given several times
-    #[arg(long = "net", value_name = super::net_args::NET_FORM)]
+    /// A network device: tap=NAME, fd=N, vhost-user=SOCKET or user[,KEY=VALUE]…; may be repeated
+    ///
+    ///   tap=NAME               on a tap interface of the host
+    ///   fd=N[:N]…              on inherited tap descriptors, one for each queue pair
+    ///   vhost-user=SOCKET      on a switch that listens there; with server=on, that connects
+    ///   user                   on the host's own sockets, by passt
+    ///   forward=[tcp:|udp:][ADDR:]HOST:GUEST   user: a port of the host; may be repeated
+    ///   mac=MAC                [default: made from the id]
+    ///   queues=N               queue pairs [default: 1]
+    ///   mtu=N                  [default: what the back-end has]
+    ///   id=NAME                its name in the API [default: net0, net1, …]
+    ///   backend=auto|user|vhost-net   who moves a tap's frames: bulkhead-net or the kernel
+    ///   required=off           boot without it when its back-end cannot be had
+    ///   rx-bps=, rx-pps=       SIZE[:BURST] and N[:BURST]: limits on what the guest receives
+    ///   tx-bps=, tx-pps=       and on what it sends
+    #[arg(long = "net", value_name = "NET", verbatim_doc_comment)]
     pub nets: Vec<String>,
-    /// A device whose back-end is somebody else's vhost-user process; may be given several times
-    #[arg(long = "vhost-user", value_name = super::net_args::VHOST_USER_FORM)]
+    /// A device of somebody else's: socket=PATH,kind=NAME[,KEY=VALUE]…; may be repeated
+    ///
+    ///   socket=PATH            its vhost-user back-end; with server=on, bulkhead listens there
+    ///   kind=fs|gpu|…          what it is; or device-id=N, its virtio device id
+    ///   queues=N               [default: what every back-end of the kind has]
+    ///   queue-size=N           [default: 256]
+    ///   config=HEX             its configuration space, where the back-end serves none
+    ///   required=off           boot without it when its back-end cannot be had
+    ///   id=NAME                its name in the API
+    #[arg(long = "vhost-user", value_name = "DEVICE", verbatim_doc_comment)]
     pub vhost_users: Vec<String>,
     /// Where the guest's first serial port goes
     #[arg(

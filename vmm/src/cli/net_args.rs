@@ -15,10 +15,10 @@ use super::machine_args::{absolute, check_id, parse_size, parse_switch};
 use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
 
-/// What `--net` takes, for its help.
-pub const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…]";
-/// What `--vhost-user` takes, for its help.
-pub const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N][,queue-size=N][,config=HEX][,server=on][,required=off][,id=NAME]";
+/// What `--net` takes, for its errors.
+const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…]";
+/// What `--vhost-user` takes, for its errors.
+const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N][,queue-size=N][,config=HEX][,server=on][,required=off][,id=NAME]";
 
 /// Most bytes of a configuration space.
 const MAX_CONFIG: usize = 256;
