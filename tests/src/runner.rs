@@ -1,6 +1,7 @@
 //! Runs tests one after another, prints a line each and `N passed, M failed` at the end.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -20,16 +21,29 @@ pub struct Test {
 }
 
 /// Runs those of `tests` whose subject or name contains `filter`, the long ones only if
-/// `long`; prints verdicts and the count.
+/// `long`; prints verdicts and the count. With the variable `BULKHEAD_CLAIMS`, a directory
+/// shared with other hosts, only those that none of them has begun.
 pub fn run(tests: &[Test], filter: Option<&str>, long: bool) -> ExitCode {
     crate::vmm::remember_processes();
     let (mut passed, mut failed) = (0, Vec::new());
-    for test in tests {
+    let claims = std::env::var_os("BULKHEAD_CLAIMS").map(PathBuf::from);
+    for (index, test) in tests.iter().enumerate() {
         if filter.is_some_and(|f| test.subject != f && !test.name.contains(f)) {
             continue;
         }
         if test.long && !long {
             continue;
+        }
+        // Hosts that share this directory share the tests: whoever makes the entry runs the test.
+        if let Some(claims) = &claims {
+            match std::fs::create_dir(claims.join(index.to_string())) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                Err(error) => {
+                    println!("{}: {error}", claims.display());
+                    return ExitCode::FAILURE;
+                }
+            }
         }
         print!("{}: {} … ", test.subject, test.name);
         let _ = std::io::stdout().flush();
