@@ -115,10 +115,15 @@ impl DiskOptions {
         };
         let mut source = None;
         let mut options = Self::new(DiskSource::Fd(-1));
+        let mut keys = Vec::new();
         for part in split(spec) {
             let Some((key, value)) = part.split_once('=') else {
                 return bad("--disk", format!("{part:?} is not KEY=VALUE"));
             };
+            if keys.iter().any(|seen| seen == key) {
+                return bad("--disk", format!("{key} is given twice"));
+            }
+            keys.push(key.to_owned());
             match key {
                 "path" | "fd" if source.is_some() => {
                     return bad("--disk", "give one of path and fd, once");

@@ -6,7 +6,7 @@ use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::DiskConfig;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 
-use super::machine_args::{MAX_CPUS, absolute, check_id, parse_size, parse_switch};
+use super::machine_args::{Keys, MAX_CPUS, absolute, check_id, parse_size, parse_switch};
 
 const KEYS: &str = "path, readonly, id, serial, queues, format, cache, backing, max-size, bps, \
                     iops and lock";
@@ -20,12 +20,14 @@ pub fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
     let wanted =
         |key: &str, value: &str, what: &str| Err(format!("{option}: {key}={value}: give {what}"));
     let mut disk = DiskConfig::new();
+    let mut keys = Keys::default();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| {
             format!(
                 "{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]"
             )
         })?;
+        keys.once(&option, key)?;
         match key {
             "path" => disk.path = absolute(&option, value)?,
             "readonly" => disk.readonly = parse_switch(&option, key, value)?,
@@ -174,6 +176,8 @@ mod tests {
             ("path=/a,readonly=yes", "readonly=yes"),
             ("path=/a,id=../x", "id=../x"),
             ("path=/a,ro=on", "\"ro\""),
+            ("path=/a,path=/b", "path= is given twice"),
+            ("path=/a,iops=5,id=a,iops=6", "iops= is given twice"),
             ("id=x", "path=FILE"),
             ("path=/a,format=vhd", "format=vhd"),
             ("path=/a,cache=directsync", "cache=directsync"),

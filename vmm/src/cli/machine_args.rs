@@ -178,12 +178,14 @@ fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
         .ok()
         .filter(|n| (1..=MAX_CPUS).contains(n))
         .ok_or_else(|| format!("--cpus {text}: give a number from 1 to {MAX_CPUS}"))?;
+    let mut keys = Keys::default();
     for part in parts {
         let Some(list) = part.strip_prefix("pin=") else {
             return Err(format!(
                 "--cpus {text}: {part:?} is unknown: only pin=A:B:… may follow the number"
             ));
         };
+        keys.once(&format!("--cpus {text}"), "pin")?;
         for cpu in list.split(':') {
             cpus.pin.push(cpu.parse().map_err(|_| {
                 format!("--cpus {text}: {cpu:?} is no host CPU number: give pin=A:B, one per vCPU")
@@ -198,6 +200,21 @@ fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
         }
     }
     Ok(cpus)
+}
+
+/// The keys of one option's list, each of which may stand there once.
+#[derive(Default)]
+pub(super) struct Keys<'a>(Vec<&'a str>);
+
+impl<'a> Keys<'a> {
+    /// Notes a key.
+    pub(super) fn once(&mut self, option: &str, key: &'a str) -> Result<(), String> {
+        if self.0.contains(&key) {
+            return Err(format!("{option}: {key}= is given twice: give it once"));
+        }
+        self.0.push(key);
+        Ok(())
+    }
 }
 
 /// Reads `on` or `off`.

@@ -11,7 +11,7 @@ use bulkhead_proto::machine::{
     user_backend::{Forward, forward::Protocol},
 };
 
-use super::machine_args::{absolute, check_id, parse_size, parse_switch};
+use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch};
 use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
 
@@ -35,6 +35,7 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
     let mut net = NetConfig::new();
     let mut forwards = Vec::new();
     let (mut server, mut datapath) = (None, None);
+    let mut keys = Keys::default();
     for part in text.split(',') {
         if part == "user" {
             set_backend(
@@ -49,6 +50,10 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
                 "{option}: {part:?} is no KEY=VALUE: begin with tap=NAME, fd=N, vhost-user=SOCKET or user"
             )
         })?;
+        // A list of its own, and what else is one of several has an error of its own.
+        if !["forward", "tap", "fd", "vhost-user"].contains(&key) {
+            keys.once(&option, key)?;
+        }
         match key {
             "tap" => {
                 let mut tap = TapBackend::new();
@@ -254,10 +259,12 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
     };
     let mut device = VhostUserConfig::new();
     let mut kind_name = None;
+    let mut keys = Keys::default();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| {
             format!("{option}: {part:?} is no KEY=VALUE: the form is {VHOST_USER_FORM}")
         })?;
+        keys.once(&option, key)?;
         match key {
             "socket" => device.socket = absolute(&option, value)?,
             "device-id" | "kind" if device.device_id != 0 => {
@@ -443,6 +450,12 @@ mod tests {
             ("vhost-user=", "empty"),
             ("tap=a,id=../b", "id="),
             ("tap=a,colour=red", "colour"),
+            ("tap=a,queues=2,mtu=1400,queues=4", "queues= is given twice"),
+            (
+                "tap=a,mac=02:00:00:00:00:01,mac=02:00:00:00:00:01",
+                "mac= is given twice",
+            ),
+            ("tap=a,tap=b", "once"),
         ] {
             let error = refused(text);
             assert!(error.contains(names), "{text}: {error}");
@@ -474,6 +487,8 @@ mod tests {
             "socket=/s,kind=fs,config=xy",
             "socket=/s,kind=fs,config=",
             "socket=/s,kind=fs,wire=red",
+            "socket=/s,kind=fs,socket=/t",
+            "socket=/s,kind=fs,queues=1,queues=2",
         ] {
             let error = parse_vhost_user(bad, 0).unwrap_err();
             assert!(error.starts_with("--vhost-user "), "{error}");

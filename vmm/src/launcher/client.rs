@@ -34,6 +34,8 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const END_DEADLINE: Duration = Duration::from_secs(3);
 /// Most events kept: one per spawn, and there are only so many devices.
 const MAX_EVENTS: usize = 1024;
+/// Longest last line of a process that is passed on, characters.
+const MAX_LAST_LINE: usize = 300;
 
 /// What the launcher is to be started with.
 #[derive(Debug)]
@@ -164,6 +166,8 @@ pub enum LauncherEvent {
         incarnation: u64,
         /// How.
         outcome: ExitOutcome,
+        /// What it said last on stderr, if anything: one line, escaped, as hostile as it is.
+        last_line: String,
     },
     /// An answer to [`Launcher::begin_grow`].
     Grown {
@@ -675,6 +679,10 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
                 device_id: exited.device_id.clone(),
                 incarnation: exited.incarnation,
                 outcome,
+                last_line: printable(&exited.last_line)
+                    .chars()
+                    .take(MAX_LAST_LINE)
+                    .collect(),
             });
             Ok(None)
         }

@@ -72,6 +72,8 @@ pub struct LogSource {
     id: String,
     pipe: Option<OwnedFd>,
     line: Vec<u8>,
+    /// The last line that was not empty, as it would be passed on.
+    last: String,
     pass: Bucket,
     read: Bucket,
     dropped: u64,
@@ -86,6 +88,7 @@ impl LogSource {
             id: id.to_owned(),
             pipe: Some(pipe),
             line: Vec::new(),
+            last: String::new(),
             pass: Bucket::new(PASS, now),
             read: Bucket::new(READ, now),
             dropped: 0,
@@ -108,6 +111,11 @@ impl LogSource {
     pub fn tick(&mut self, now: Instant) {
         self.read.fill(now);
         self.pass.fill(now);
+    }
+
+    /// The last line that said something.
+    pub fn last_line(&self) -> &str {
+        &self.last
     }
 
     /// Reads once and passes whole lines on.
@@ -167,6 +175,9 @@ impl LogSource {
             sink.line(&self.id, &text);
         } else {
             self.dropped = self.dropped.saturating_add(1);
+        }
+        if !text.trim().is_empty() {
+            self.last = text;
         }
     }
 
@@ -278,6 +289,7 @@ mod tests {
         assert_eq!(lines(&sink).len(), 3);
         source.finish(&mut sink);
         let cut = "x".repeat(MAX_LINE);
+        assert_eq!(source.last_line(), "tail");
         assert_eq!(
             lines(&sink),
             [

@@ -212,6 +212,8 @@ impl Server {
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Ok(None) => return Ok(()),
+                    // A VMM that dies with a packet of ours unread.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
                     Err(error) => return Err(format!("control socket: {error}")),
                 }
                 if self.flush().is_err() {
@@ -259,6 +261,7 @@ impl Server {
                         ..Default::default()
                     })
                     .into(),
+                last_line: device.log.last_line().to_owned(),
                 ..Default::default()
             };
             self.outgoing.push_back(Outgoing::success(

@@ -55,6 +55,20 @@ pub enum ExitOutcome {
     Violation(Violation),
 }
 
+impl ExitOutcome {
+    /// How a program ended, with what it said last, less its name in front.
+    pub fn with_last_line(&self, program: &str, last_line: &str) -> String {
+        let said = last_line
+            .strip_prefix(program)
+            .and_then(|rest| rest.strip_prefix(": "))
+            .unwrap_or(last_line);
+        match said {
+            "" => self.to_string(),
+            said => format!("{self}: {said}"),
+        }
+    }
+}
+
 impl std::fmt::Display for ExitOutcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

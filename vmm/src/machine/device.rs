@@ -20,7 +20,7 @@ use super::kinds::DeviceKind;
 use super::life::Life;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
-use super::supervise::{Budget, CrashReason, HangDetector};
+use super::supervise::{Budget, HangDetector};
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -304,11 +304,11 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     let undo = |why: String| undo(launcher, id, incarnation, &why);
     let mut control = BlockingClient::new(spawned.control, CONTROL_MAX_FRAME);
     let hello = hello(&mut control, id, kind, incarnation).map_err(|why| {
-        let end = launcher.end_of(id, incarnation, LAST_WORDS);
-        undo(match end {
-            Some(outcome) => format!("{why} ({})", CrashReason::from_outcome(outcome)),
-            None => why,
-        })
+        undo(
+            ended(launcher, id, incarnation, kind.binary).map_or(why, |how| {
+                format!("{} ended at its start: {how}", kind.binary)
+            }),
+        )
     })?;
     let about = About {
         id: id.to_string(),
@@ -338,6 +338,14 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         ready_us,
     };
     Ok((process, frontend))
+}
+
+/// How a process that hung up ended, and what it said last: that tells more than a channel
+/// without a peer.
+pub fn ended(launcher: &Launcher, id: &str, incarnation: u64, program: &str) -> Option<String> {
+    launcher
+        .end_of(id, incarnation, LAST_WORDS)
+        .map(|(outcome, said)| outcome.with_last_line(program, &said))
 }
 
 /// Ends a process that cannot be used after all, and says why.

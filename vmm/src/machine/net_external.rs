@@ -255,11 +255,33 @@ fn reach(
 /// The words for a device process of ours, for somebody else's; and the device's name, which
 /// stands before them already, left out.
 fn of_others(id: &str, why: &str) -> String {
-    why.strip_prefix(&format!("device {id}: "))
+    let why = why
+        .strip_prefix(&format!("device {id}: "))
         .unwrap_or(why)
         .replace("the device process", "the back-end")
-        .replace("its process", "the back-end")
+        .replace("its process", "the back-end");
+    let remedy = REMEDIES.iter().find(|(sign, _)| why.contains(sign));
+    match remedy {
+        Some((_, remedy)) => format!("{why}: {remedy}"),
+        None => why,
+    }
 }
+
+/// What to do about a back-end that fails in one of these ways.
+const REMEDIES: [(&str, &str); 3] = [
+    (
+        "closed its vhost-user channel",
+        "what it logs says why; it must serve this kind of device and have no other front-end, or give required=off",
+    ),
+    (
+        "in time",
+        "it must be a vhost-user back-end that has no other front-end: restart it, or give required=off",
+    ),
+    (
+        "broke the vhost-user protocol",
+        "name the socket of a vhost-user back-end for this kind of device, or give required=off",
+    ),
+];
 
 /// Waits for a connection.
 fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String> {
@@ -296,14 +318,14 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
     let first = started.and_then(|helper| {
         let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
         let frontend = connected.map_err(|error| {
-            device::undo(
-                site.launcher,
-                &net.id,
-                1,
-                &format!(
-                    "passt: {error}; it has said why on stderr (for vhost-user it must be 2024_11_27 or later)"
-                ),
-            )
+            let how = device::ended(site.launcher, &net.id, 1, "passt");
+            // One that does not know an option prints its usage, which is indented.
+            let hint = match &how {
+                Some(how) if !how.contains(":  ") => "",
+                _ => " (for vhost-user it must be 2024_11_27 or later)",
+            };
+            let how = how.unwrap_or_else(|| error.to_string());
+            device::undo(site.launcher, &net.id, 1, &format!("passt: {how}{hint}"))
         })?;
         let process = HelperProcess {
             pid: helper.pid,
@@ -380,6 +402,14 @@ mod tests {
             of_others("n0", why),
             "the back-end does not offer VIRTIO_F_VERSION_1"
         );
+        for why in [
+            crate::vhost_user::VhostUserError::Closed,
+            crate::vhost_user::VhostUserError::Timeout("GET_FEATURES"),
+            crate::vhost_user::VhostUserError::Violation(crate::vhost_user::Violation::Flood),
+        ] {
+            let line = of_others("n0", &why.to_string());
+            assert!(line.ends_with("or give required=off"), "{line}");
+        }
     }
 
     #[test]

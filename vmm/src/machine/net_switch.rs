@@ -36,6 +36,9 @@ const STEADY: Duration = Duration::from_secs(5);
 /// How long the launcher may take to connect or to start passt.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
 
+/// Most reasons that are remembered.
+const MAX_TOLD: usize = 8;
+
 /// What is asked of the launcher; nothing waits for its answer.
 pub trait Links {
     /// Begins to connect to a socket; the answer comes with the ticket.
@@ -178,8 +181,8 @@ pub struct Switch {
     /// The last of them that served.
     served: u64,
     process: Option<HelperProcess>,
-    /// Why the last attempt failed; told once.
-    told: Option<String>,
+    /// Why attempts failed since it was last served; each is told once.
+    told: Vec<String>,
 }
 
 impl Switch {
@@ -202,7 +205,7 @@ impl Switch {
             incarnation: 0,
             served: 0,
             process: None,
-            told: None,
+            told: Vec::new(),
         };
         if !serving {
             switch.wait(now);
@@ -269,7 +272,7 @@ impl Switch {
     pub fn reconnected(&mut self, now: Instant) {
         self.phase = Phase::Serving { since: now };
         self.served = self.incarnation;
-        self.told = None;
+        self.told.clear();
     }
 
     /// One that came did not take over. True: this is news.
@@ -288,11 +291,14 @@ impl Switch {
         self.served == incarnation
     }
 
-    /// Notes a reason; false when it was the last one told, too.
-    fn news(&mut self, why: &str) -> bool {
-        let new = self.told.as_deref() != Some(why);
+    /// Notes why it is not served; false when that was told already.
+    pub fn news(&mut self, why: &str) -> bool {
+        let new = !self.told.iter().any(|told| told == why);
         if new {
-            self.told = Some(why.to_owned());
+            if self.told.len() >= MAX_TOLD {
+                self.told.remove(0);
+            }
+            self.told.push(why.to_owned());
         }
         new
     }

@@ -34,6 +34,7 @@ fn next_exit(launcher: &Launcher) -> (String, u64, ExitOutcome) {
         device_id,
         incarnation,
         outcome,
+        ..
     } = exits.remove(0)
     else {
         panic!("no exit: {exits:?}");

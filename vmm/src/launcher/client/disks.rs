@@ -78,14 +78,14 @@ impl Launcher {
         Ok(())
     }
 
-    /// How a device process ended, if that is told within `limit`; the event stays to be polled.
+    /// How a process ended and what it said last, if that is told within `limit`; the event stays to be polled.
     /// For whoever waits for an answer that cannot come any more.
     pub fn end_of(
         &self,
         device_id: &str,
         incarnation: u64,
         limit: Duration,
-    ) -> Option<ExitOutcome> {
+    ) -> Option<(ExitOutcome, String)> {
         let deadline = Instant::now().checked_add(limit)?;
         let mut inner = self.lock();
         let Inner { socket, inbox, .. } = &mut *inner;
@@ -96,7 +96,8 @@ impl Launcher {
                     device_id: id,
                     incarnation: of,
                     outcome,
-                } if id == device_id && *of == incarnation => Some(*outcome),
+                    last_line,
+                } if id == device_id && *of == incarnation => Some((*outcome, last_line.clone())),
                 _ => None,
             });
             if told.is_some() || Instant::now() >= deadline {

@@ -215,23 +215,21 @@ impl Host {
     }
 
     /// A device's process has ended.
-    pub(super) fn on_exited(&mut self, id: &str, incarnation: u64, outcome: &ExitOutcome) {
-        if self.foreign_exited(id, incarnation, outcome) {
+    pub(super) fn on_exited(
+        &mut self,
+        id: &str,
+        incarnation: u64,
+        outcome: ExitOutcome,
+        last_line: &str,
+    ) {
+        if self.foreign_exited(id, incarnation, &outcome, last_line) {
             return;
         }
-        let how = match outcome {
-            ExitOutcome::Status(status) => format!("exit status {status}"),
-            ExitOutcome::Signal(signal) => format!("killed by signal {signal}"),
-            ExitOutcome::Violation(call) => {
-                format!(
-                    "killed at the system call {}: outside its policy",
-                    call.name()
-                )
-            }
-        };
-        self.log.publish("device.exited", id, &how);
-        log::warn!("device {id}: its process ended ({how})");
-        self.on_process_exited(id, incarnation, *outcome);
+        self.log
+            .publish("device.exited", id, &outcome.with_last_line("", last_line));
+        // What comes of it says why, too; the process of nothing that serves is no news.
+        log::debug!("device {id}: its process ended: {outcome}");
+        self.on_process_exited(id, incarnation, outcome);
     }
 
     /// Something with a device's control channel, and what comes of it.
@@ -282,7 +280,9 @@ impl Host {
             return;
         };
         let wanted = interest(&process.control);
-        if wanted != process.interest && !process.control.has_ended() {
+        // Nothing is of interest once it is given up and no longer watched.
+        let watched = process.interest != EventSet::empty();
+        if watched && wanted != process.interest && !process.control.has_ended() {
             let fd = process.control.as_fd().as_raw_fd();
             let event = EpollEvent::new(wanted, token);
             match epoll.ctl(ControlOperation::Modify, fd, event) {

@@ -79,18 +79,23 @@ impl Host {
         id: &str,
         incarnation: u64,
         outcome: &ExitOutcome,
+        last_line: &str,
     ) -> bool {
         let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
         let found = devices.and_then(|d| d.iter_mut().find(|d| d.id == id));
         let Some(switch) = found.and_then(switch) else {
             return false;
         };
-        if !switch.exited(incarnation) {
-            log::debug!("device {id}: {}: {outcome}", switch.origin());
+        let how = outcome.with_last_line("", last_line);
+        let how = format!("{}: {how}", switch.origin());
+        let kind = if switch.exited(incarnation) {
+            "device.exited"
+        } else if switch.news(&how) {
+            "device.not-reconnected"
+        } else {
             return true;
-        }
-        let how = format!("{}: {outcome}", switch.origin());
-        self.log.publish("device.exited", id, &how);
+        };
+        self.log.publish(kind, id, &how);
         log::warn!("device {id}: {how}");
         true
     }

@@ -362,7 +362,8 @@ impl Host {
                     device_id,
                     incarnation,
                     outcome,
-                } => self.on_exited(&device_id, incarnation, &outcome),
+                    last_line,
+                } => self.on_exited(&device_id, incarnation, outcome, &last_line),
                 LauncherEvent::Grown { ticket, result } => self.on_grown(ticket, &result),
                 LauncherEvent::Linked { ticket, result } => self.on_linked(ticket, result),
             }
