@@ -70,10 +70,13 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     ("IORING_REGISTER_FILES2", 13),
     // linux/fs.h
     ("BLKROGET", 0x125e),
+    ("BLKSECTGET", 0x1267),
     ("BLKSSZGET", 0x1268),
     ("BLKIOMIN", 0x1278),
     ("BLKIOOPT", 0x1279),
+    ("BLKALIGNOFF", 0x127a),
     ("BLKPBSZGET", 0x127b),
+    ("BLKSECDISCARD", 0x127d),
     ("BLKGETSIZE64", 0x8008_1272),
     ("SECCOMP_IOCTL_NOTIF_RECV", 0xc050_2100),
     ("SECCOMP_IOCTL_NOTIF_SEND", 0xc018_2101),

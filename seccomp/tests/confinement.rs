@@ -292,6 +292,7 @@ fn run_device(engine: &str) -> Output {
 fn steady_state_is_small() {
     let count = |policy: &Policy| policy.syscalls(Stage::Steady).unwrap().len();
     assert!(count(&policy::BULKHEAD_BLK) <= 16);
+    assert!(count(&policy::BULKHEAD_BLK_ERASE) <= 16);
     assert!(count(&policy::BULKHEAD_BLK_PLAIN) <= 16);
     for net in [
         &policy::BULKHEAD_NET,

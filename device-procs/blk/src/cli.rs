@@ -44,6 +44,8 @@ Usage:
                          max-size=SIZE the file may never be made larger than this
                          backing=PATH[:PATH]... files beneath a qcow2 image, top first
                          backing-fds=N[:N]... the same, inherited
+                         secure-erase=on|off offer it where a block device can, with
+                                       io_uring [default: on with path=, off with fd=]
                          lock=off      do not lock the file: who else writes it corrupts it
   --queues N           number of queues, 1 to 64 [default: 1]
   --io-engine ENGINE   auto, io_uring or preadv2 [default: auto]

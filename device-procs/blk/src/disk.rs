@@ -119,6 +119,8 @@ pub enum RangeOp {
     Zero,
     /// It shall read as zeros, and its space may be given back.
     ZeroUnmap,
+    /// Nobody shall be able to read it any more, from the medium itself.
+    SecureErase,
 }
 
 /// How a raw disk does it.
@@ -128,6 +130,8 @@ pub enum RangeHow {
     Punch,
     /// FALLOC_FL_ZERO_RANGE
     ZeroRange,
+    /// BLKSECDISCARD
+    SecureErase,
     /// By writing zeros.
     Write,
     /// Not at all.
@@ -158,6 +162,8 @@ pub struct Disk {
     writeback: AtomicBool,
     /// Discard is offered: what was offered once stays so.
     discard: bool,
+    /// Secure erase is offered.
+    secure_erase: bool,
     punch: AtomicBool,
     zero: AtomicBool,
 }
@@ -177,6 +183,7 @@ impl Disk {
             sectors: AtomicU64::new(sectors),
             writeback: AtomicBool::new(true),
             discard: false,
+            secure_erase: false,
             punch: AtomicBool::new(false),
             zero: AtomicBool::new(true),
         }
@@ -213,6 +220,7 @@ impl Disk {
             topology: top.topology,
         };
         let (direct, regular, len) = (top.direct, top.regular, top.len);
+        let by_path = matches!(options.source, DiskSource::Path(_));
         let mut disk = match options.format {
             Format::Raw if len < block => {
                 return Err(DiskError::Short {
@@ -224,9 +232,14 @@ impl Disk {
             Format::Raw => {
                 let discard = !options.readonly && host::can_punch(&top.file, len, !regular);
                 let in_memory = host::in_memory(&top.file);
+                let secure_erase = !options.readonly
+                    && !regular
+                    && options.secure_erase.unwrap_or(by_path)
+                    && host::can_secure_erase(&top.file);
                 let mut disk = Self::new(Backing::Raw(top.file), geometry, 0);
                 disk.sectors = AtomicU64::new(whole_sectors(len, block_size));
                 disk.in_memory = in_memory;
+                disk.secure_erase = secure_erase;
                 if discard { disk.with_discard() } else { disk }
             }
             Format::Qcow2 => {
@@ -313,6 +326,16 @@ impl Disk {
         }
     }
 
+    /// Whether secure erase is offered.
+    pub fn secure_erases(&self) -> bool {
+        self.secure_erase
+    }
+
+    /// No more: what serves the disk cannot do it.
+    pub fn without_secure_erase(&mut self) {
+        self.secure_erase = false;
+    }
+
     /// What a discard should be a multiple of, in bytes.
     pub fn discard_granularity(&self) -> u32 {
         let physical = self.geometry.topology.physical;
@@ -331,6 +354,8 @@ impl Disk {
             // A hint, which may be ignored.
             RangeOp::Discard => RangeHow::Ignore,
             RangeOp::ZeroUnmap if punch => RangeHow::Punch,
+            // In no other way: the guest relies on it.
+            RangeOp::SecureErase => RangeHow::SecureErase,
             _ if self.zero.load(Ordering::Relaxed) => RangeHow::ZeroRange,
             _ => RangeHow::Write,
         }
@@ -341,7 +366,7 @@ impl Disk {
         match how {
             RangeHow::Punch => self.punch.store(false, Ordering::Relaxed),
             RangeHow::ZeroRange => self.zero.store(false, Ordering::Relaxed),
-            RangeHow::Write | RangeHow::Ignore => {}
+            RangeHow::Write | RangeHow::Ignore | RangeHow::SecureErase => {}
         }
     }
 }

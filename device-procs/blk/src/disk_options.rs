@@ -79,6 +79,9 @@ pub struct DiskOptions {
     pub operations: Option<Rate>,
     /// Lock a file that this process opens.
     pub lock: bool,
+    /// Offer secure erase where the device can do it. None: if this process opens it, and its
+    /// own filter is all that it is under.
+    pub secure_erase: Option<bool>,
 }
 
 impl DiskOptions {
@@ -96,6 +99,7 @@ impl DiskOptions {
             bytes: None,
             operations: None,
             lock: true,
+            secure_erase: None,
         }
     }
 
@@ -146,6 +150,7 @@ impl DiskOptions {
             "readonly" => self.readonly = switch(key, value)?,
             "direct" => self.direct = Some(switch(key, value)?),
             "lock" => self.lock = switch(key, value)?,
+            "secure-erase" => self.secure_erase = Some(switch(key, value)?),
             "serial" => {
                 let Some(place) = self.serial.get_mut(..value.len()) else {
                     return bad("--disk", format!("serial is longer than {ID_BYTES} bytes"));
@@ -295,6 +300,7 @@ mod tests {
         assert_eq!(d.backing, [DiskSource::Fd(6), DiskSource::Fd(7)]);
         assert_eq!(d.fds().collect::<Vec<_>>(), [5, 6, 7]);
         assert!(d.lock);
+        assert_eq!(d.secure_erase, None);
         let d = parse("path=/a,lock=off,iops=0,format=raw,cache=unsafe").unwrap();
         assert_eq!(
             d,
@@ -340,6 +346,7 @@ mod tests {
             ("path=/x,serial=123456789012345678901", "serial"),
             ("path=/x,format=vhd", "format"),
             ("path=/x,cache=fast", "cache"),
+            ("path=/x,secure-erase=yes", "secure-erase"),
             ("path=/x,bps=fast", "bps"),
             ("path=/x,iops=0:5", "iops"),
             ("path=/x,max-size=0", "max-size"),

@@ -228,9 +228,14 @@ fn empty(disk: &Disk, step: &RangeStep) -> io::Result<u32> {
     let (offset, len) = (step.range.offset, u64::from(step.range.len));
     match &disk.backing {
         Backing::Raw(file) if step.how == RangeHow::Punch => host::punch(file, offset, len),
+        Backing::Raw(file) if step.how == RangeHow::SecureErase => {
+            host::secure_erase(file, offset, len)
+        }
         Backing::Raw(file) => host::zero(file, offset, len),
         Backing::Image(image) => image.get().map_or_else(unopened, |image| match step.op {
             RangeOp::Discard => image.discard(offset, len),
+            // Never offered of an image.
+            RangeOp::SecureErase => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
             RangeOp::Zero => image.write_zeroes(offset, len, false),
             RangeOp::ZeroUnmap => image.write_zeroes(offset, len, true),
         }),

@@ -28,9 +28,10 @@ use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::backing::Backing;
-use crate::disk::Disk;
+use crate::disk::{Disk, RangeHow};
+use crate::host;
 use crate::look::Look;
-use crate::queue::{Queue, Work};
+use crate::queue::{Queue, RangeStep, Work};
 use crate::uring_entries::{
     self as entries, CALL, DISK, KICK, ONE, OPCODES, TAG_IO, TAG_KICK, TAG_SIGNAL, TAG_WAKEUP,
     WAKEUP, user_data,
@@ -362,7 +363,39 @@ impl Engine {
     fn start(&mut self, work: Work) {
         match work {
             Work::Transfer(index) if self.inline => self.perform(index),
+            Work::Range(index, step) if step.how == RangeHow::SecureErase => {
+                self.erase(index, step);
+            }
             work => self.submit(work),
+        }
+    }
+
+    /// Erases ranges, one after another. No operation of a ring does it; so the queue waits.
+    #[cold]
+    fn erase(&mut self, index: u16, mut step: RangeStep) {
+        // What was taken before goes on meanwhile.
+        if !self.uring.submission().is_empty() {
+            self.enter(0);
+            self.collect();
+        }
+        loop {
+            let Backing::Raw(file) = &self.disk.backing else {
+                return;
+            };
+            let status = self.port.status();
+            status.syscalls.add(1);
+            status.waits_for_host.store(true, Ordering::Relaxed);
+            let (offset, len) = (step.range.offset, u64::from(step.range.len));
+            let done = host::secure_erase(file, offset, len).map(|()| 0);
+            status.waits_for_host.store(false, Ordering::Relaxed);
+            let Some(queue) = &mut self.queue else {
+                return;
+            };
+            match queue.finish(index, vectored::negated(done)) {
+                Some(Work::Range(same, next)) if same == index => step = next,
+                Some(work) => return self.submit(work),
+                None => return,
+            }
         }
     }
 

@@ -40,6 +40,10 @@ pub struct Topology {
     pub min_io: u32,
     /// Best transfer.
     pub opt_io: u32,
+    /// How far the first physical block is from the beginning.
+    pub aligned_at: u32,
+    /// Largest transfer that is not split. 0 for a file.
+    pub max_io: u32,
 }
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -91,17 +95,20 @@ pub fn alignment(file: &File) -> Alignment {
 
 fn block_ioctl(file: &File, request: libc::Ioctl) -> u32 {
     let mut value: libc::c_uint = 0;
-    // SAFETY: these requests (BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT) write one int, and
-    // value is one; on anything but a block device they fail.
+    // SAFETY: these requests (BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT, BLKALIGNOFF) write one
+    // int, BLKSECTGET a short; value is an int, of which a short is the lower half where zeros
+    // are the upper one; on anything but a block device they fail.
     let r = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) };
     if r == 0 { value } else { 0 }
 }
 
 /// The limits of a block device, or what a file's system says of it.
 pub fn topology(file: &File, block_device: bool) -> Topology {
+    const BLKSECTGET: libc::Ioctl = 0x1267;
     const BLKSSZGET: libc::Ioctl = 0x1268;
     const BLKIOMIN: libc::Ioctl = 0x1278;
     const BLKIOOPT: libc::Ioctl = 0x1279;
+    const BLKALIGNOFF: libc::Ioctl = 0x127a;
     const BLKPBSZGET: libc::Ioctl = 0x127b;
     if block_device {
         let sane = |n: u32| if sane(n) { n } else { 0 };
@@ -110,6 +117,9 @@ pub fn topology(file: &File, block_device: bool) -> Topology {
             physical: sane(block_ioctl(file, BLKPBSZGET)),
             min_io: block_ioctl(file, BLKIOMIN),
             opt_io: block_ioctl(file, BLKIOOPT),
+            // Minus one: parts of it are aligned in different ways.
+            aligned_at: i32::try_from(block_ioctl(file, BLKALIGNOFF)).map_or(0, i32::unsigned_abs),
+            max_io: block_ioctl(file, BLKSECTGET).saturating_mul(SECTOR),
         };
     }
     let block = bulkhead_runtime::sys::file_size(file).map_or(0, |(_, block)| block);
@@ -118,7 +128,7 @@ pub fn topology(file: &File, block_device: bool) -> Topology {
         logical: 0,
         physical: block,
         min_io: block,
-        opt_io: 0,
+        ..Topology::default()
     }
 }
 
@@ -168,6 +178,30 @@ pub fn can_punch(file: &File, len: u64, block_device: bool) -> bool {
         || len
             .checked_next_multiple_of(page)
             .is_some_and(|beyond| punch(file, beyond, page).is_ok())
+}
+
+/// Erases a range of a block device so that nobody can read it any more: from the medium, with
+/// copies that the device may have made of it.
+///
+/// # Errors
+/// The kernel's answer; EOPNOTSUPP where the device cannot.
+pub fn secure_erase(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    const BLKSECDISCARD: libc::Ioctl = 0x127d;
+    let range = [offset, len];
+    // SAFETY: BLKSECDISCARD reads two u64 and writes nothing; on anything but a block device
+    // it fails.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKSECDISCARD, range.as_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether [`secure_erase`] works on what is open for writing here. Asked without erasing
+/// anything: of a range that begins within a sector the kernel says EINVAL, but only once it
+/// has seen that the device can do it (blk_ioctl_secure_erase; before Linux 5.19 any device
+/// that discards passes for one, and says EOPNOTSUPP when it is tried).
+pub fn can_secure_erase(file: &File) -> bool {
+    secure_erase(file, 1, 0).is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL))
 }
 
 /// Locks the whole file (an open file description lock): to write it, or so that nobody

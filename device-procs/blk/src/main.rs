@@ -85,7 +85,7 @@ fn complain(e: &dyn std::error::Error) {
 
 fn run(options: &Options) -> Result<(), MainError> {
     // Inherited numbers first, before anything else can take them.
-    let (disk, channels) = match &options.endpoint {
+    let (mut disk, channels) = match &options.endpoint {
         Endpoint::Inherited {
             control,
             vhost,
@@ -120,9 +120,15 @@ fn run(options: &Options) -> Result<(), MainError> {
             }
         },
     };
+    if engine == EngineKind::Plain {
+        // Such a process makes as many kinds of call as it may without it.
+        disk.without_secure_erase();
+    }
     let policy: &'static Policy = match (&options.endpoint, engine) {
         (Endpoint::Socket(_), _) if is_image => &policy::BULKHEAD_BLK_IMAGE_SOCKET,
         (Endpoint::Inherited { .. }, _) if is_image => &policy::BULKHEAD_BLK_IMAGE,
+        (Endpoint::Socket(_), _) if disk.secure_erases() => &policy::BULKHEAD_BLK_ERASE_SOCKET,
+        (Endpoint::Inherited { .. }, _) if disk.secure_erases() => &policy::BULKHEAD_BLK_ERASE,
         (Endpoint::Socket(_), _) => &policy::BULKHEAD_BLK_SOCKET,
         (_, EngineKind::IoUring) => &policy::BULKHEAD_BLK,
         (_, EngineKind::Plain) => &policy::BULKHEAD_BLK_PLAIN,

@@ -347,7 +347,7 @@ impl Queue {
                     slot.transfer.begin_zeros(range.offset, range.len, align);
                     return Some(Work::Transfer(index));
                 }
-                RangeHow::Punch | RangeHow::ZeroRange => {
+                RangeHow::Punch | RangeHow::ZeroRange | RangeHow::SecureErase => {
                     return Some(Work::Range(index, RangeStep { op, how, range }));
                 }
             }
@@ -424,6 +424,13 @@ impl Queue {
                 Doing::Range(op, _, at) => return self.empty_range(index, op, at),
             });
         }
+        if let Doing::Range(RangeOp::SecureErase, ..) = slot.doing
+            && errno == libc::EOPNOTSUPP
+        {
+            // Nothing that is less may stand for it.
+            self.complete(index, Status::Unsupported);
+            return None;
+        }
         if let Doing::Range(op, how, at) = slot.doing
             && errno == libc::EOPNOTSUPP
             && how != RangeHow::Write
@@ -441,6 +448,7 @@ impl Queue {
                 Doing::Transfer if slot.transfer.direction() == Direction::Read => "read",
                 Doing::Transfer => "write",
                 Doing::Flush => "flush",
+                Doing::Range(RangeOp::SecureErase, ..) => "secure erase",
                 Doing::Range(..) | Doing::Sync(_) => "discard or write-zeroes",
             };
             let why = std::io::Error::from_raw_os_error(errno);
@@ -478,7 +486,8 @@ impl Queue {
                 Direction::Write => self.status.written_bytes.add(u64::from(slot.total)),
             },
             Doing::Flush => self.status.flushes.add(1),
-            Doing::Range(RangeOp::Discard, ..) | Doing::Sync(RangeOp::Discard) => {
+            Doing::Range(RangeOp::Discard | RangeOp::SecureErase, ..)
+            | Doing::Sync(RangeOp::Discard | RangeOp::SecureErase) => {
                 self.status.discards.add(1);
             }
             Doing::Range(..) | Doing::Sync(_) => self.status.write_zeroes.add(1),

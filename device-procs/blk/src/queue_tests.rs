@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use super::*;
-use crate::config::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
+use crate::config::{F_DISCARD, F_FLUSH, F_SECURE_ERASE, F_WRITE_ZEROES};
 use crate::disk::{Alignment, Geometry, Topology};
 use crate::engine_plain;
 
@@ -87,7 +87,7 @@ impl Fixture {
 fn headers() -> impl Strategy<Value = (u32, u64)> {
     let kind = prop_oneof![
         4 => Just(0u32), 4 => Just(1u32), 1 => Just(4u32), 1 => Just(8u32), 3 => Just(11u32),
-        3 => Just(13u32), 1 => any::<u32>()
+        3 => Just(13u32), 1 => Just(14u32), 1 => any::<u32>()
     ];
     let sector = prop_oneof![
         6 => 0..SECTORS, 1 => SECTORS - 2..SECTORS + 2, 1 => any::<u64>()
@@ -173,7 +173,7 @@ proptest! {
         let mut accepted = if flush { F_FLUSH } else { 0 };
         // As they are offered.
         if ranges && !readonly {
-            accepted |= F_DISCARD | F_WRITE_ZEROES;
+            accepted |= F_DISCARD | F_WRITE_ZEROES | F_SECURE_ERASE;
         }
         let status = Arc::new(QueueStatus::default());
         let setup = RingSetup {

@@ -9,7 +9,7 @@ use bulkhead_runtime::chain::{Buffer, Chain};
 use bulkhead_runtime::memory::Memory;
 use libc::iovec;
 
-use crate::config::{F_DISCARD, F_WRITE_ZEROES};
+use crate::config::{F_DISCARD, F_SECURE_ERASE, F_WRITE_ZEROES};
 use crate::disk::{Geometry, RangeOp};
 use crate::host::SECTOR;
 use crate::transfer::{Direction, Transfer};
@@ -27,6 +27,7 @@ const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
+const T_SECURE_ERASE: u32 = 14;
 /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
 const FLAG_UNMAP: u32 = 1;
 
@@ -38,6 +39,12 @@ pub const MAX_DISCARD_SEGMENTS: u32 = 64;
 pub const MAX_ZEROES_SECTORS: u32 = 1 << 19;
 /// Most ranges of write-zeroes.
 pub const MAX_ZEROES_SEGMENTS: u32 = 4;
+
+/// Most sectors of one range of a secure erase: 32 MiB, because it may be slow and the queue
+/// does nothing else meanwhile.
+pub const MAX_ERASE_SECTORS: u32 = 1 << 16;
+/// Most ranges of a secure erase. (Linux takes the lesser of this and the discard's for both.)
+pub const MAX_ERASE_SEGMENTS: u32 = MAX_DISCARD_SEGMENTS;
 
 /// Length of the device's name as GET_ID tells it.
 pub const ID_BYTES: usize = 20;
@@ -107,8 +114,8 @@ pub struct Rules<'a> {
     pub features: u64,
 }
 
-/// Reads the request in `chain`. For reads and writes, `transfer` is filled in; for discard
-/// and write-zeroes, `ranges`.
+/// Reads the request in `chain`. For reads and writes, `transfer` is filled in; for discard,
+/// write-zeroes and secure erase, `ranges`.
 ///
 /// # Errors
 /// It is no request at all.
@@ -169,6 +176,9 @@ pub fn parse(
         T_WRITE_ZEROES if disk.features & F_WRITE_ZEROES != 0 => {
             range_request(kind, chain, memory, disk, ranges)
         }
+        T_SECURE_ERASE if disk.features & F_SECURE_ERASE != 0 => {
+            range_request(kind, chain, memory, disk, ranges)
+        }
         _ => Action::Answer(Status::Unsupported, 0),
     };
     Ok(Request {
@@ -177,7 +187,7 @@ pub fn parse(
     })
 }
 
-/// Discard and write-zeroes (5.2.6, 5.2.6.2): every range is checked before any is touched,
+/// Discard, write-zeroes and secure erase (5.2.6, 5.2.6.2): every range is checked before any is touched,
 /// in a private copy.
 fn range_request(
     kind: u32,
@@ -188,6 +198,7 @@ fn range_request(
 ) -> Action {
     let (max_segments, max_sectors) = match kind {
         T_DISCARD => (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS),
+        T_SECURE_ERASE => (MAX_ERASE_SEGMENTS, MAX_ERASE_SECTORS),
         _ => (MAX_ZEROES_SEGMENTS, MAX_ZEROES_SECTORS),
     };
     let failed = Action::Answer(Status::IoErr, 0);
@@ -229,7 +240,11 @@ fn range_request(
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-        let known = if kind == T_DISCARD { 0 } else { FLAG_UNMAP };
+        let known = if kind == T_WRITE_ZEROES {
+            FLAG_UNMAP
+        } else {
+            0
+        };
         if flags & !known != 0 {
             return Action::Answer(Status::Unsupported, 0);
         }
@@ -252,6 +267,7 @@ fn range_request(
     }
     Action::Ranges(match (kind, unmap) {
         (T_DISCARD, _) => RangeOp::Discard,
+        (T_SECURE_ERASE, _) => RangeOp::SecureErase,
         (_, Some(true)) => RangeOp::ZeroUnmap,
         _ => RangeOp::Zero,
     })

@@ -54,13 +54,18 @@ pub fn config_size(device_type: u16) -> usize {
     }
 }
 
-/// Features of a device type that are not passed on, since their fields lie beyond
-/// [`config_size`].
-pub fn withheld(device_type: u16) -> u64 {
+/// A block device's configuration space up to secure erase.
+const BLOCK_TO_SECURE_ERASE: usize = 72;
+
+/// Features of a device type that are not passed on, since their fields lie beyond a
+/// configuration space of `config` bytes, or beyond [`config_size`].
+pub fn withheld(device_type: u16, config: usize) -> u64 {
     match device_type {
         NET => net::WITHHELD,
-        BLOCK => 1 << 16 | 1 << 17, // SECURE_ERASE, ZONED
-        26 => 1,                    // NOTIFICATION: notify_buf_size
+        // SECURE_ERASE, unless the fields are asked for; ZONED
+        BLOCK if config < BLOCK_TO_SECURE_ERASE => 1 << 16 | 1 << 17,
+        BLOCK => 1 << 17,
+        26 => 1, // NOTIFICATION: notify_buf_size
         _ => 0,
     }
 }
@@ -75,5 +80,21 @@ pub fn in_order(device_type: u16, queue: u16) -> bool {
         // SCSI host: control and event queues, not those of requests.
         8 => queue < 2,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_feature_is_passed_on_with_its_fields_only() {
+        const SECURE_ERASE: u64 = 1 << 16;
+        assert_eq!(
+            withheld(BLOCK, config_size(BLOCK)) & SECURE_ERASE,
+            SECURE_ERASE
+        );
+        assert_eq!(withheld(BLOCK, 72) & SECURE_ERASE, 0);
+        assert_ne!(withheld(BLOCK, 256), 0, "zoned");
     }
 }

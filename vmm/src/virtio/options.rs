@@ -117,7 +117,7 @@ impl VirtioPciOptions {
 
     /// What to offer to the driver in front of a back-end with these features.
     pub(super) fn offer(&self, backend: u64) -> u64 {
-        let passed = backend & PASSED_ON & !kinds::withheld(self.device_type);
+        let passed = backend & PASSED_ON & !kinds::withheld(self.device_type, self.config_size());
         let Some(pairs) = self.net_control else {
             return passed;
         };
@@ -131,6 +131,13 @@ impl VirtioPciOptions {
             ours |= backend & net::F_MQ;
         }
         passed & !net::CONTROLLED | ours
+    }
+
+    fn config_size(&self) -> usize {
+        match &self.config {
+            ConfigSource::Backend(size) => *size,
+            ConfigSource::Fixed(bytes) => bytes.len(),
+        }
     }
 
     /// Checks the options against their limits.
@@ -161,10 +168,7 @@ impl VirtioPciOptions {
                 "the powers of two up to 1024",
             );
         }
-        let config_size = match &self.config {
-            ConfigSource::Backend(size) => *size,
-            ConfigSource::Fixed(bytes) => bytes.len(),
-        };
+        let config_size = self.config_size();
         if config_size > MAX_CONFIG {
             return bad("configuration size", config_size as u64, "0 to 256");
         }
