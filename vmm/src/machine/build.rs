@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
 use super::device::{self, Device, Site};
+use super::device_table::DeviceTable;
 use super::disk;
 use super::net;
 use super::net_external;
@@ -41,7 +42,7 @@ pub struct Parts {
     /// PCIe.
     pub pci: Arc<RootComplex>,
     /// One process each.
-    pub devices: Vec<Device>,
+    pub devices: DeviceTable,
     /// KVM.
     pub kvm: Arc<KvmVm>,
     /// Guest memory.
@@ -166,7 +167,7 @@ pub fn build(
         serial,
         ged,
         pci,
-        devices: devices.keep(),
+        devices: devices.keep().into(),
         kvm,
         ram,
     })

@@ -14,6 +14,7 @@ pub mod build;
 pub mod control;
 pub mod device;
 pub mod device_stats;
+pub mod device_table;
 pub mod disk;
 pub mod host;
 pub mod kinds;

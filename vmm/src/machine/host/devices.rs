@@ -35,7 +35,7 @@ impl Host {
     }
 
     pub(super) fn devices_count(&self) -> usize {
-        self.machine.as_ref().map_or(0, |m| m.parts.devices.len())
+        self.machine.as_ref().map_or(0, |m| m.parts.devices.slots())
     }
 
     /// Watches a device's channels.
@@ -453,7 +453,7 @@ impl Host {
         let Some(machine) = &mut self.machine else {
             return;
         };
-        for device in &mut machine.parts.devices {
+        for device in machine.parts.devices.iter_mut() {
             if let Some(process) = &mut device.process {
                 process.control.extend_deadlines(late);
             }
@@ -462,12 +462,8 @@ impl Host {
 
     /// Asks something of a device that a client named.
     fn ask(&mut self, id: &str, reply: ReplyHandle, task: impl FnOnce(&Device) -> Asked) {
-        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
-        let found = devices
-            .unwrap_or_default()
-            .iter()
-            .enumerate()
-            .find(|(_, device)| device.id == id);
+        let devices = self.machine.as_ref().map(|m| &m.parts.devices);
+        let found = devices.and_then(|d| d.numbered().find(|(_, device)| device.id == id));
         let Some((index, device)) = found else {
             return reply.complete(Err(RpcStatus::new(
                 bulkhead_proto::Code::NotFound,
@@ -540,8 +536,8 @@ impl Host {
 
     /// Also brings a quarantined device back.
     pub(super) fn resume_device(&mut self, id: &str, reply: ReplyHandle) {
-        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
-        let index = devices.unwrap_or_default().iter().position(|d| d.id == id);
+        let devices = self.machine.as_ref().map(|m| &m.parts.devices);
+        let index = devices.and_then(|devices| devices.position(|d| d.id == id));
         if index.is_some_and(|index| self.revive(index)) {
             return reply.complete(Ok(ApiResponse::Done));
         }

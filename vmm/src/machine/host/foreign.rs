@@ -121,7 +121,7 @@ impl Host {
         } = self;
         let devices = machine.as_mut().map(|m| &mut m.parts.devices);
         let mut news = Vec::new();
-        for (index, device) in devices.into_iter().flatten().enumerate() {
+        for (index, device) in devices.into_iter().flat_map(|d| d.numbered_mut()) {
             if let Some(line) = switch(device).and_then(|s| s.on_timer(launcher, now)) {
                 news.push((index, line));
             }
@@ -149,8 +149,7 @@ impl Host {
         let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
         let found = devices
             .into_iter()
-            .flatten()
-            .enumerate()
+            .flat_map(|d| d.numbered_mut())
             .find(|(_, d)| matches!(&d.special, Special::Foreign(s) if s.awaits(ticket)));
         // Nobody waits any more: a connection closes, and a helper ends with its channel.
         let Some((index, device)) = found else {

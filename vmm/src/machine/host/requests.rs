@@ -67,7 +67,7 @@ impl Host {
             &self.hooks,
         )
         .map_err(RpcStatus::failed_precondition)?;
-        for device in &parts.devices {
+        for device in parts.devices.iter() {
             if let Special::Foreign(switch) = &device.special {
                 let (kind, detail) = switch.announcement();
                 self.log.publish(kind, &device.id, &detail);
@@ -83,7 +83,7 @@ impl Host {
         for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
             process.life = Life::new(self.restarts);
         }
-        let devices = parts.devices.len();
+        let devices = parts.devices.slots();
         self.machine = Some(Machine {
             config,
             state: MachineState::Created,

@@ -119,7 +119,7 @@ impl Host {
         let Self {
             machine, launcher, ..
         } = self;
-        let devices = machine.as_ref().map(|m| m.parts.devices.as_slice());
+        let devices = machine.as_ref().map(|m| &m.parts.devices);
         let Some(device) = devices.and_then(|d| d.get(index)) else {
             return;
         };
@@ -186,10 +186,12 @@ impl Host {
 
     /// The launcher's answer to a start. False: it is not about a device process.
     pub(super) fn on_respawned(&mut self, ticket: u64, result: &Result<(), String>) -> bool {
-        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
-        let found = devices.unwrap_or_default().iter().position(|device| {
-            let newcomer = device.process.as_ref().and_then(|p| p.newcomer.as_ref());
-            newcomer.is_some_and(|n| n.ticket == ticket)
+        let devices = self.machine.as_ref().map(|m| &m.parts.devices);
+        let found = devices.and_then(|devices| {
+            devices.position(|device| {
+                let newcomer = device.process.as_ref().and_then(|p| p.newcomer.as_ref());
+                newcomer.is_some_and(|n| n.ticket == ticket)
+            })
         });
         let Some(index) = found else {
             return false;
@@ -348,13 +350,15 @@ impl Host {
         incarnation: u64,
         outcome: ExitOutcome,
     ) -> bool {
-        let devices = self.machine.as_ref().map(|m| m.parts.devices.as_slice());
-        let found = devices.unwrap_or_default().iter().position(|device| {
-            device.id == id
-                && device.process.as_ref().is_some_and(|p| {
-                    let newcomer = p.newcomer.as_ref().map(|n| n.incarnation);
-                    newcomer.unwrap_or(p.incarnation) == incarnation
-                })
+        let devices = self.machine.as_ref().map(|m| &m.parts.devices);
+        let found = devices.and_then(|devices| {
+            devices.position(|device| {
+                device.id == id
+                    && device.process.as_ref().is_some_and(|p| {
+                        let newcomer = p.newcomer.as_ref().map(|n| n.incarnation);
+                        newcomer.unwrap_or(p.incarnation) == incarnation
+                    })
+            })
         });
         let Some(index) = found else {
             return false;
