@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(unsafe_code)] // the child's descriptors are put in place between fork and exec
 
+pub mod loops;
+pub mod trace;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -48,12 +51,14 @@ pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
 pub const T_DISCARD: u32 = 11;
 pub const T_WRITE_ZEROES: u32 = 13;
+pub const T_SECURE_ERASE: u32 = 14;
 
 pub const F_RO: u64 = 1 << 5;
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_CONFIG_WCE: u64 = 1 << 11;
 pub const F_DISCARD: u64 = 1 << 13;
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
+pub const F_SECURE_ERASE: u64 = 1 << 16;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
@@ -115,20 +120,32 @@ impl Blk {
 
     /// Stand-alone, listening.
     pub fn listen(socket: &Path, disk: &str, more: &[&str]) -> Self {
-        let child = Self::command()
-            .arg("--socket")
-            .arg(socket)
-            .args(["--disk", disk])
-            .args(more)
-            .spawn()
-            .unwrap();
+        let child = Self::listening(socket, disk, more).spawn().unwrap();
         let blk = Self { child };
         wait_for("the socket", || UnixStream::connect(socket).is_ok());
         blk
     }
 
+    /// The command of [`Self::listen`].
+    pub fn listening(socket: &Path, disk: &str, more: &[&str]) -> Command {
+        let mut command = Self::command();
+        command
+            .arg("--socket")
+            .arg(socket)
+            .args(["--disk", disk])
+            .args(more);
+        command
+    }
+
     /// As the launcher starts it: channels at 3 and 4, the disk at 5.
     pub fn inherit(disk: File, options: &str, more: &[&str]) -> (Self, OwnedFd, UnixStream) {
+        let (mut command, control, vhost) = Self::inheriting(disk, options, more);
+        let child = command.spawn().unwrap();
+        (Self { child }, control, vhost)
+    }
+
+    /// The command of [`Self::inherit`].
+    pub fn inheriting(disk: File, options: &str, more: &[&str]) -> (Command, OwnedFd, UnixStream) {
         let (control, control_theirs) = UnixStream::pair().unwrap();
         let (vhost, vhost_theirs) = UnixStream::pair().unwrap();
         let theirs: [OwnedFd; 3] = [control_theirs.into(), vhost_theirs.into(), disk.into()];
@@ -141,6 +158,8 @@ impl Blk {
         // SAFETY: dup and dup2 are async-signal-safe and touch descriptors only.
         unsafe {
             command.pre_exec(move || {
+                // Open until the last child is made of this command.
+                let _ = &theirs;
                 let mut high = [0; 3];
                 for (h, n) in high.iter_mut().zip(&numbers) {
                     *h = libc::fcntl(*n, libc::F_DUPFD_CLOEXEC, 100);
@@ -153,8 +172,7 @@ impl Blk {
                 Ok(())
             });
         }
-        let child = command.spawn().unwrap();
-        (Self { child }, control.into(), vhost)
+        (command, control.into(), vhost)
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -428,7 +446,7 @@ impl Vm {
         let (head, status) = (GPA + 0x100, GPA + 0x200);
         self.header(head, kind, sector);
         self.write_mem(status, &[0xff]);
-        let out = [T_OUT, T_DISCARD, T_WRITE_ZEROES].contains(&kind);
+        let out = [T_OUT, T_DISCARD, T_WRITE_ZEROES, T_SECURE_ERASE].contains(&kind);
         let flags = if out { 0 } else { WRITE };
         let mut chain = vec![d(head, 16, 0)];
         if len > 0 {
