@@ -132,8 +132,13 @@ pub fn topology(file: &File, block_device: bool) -> Topology {
     }
 }
 
-/// Whether the file lies in memory: nothing in it is ever waited for.
+/// Whether the file lies in memory: nothing in it is ever waited for, nothing of it is durable.
+/// What a block device says of its file system is said of the one that its node lies in, which
+/// is in memory (devtmpfs).
 pub fn in_memory(file: &File) -> bool {
+    if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+        return false;
+    }
     // SAFETY: an all-zero statfs is valid, and only a place to write to.
     let mut st: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: st is live and is what the kernel fills.
@@ -264,6 +269,8 @@ mod tests {
         file.write_all_at(&[7; 3 * PAGE as usize], 0).unwrap();
         let len = 3 * u64::from(PAGE);
         assert!(in_memory(&file));
+        // Its node does; what it stands for is another matter.
+        assert!(!in_memory(&File::open("/dev/null").unwrap()));
         assert!(can_punch(&file, len, false));
         punch(&file, u64::from(PAGE), 100 * u64::from(PAGE)).unwrap();
         let mut back = vec![1; len as usize];

@@ -157,6 +157,38 @@ fn a_flush_and_a_write_are_what_the_cache_mode_says() {
     }
 }
 
+/// The node of a block device lies in a file system in memory: it is no such file for that.
+#[test]
+fn a_block_device_is_served_by_the_ring_and_flushed() {
+    if !trace::permitted() {
+        return;
+    }
+    let scratch = Scratch::new("modes-loop");
+    let Some(device) = Loop::over(&scratch.disk(64), 512) else {
+        return;
+    };
+    let socket = scratch.path("s");
+    for (cache, written, flushed) in [
+        ("none", Done::Write, &[Done::Sync][..]),
+        ("writeback", Done::Write, &[Done::Sync]),
+        ("writethrough", Done::DurableWrite, &[Done::Sync]),
+        ("unsafe", Done::Write, &[]),
+    ] {
+        let spec = format!("path={},cache={cache}", device.path().display());
+        let watched = watched(&socket, &spec, &["--io-engine", "io_uring"]);
+        let flags = watched.open_flags(device.path());
+        assert_eq!(flags & libc::O_DIRECT != 0, cache == "none");
+        let mut vm = Vm::connect(&socket, 1);
+        vm.start();
+        watched.take();
+        assert_eq!(vm.request(T_OUT, 8, DATA, 4096).0, 0, "{cache}");
+        assert_eq!(vm.request(T_FLUSH, 0, 0, 0).0, 0, "{cache}");
+        let calls = watched.take();
+        assert_eq!(done(&calls), [&[written], flushed].concat(), "{cache}");
+        assert!(calls.iter().all(|c| c.number != libc::SYS_pwritev2));
+    }
+}
+
 #[test]
 fn a_read_only_disk_is_never_written_or_flushed() {
     if !trace::permitted() {
