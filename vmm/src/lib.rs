@@ -19,6 +19,7 @@ pub mod memory;
 pub mod pci;
 pub mod power;
 pub mod serial;
+pub mod reap;
 pub mod signals;
 pub mod terminal;
 pub mod threads;

@@ -57,6 +57,8 @@ pub(super) fn check_disk(name: &str, disk: &DiskConfig) -> Result<(), String> {
         path(&format!("{name}.backing_paths[{index}]"), backing)?;
     }
     check_limits(&format!("{name}.limits"), disk.limits.as_ref())?;
+    let resources = disk.resources.as_ref();
+    super::config_resources::check(&format!("{name}.resources"), resources, true)?;
     if disk.max_size != 0 && disk.readonly {
         return Err(format!(
             "{name}.max_size is {}: a read-only disk does not grow; leave it out",

@@ -100,6 +100,13 @@ fn check_net(name: &str, net: &NetConfig, cpus: u32) -> Result<(), String> {
             check_limits(&format!("{name}.{field}"), limits)?;
         }
     }
+    let resources = net.resources.as_ref();
+    super::config_resources::check(&format!("{name}.resources"), resources, false)?;
+    if resources.is_some() && matches!(net.backend, Some(net_config::Backend::VhostUser(_))) {
+        return Err(format!(
+            "{name}.resources is set: the other side is no process of ours; limit it where it is started"
+        ));
+    }
     let limited = net.to_guest.is_some() || net.from_guest.is_some();
     match &net.backend {
         Some(net_config::Backend::Tap(tap)) => check_tap(name, net, tap, limited, most),

@@ -16,6 +16,7 @@
 pub mod config;
 mod config_disk;
 mod config_net;
+mod config_resources;
 mod connection;
 pub mod events;
 mod reply;

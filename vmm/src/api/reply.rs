@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bulkhead_proto::machine::{
-    DeviceStatsResponse, DevicesResponse, InfoResponse, UpdateDiskResponse,
+    DeviceStatsResponse, DevicesResponse, InfoResponse, UpdateDiskResponse, UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{Code, RpcStatus};
@@ -25,6 +25,8 @@ pub enum ApiResponse {
     DeviceStats(Box<DeviceStatsResponse>),
     /// The answer to UpdateDisk.
     DiskUpdated(UpdateDiskResponse),
+    /// The answer to UpdateResources.
+    ResourcesUpdated(UpdateResourcesResponse),
 }
 
 impl ApiResponse {
@@ -37,6 +39,7 @@ impl ApiResponse {
             Self::Devices(devices) => devices.write_to_bytes(),
             Self::DeviceStats(stats) => stats.write_to_bytes(),
             Self::DiskUpdated(disk) => disk.write_to_bytes(),
+            Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
         };
         encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))
     }

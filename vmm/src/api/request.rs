@@ -3,16 +3,18 @@
 
 use std::time::Duration;
 
+use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
     BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest, DrainDeviceRequest,
     EventsRequest, InfoRequest, MachineConfig, PauseRequest, ResumeDeviceRequest, ResumeRequest,
-    ShutdownRequest, UpdateDiskRequest, UpdateNetRequest, update_net_request,
+    ShutdownRequest, UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest,
+    update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus};
 
-use super::{config, config_disk, config_net};
+use super::{config, config_disk, config_net, config_resources};
 use crate::cli::machine_args::check_id;
 
 /// How long a guest has to switch itself off, or a device to drain, when the client does not
@@ -52,6 +54,13 @@ pub enum ApiRequest {
     UpdateDisk(Box<UpdateDiskRequest>),
     /// Change a network device's link or limits.
     UpdateNet(Box<UpdateNetRequest>),
+    /// Change what a device's process may use of the host.
+    UpdateResources {
+        /// The device.
+        id: String,
+        /// All limits.
+        resources: Box<Resources>,
+    },
     /// Let a device finish what is in flight and take nothing new.
     DrainDevice {
         /// The device.
@@ -110,6 +119,17 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
         }
         "UpdateDisk" => update_disk(message(payload)?)?,
         "UpdateNet" => update_net(message(payload)?)?,
+        "UpdateResources" => {
+            let request: UpdateResourcesRequest = message(payload)?;
+            let resources = request.resources.into_option().unwrap_or_default();
+            // Whether it is a disk is seen by the manager.
+            config_resources::check("resources", Some(&resources), true)
+                .map_err(RpcStatus::invalid_argument)?;
+            ApiRequest::UpdateResources {
+                id: device_id(request.id)?,
+                resources: Box::new(resources),
+            }
+        }
         "DrainDevice" => {
             let request: DrainDeviceRequest = message(payload)?;
             ApiRequest::DrainDevice {

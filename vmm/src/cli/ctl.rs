@@ -87,6 +87,8 @@ enum CtlCommand {
     UpdateDisk(ctl_device::UpdateDiskArgs),
     /// Change a network device's link or limits while it is in use
     UpdateNet(ctl_device::UpdateNetArgs),
+    /// Change what a device's process may use of the host: CPU, memory, threads, I/O
+    Limit(super::resource_args::LimitArgs),
     /// Let a device finish what is in flight and take nothing new
     Drain(ctl_device::DrainArgs),
     /// Let a drained device take requests again, or bring a quarantined one back
@@ -186,6 +188,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::Stats(stats) => stats.run(&mut session, &mut out),
         CtlCommand::UpdateDisk(update) => update.run(&mut session, &mut out),
         CtlCommand::UpdateNet(update) => update.run(&mut session, &mut out),
+        CtlCommand::Limit(limit) => limit.run(&mut session, &mut out),
         CtlCommand::Drain(drain) => drain.run(&mut session, &mut out),
         CtlCommand::ResumeDevice(resume) => resume.run(&mut session, &mut out),
         CtlCommand::Events { from, follow } => {
@@ -211,6 +214,7 @@ impl CtlCommand {
             Self::Create(machine) => create_request(machine).map(|_| ()),
             Self::UpdateDisk(update) => update.request().map(|_| ()),
             Self::UpdateNet(update) => update.request().map(|_| ()),
+            Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),
         }
     }

@@ -297,7 +297,7 @@ impl ResumeDeviceArgs {
     }
 }
 
-fn machine_config(session: &mut Session<'_>) -> Result<MachineConfig, Failure> {
+pub(super) fn machine_config(session: &mut Session<'_>) -> Result<MachineConfig, Failure> {
     let info: InfoResponse = session.call("Info", &InfoRequest::new(), CALL)?;
     Ok(info.config.into_option().unwrap_or_default())
 }

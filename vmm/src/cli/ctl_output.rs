@@ -62,6 +62,8 @@ pub fn info_json(info: &InfoResponse) -> Value {
         "stop_reason": info.stop_reason,
         "vmm_pid": info.vmm_pid,
         "launcher_pid": info.launcher_pid,
+        "cgroup": info.cgroup,
+        "cgroup_note": info.cgroup_note,
         "config": config,
         "counters": {
             "vcpu_exits": info.counters.vcpu_exits,
@@ -87,6 +89,12 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         "processes",
         &format!("vmm {}, launcher {}", info.vmm_pid, info.launcher_pid),
     )?;
+    let cgroup = match (info.cgroup.as_str(), info.cgroup_note.as_str()) {
+        ("", why) => format!("none: {why}"),
+        (path, "") => path.to_owned(),
+        (path, note) => format!("{path}; {note}"),
+    };
+    line("cgroup", &cgroup)?;
     if let Some(config) = info.config.as_ref() {
         line("kernel", &config.kernel)?;
         if !config.initrd.is_empty() {

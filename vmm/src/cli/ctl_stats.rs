@@ -4,11 +4,12 @@
 
 use std::io::{self, Write};
 
-use bulkhead_proto::common::QueueStats;
+use bulkhead_proto::common::{QueueStats, ResourceUsage};
 use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
 use serde_json::{Value, json};
 
 use super::ctl_output::{clean, table};
+use super::resource_args;
 
 /// Per mille of the requests that are at least as fast as what is shown.
 const PERCENTILES: [(&str, u64); 4] = [("p50", 500), ("p90", 900), ("p99", 990), ("p99.9", 999)];
@@ -107,6 +108,7 @@ pub fn json(stats: &DeviceStatsResponse) -> Value {
         "queues": queues,
         "latency_us": percentiles_json(&sum(&stats.queues)),
         "net": stats.net.as_ref().map(net_json),
+        "usage": stats.usage.as_ref().map(usage_json),
     })
 }
 
@@ -153,6 +155,76 @@ pub fn text(out: &mut dyn Write, stats: &DeviceStatsResponse) -> io::Result<()> 
     }
     if let Some(net) = stats.net.as_ref() {
         net_text(out, net)?;
+    }
+    if let Some(usage) = stats.usage.as_ref() {
+        usage_text(out, usage)?;
+    }
+    Ok(())
+}
+
+fn usage_json(usage: &ResourceUsage) -> Value {
+    json!({
+        "cgroup": usage.cgroup,
+        "cpu_us": usage.cpu_us,
+        "cpu_throttled_us": usage.cpu_throttled_us,
+        "memory_bytes": usage.memory_bytes,
+        "memory_peak_bytes": usage.memory_peak_bytes,
+        "oom_kills": usage.oom_kills,
+        "pids": usage.pids,
+        "read_bytes": usage.read_bytes,
+        "written_bytes": usage.written_bytes,
+        "limits": usage.limits.as_ref().map(resource_args::json),
+        "not_enforced": usage.not_enforced,
+    })
+}
+
+fn usage_text(out: &mut dyn Write, usage: &ResourceUsage) -> io::Result<()> {
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<12} {}", clean(&value));
+    if usage.cgroup.is_empty() {
+        line("cgroup", "none: `ctl info` says why".into())?;
+    } else {
+        line("cgroup", usage.cgroup.clone())?;
+        line(
+            "cpu",
+            format!(
+                "{:.3} s, held up for {:.3} s",
+                usage.cpu_us as f64 / 1e6,
+                usage.cpu_throttled_us as f64 / 1e6
+            ),
+        )?;
+        let killed = match usage.oom_kills {
+            0 => String::new(),
+            n => format!(", {n} processes killed at the limit"),
+        };
+        // Without their controllers there is nothing to tell.
+        if usage.memory_bytes != 0 {
+            line(
+                "memory",
+                format!(
+                    "{}, at most {}{killed}",
+                    bytes(usage.memory_bytes),
+                    bytes(usage.memory_peak_bytes)
+                ),
+            )?;
+        }
+        if usage.pids != 0 {
+            line("threads", usage.pids.to_string())?;
+        }
+        line(
+            "block I/O",
+            format!(
+                "{} read, {} written",
+                bytes(usage.read_bytes),
+                bytes(usage.written_bytes)
+            ),
+        )?;
+    }
+    let limits = usage.limits.as_ref().map(resource_args::text);
+    if let Some(limits) = limits.filter(|text| !text.is_empty()) {
+        line("limits", limits)?;
+    }
+    for why in &usage.not_enforced {
+        line("not enforced", why.clone())?;
     }
     Ok(())
 }

@@ -7,9 +7,10 @@ use bulkhead_proto::machine::DiskConfig;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 
 use super::machine_args::{Keys, MAX_CPUS, absolute, check_id, parse_size, parse_switch};
+use super::resource_args;
 
 const KEYS: &str = "path, readonly, id, serial, queues, format, cache, backing, max-size, bps, \
-                    iops and lock";
+                    iops, cpu, memory, pids, io and lock";
 
 /// A disk from its option; `index` names it when the text does not.
 ///
@@ -73,6 +74,10 @@ pub fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
                 } else {
                     limits.operations = Some(bucket).into();
                 }
+            }
+            key if resource_args::KEYS.contains(&key) => {
+                let resources = disk.resources.mut_or_insert_default();
+                resource_args::set(resources, key, value).map_err(|e| format!("{option}: {e}"))?;
             }
             "lock" => disk.unlocked = !parse_switch(&option, key, value)?,
             _ => return Err(format!("{option}: {key:?} is unknown: the keys are {KEYS}")),

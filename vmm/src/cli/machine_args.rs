@@ -44,6 +44,10 @@ pub struct MachineArgs {
     ///   max-size=SIZE          it can never be grown beyond
     ///   bps=SIZE[:BURST]       bytes per second, and how many may be saved up
     ///   iops=N[:BURST]         operations per second, and how many may be saved up
+    ///   cpu=PERCENT            its process: of one CPU's time; 150: one and a half CPUs
+    ///   memory=SIZE            its process: memory, with guest memory that it touches first
+    ///   pids=N                 its process: threads
+    ///   io=rbps=SIZE:wbps=SIZE:riops=N:wiops=N   of the block device that the file lies on
     ///   lock=off               do not lock the file: who else writes it corrupts it
     #[arg(long = "disk", value_name = "DISK", verbatim_doc_comment)]
     pub disks: Vec<String>,
@@ -62,6 +66,7 @@ pub struct MachineArgs {
     ///   required=off           boot without it when its back-end cannot be had
     ///   rx-bps=, rx-pps=       SIZE[:BURST] and N[:BURST]: limits on what the guest receives
     ///   tx-bps=, tx-pps=       and on what it sends
+    ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
     #[arg(long = "net", value_name = "NET", verbatim_doc_comment)]
     pub nets: Vec<String>,
     /// A device of somebody else's: socket=PATH,kind=NAME[,KEY=VALUE]…; may be repeated

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+use crate::launcher::CgroupChoice;
 use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
@@ -19,6 +20,7 @@ mod ctl_stats;
 pub mod disk_args;
 pub mod machine_args;
 pub mod net_args;
+pub mod resource_args;
 pub mod run;
 
 /// Exit code of a wrong command line.
@@ -47,6 +49,8 @@ enum Command {
     Ctl(Box<ctl::CtlArgs>),
     /// Show what the kernel says of every process of a VM, graded against what it should be
     Audit(audit::AuditArgs),
+    /// Remove what VMs have left behind that ended by a power cut: sockets, cgroups, notes
+    Reap(crate::reap::ReapArgs),
 }
 
 /// Options of the VMM itself.
@@ -58,6 +62,10 @@ pub struct HostArgs {
     /// passt for `--net user` [default of run: /usr/bin/passt, …; serve starts none without it]
     #[arg(long, value_name = "PATH")]
     pub passt: Option<PathBuf>,
+    /// The cgroup v2 that the devices' own are made in, a directory; off: none [default: that of
+    /// bulkhead, where it is delegated]
+    #[arg(long, value_name = "PATH|off", value_parser = cgroup)]
+    pub cgroup: Option<CgroupChoice>,
     /// How often a device's process may be replaced, within how many seconds, before the device
     /// is left without one; 0: never
     #[arg(long, value_name = "N[:SECONDS]", default_value = "5:60", value_parser = restarts)]
@@ -103,6 +111,14 @@ fn restarts(text: &str) -> Result<Budget, String> {
     }
 }
 
+fn cgroup(text: &str) -> Result<CgroupChoice, String> {
+    match text {
+        "off" => Ok(CgroupChoice::Off),
+        path if path.starts_with('/') => Ok(CgroupChoice::At(path.into())),
+        _ => Err("give the absolute path of a directory of cgroup v2, or off".to_owned()),
+    }
+}
+
 fn log_level(text: &str) -> Result<log::LevelFilter, String> {
     text.parse()
         .map_err(|_| "give error, warn, info, debug or trace".to_string())
@@ -119,6 +135,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => run::serve(args),
         Command::Ctl(args) => ctl::run(*args),
         Command::Audit(args) => audit::run(&args),
+        Command::Reap(args) => ExitCode::from(u8::from(crate::reap::run(&args) != 0)),
     }
 }
 
@@ -132,7 +149,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => fail(
             EXIT_USAGE,
-            "give a command: run, serve, ctl or audit (see `bulkhead --help`)",
+            "give a command: run, serve, ctl, audit or reap (see `bulkhead --help`)",
         ),
         _ => {
             let text = error.to_string();

@@ -12,11 +12,12 @@ use bulkhead_proto::machine::{
 };
 
 use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch};
+use super::resource_args;
 use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
 
 /// What `--net` takes, for its errors.
-const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…]";
+const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…][,cpu=PERCENT][,memory=SIZE][,pids=N]";
 /// What `--vhost-user` takes, for its errors.
 const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N][,queue-size=N][,config=HEX][,server=on][,required=off][,id=NAME]";
 
@@ -104,6 +105,10 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
                     "vhost-net" => Datapath::VHOST_NET,
                     _ => return fail(key, value, "auto, user or vhost-net"),
                 });
+            }
+            key if resource_args::KEYS.contains(&key) && key != "io" => {
+                let resources = net.resources.mut_or_insert_default();
+                resource_args::set(resources, key, value).map_err(|e| format!("{option}: {e}"))?;
             }
             "required" => net.optional = !parse_switch(&option, key, value)?,
             "rx-bps" | "rx-pps" | "tx-bps" | "tx-pps" => {

@@ -16,6 +16,7 @@ pub fn run(args: RunArgs) -> ExitCode {
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
+        cgroup: args.host.cgroup.unwrap_or_default(),
         api_socket: args.api_socket,
         first: Some(config),
         restarts: args.host.restarts,
@@ -28,6 +29,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
+        cgroup: args.host.cgroup.unwrap_or_default(),
         api_socket: Some(args.api_socket),
         first: None,
         restarts: args.host.restarts,

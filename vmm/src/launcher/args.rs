@@ -30,6 +30,21 @@ pub struct Args {
     pub helpers: Vec<String>,
     /// Directories that hold the helpers' libraries.
     pub helper_libraries: Vec<PathBuf>,
+    /// The VM's cgroup, whose directory follows the programs.
+    pub cgroup: Option<CgroupArgs>,
+    /// Why there is no cgroup, or not every controller.
+    pub cgroup_note: String,
+    /// Where the note of what the VM made is; it follows the cgroup.
+    pub note: Option<PathBuf>,
+}
+
+/// What the launcher is told of the VM's cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CgroupArgs {
+    /// Controllers of its leaves.
+    pub controllers: Vec<String>,
+    /// Its path below the mount; the last part is its name.
+    pub path: String,
 }
 
 impl Args {
@@ -56,6 +71,14 @@ impl Args {
         for path in &self.helper_libraries {
             push("--helper-libraries", path.as_os_str().as_bytes())?;
         }
+        if let Some(cgroup) = &self.cgroup {
+            let text = format!("{}:{}", cgroup.controllers.join(","), cgroup.path);
+            push("--cgroup", text.as_bytes())?;
+        }
+        push("--cgroup-note", self.cgroup_note.as_bytes())?;
+        if let Some(path) = &self.note {
+            push("--note", path.as_os_str().as_bytes())?;
+        }
         Some(argv)
     }
 
@@ -64,6 +87,7 @@ impl Args {
         let (mut rights, mut host_ids) = (None, None);
         let (mut binaries, mut allow_paths) = (Vec::new(), Vec::new());
         let (mut helpers, mut helper_libraries) = (Vec::new(), Vec::new());
+        let (mut cgroup, mut cgroup_note, mut note) = (None, String::new(), None);
         for arg in args {
             let bytes = arg.as_bytes();
             let bad = || {
@@ -91,6 +115,17 @@ impl Args {
                 b"--allow-path" => {
                     allow_paths.push(PathBuf::from(OsString::from_vec(value.to_owned())));
                 }
+                b"--cgroup" => {
+                    let (controllers, path) =
+                        text.ok().and_then(|t| t.split_once(':')).ok_or_else(bad)?;
+                    let words = controllers.split(',').filter(|word| !word.is_empty());
+                    cgroup = Some(CgroupArgs {
+                        controllers: words.map(str::to_owned).collect(),
+                        path: path.to_owned(),
+                    });
+                }
+                b"--cgroup-note" => cgroup_note = text.map_err(|_| bad())?.to_owned(),
+                b"--note" => note = Some(PathBuf::from(OsString::from_vec(value.to_owned()))),
                 _ => return Err(bad()),
             }
         }
@@ -103,6 +138,9 @@ impl Args {
             allow_paths,
             helpers,
             helper_libraries,
+            cgroup,
+            cgroup_note,
+            note,
         })
     }
 }
@@ -120,6 +158,12 @@ mod tests {
             allow_paths: vec!["/srv/a=b".into(), "".into()],
             helpers: vec!["passt".into()],
             helper_libraries: vec!["/lib".into()],
+            cgroup: Some(CgroupArgs {
+                controllers: vec!["cpu".into(), "pids".into()],
+                path: "/a:b/bulkhead-vm-1-2".into(),
+            }),
+            cgroup_note: "no io: x".into(),
+            note: Some("/run/bulkhead/vm-1-2.run".into()),
         };
         let argv = args.to_argv().unwrap();
         let read = argv

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use bulkhead_seccomp::policy::Policy;
 use bulkhead_seccomp::{filter, notify, policy};
 
+use super::cgroup::Fallback;
 use super::identity::{INNER_ID, Rights};
 use super::{confine, helper, isolate, packet, sys};
 
@@ -32,6 +33,8 @@ pub struct Child<'a> {
     pub sync: BorrowedFd<'a>,
     /// What it becomes.
     pub sandbox: &'a Sandbox<'a>,
+    /// Resource limits in the place of cgroup controllers that are missing.
+    pub fallback: Fallback,
 }
 
 /// Around what a process of the launcher runs.
@@ -103,8 +106,8 @@ impl Child<'_> {
         };
         *report = *sync;
         let limits = match self.sandbox {
-            Sandbox::Device(_) => confine::device_limits(),
-            Sandbox::Helper(_) => confine::helper_limits(),
+            Sandbox::Device(_) => confine::device_limits(self.fallback),
+            Sandbox::Helper(_) => confine::helper_limits(self.fallback),
         };
         step("limits", limits)?;
         step("bounding set", isolate::bar_capabilities())?;

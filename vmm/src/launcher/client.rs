@@ -52,6 +52,8 @@ pub struct LauncherConfig {
 
 impl LauncherConfig {
     /// The binaries lie where this program lies, and every path is allowed.
+    /// Where the VM's cgroup is to be.
+    pub cgroup: CgroupChoice,
     pub fn new(devices: Vec<String>) -> io::Result<Self> {
         let exe = std::fs::read_link("/proc/self/exe")?;
         let libexec = exe.parent().unwrap_or(Path::new("/")).to_owned();
@@ -64,6 +66,7 @@ impl LauncherConfig {
     }
 }
 
+            cgroup: CgroupChoice::default(),
 /// Why something that the launcher was to do did not happen. One line each.
 #[derive(Debug, thiserror::Error)]
 pub enum LauncherError {
@@ -180,6 +183,13 @@ pub enum LauncherEvent {
     /// along is at [`Launcher::take_linked`].
     Linked {
         /// What that returned.
+    /// An answer to [`Launcher::begin_place`].
+    Placed {
+        /// What that returned.
+        ticket: u64,
+        /// Limits that are not enforced and why, or why nothing was changed.
+        result: Result<Vec<String>, String>,
+    },
         ticket: u64,
         /// Why not.
         result: Result<(), String>,
@@ -198,6 +208,8 @@ struct Inbox {
     linked: BTreeMap<u64, Linked>,
 }
 
+    /// Those of them that change limits.
+    places: BTreeSet<u64>,
 struct Inner {
     /// None once the launcher is given up.
     socket: Option<PacketSocket>,
@@ -216,6 +228,7 @@ pub struct Launcher {
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
 }
+    cgroup: (String, String),
 
 impl Launcher {
     /// Starts the launcher. To be called before this process confines itself and before it
@@ -224,7 +237,12 @@ impl Launcher {
         let io = |what| move |error| LauncherError::Io(what, error);
         let epoll = Epoll::new().map_err(io("epoll_create1"))?;
         let pending = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io("eventfd"))?;
-        let Started { socket, pid, pidfd } = start(config)?;
+        let Started {
+            socket,
+            pid,
+            pidfd,
+            cgroup,
+        } = start(config)?;
         let launcher = Self {
             inner: Mutex::new(Inner {
                 socket: Some(socket),
@@ -241,6 +259,7 @@ impl Launcher {
         Ok(launcher)
     }
 
+            cgroup,
     /// Waits until the launcher has confined itself, and begins to watch it.
     fn greet(&self) -> Result<(), LauncherError> {
         use std::os::fd::AsRawFd;
@@ -493,6 +512,12 @@ impl Launcher {
         self.pidfd.as_fd()
     }
 
+    /// Path of the cgroup that devices' leaves are in, below the mount of cgroup v2, and what
+    /// is missing of it; empty: there is none, and nothing.
+    pub fn cgroup(&self) -> (&str, &str) {
+        (&self.cgroup.0, &self.cgroup.1)
+    }
+
     /// Ends the launcher and every device process and waits for it; so does dropping.
     pub fn shutdown(self) {
         drop(self);
@@ -671,6 +696,7 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
                 (Some(call), _) => ExitOutcome::Violation(Violation {
                     nr: call.nr,
                     arch: call.arch,
+        places,
                 }),
                 (None, 0) => ExitOutcome::Status(exited.status),
                 (None, signal) => ExitOutcome::Signal(signal),
@@ -737,4 +763,20 @@ mod nets;
 
 pub use nets::{Linked, SpawnedHelper};
 #[cfg(test)]
+            if places.remove(&reply_id) {
+                let result = match (result, reply.error.as_str()) {
+                    (Some(wire::reply::Result::Placed(placed)), "") => {
+                        Ok(resources::lines(&placed.not_enforced))
+                    }
+                    (_, "") => return Err(LauncherError::Protocol("no answer to limits")),
+                    (_, error) => Err(printable(error)),
+                };
+                events.push_back(LauncherEvent::Placed {
+                    ticket: reply_id,
+                    result,
+                });
+                return Ok(None);
+            }
 mod tests;
+mod resources;
+pub use resources::Placed;

@@ -9,6 +9,7 @@
 use bulkhead_seccomp::{notify, policy};
 
 use super::args::Args;
+use super::cgroup::Fallback;
 use super::isolate;
 
 /// Descriptors of the launcher: two or three per device, sockets, binaries.
@@ -40,22 +41,26 @@ pub fn launcher(args: &Args) -> Result<(), String> {
     notify::apply_mild_filter_this_thread(policy).map_err(|error| format!("confinement: {error}"))
 }
 
-/// Lowers the limits of what is about to become a device.
-pub fn device_limits() -> std::io::Result<()> {
-    limits(DEVICE_NOFILE)
+/// Lowers the limits of what is about to become a device; `fallback`: what no cgroup limits.
+pub fn device_limits(fallback: Fallback) -> std::io::Result<()> {
+    limits(DEVICE_NOFILE, fallback)
 }
 
 /// The same for an external helper: each connection of the guest is one or more descriptors of
 /// passt's, which says no to the guest where they end.
-pub fn helper_limits() -> std::io::Result<()> {
-    limits(LAUNCHER_NOFILE)
+pub fn helper_limits(fallback: Fallback) -> std::io::Result<()> {
+    limits(LAUNCHER_NOFILE, fallback)
 }
 
-fn limits(descriptors: u64) -> std::io::Result<()> {
+fn limits(descriptors: u64, fallback: Fallback) -> std::io::Result<()> {
+    if let Some(bytes) = fallback.memory {
+        isolate::limit_at_most(libc::RLIMIT_DATA, bytes)?;
+    }
+    let threads = fallback.pids.unwrap_or(DEVICE_NPROC).min(DEVICE_NPROC);
     for (resource, most) in [
         (libc::RLIMIT_CORE, 0),
         (libc::RLIMIT_NOFILE, descriptors),
-        (libc::RLIMIT_NPROC, DEVICE_NPROC),
+        (libc::RLIMIT_NPROC, threads),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_NICE, 0),

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::args::Args;
+use super::cgroup::Cgroups;
 use super::child::{Child, Sandbox, inner_id};
 use super::helper;
 use super::identity::{Maps, Rights, namespace_remedy};
@@ -75,9 +76,10 @@ pub fn spawn(
     args: &Args,
     binaries: &[OwnedFd],
     devices: &[Device],
+    cgroups: &mut Cgroups,
 ) -> Result<Device, String> {
     let fail = |why: String| format!("device {}: {why}", printable(&order.id));
-    spawn_checked(order, args, binaries, devices).map_err(fail)
+    spawn_checked(order, args, binaries, devices, cgroups).map_err(fail)
 }
 
 fn spawn_checked(
@@ -85,6 +87,7 @@ fn spawn_checked(
     args: &Args,
     binaries: &[OwnedFd],
     devices: &[Device],
+    cgroups: &mut Cgroups,
 ) -> Result<Device, String> {
     let program = args
         .binaries
@@ -129,7 +132,7 @@ fn spawn_checked(
         sandbox: Sandbox::Device(policy),
     };
     debug_assert!(order.fds.len().saturating_add(3) >= FIRST_OWN_FD);
-    start.run(args, devices)
+    start.run(args, devices, cgroups)
 }
 
 /// Starts an external helper: see `helper`. Its own descriptors are from 3 on.
@@ -138,6 +141,7 @@ pub fn spawn_helper(
     args: &Args,
     programs: &[OwnedFd],
     devices: &[Device],
+    cgroups: &mut Cgroups,
 ) -> Result<Device, String> {
     let fail = |why: String| format!("device {}: {why}", printable(&order.id));
     let program = args
@@ -175,7 +179,7 @@ pub fn spawn_helper(
         }),
     };
     debug_assert_eq!(helper::FIRST_FD, 3);
-    start.run(args, devices).map_err(fail)
+    start.run(args, devices, cgroups).map_err(fail)
 }
 
 /// A process to start, its request checked.
@@ -190,7 +194,7 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    fn run(self, args: &Args, devices: &[Device]) -> Result<Device, String> {
+    fn run(self, args: &Args, devices: &[Device], cgroups: &mut Cgroups) -> Result<Device, String> {
         if !valid_id(self.id) {
             return Err("an id is 1 to 64 of letters, digits, '.', '_' and '-'".into());
         }
@@ -225,15 +229,26 @@ impl Start<'_> {
             fds: &fds,
             sync: child_sync.as_fd(),
             sandbox: &self.sandbox,
+            fallback: cgroups.fallback(self.id),
         };
         // The child's entries in /proc must be ours to write its maps, and it has this flag of
         // ours at its clone. It turns it off itself.
         isolate::dumpable(true).map_err(io("dumpable"))?;
-        let cloned = sys::clone_single_threaded(self.sandbox.flags(args.rights));
+        let flags = self.sandbox.flags(args.rights);
+        let leaf = cgroups.leaf(self.id);
+        let mut cloned = sys::clone_single_threaded(flags, leaf);
+        let outside = leaf.is_some() && cloned.is_err();
+        if outside {
+            // It runs as it would on a host without cgroups, if the cause was its leaf.
+            cloned = sys::clone_single_threaded(flags, None);
+        }
         if let Ok(Cloned::Child) = cloned {
             // Else the end of the launcher would not end the wait for its byte.
             drop(sync);
             child.run();
+        }
+        if outside && cloned.is_ok() {
+            cgroups.give_up(self.id);
         }
         isolate::dumpable(false).map_err(io("dumpable"))?;
         let (pid, pidfd) = match cloned {

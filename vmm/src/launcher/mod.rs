@@ -12,15 +12,18 @@
 //!   thread may call it; calls take turns.
 //! - In the launcher process, all on its only thread: `args` (its command line), `server`
 //!   (the loop), `paths` and `lock` (what it opens and binds), `device` (starting one), `kept`
-//!   (what stays of one that has died), `log` (what
-//!   devices say).
+//!   (what stays of one that has died), `cgroup` (what its processes may use), `log` (what
+//!   devices say), `leftovers` (what is to be removed should all of this be killed).
 //! - Between clone and exec, in the process that becomes a device: `child`.
-//! - `sys`, `isolate` and `packet` hold the system calls and all the `unsafe` there is.
+//! - `sys`, `cgroup_sys`, `isolate` and `packet` hold the system calls and all the `unsafe` there is.
 //!
 //! The launcher holds no guest memory, no KVM handle and no API connection; it trusts the
 //! VMM's requests no further than its allowed paths and its table of binaries go.
 
 mod args;
+mod cgroup;
+pub(crate) mod cgroup_parent;
+pub(crate) mod cgroup_sys;
 mod child;
 mod client;
 mod confine;
@@ -30,6 +33,7 @@ pub(crate) mod helper;
 mod identity;
 mod isolate;
 mod kept;
+pub(crate) mod leftovers;
 mod lock;
 mod log;
 pub(crate) mod packet;
@@ -41,9 +45,11 @@ pub mod tap;
 mod tap_sys;
 mod watch;
 
+pub use cgroup::{LEAF_PREFIX, VMM_LEAF};
+pub use cgroup_parent::Choice as CgroupChoice;
 pub use client::{
-    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, SpawnSpec,
-    SpawnedDevice, SpawnedHelper,
+    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Placed,
+    SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
 pub use helper::Program;
 pub use server::main as launcher_main;

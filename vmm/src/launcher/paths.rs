@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use super::leftovers::Note;
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
 use super::{MAX_PATH, isolate, lock, printable};
 
@@ -60,6 +61,8 @@ struct Bound {
 pub struct Paths {
     allowed: Vec<PathBuf>,
     bound: Vec<Bound>,
+    /// Where sockets are noted, should this process not get to remove them.
+    note: Option<Note>,
 }
 
 /// A line that says what failed, on which path, and the remedy.
@@ -97,6 +100,19 @@ impl Paths {
         Self {
             allowed,
             bound: Vec::new(),
+            note: None,
+        }
+    }
+
+    /// Sockets are noted here.
+    pub fn noted_in(self, note: Option<Note>) -> Self {
+        Self { note, ..self }
+    }
+
+    /// There is nothing left that would have to be noted.
+    pub fn end_note(&mut self) {
+        if let Some(note) = self.note.take() {
+            note.remove();
         }
     }
 
@@ -334,6 +350,9 @@ impl Paths {
         })?;
         let socket = resolve(&place, libc::O_NOFOLLOW)
             .or_else(|error| refuse(role, path, &format!("vanished: {}", reason(&error))))?;
+        if let (Some(note), Ok(metadata)) = (&mut self.note, socket.metadata()) {
+            note.socket(path, &metadata);
+        }
         self.bound.push(Bound {
             path: path.to_owned(),
             directory,

@@ -16,9 +16,11 @@ use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
+use super::cgroup::{Cgroups, Group};
 use super::device::{self, Device, HelperOrder, Order};
 use super::isolate;
 use super::kept::Kept;
+use super::leftovers::Note;
 use super::log::{LOOK_AGAIN, Sink};
 use super::packet::{Packet, PacketSocket};
 use super::paths::{Mode, Paths};
@@ -73,6 +75,7 @@ struct Server {
     helpers: Vec<OwnedFd>,
     devices: Vec<Device>,
     kept: Kept,
+    cgroups: Cgroups,
     paths: Paths,
     sink: Sink,
     outgoing: VecDeque<Outgoing>,
@@ -110,10 +113,20 @@ impl Server {
         };
         let control = PacketSocket::from(take("control socket", CONTROL_FD)?);
         let vmm = take("pidfd of the VMM", VMM_FD)?;
-        let count = args.binaries.len().saturating_add(args.helpers.len());
+        let programs = args.binaries.len().saturating_add(args.helpers.len());
+        let count = programs
+            .saturating_add(usize::from(args.cgroup.is_some()))
+            .saturating_add(usize::from(args.note.is_some()));
         let mut binaries = device::inherited_binaries(count, FIRST_BINARY_FD)
             .map_err(|error| format!("device binaries: {error}"))?;
+        let mut others = binaries.split_off(programs).into_iter();
         let helpers = binaries.split_off(args.binaries.len());
+        let cgroups = cgroups(&args, &mut others);
+        let note = args.note.clone().zip(others.next());
+        let note = note.map(|(path, file)| Note {
+            file: file.into(),
+            path,
+        });
         let sink = Sink::stderr();
         let children = sys::child_signals().map_err(|error| format!("signalfd: {error}"))?;
         let confined = confine::launcher(&args);
@@ -125,7 +138,8 @@ impl Server {
             Err(line) => Outgoing::error(0, line.clone()),
         };
         let mut server = Self {
-            paths: Paths::new(args.allow_paths.clone()),
+            paths: Paths::new(args.allow_paths.clone()).noted_in(note),
+            cgroups,
             args,
             control,
             vmm,
@@ -227,6 +241,7 @@ impl Server {
                 let mut drained = [0; 1024];
                 let _ = sys::read(self.children.as_fd(), &mut drained);
                 self.reap();
+                self.cgroups.prune();
                 if self.flush().is_err() {
                     return Ok(());
                 }
@@ -302,6 +317,7 @@ impl Server {
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
             Some(wire::request::Op::Respawn(op)) => self.respawn(id, &op, packet.fds),
             Some(wire::request::Op::Kill(op)) => self.kill(id, &op),
+            Some(wire::request::Op::Place(op)) => self.place(id, &op),
             Some(wire::request::Op::GrowFile(op)) => self.grow(id, &op),
             Some(wire::request::Op::Forget(op)) => {
                 self.paths.forget(Path::new(&op.path)).map(|()| Outgoing::success(id, None))
@@ -400,7 +416,13 @@ impl Server {
             order.fds.push(write);
             read_end = Some(read);
         }
-        let device = device::spawn(&order, &self.args, &self.binaries, &self.devices)?;
+        let device = device::spawn(
+            &order,
+            &self.args,
+            &self.binaries,
+            &self.devices,
+            &mut self.cgroups,
+        )?;
         if fence {
             // Only the process holds it.
             order.fds.pop();
@@ -447,19 +469,45 @@ impl Server {
             options: op.options,
             fds,
         };
-        let device = device::spawn_helper(&order, &self.args, &self.helpers, &self.devices)?;
+        let device = device::spawn_helper(
+            &order,
+            &self.args,
+            &self.helpers,
+            &self.devices,
+            &mut self.cgroups,
+        )?;
         self.started(id, device, begin)
     }
 
     fn kill(&mut self, id: u64, op: &wire::Kill) -> Result<Outgoing, String> {
-        if op.forget {
-            self.kept.forget(&op.device_id);
-        }
-        self.devices
+        let killed = self
+            .devices
             .iter()
             .filter(|d| d.id == op.device_id && d.incarnation == op.incarnation)
-            .try_for_each(Device::kill)
-            .map(|()| Outgoing::success(id, None))
+            .try_for_each(Device::kill);
+        if op.forget {
+            self.kept.forget(&op.device_id);
+            self.cgroups.forget(&op.device_id);
+        }
+        killed.map(|()| Outgoing::success(id, None))
+    }
+
+    /// Makes a device's cgroup leaf, or changes its limits.
+    fn place(&mut self, id: u64, op: &wire::Place) -> Result<Outgoing, String> {
+        let resources = op.resources.as_ref().cloned().unwrap_or_default();
+        let placed = self
+            .cgroups
+            .place(&op.device_id, &resources, &op.block_device)?;
+        let (names, fds): (Vec<&str>, Vec<OwnedFd>) = placed.files.into_iter().unzip();
+        let answer = wire::Placed {
+            cgroup: placed.path,
+            files: names.into_iter().map(str::to_owned).collect(),
+            not_enforced: placed.not_enforced,
+            ..Default::default()
+        };
+        let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Placed(answer)));
+        outgoing.fds = fds;
+        Ok(outgoing)
     }
 
     fn grow(&self, id: u64, op: &wire::GrowFile) -> Result<Outgoing, String> {
@@ -485,7 +533,22 @@ impl Server {
             let _ = sys::read(self.children.as_fd(), &mut drained);
             self.reap();
         }
+        self.cgroups.remove_all();
+        self.paths.end_note();
     }
+}
+
+/// The VM's cgroup, as the VMM prepared it.
+fn cgroups(args: &Args, inherited: &mut impl Iterator<Item = OwnedFd>) -> Cgroups {
+    let group = args.cgroup.as_ref().and_then(|cgroup| {
+        Some(Group {
+            directory: inherited.next()?.into(),
+            name: cgroup.path.rsplit('/').next()?.to_owned(),
+            path: cgroup.path.clone(),
+            controllers: cgroup.controllers.clone(),
+        })
+    });
+    Cgroups::new(group, args.cgroup_note.clone())
 }
 
 /// A tap's queues, and as many descriptors of vhost-net if asked for and to be had.

@@ -10,9 +10,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::args::{Args, FIRST_BINARY_FD};
+use super::args::{Args, CgroupArgs, FIRST_BINARY_FD};
+use super::cgroup_parent;
 use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
+use super::leftovers::Note;
 use super::packet::PacketSocket;
 use super::{MAX_DEVICES, PROGRAM, isolate, printable, sys};
 
@@ -24,10 +26,14 @@ pub struct Started {
     pub pid: i32,
     /// And its pidfd.
     pub pidfd: OwnedFd,
+    /// Path of the VM's cgroup, and what is missing of it; empty: there is none, and nothing.
+    pub cgroup: (String, String),
 }
 
 /// Most device binaries: `clone_and_exec` carries 64 descriptors.
 const MAX_BINARIES: usize = 32;
+/// Longest note on the cgroup, characters.
+const MAX_CGROUP_NOTE: usize = 1024;
 /// How long clone, id maps and exec may take together.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -55,6 +61,22 @@ enum Attempt {
 
 /// Starts the launcher.
 pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
+    let cgroup = cgroup_parent::prepare(&config.cgroup).map_err(failed)?;
+    let note = Note::begin();
+    start_with(config, &cgroup, note.as_ref()).inspect_err(|_| {
+        // No launcher has taken them over; one that has ends as its socket does, and does this.
+        cgroup.undo();
+        if let Some(note) = &note {
+            note.remove();
+        }
+    })
+}
+
+fn start_with(
+    config: &LauncherConfig,
+    cgroup: &cgroup_parent::Prepared,
+    note: Option<&Note>,
+) -> Result<Started, LauncherError> {
     if config.devices.len() > MAX_BINARIES {
         return Err(failed(format!("more than {MAX_BINARIES} device binaries")));
     }
@@ -116,8 +138,19 @@ pub fn start(config: &LauncherConfig) -> Result<Started, LauncherError> {
             allow_paths: allow_paths.clone(),
             helpers: config.helpers.iter().map(|h| h.kind.to_owned()).collect(),
             helper_libraries: helper_libraries.clone(),
+            cgroup: cgroup.group.as_ref().map(|group| CgroupArgs {
+                controllers: group.controllers.clone(),
+                path: group.path.clone(),
+            }),
+            cgroup_note: cgroup.note.chars().take(MAX_CGROUP_NOTE).collect(),
+            note: note.map(|note| note.path.clone()),
         };
-        let programs: Vec<&File> = binaries.iter().chain(helpers.iter().copied()).collect();
+        let programs: Vec<&File> = binaries
+            .iter()
+            .chain(helpers.iter().copied())
+            .chain(cgroup.group.as_ref().map(|group| &group.directory))
+            .chain(note.map(|note| &note.file))
+            .collect();
         match attempt(&program, &programs, &args, maps.as_ref()) {
             Ok(started) => return Ok(started),
             Err(Attempt::Failed(error)) => return Err(error),
@@ -185,7 +218,18 @@ fn attempt(
         return Err(Attempt::NotPermitted(format!("id map: {error}")));
     }
     match go(&mut sync) {
-        Ok(()) => Ok(Started { socket, pid, pidfd }),
+        Ok(()) => Ok(Started {
+            socket,
+            pid,
+            pidfd,
+            cgroup: (
+                args.cgroup
+                    .as_ref()
+                    .map(|c| c.path.clone())
+                    .unwrap_or_default(),
+                args.cgroup_note.clone(),
+            ),
+        }),
         Err(error) => {
             end();
             Err(Attempt::Failed(error))

@@ -98,10 +98,14 @@ pub enum Cloned {
     },
 }
 
-fn clone3(flags: u64) -> io::Result<Cloned> {
+/// CLONE_INTO_CGROUP of <linux/sched.h>.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     let mut pidfd: RawFd = -1;
+    let into = cgroup.map_or(0, |_| CLONE_INTO_CGROUP);
     let mut args = libc::clone_args {
-        flags: flags | libc::CLONE_PIDFD as u64,
+        flags: flags | libc::CLONE_PIDFD as u64 | into,
         pidfd: ptr::from_mut(&mut pidfd) as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -111,7 +115,7 @@ fn clone3(flags: u64) -> io::Result<Cloned> {
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: 0,
+        cgroup: cgroup.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs())),
     };
     // SAFETY: `args` is a valid clone_args of the size told, and lives across the call; with
     // no CLONE_VM and no new stack the child returns here on its own copy of this stack.
@@ -132,8 +136,9 @@ fn clone3(flags: u64) -> io::Result<Cloned> {
 }
 
 /// Clones a process that has one thread only, so that the child may run any code: no lock
-/// can be held by a thread that the child lacks. Refused when there are more threads.
-pub fn clone_single_threaded(flags: u64) -> io::Result<Cloned> {
+/// can be held by a thread that the child lacks. Refused when there are more threads. The child
+/// begins in `cgroup`, a directory of cgroup v2, else where its parent is.
+pub fn clone_single_threaded(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     let threads = std::os::linux::fs::MetadataExt::st_nlink(&std::fs::metadata("/proc/self/task")?);
     // Two links of the directory itself, one per thread.
     if threads != 3 {
@@ -141,7 +146,7 @@ pub fn clone_single_threaded(flags: u64) -> io::Result<Cloned> {
             "clone in a process that has several threads",
         ));
     }
-    clone3(flags)
+    clone3(flags, cgroup)
 }
 
 /// What `clone_and_exec` needs; everything is prepared beforehand, because the child may
@@ -180,7 +185,7 @@ pub fn clone_and_exec(exec: &RawExec<'_>) -> io::Result<(i32, OwnedFd)> {
     argv.push(ptr::null());
     let envp: [*const libc::c_char; 1] = [ptr::null()];
     let mut moved = [-1; 64];
-    match clone3(exec.flags)? {
+    match clone3(exec.flags, None)? {
         Cloned::Parent { pid, pidfd } => Ok((pid, pidfd)),
         Cloned::Child => {
             let mut report_fd = exec.sync_child;

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bulkhead_proto::common::Resources;
 use bulkhead_proto::device::{HelloRequest, HelloResponse};
 use bulkhead_proto::machine::DeviceInfo;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
@@ -21,13 +22,14 @@ use super::life::Life;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
 use super::supervise::{Budget, HangDetector};
+use super::usage::Usage;
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::{Launcher, SpawnSpec};
 use crate::memory::GuestRam;
-use crate::pci::{AddressRange, PciAddress, PciFunction, PortConfig, RootComplex, Windows};
+use crate::pci::{AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows};
 use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
@@ -189,8 +191,8 @@ impl MemoryMap for SharedRam {
     }
 }
 
-/// The root complex with a port for each of `devices`, on the buses. A port that nothing can
-/// be behind would cost the guest some 450 exits of bus enumeration.
+/// The root complex with a port for each of `devices` and those that are `empty`, on the buses.
+/// A port that nothing is behind costs the guest some 450 exits of bus enumeration.
 ///
 /// # Errors
 /// One line.
@@ -198,7 +200,7 @@ pub fn root_complex(
     mmio: &Arc<Bus>,
     pio: &Arc<Bus>,
     mem64: Range<u64>,
-    devices: usize,
+    (devices, empty): (usize, &[String]),
 ) -> Result<Arc<RootComplex>, String> {
     let last = u8::try_from(devices)
         .unwrap_or(MAX_PORTS)
@@ -240,6 +242,8 @@ pub struct Site<'a> {
     pub pci: &'a Arc<RootComplex>,
     /// Run first on the function's own thread, where it has one.
     pub hook: &'a ThreadHook,
+    /// Behind which root port; `None`: the first that is free.
+    pub port: Option<&'a str>,
 }
 
 /// A process to start for a device.
@@ -260,6 +264,10 @@ pub struct Order<'a> {
     pub mtu: u32,
 }
 
+    /// What its processes may use of the host.
+    pub resources: Resources,
+    /// MAJOR:MINOR of the block device that limits on I/O are for, or empty.
+    pub block_device: String,
 /// Starts a device process and greets it. Its vhost-user channel comes back beside it.
 ///
 /// # Errors
@@ -291,6 +299,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     let started = std::time::Instant::now();
     let incarnation = 1;
     let spawned = launcher
+    let usage = place(launcher, id, &order.resources, &order.block_device)?;
         .spawn(SpawnSpec {
             device_id: id.to_string(),
             binary: kind.binary.to_string(),
@@ -317,6 +326,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         mtu: order.mtu,
     };
     let control = ControlChannel::new(control, about)
+        usage: Some(usage),
         .map_err(|e| undo(format!("its control channel: {e}")))?;
     let frontend = Frontend::connect(spawned.vhost, MESSAGE_LIMIT)
         .map_err(|e| undo(format!("its vhost-user channel: {e}")))?;
@@ -350,13 +360,33 @@ pub fn ended(launcher: &Launcher, id: &str, incarnation: u64, program: &str) -> 
 
 /// Ends a process that cannot be used after all, and says why.
 pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
+/// Makes a cgroup leaf for a device's processes, with these limits.
+///
+/// # Errors
+/// One line.
+pub fn place(
+    launcher: &Launcher,
+    id: &str,
+    resources: &Resources,
+    block_device: &str,
+) -> Result<Arc<Usage>, String> {
+    let placed = launcher
+        .place(id, resources, block_device)
+        .map_err(|e| e.to_string())?;
+    for line in &placed.not_enforced {
+        log::warn!("device {id}: a limit is not enforced: {line}");
+    }
+    Ok(Arc::new(Usage::new(placed, resources.clone())))
+}
+
     if let Err(e) = launcher.kill_and_forget(id, incarnation) {
         log::warn!("device {id}: {e}");
     }
     format!("device {id}: {why}")
 }
 
-/// Puts a function in front of a back-end, on the first free root port.
+/// Puts a function in front of a back-end, on the root port that is wanted, or the first free
+/// one.
 ///
 /// # Errors
 /// One line, without the device's name; the back-end is as it was.

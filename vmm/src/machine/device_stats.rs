@@ -1,8 +1,12 @@
 //! A device's counters, from the words of to those of the API. The process is
 //! hostile: what it says is bounded and made printable here. Called on the manager thread.
 
+use std::sync::Arc;
+
 use bulkhead_proto::device::{NetState, StatsResponse};
 use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
+
+use super::usage::Usage;
 
 /// Buckets of a latency histogram.
 const MAX_BUCKETS: usize = 64;
@@ -10,7 +14,7 @@ const MAX_BUCKETS: usize = 64;
 const MAX_FILTER: usize = 4096;
 
 /// What is known of a device without asking it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct About {
     /// As the API names it.
     pub id: String,
@@ -20,6 +24,8 @@ pub struct About {
     pub queues: usize,
     /// A network device's MTU as the guest is told; 0: nothing is said.
     pub mtu: u32,
+    /// What its processes use of the host.
+    pub usage: Option<Arc<Usage>>,
 }
 
 /// The API's answer.
@@ -48,6 +54,7 @@ pub fn response(about: &About, stats: &StatsResponse) -> Result<DeviceStatsRespo
     for queue in &mut response.queues {
         queue.special_fields.mut_unknown_fields().clear();
     }
+    response.usage = about.usage.as_ref().map(|usage| usage.read()).into();
     if let Some(net) = stats.net.as_ref() {
         response.net = Some(net_status(about, net)?).into();
     }
@@ -103,6 +110,7 @@ mod tests {
             kind: "net".into(),
             queues: 3,
             mtu: 1500,
+            usage: None,
         }
     }
 

@@ -61,6 +61,7 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
             disk.path, opened.size, disk.max_size
         ));
     }
+    let block_device = block_device(&file);
     let mut fds: Vec<OwnedFd> = vec![file.into()];
     let mut granted = vec![
         "control channel".to_string(),
@@ -79,6 +80,8 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         fds,
         queues: disk.queues,
         mtu: 0,
+        resources: disk.resources.as_ref().cloned().unwrap_or_default(),
+        block_device,
     };
     let (process, frontend) = device::spawn(site.launcher, order)?;
     let queues = u16::try_from(disk.queues).unwrap_or(kind.max_queues);
@@ -109,6 +112,20 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         ring_errors: (None, 0),
         granted,
     })
+}
+
+/// The block device that a disk is or lies on, as io.max names it; empty: unknown.
+fn block_device(file: &std::fs::File) -> String {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let Ok(metadata) = file.metadata() else {
+        return String::new();
+    };
+    let number = if metadata.file_type().is_block_device() {
+        metadata.rdev()
+    } else {
+        metadata.dev()
+    };
+    format!("{}:{}", libc::major(number), libc::minor(number))
 }
 
 /// What a disk process is told on its command line: everything it must know before it is

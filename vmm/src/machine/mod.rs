@@ -30,3 +30,4 @@ pub mod queue;
 pub mod state;
 pub mod stop;
 pub mod supervise;
+pub mod usage;

@@ -70,6 +70,8 @@ pub fn spawn(
         fds,
         queues,
         mtu,
+        resources: net.resources.as_ref().cloned().unwrap_or_default(),
+        block_device: String::new(),
     };
     let (process, frontend) = device::spawn(site.launcher, order)?;
     let count = u16::try_from(queues).unwrap_or(kind.max_queues);

@@ -311,6 +311,8 @@ fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String
 fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<First, String> {
     let options = passt_options(net, user);
     let origin = Origin::Passt(options.clone());
+    let resources = net.resources.as_ref().cloned().unwrap_or_default();
+    device::place(site.launcher, &net.id, &resources, "")?;
     let started = site
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)

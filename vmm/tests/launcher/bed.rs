@@ -56,6 +56,7 @@ impl Bed {
             }
         }
         LauncherConfig {
+            cgroup: Default::default(),
             libexec: self.0.clone(),
             devices,
             allow_paths: Vec::new(),

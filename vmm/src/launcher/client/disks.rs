@@ -143,7 +143,7 @@ impl Launcher {
 }
 
 /// Sends a request now or not at all.
-fn send(inner: &Inner, id: u64, op: wire::request::Op) -> Result<(), LauncherError> {
+pub(super) fn send(inner: &Inner, id: u64, op: wire::request::Op) -> Result<(), LauncherError> {
     let request = wire::Request {
         id,
         op: Some(op),
@@ -160,6 +160,6 @@ fn send(inner: &Inner, id: u64, op: wire::request::Op) -> Result<(), LauncherErr
     }
 }
 
-fn busy() -> LauncherError {
+pub(super) fn busy() -> LauncherError {
     LauncherError::Refused("the launcher is busy: retry later".into())
 }

@@ -19,13 +19,14 @@ use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
-use crate::launcher::{Launcher, LauncherConfig, LauncherEvent};
+use crate::launcher::{CgroupChoice, Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
 use crate::terminal::{RawTerminal, Terminal};
 
 mod devices;
 mod foreign;
 mod requests;
+mod resources;
 mod source;
 mod supervision;
 
@@ -50,6 +51,8 @@ pub struct HostOptions {
     pub libexec: Option<PathBuf>,
     /// passt, for user-mode networks.
     pub passt: Option<PathBuf>,
+    /// Where the VM's cgroup is to be.
+    pub cgroup: CgroupChoice,
     /// Where to serve the API.
     pub api_socket: Option<PathBuf>,
     /// The machine to create and boot at once.
@@ -80,6 +83,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     if let Some(dir) = options.libexec {
         config.libexec = dir;
     }
+    config.cgroup = options.cgroup;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     let listener = match &options.api_socket {
@@ -132,6 +136,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         shutdown: None,
         unseen: None,
         restarts: options.restarts,
+        placements: Vec::new(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -204,6 +209,8 @@ struct Host {
     unseen: Option<u32>,
     /// How often a device's process may be replaced.
     restarts: Budget,
+    /// Changes of limits that the launcher has not answered.
+    placements: Vec<resources::Placement>,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -365,6 +372,7 @@ impl Host {
                     last_line,
                 } => self.on_exited(&device_id, incarnation, outcome, &last_line),
                 LauncherEvent::Grown { ticket, result } => self.on_grown(ticket, &result),
+                LauncherEvent::Placed { ticket, result } => self.on_placed(ticket, result),
                 LauncherEvent::Linked { ticket, result } => self.on_linked(ticket, result),
             }
         }

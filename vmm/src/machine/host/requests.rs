@@ -33,6 +33,9 @@ impl Host {
             ApiRequest::DeviceStats { id } => return self.device_stats(&id, reply),
             ApiRequest::UpdateDisk(request) => return self.update_disk(&request, reply),
             ApiRequest::UpdateNet(request) => return self.update_net(&request, reply),
+            ApiRequest::UpdateResources { id, resources } => {
+                return self.update_resources(&id, *resources, reply);
+            }
             ApiRequest::DrainDevice { id, timeout } => {
                 return self.drain_device(&id, timeout, reply);
             }
@@ -217,6 +220,9 @@ impl Host {
             .as_ref()
             .map(ToString::to_string)
             .unwrap_or_default();
+        let (cgroup, note) = self.launcher.cgroup();
+        info.cgroup = cgroup.to_owned();
+        info.cgroup_note = note.to_owned();
         let mut counters = VmmCounters::new();
         counters.manager_wakeups = self.wakeups;
         counters.heartbeat_wakeups = self.heartbeat_wakeups;
