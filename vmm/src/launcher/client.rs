@@ -51,9 +51,9 @@ pub struct LauncherConfig {
 }
 
 impl LauncherConfig {
-    /// The binaries lie where this program lies, and every path is allowed.
     /// Where the VM's cgroup is to be.
-    pub cgroup: CgroupChoice,
+    pub cgroup: super::CgroupChoice,
+    /// The binaries lie where this program lies, and every path is allowed.
     pub fn new(devices: Vec<String>) -> io::Result<Self> {
         let exe = std::fs::read_link("/proc/self/exe")?;
         let libexec = exe.parent().unwrap_or(Path::new("/")).to_owned();
@@ -65,8 +65,8 @@ impl LauncherConfig {
         })
     }
 }
+            cgroup: super::CgroupChoice::default(),
 
-            cgroup: CgroupChoice::default(),
 /// Why something that the launcher was to do did not happen. One line each.
 #[derive(Debug, thiserror::Error)]
 pub enum LauncherError {
@@ -179,10 +179,6 @@ pub enum LauncherEvent {
         /// The size in bytes that the file has, or why it could not be grown.
         result: Result<u64, String>,
     },
-    /// An answer to [`Launcher::begin_connect`] or [`Launcher::begin_helper`]: what came
-    /// along is at [`Launcher::take_linked`].
-    Linked {
-        /// What that returned.
     /// An answer to [`Launcher::begin_place`].
     Placed {
         /// What that returned.
@@ -193,6 +189,10 @@ pub enum LauncherEvent {
         ticket: u64,
         /// Why not.
         result: Result<(), String>,
+    /// An answer to [`Launcher::begin_connect`] or [`Launcher::begin_helper`]: what came
+    /// along is at [`Launcher::take_linked`].
+    Linked {
+        /// What that returned.
     },
 }
 
@@ -207,9 +207,9 @@ struct Inbox {
     /// What came with their answers.
     linked: BTreeMap<u64, Linked>,
 }
-
     /// Those of them that change limits.
     places: BTreeSet<u64>,
+
 struct Inner {
     /// None once the launcher is given up.
     socket: Option<PacketSocket>,
@@ -227,8 +227,8 @@ pub struct Launcher {
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
-}
     cgroup: (String, String),
+}
 
 impl Launcher {
     /// Starts the launcher. To be called before this process confines itself and before it
@@ -258,8 +258,8 @@ impl Launcher {
         launcher.greet()?;
         Ok(launcher)
     }
-
             cgroup,
+
     /// Waits until the launcher has confined itself, and begins to watch it.
     fn greet(&self) -> Result<(), LauncherError> {
         use std::os::fd::AsRawFd;
@@ -511,12 +511,12 @@ impl Launcher {
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
-
     /// Path of the cgroup that devices' leaves are in, below the mount of cgroup v2, and what
     /// is missing of it; empty: there is none, and nothing.
     pub fn cgroup(&self) -> (&str, &str) {
         (&self.cgroup.0, &self.cgroup.1)
     }
+
 
     /// Ends the launcher and every device process and waits for it; so does dropping.
     pub fn shutdown(self) {
@@ -695,8 +695,8 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
             let outcome = match (exited.violation.as_ref(), exited.signal) {
                 (Some(call), _) => ExitOutcome::Violation(Violation {
                     nr: call.nr,
-                    arch: call.arch,
         places,
+                    arch: call.arch,
                 }),
                 (None, 0) => ExitOutcome::Status(exited.status),
                 (None, signal) => ExitOutcome::Signal(signal),
@@ -762,7 +762,6 @@ mod disks;
 mod nets;
 
 pub use nets::{Linked, SpawnedHelper};
-#[cfg(test)]
             if places.remove(&reply_id) {
                 let result = match (result, reply.error.as_str()) {
                     (Some(wire::reply::Result::Placed(placed)), "") => {
@@ -777,6 +776,7 @@ pub use nets::{Linked, SpawnedHelper};
                 });
                 return Ok(None);
             }
+#[cfg(test)]
 mod tests;
 mod resources;
 pub use resources::Placed;
