@@ -88,6 +88,7 @@ struct InFlight {
 struct Subscription {
     next: u64,
     backlog_only: bool,
+    gaps: bool,
     deadline: Option<Instant>,
 }
 
@@ -393,6 +394,7 @@ impl Connection {
         let subscription = Subscription {
             next,
             backlog_only: wanted.backlog_only,
+            gaps: wanted.gaps,
             deadline,
         };
         self.subscriptions.insert(stream_id, subscription);
@@ -416,6 +418,13 @@ impl Connection {
                             ended.push((stream_id, None));
                         }
                         break;
+                    }
+                    Lookup::Gone(oldest) if stream.gaps => {
+                        let gap = super::events::gap(stream.next, oldest);
+                        let out = self.outbox.buffer();
+                        // As above.
+                        let _ = frame::encode(out, frame::TYPE_DATA, stream_id, 0, &gap);
+                        stream.next = oldest;
                     }
                     Lookup::Gone(oldest) => {
                         let status = RpcStatus::new(

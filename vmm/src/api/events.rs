@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bulkhead_proto::machine::Event;
+use bulkhead_proto::machine::{Event, EventGap, event::What};
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::status::truncate;
 use vmm_sys_util::eventfd::EventFd;
@@ -73,7 +73,19 @@ impl EventLog {
     /// `kind` is "machine.running", "device.ready", …; `subject` is what it is about, empty
     /// for the machine; `detail` is one line.
     pub fn publish(&self, kind: &str, subject: &str, detail: &str) -> u64 {
+        self.publish_typed(kind, subject, detail, None)
+    }
+
+    /// The same with what programs need of it. Its texts are to be bounded.
+    pub fn publish_typed(
+        &self,
+        kind: &str,
+        subject: &str,
+        detail: &str,
+        what: Option<What>,
+    ) -> u64 {
         let mut event = Event::new();
+        event.what = what;
         event.kind = bounded(kind, MAX_NAME);
         event.subject = bounded(subject, MAX_NAME);
         event.detail = bounded(detail, MAX_DETAIL);
@@ -129,6 +141,19 @@ impl EventLog {
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a reader gets in the place of events that are no longer kept, encoded.
+pub(super) fn gap(first: u64, oldest: u64) -> Vec<u8> {
+    let mut gap = EventGap::new();
+    (gap.first, gap.last) = (first, oldest.saturating_sub(1));
+    let mut event = Event::new();
+    event.sequence = gap.last;
+    event.kind = "events.gap".into();
+    event.detail = format!("events {} to {} are no longer kept", gap.first, gap.last);
+    event.set_gap(gap);
+    // Flat strings and numbers: it does not fail.
+    event.write_to_bytes().unwrap_or_default()
 }
 
 impl Inner {

@@ -82,6 +82,8 @@ pub(super) struct EventsFrom {
     pub(super) from: u64,
     /// End after the newest.
     pub(super) backlog_only: bool,
+    /// Tell of events that are no longer kept, instead of an error.
+    pub(super) gaps: bool,
 }
 
 /// What a call asks for.
@@ -148,6 +150,7 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
             return Ok(Call::Events(EventsFrom {
                 from: request.from,
                 backlog_only: request.backlog_only,
+                gaps: request.gaps,
             }));
         }
         _ => return Err(RpcStatus::unimplemented(service, &short(method))),

@@ -3,6 +3,7 @@
 
 use super::Role;
 use super::fds::{Fd, Kind};
+use super::limits::Limits;
 use super::process::{Namespace, Process, Thread};
 
 /// Deviations, and weaknesses that are allowed.
@@ -28,6 +29,11 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
     let mut judgement = Judgement::default();
     for thread in &process.threads {
         judgement.thread(role, thread, process.threads.len() > 1);
+    }
+    if matches!(role, Role::Device | Role::Helper)
+        && let Some(note) = process.limits.as_ref().and_then(Limits::note)
+    {
+        judgement.note_once(&note);
     }
     match role {
         Role::Vmm => {}

@@ -6,10 +6,11 @@
 //! held against the kernel's own parentage) or from a pid. Nothing that a process can choose
 //! itself (its name, names of its files) decides a grade, and all of it is escaped.
 //!
-//! `process` reads one process, `fds` its descriptors, `grade` judges, `table` prints.
+//! `process` reads one process, `fds` its descriptors, `limits` what bounds it, `grade` judges, `table` prints.
 
 mod fds;
 mod grade;
+mod limits;
 mod policies;
 mod process;
 mod table;

@@ -11,6 +11,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::fds::{self, Fd};
+use super::limits::{self, Limits};
 use crate::launcher::printable;
 
 /// Most threads, root entries and descriptors that are read of one process.
@@ -171,6 +172,8 @@ pub struct Process {
     pub cwd: Option<String>,
     /// Its open descriptors.
     pub fds: Vec<Fd>,
+    /// What bounds its use of the host.
+    pub limits: Option<Limits>,
     /// What may not be read, one line each.
     pub unread: Vec<String>,
 }
@@ -212,6 +215,7 @@ pub fn read(pid: i32) -> Result<Process, String> {
         Ok(fds) => process.fds = fds,
         Err(error) => denied.push(("its descriptors", error)),
     }
+    process.limits = Some(limits::read(pid));
     if stat_field(pid, START_TIME).as_ref() != Some(&began) || status.text("State").starts_with('Z')
     {
         return Err(ended());

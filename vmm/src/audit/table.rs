@@ -57,6 +57,17 @@ pub fn render(audit: &Audit) -> String {
             })
             .collect();
         columns(&mut out, "  ", &rows);
+        if let Some(limits) = &process.limits {
+            let _ = writeln!(
+                out,
+                "  limits: {}; cgroup {}",
+                limits.text(&limits.rlimits),
+                match limits.text(&limits.limits) {
+                    text if text.is_empty() => "none".to_owned(),
+                    text => text,
+                }
+            );
+        }
     }
     out.push('\n');
     for report in &audit.processes {

@@ -299,6 +299,7 @@ impl Session<'_> {
         let mut request = EventsRequest::new();
         request.from = from;
         request.backlog_only = !follow;
+        request.gaps = true;
         let failed = |error: ClientError| explain(path, &error);
         let mut stream = client
             .subscribe(MACHINE_SERVICE, "Events", &request, CALL)

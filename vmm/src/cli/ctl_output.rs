@@ -268,6 +268,7 @@ pub fn event_json(event: &Event) -> Value {
     json!({
         "sequence": event.sequence, "time_ns": event.time_ns, "kind": event.kind,
         "subject": event.subject, "detail": event.detail,
+        "what": super::event_json::what(event),
     })
 }
 

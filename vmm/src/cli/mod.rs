@@ -18,6 +18,7 @@ pub mod ctl_output;
 mod ctl_output_net;
 mod ctl_stats;
 pub mod disk_args;
+mod event_json;
 pub mod machine_args;
 pub mod net_args;
 pub mod resource_args;

@@ -48,11 +48,11 @@ pub struct LauncherConfig {
     pub allow_paths: Vec<PathBuf>,
     /// External helpers that may be started.
     pub helpers: Vec<Program>,
+    /// Where the VM's cgroup is to be.
+    pub cgroup: super::CgroupChoice,
 }
 
 impl LauncherConfig {
-    /// Where the VM's cgroup is to be.
-    pub cgroup: super::CgroupChoice,
     /// The binaries lie where this program lies, and every path is allowed.
     pub fn new(devices: Vec<String>) -> io::Result<Self> {
         let exe = std::fs::read_link("/proc/self/exe")?;
@@ -62,10 +62,10 @@ impl LauncherConfig {
             devices,
             allow_paths: Vec::new(),
             helpers: Vec::new(),
+            cgroup: super::CgroupChoice::default(),
         })
     }
 }
-            cgroup: super::CgroupChoice::default(),
 
 /// Why something that the launcher was to do did not happen. One line each.
 #[derive(Debug, thiserror::Error)]
@@ -186,13 +186,13 @@ pub enum LauncherEvent {
         /// Limits that are not enforced and why, or why nothing was changed.
         result: Result<Vec<String>, String>,
     },
-        ticket: u64,
-        /// Why not.
-        result: Result<(), String>,
     /// An answer to [`Launcher::begin_connect`] or [`Launcher::begin_helper`]: what came
     /// along is at [`Launcher::take_linked`].
     Linked {
         /// What that returned.
+        ticket: u64,
+        /// Why not.
+        result: Result<(), String>,
     },
 }
 
@@ -204,11 +204,11 @@ struct Inbox {
     begun: BTreeSet<u64>,
     /// Those of them that ask for a connection or a helper.
     links: BTreeSet<u64>,
+    /// Those of them that change limits.
+    places: BTreeSet<u64>,
     /// What came with their answers.
     linked: BTreeMap<u64, Linked>,
 }
-    /// Those of them that change limits.
-    places: BTreeSet<u64>,
 
 struct Inner {
     /// None once the launcher is given up.
@@ -222,12 +222,12 @@ pub struct Launcher {
     inner: Mutex<Inner>,
     pid: i32,
     pidfd: OwnedFd,
+    cgroup: (String, String),
     io_uring: bool,
     /// Of `socket` and `pending`.
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
-    cgroup: (String, String),
 }
 
 impl Launcher {
@@ -251,6 +251,7 @@ impl Launcher {
             }),
             pid,
             pidfd,
+            cgroup,
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
             epoll,
             pending,
@@ -258,7 +259,6 @@ impl Launcher {
         launcher.greet()?;
         Ok(launcher)
     }
-            cgroup,
 
     /// Waits until the launcher has confined itself, and begins to watch it.
     fn greet(&self) -> Result<(), LauncherError> {
@@ -502,6 +502,12 @@ impl Launcher {
         }
     }
 
+    /// Path of the cgroup that devices' leaves are in, below the mount of cgroup v2, and what
+    /// is missing of it; empty: there is none, and nothing.
+    pub fn cgroup(&self) -> (&str, &str) {
+        (&self.cgroup.0, &self.cgroup.1)
+    }
+
     /// The launcher's pid as this process sees it.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -511,12 +517,6 @@ impl Launcher {
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
-    /// Path of the cgroup that devices' leaves are in, below the mount of cgroup v2, and what
-    /// is missing of it; empty: there is none, and nothing.
-    pub fn cgroup(&self) -> (&str, &str) {
-        (&self.cgroup.0, &self.cgroup.1)
-    }
-
 
     /// Ends the launcher and every device process and waits for it; so does dropping.
     pub fn shutdown(self) {
@@ -682,6 +682,7 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
         events,
         begun,
         links,
+        places,
         linked,
     } = inbox;
     let Packet { bytes, fds, pid } = packet;
@@ -695,7 +696,6 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
             let outcome = match (exited.violation.as_ref(), exited.signal) {
                 (Some(call), _) => ExitOutcome::Violation(Violation {
                     nr: call.nr,
-        places,
                     arch: call.arch,
                 }),
                 (None, 0) => ExitOutcome::Status(exited.status),
@@ -742,6 +742,20 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
                 });
                 return Ok(None);
             }
+            if places.remove(&reply_id) {
+                let result = match (result, reply.error.as_str()) {
+                    (Some(wire::reply::Result::Placed(placed)), "") => {
+                        Ok(resources::lines(&placed.not_enforced))
+                    }
+                    (_, "") => return Err(LauncherError::Protocol("no answer to limits")),
+                    (_, error) => Err(printable(error)),
+                };
+                events.push_back(LauncherEvent::Placed {
+                    ticket: reply_id,
+                    result,
+                });
+                return Ok(None);
+            }
             let result = match (result, reply.error.as_str()) {
                 (Some(wire::reply::Result::Grown(grown)), "") => Ok(grown.size),
                 (_, "") => return Err(LauncherError::Protocol("a growth without a size")),
@@ -760,23 +774,9 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
 
 mod disks;
 mod nets;
+mod resources;
 
 pub use nets::{Linked, SpawnedHelper};
-            if places.remove(&reply_id) {
-                let result = match (result, reply.error.as_str()) {
-                    (Some(wire::reply::Result::Placed(placed)), "") => {
-                        Ok(resources::lines(&placed.not_enforced))
-                    }
-                    (_, "") => return Err(LauncherError::Protocol("no answer to limits")),
-                    (_, error) => Err(printable(error)),
-                };
-                events.push_back(LauncherEvent::Placed {
-                    ticket: reply_id,
-                    result,
-                });
-                return Ok(None);
-            }
+pub use resources::Placed;
 #[cfg(test)]
 mod tests;
-mod resources;
-pub use resources::Placed;

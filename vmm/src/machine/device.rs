@@ -29,7 +29,7 @@ use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::{Launcher, SpawnSpec};
 use crate::memory::GuestRam;
-use crate::pci::{AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows};
+use crate::pci::{AddressRange, PciAddress, PciFunction, PortConfig, RootComplex, Windows};
 use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
@@ -191,8 +191,8 @@ impl MemoryMap for SharedRam {
     }
 }
 
-/// The root complex with a port for each of `devices` and those that are `empty`, on the buses.
-/// A port that nothing is behind costs the guest some 450 exits of bus enumeration.
+/// The root complex with a port for each of `devices`, on the buses. A port that nothing can
+/// be behind would cost the guest some 450 exits of bus enumeration.
 ///
 /// # Errors
 /// One line.
@@ -200,7 +200,7 @@ pub fn root_complex(
     mmio: &Arc<Bus>,
     pio: &Arc<Bus>,
     mem64: Range<u64>,
-    (devices, empty): (usize, &[String]),
+    devices: usize,
 ) -> Result<Arc<RootComplex>, String> {
     let last = u8::try_from(devices)
         .unwrap_or(MAX_PORTS)
@@ -242,8 +242,6 @@ pub struct Site<'a> {
     pub pci: &'a Arc<RootComplex>,
     /// Run first on the function's own thread, where it has one.
     pub hook: &'a ThreadHook,
-    /// Behind which root port; `None`: the first that is free.
-    pub port: Option<&'a str>,
 }
 
 /// A process to start for a device.
@@ -262,12 +260,12 @@ pub struct Order<'a> {
     pub queues: u32,
     /// A network device's MTU as the guest is told; 0: nothing is said.
     pub mtu: u32,
-}
-
     /// What its processes may use of the host.
     pub resources: Resources,
     /// MAJOR:MINOR of the block device that limits on I/O are for, or empty.
     pub block_device: String,
+}
+
 /// Starts a device process and greets it. Its vhost-user channel comes back beside it.
 ///
 /// # Errors
@@ -297,9 +295,9 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     let fence = FIRST_OWN_FD.saturating_add(fds.len());
     args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
+    let usage = place(launcher, id, &order.resources, &order.block_device)?;
     let incarnation = 1;
     let spawned = launcher
-    let usage = place(launcher, id, &order.resources, &order.block_device)?;
         .spawn(SpawnSpec {
             device_id: id.to_string(),
             binary: kind.binary.to_string(),
@@ -324,9 +322,9 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         kind: kind.name.to_string(),
         queues: usize::try_from(order.queues).unwrap_or(usize::MAX),
         mtu: order.mtu,
+        usage: Some(usage),
     };
     let control = ControlChannel::new(control, about)
-        usage: Some(usage),
         .map_err(|e| undo(format!("its control channel: {e}")))?;
     let frontend = Frontend::connect(spawned.vhost, MESSAGE_LIMIT)
         .map_err(|e| undo(format!("its vhost-user channel: {e}")))?;
@@ -358,8 +356,6 @@ pub fn ended(launcher: &Launcher, id: &str, incarnation: u64, program: &str) -> 
         .map(|(outcome, said)| outcome.with_last_line(program, &said))
 }
 
-/// Ends a process that cannot be used after all, and says why.
-pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
 /// Makes a cgroup leaf for a device's processes, with these limits.
 ///
 /// # Errors
@@ -379,14 +375,15 @@ pub fn place(
     Ok(Arc::new(Usage::new(placed, resources.clone())))
 }
 
+/// Ends a process that cannot be used after all, and says why.
+pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
     if let Err(e) = launcher.kill_and_forget(id, incarnation) {
         log::warn!("device {id}: {e}");
     }
     format!("device {id}: {why}")
 }
 
-/// Puts a function in front of a back-end, on the root port that is wanted, or the first free
-/// one.
+/// Puts a function in front of a back-end, on the first free root port.
 ///
 /// # Errors
 /// One line, without the device's name; the back-end is as it was.

@@ -85,6 +85,19 @@ pub struct Life {
     exited: bool,
     /// Its fence has fallen.
     fallen: bool,
+    /// What was told last, for programs.
+    told: Told,
+}
+
+/// What [`Action::Tell`] tells, for programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Why the last process had to go.
+    pub crash: Option<CrashReason>,
+    /// How long nobody served.
+    pub stall: Duration,
+    /// Queues that the successor serves, and requests that it makes again.
+    pub found: (u16, u64),
 }
 
 impl Life {
@@ -96,6 +109,7 @@ impl Life {
             outage: None,
             exited: false,
             fallen: false,
+            told: Told::default(),
         }
     }
 
@@ -198,6 +212,16 @@ impl Life {
         waits
     }
 
+    /// What the last actions tell, for programs.
+    pub fn told(&self) -> &Told {
+        &self.told
+    }
+
+    /// What the process that takes the rings over found: queues, and requests in flight.
+    pub fn found(&mut self, queues: u16, resubmitted: u64) {
+        self.told.found = (queues, resubmitted);
+    }
+
     /// The process has the rings. `detail` says what it found.
     pub fn took_over(&mut self, detail: &str, now: Instant) -> Vec<Action> {
         if !matches!(self.phase, Phase::TakingOver { .. }) {
@@ -208,6 +232,7 @@ impl Life {
             .outage
             .take()
             .map_or(Duration::ZERO, |o| now.saturating_duration_since(o.since));
+        self.told.stall = stall;
         let detail = format!("after {} us, {detail}", stall.as_micros());
         vec![Action::Tell("device.restarted", detail)]
     }
@@ -318,6 +343,7 @@ impl Life {
         }
         if let (Some(reason), false) = (&outage.reason, outage.told) {
             outage.told = true;
+            self.told.crash = Some(reason.clone());
             actions.push(Action::Tell("device.crashed", reason.to_string()));
         }
     }

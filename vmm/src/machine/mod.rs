@@ -30,4 +30,5 @@ pub mod queue;
 pub mod state;
 pub mod stop;
 pub mod supervise;
+pub mod told;
 pub mod usage;

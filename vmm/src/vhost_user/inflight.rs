@@ -3,11 +3,13 @@
 //! to the back-end's successor.
 //!
 //! The VMM never maps it: what stands in it is between one back-end and the next. All
-//! that is checked here is that the next one can map it without harm. vCPU threads and
+//! that is checked here is that the next one can map it without harm; how many requests it
+//! has in flight is read for an event. vCPU threads and
 //! the thread that brings a successor in call this under their function's lock.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
 use vhost::vhost_user::message::FrontendReq;
@@ -23,6 +25,8 @@ const DESCRIPTION: u32 = 24;
 /// The specification's queue region: a header and one entry per descriptor.
 const QUEUE_HEADER: u64 = 16;
 const QUEUE_ENTRY: u64 = 16;
+/// Where implementations put each queue's region.
+const QUEUE_ALIGN: u64 = 64;
 /// What an implementation may add to each queue's region by alignment or fields of its own,
 /// as a factor and a constant.
 const MAX_FACTOR: u64 = 4;
@@ -53,6 +57,31 @@ impl InflightRegion {
     /// The queues that the region was made for.
     pub fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    /// Requests that the log has in flight, by the layout that the specification gives for
+    /// split rings, each queue's region at a multiple of 64 bytes. What stands there is a
+    /// device's word: it is told to people and nothing depends on it.
+    pub fn in_flight(&self) -> u64 {
+        let entries = usize::from(self.geometry.queue_size);
+        let bytes = entries.saturating_mul(QUEUE_ENTRY as usize);
+        let stride = (bytes as u64)
+            .saturating_add(QUEUE_HEADER)
+            .next_multiple_of(QUEUE_ALIGN);
+        let mut states = vec![0; bytes];
+        let mut count = 0u64;
+        for queue in 0..u64::from(self.geometry.queues) {
+            let at = self
+                .offset
+                .saturating_add(queue.saturating_mul(stride))
+                .saturating_add(QUEUE_HEADER);
+            if self.file.read_exact_at(&mut states, at).is_err() {
+                break;
+            }
+            let flags = states.iter().step_by(QUEUE_ENTRY as usize);
+            count = count.saturating_add(flags.filter(|flag| **flag == 1).count() as u64);
+        }
+        count
     }
 
     fn description(size: u64, offset: u64, geometry: Geometry) -> Vec<u8> {

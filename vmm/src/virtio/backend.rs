@@ -79,6 +79,8 @@ pub struct Backend {
     /// Rings of this driver have been handed to some process: they may have moved on.
     touched: bool,
     inflight: Option<InflightRegion>,
+    /// Requests that it had in flight when the present process took it over.
+    resubmitted: u64,
 }
 
 /// What a [`Backend`] is made of beside its process.
@@ -107,6 +109,7 @@ impl Backend {
             started: Vec::new(),
             touched: false,
             inflight: None,
+            resubmitted: 0,
         })
     }
 
@@ -129,6 +132,11 @@ impl Backend {
     /// Queues that the device process serves now.
     pub fn started(&self) -> &[u16] {
         &self.started
+    }
+
+    /// Requests in flight that the present process makes again.
+    pub fn resubmitted(&self) -> u64 {
+        self.resubmitted
     }
 
     /// Whether there is a log of requests in flight.
@@ -161,8 +169,12 @@ impl Backend {
         let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
         frontend.set_features(common.accepted(), deadline)?;
         if frontend.has_inflight() {
+            self.resubmitted = 0;
             let region = match self.inflight.take() {
-                Some(region) => region,
+                Some(region) => {
+                    self.resubmitted = region.in_flight();
+                    region
+                }
                 None => frontend.get_inflight_fd(geometry, external, deadline)?,
             };
             // Kept from here on: a process that fails half way has a successor.

@@ -30,6 +30,8 @@ pub struct Reconnected {
     pub queues: u16,
     /// It has the log of what its predecessor had in flight.
     pub logged: bool,
+    /// Requests that the log had in flight, which it makes again.
+    pub resubmitted: u64,
     /// Its configuration space is different, and the driver was told so.
     pub config_changed: bool,
     /// The driver must reset the device before it is served: a ring is malformed, or
@@ -192,6 +194,7 @@ impl VirtioPciFunction {
         let done = Reconnected {
             queues: u16::try_from(device.backend.started().len()).unwrap_or(u16::MAX),
             logged: device.backend.logged(),
+            resubmitted: device.backend.resubmitted(),
             config_changed,
             needs_reset: self.needs_reset(),
             took: begun.elapsed(),

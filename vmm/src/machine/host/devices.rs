@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::NetUpdate;
-use bulkhead_proto::machine::{UpdateDiskRequest, UpdateNetRequest};
+use bulkhead_proto::machine::event::What;
+use bulkhead_proto::machine::{DeviceIoError, UpdateDiskRequest, UpdateNetRequest};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, RING_ERROR_INTERVAL, Source, supervision};
@@ -15,6 +16,7 @@ use crate::launcher::{ExitOutcome, Launcher};
 use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Task, Turn};
 use crate::machine::device::{Device, Special};
 use crate::machine::state::MachineState;
+use crate::machine::told;
 use crate::virtio::{EventSource, FailReason, Outcome, Reconnected};
 
 /// How often devices of a running machine are asked for their health.
@@ -185,6 +187,17 @@ impl Host {
 
     /// Publishes an event of a device that its operator should know of.
     pub(super) fn tell(&mut self, index: usize, kind: &str, detail: &str) {
+        self.tell_typed(index, kind, detail, None);
+    }
+
+    /// The same with what programs need of it.
+    pub(super) fn tell_typed(
+        &mut self,
+        index: usize,
+        kind: &str,
+        detail: &str,
+        what: Option<What>,
+    ) {
         let Some(device) = self
             .machine
             .as_ref()
@@ -192,7 +205,7 @@ impl Host {
         else {
             return;
         };
-        self.log.publish(kind, &device.id, detail);
+        self.log.publish_typed(kind, &device.id, detail, what);
         let what = kind.strip_prefix("device.").unwrap_or(kind);
         log::warn!("device {}: {what}: {detail}", device.id);
     }
@@ -225,8 +238,10 @@ impl Host {
         if self.foreign_exited(id, incarnation, &outcome, last_line) {
             return;
         }
+        let detail = outcome.with_last_line("", last_line);
+        let what = told::exited(incarnation, &outcome);
         self.log
-            .publish("device.exited", id, &outcome.with_last_line("", last_line));
+            .publish_typed("device.exited", id, &detail, Some(what));
         // What comes of it says why, too; the process of nothing that serves is no news.
         log::debug!("device {id}: its process ended: {outcome}");
         self.on_process_exited(id, incarnation, outcome);
@@ -341,7 +356,10 @@ impl Host {
                     "the host failed {count} requests, the last{place}: {}",
                     errno_text(errno)
                 );
-                return self.tell(index, "device.io-error", &detail);
+                let mut what = DeviceIoError::new();
+                (what.count, what.errno, what.sector) = (count, errno, sector);
+                let what = What::IoError(what);
+                return self.tell_typed(index, "device.io-error", &detail, Some(what));
             }
             Notice::DiskUpdated { update, size } => {
                 if let Special::Disk(disk) = &mut device.special {

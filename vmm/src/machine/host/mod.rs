@@ -15,6 +15,7 @@ use super::queue::{self, RequestReceiver};
 use super::state::{MachineState, Transition};
 use super::stop::StopReason;
 use super::supervise::Budget;
+use super::told;
 use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
@@ -381,7 +382,13 @@ impl Host {
     /// Notes why the machine ends; the first reason stands.
     fn end(&mut self, reason: StopReason) {
         if self.stop.is_none() {
-            self.log.publish("machine.stopped", "", &reason.to_string());
+            if reason == StopReason::Reset {
+                self.log
+                    .publish("machine.guest-reset", "", "the guest asked for a reset");
+            }
+            let what = told::stopped(&reason);
+            self.log
+                .publish_typed("machine.stopped", "", &reason.to_string(), Some(what));
             self.stop = Some(reason);
         }
     }

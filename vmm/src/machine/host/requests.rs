@@ -15,6 +15,7 @@ use crate::machine::device::Special;
 use crate::machine::life::Life;
 use crate::machine::state::{IllegalTransition, MachineState, Transition};
 use crate::machine::stop::StopReason;
+use crate::machine::told;
 
 impl Host {
     /// Carries out a request of a client.
@@ -81,7 +82,19 @@ impl Host {
                 None => "its back-end is somebody else's".to_owned(),
             };
             let detail = format!("{} {how}", device.kind);
-            self.log.publish("device.ready", &device.id, &detail);
+            let what = device.process.as_ref().map(|process| {
+                let (pid, incarnation) = (process.pid, process.incarnation);
+                let spawned = told::spawned(pid, incarnation);
+                self.log.publish_typed(
+                    "device.spawned",
+                    &device.id,
+                    &format!("pid {pid}"),
+                    Some(spawned),
+                );
+                told::ready(pid, incarnation, process.ready_us)
+            });
+            self.log
+                .publish_typed("device.ready", &device.id, &detail, what);
         }
         for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
             process.life = Life::new(self.restarts);

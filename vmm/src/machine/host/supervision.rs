@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
+use bulkhead_proto::machine::event::What;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, Source};
@@ -15,6 +16,7 @@ use crate::machine::device::{Process, Special};
 use crate::machine::life::{Action, Life};
 use crate::machine::newcomer::{Newcomer, Ready};
 use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
+use crate::machine::told;
 use crate::virtio::{FailReason, Indices, Reconnected};
 
 /// Why a process was given up, as the supervisor has it; `None`: its end will tell.
@@ -35,6 +37,26 @@ fn function_reason(why: &FailReason) -> Option<CrashReason> {
         FailReason::Violation(what) | FailReason::Channel(what) | FailReason::Stopped(what) => {
             Some(CrashReason::Protocol(what.clone()))
         }
+    }
+}
+
+/// What programs need of what a device's life tells.
+fn what(kind: &str, detail: &str, process: &Process) -> Option<What> {
+    let told = process.life.told();
+    let restarts = process.life.restarts();
+    match kind {
+        "device.crashed" => {
+            let reason = told.crash.as_ref()?;
+            Some(told::crashed(process.incarnation, reason))
+        }
+        "device.restarted" => Some(told::restarted(
+            (process.pid, process.incarnation),
+            u64::try_from(told.stall.as_micros()).unwrap_or(u64::MAX),
+            told.found,
+            restarts,
+        )),
+        "device.quarantined" => Some(told::quarantined(detail, restarts)),
+        _ => None,
     }
 }
 
@@ -90,7 +112,10 @@ impl Host {
                 }
             }
             Action::Start => self.start_process(index),
-            Action::Tell(kind, detail) => self.tell(index, kind, &detail),
+            Action::Tell(kind, detail) => {
+                let what = self.process(index).and_then(|p| what(kind, &detail, p));
+                self.tell_typed(index, kind, &detail, what);
+            }
         }
     }
 
@@ -226,7 +251,9 @@ impl Host {
         let Some(newcomer) = self.process(index).and_then(|p| p.newcomer.as_mut()) else {
             return;
         };
-        newcomer.started = Some((pid.unwrap_or(0), fd));
+        let pid = pid.unwrap_or(0);
+        let spawned = told::spawned(pid, newcomer.incarnation);
+        newcomer.started = Some((pid, fd));
         newcomer.fence = fence;
         let abandoned = newcomer.abandoned;
         let fence = newcomer.fence.as_ref().map(|fd| fd.as_raw_fd());
@@ -236,6 +263,12 @@ impl Host {
         let watched = fence
             .ok_or_else(|| "its fence is missing".to_owned())
             .and_then(|fd| self.watch(fd, Source::Fence { index: number }, EventSet::empty()));
+        if let Some(device) = self.device(index) {
+            let id = device.id.clone();
+            let detail = format!("pid {pid}");
+            self.log
+                .publish_typed("device.spawned", &id, &detail, Some(spawned));
+        }
         if abandoned {
             return self.abandon_newcomer(index);
         }
@@ -320,8 +353,15 @@ impl Host {
         } else {
             ""
         };
-        let detail = format!("{} queues{log}{reset}", done.queues);
-        self.with_life(index, |life, now| life.took_over(&detail, now));
+        let again = match done.resubmitted {
+            0 => String::new(),
+            n => format!(" ({n}, made again)"),
+        };
+        let detail = format!("{} queues{log}{again}{reset}", done.queues);
+        self.with_life(index, |life, now| {
+            life.found(done.queues, done.resubmitted);
+            life.took_over(&detail, now)
+        });
     }
 
     /// The function could not give its rings to the process that was to have them.
