@@ -1,4 +1,4 @@
-//! What ends a machine: events from vCPU threads and power registers to the manager.
+//! What ends a machine, and what leaves it: events from vCPU threads to the manager.
 //!
 //! Senders run on vCPU threads and never block; the manager thread polls the receiver's
 //! eventfd and drains it. The queue is bounded: a guest that writes its reset register in
@@ -23,6 +23,8 @@ pub enum MachineEvent {
     PowerOff,
     /// The guest wrote a reset register.
     Reset,
+    /// The guest has ejected something: see the hot-plug registers.
+    Ejected,
     /// A vCPU shut down: an exception while delivering a double fault.
     TripleFault {
         /// The vCPU's index.

@@ -8,7 +8,7 @@
 //!
 //! | offset | register |
 //! |---|---|
-//! | 0 | events, read to clear (bit 0: power button) |
+//! | 0 | events, read to clear (bit 0: power button, 1: slots, 2: vCPUs) |
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,6 +28,10 @@ pub struct GedEvents(u32);
 impl GedEvents {
     /// The power button was pressed.
     pub const POWER_BUTTON: Self = Self(1 << 0);
+    /// Something happened to root ports' slots (`hotplug.rs`).
+    pub const SLOTS: Self = Self(1 << 1);
+    /// Something happened to vCPUs (`hotplug.rs`).
+    pub const CPUS: Self = Self(1 << 2);
 
     /// The bits.
     pub const fn bits(self) -> u32 {

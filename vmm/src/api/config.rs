@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use bulkhead_proto::machine::{MachineConfig, SerialConfig, serial_config::Mode};
 use bulkhead_proto::protobuf::Message;
 
-use crate::cli::machine_args::MAX_CPUS;
+use crate::cli::machine_args::{MAX_CPUS, check_id};
 
 /// Linux's PATH_MAX counts the terminating zero.
 const MAX_PATH: usize = 4095;
@@ -41,10 +41,16 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
                 cpus.boot
             ));
         }
-        if pins != 0 && u32::try_from(pins) != Ok(cpus.boot) {
+        if cpus.max != 0 && !(cpus.boot..=MAX_CPUS).contains(&cpus.max) {
             return Err(format!(
-                "config.cpus.pin has {pins} host CPUs for {} vCPUs: give one for each, or none",
-                cpus.boot
+                "config.cpus.max is {}: give {} to {MAX_CPUS}, or 0 for as many as boot",
+                cpus.max, cpus.boot
+            ));
+        }
+        let all = cpus.max.max(cpus.boot);
+        if pins != 0 && u32::try_from(pins) != Ok(all) {
+            return Err(format!(
+                "config.cpus.pin has {pins} host CPUs for {all} vCPUs: give one for each, or none"
             ));
         }
     } else {
@@ -56,16 +62,18 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("disks", config.disks.len()),
         ("nets", config.nets.len()),
         ("vhost_users", config.vhost_users.len()),
+        ("hotplug_ports", config.hotplug_ports.len()),
     ];
     let mut devices = 0_usize;
     for (field, count) in all {
         devices = devices.saturating_add(count);
         if devices > MAX_DEVICES {
             return Err(format!(
-                "config.{field} has {count} entries: at most {MAX_DEVICES} devices fit on the bus"
+                "config.{field} has {count} entries: at most {MAX_DEVICES} devices and empty ports fit on the bus"
             ));
         }
     }
+    check_ports(&config.hotplug_ports)?;
     let mut ids = BTreeSet::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("config.disks[{index}]");
@@ -77,6 +85,31 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_net::validate(config, &mut ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
+    }
+    Ok(())
+}
+
+/// Names of empty root ports: unlike each other and those of the ports that devices are behind
+/// from the start.
+fn check_ports(ports: &[String]) -> Result<(), String> {
+    let mut names = BTreeSet::new();
+    for (index, port) in ports.iter().enumerate() {
+        let name = format!("config.hotplug_ports[{index}]");
+        check_id(port).map_err(|error| format!("{name}: {error}"))?;
+        if !names.insert(port) {
+            return Err(format!(
+                "{name}: {port} is there twice: name each differently"
+            ));
+        }
+        if port
+            .strip_prefix("port")
+            .is_some_and(|n| n.parse::<u8>().is_ok())
+        {
+            return Err(format!(
+                "{name}: {port} is the name of a port that a device is behind from the start: choose another, such as hp{}",
+                index.saturating_add(1)
+            ));
+        }
     }
     Ok(())
 }

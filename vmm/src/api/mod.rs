@@ -21,6 +21,7 @@ mod connection;
 pub mod events;
 mod reply;
 mod request;
+mod request_hotplug;
 mod server;
 #[cfg(test)]
 mod tests;

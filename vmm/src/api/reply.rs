@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bulkhead_proto::machine::{
-    DeviceStatsResponse, DevicesResponse, InfoResponse, UpdateDiskResponse, UpdateResourcesResponse,
+    AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, RemoveDeviceResponse,
+    ResizeCpusResponse, UpdateDiskResponse, UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{Code, RpcStatus};
@@ -25,6 +26,12 @@ pub enum ApiResponse {
     DeviceStats(Box<DeviceStatsResponse>),
     /// The answer to UpdateDisk.
     DiskUpdated(UpdateDiskResponse),
+    /// The answer to AddDevice.
+    DeviceAdded(Box<AddDeviceResponse>),
+    /// The answer to RemoveDevice.
+    DeviceRemoved(RemoveDeviceResponse),
+    /// The answer to ResizeCpus.
+    CpusResized(ResizeCpusResponse),
     /// The answer to UpdateResources.
     ResourcesUpdated(UpdateResourcesResponse),
 }
@@ -39,6 +46,9 @@ impl ApiResponse {
             Self::Devices(devices) => devices.write_to_bytes(),
             Self::DeviceStats(stats) => stats.write_to_bytes(),
             Self::DiskUpdated(disk) => disk.write_to_bytes(),
+            Self::DeviceAdded(device) => device.write_to_bytes(),
+            Self::DeviceRemoved(removed) => removed.write_to_bytes(),
+            Self::CpusResized(cpus) => cpus.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
         };
         encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))

@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
-    BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest, DrainDeviceRequest,
-    EventsRequest, InfoRequest, MachineConfig, PauseRequest, ResumeDeviceRequest, ResumeRequest,
-    ShutdownRequest, UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest,
-    update_net_request,
+    AddDeviceRequest, BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest,
+    DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig, PauseRequest,
+    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateDiskRequest, UpdateNetRequest,
+    UpdateResourcesRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus};
 
-use super::{config, config_disk, config_net, config_resources};
+use super::{config, config_disk, config_net, config_resources, request_hotplug};
 use crate::cli::machine_args::check_id;
 
 /// How long a guest has to switch itself off, or a device to drain, when the client does not
@@ -72,6 +72,24 @@ pub enum ApiRequest {
     ResumeDevice {
         /// The device.
         id: String,
+    },
+    /// Start a device and put it behind a root port.
+    AddDevice(Box<AddDeviceRequest>),
+    /// Have the guest give a device up, and end it.
+    RemoveDevice {
+        /// The device.
+        id: String,
+        /// Do not ask the guest.
+        force: bool,
+        /// How long the guest has.
+        timeout: Duration,
+    },
+    /// Change the number of vCPUs.
+    ResizeCpus {
+        /// How many there shall be.
+        count: u32,
+        /// How long the guest has.
+        timeout: Duration,
     },
 }
 
@@ -145,6 +163,9 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
                 id: device_id(request.id)?,
             }
         }
+        "AddDevice" => request_hotplug::add(message(payload)?)?,
+        "RemoveDevice" => request_hotplug::remove(message(payload)?)?,
+        "ResizeCpus" => request_hotplug::resize_cpus(&message(payload)?)?,
         "Events" => {
             let request: EventsRequest = message(payload)?;
             return Ok(Call::Events(EventsFrom {
@@ -172,7 +193,7 @@ fn shutdown(request: &ShutdownRequest) -> Result<ApiRequest, RpcStatus> {
 }
 
 /// A time to wait, from its field `timeout_ms`.
-fn wait(millis: u32) -> Result<Duration, RpcStatus> {
+pub(super) fn wait(millis: u32) -> Result<Duration, RpcStatus> {
     let timeout = match millis {
         0 => WAIT_DEFAULT,
         millis => Duration::from_millis(u64::from(millis)),
@@ -187,7 +208,7 @@ fn wait(millis: u32) -> Result<Duration, RpcStatus> {
 }
 
 /// The name of a device, from the field `id`. Whether it exists is seen by the manager.
-fn device_id(id: String) -> Result<String, RpcStatus> {
+pub(super) fn device_id(id: String) -> Result<String, RpcStatus> {
     match check_id(&id) {
         Ok(()) => Ok(id),
         Err(_) if id.is_empty() => Err(RpcStatus::invalid_argument(

@@ -18,6 +18,7 @@ use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
 
 use super::ctl_device;
+use super::ctl_hotplug::{self, Kind};
 use super::ctl_output as output;
 use super::machine_args::MachineArgs;
 use super::{EXIT_USAGE, fail};
@@ -93,6 +94,16 @@ enum CtlCommand {
     Drain(ctl_device::DrainArgs),
     /// Let a drained device take requests again, or bring a quarantined one back
     ResumeDevice(ctl_device::ResumeDeviceArgs),
+    /// Add a disk to the machine: path=FILE,id=NAME[,KEY=VALUE]…
+    AddDisk(ctl_hotplug::AddArgs),
+    /// Add a network device to the machine: tap=NAME,id=NAME[,KEY=VALUE]…
+    AddNet(ctl_hotplug::AddArgs),
+    /// Add a device of somebody else's to the machine: socket=PATH,kind=NAME,id=NAME[,KEY=VALUE]…
+    AddVhostUser(ctl_hotplug::AddArgs),
+    /// Have the guest give a device up, and end it
+    RemoveDevice(ctl_hotplug::RemoveArgs),
+    /// Change the number of vCPUs
+    ResizeCpus(ctl_hotplug::ResizeCpusArgs),
     /// Show what has happened to the machine
     Events {
         /// First event wanted, by number [default: the oldest that is kept]
@@ -191,6 +202,11 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::Limit(limit) => limit.run(&mut session, &mut out),
         CtlCommand::Drain(drain) => drain.run(&mut session, &mut out),
         CtlCommand::ResumeDevice(resume) => resume.run(&mut session, &mut out),
+        CtlCommand::AddDisk(add) => add.run(Kind::Disk, &mut session, &mut out),
+        CtlCommand::AddNet(add) => add.run(Kind::Net, &mut session, &mut out),
+        CtlCommand::AddVhostUser(add) => add.run(Kind::VhostUser, &mut session, &mut out),
+        CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
+        CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::Events { from, follow } => {
             session.events(from.unwrap_or(0), *follow, out.json, out.to)
         }
@@ -214,6 +230,9 @@ impl CtlCommand {
             Self::Create(machine) => create_request(machine).map(|_| ()),
             Self::UpdateDisk(update) => update.request().map(|_| ()),
             Self::UpdateNet(update) => update.request().map(|_| ()),
+            Self::AddDisk(add) => add.request(Kind::Disk).map(|_| ()),
+            Self::AddNet(add) => add.request(Kind::Net).map(|_| ()),
+            Self::AddVhostUser(add) => add.request(Kind::VhostUser).map(|_| ()),
             Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),
         }

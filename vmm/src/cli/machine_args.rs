@@ -7,6 +7,8 @@ use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_con
 
 use super::{disk_args, net_args};
 
+/// Most root ports on the bus.
+const MAX_PORTS: usize = 31;
 /// Most vCPUs a machine may have.
 pub const MAX_CPUS: u32 = 64;
 
@@ -25,8 +27,9 @@ pub struct MachineArgs {
     /// Guest memory: a number with K, M, G or T (powers of 1024)
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: String,
-    /// vCPUs, and the host CPU of each in order: N[,pin=A:B:…]
-    #[arg(long, value_name = "N[,pin=A:B]", default_value = "1")]
+    /// vCPUs, as many as there may be later, and the host CPU of each in order:
+    /// N[,max=M][,pin=A:B:…]
+    #[arg(long, value_name = "N[,max=M][,pin=A:B]", default_value = "1")]
     pub cpus: String,
     /// A disk, served by a confined process of its own: path=FILE[,KEY=VALUE]…; may be repeated
     ///
@@ -80,6 +83,10 @@ pub struct MachineArgs {
     ///   id=NAME                its name in the API
     #[arg(long = "vhost-user", value_name = "DEVICE", verbatim_doc_comment)]
     pub vhost_users: Vec<String>,
+    /// Root ports that are empty at first, to add devices to a machine that runs: how many
+    /// (hp1, hp2, …), or their names
+    #[arg(long, value_name = "N|NAME[:NAME]…")]
+    pub hotplug_ports: Option<String>,
     /// Where the guest's first serial port goes
     #[arg(
         long,
@@ -107,6 +114,9 @@ impl MachineArgs {
         config.memory_bytes =
             parse_size(&self.memory).map_err(|e| format!("--memory {}: {e}", self.memory))?;
         config.cpus = Some(parse_cpus(&self.cpus)?).into();
+        if let Some(text) = &self.hotplug_ports {
+            config.hotplug_ports = parse_ports(text)?;
+        }
         let mut ids = BTreeSet::new();
         for (index, text) in self.disks.iter().enumerate() {
             let disk = disk_args::parse_disk(text, index)?;
@@ -125,6 +135,26 @@ impl MachineArgs {
         }
         config.serial = Some(parse_serial(&self.serial)?).into();
         Ok(config)
+    }
+}
+
+/// Names of root ports, or how many.
+fn parse_ports(text: &str) -> Result<Vec<String>, String> {
+    let wanted = || {
+        format!(
+            "--hotplug-ports {text}: give a number up to {MAX_PORTS}, or names with ':' between them"
+        )
+    };
+    if let Ok(count) = text.parse::<usize>() {
+        return match count {
+            0..=MAX_PORTS => Ok((1..=count).map(|n| format!("hp{n}")).collect()),
+            _ => Err(wanted()),
+        };
+    }
+    let names: Vec<String> = text.split(':').map(str::to_owned).collect();
+    match names.iter().all(|name| check_id(name).is_ok()) {
+        true if names.len() <= MAX_PORTS => Ok(names),
+        _ => Err(wanted()),
     }
 }
 
@@ -185,9 +215,20 @@ fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
         .ok_or_else(|| format!("--cpus {text}: give a number from 1 to {MAX_CPUS}"))?;
     let mut keys = Keys::default();
     for part in parts {
+        if let Some(max) = part.strip_prefix("max=") {
+            keys.once(&format!("--cpus {text}"), "max")?;
+            cpus.max = max
+                .parse()
+                .ok()
+                .filter(|max| (cpus.boot..=MAX_CPUS).contains(max))
+                .ok_or_else(|| {
+                    format!("--cpus {text}: max={max}: give {} to {MAX_CPUS}", cpus.boot)
+                })?;
+            continue;
+        }
         let Some(list) = part.strip_prefix("pin=") else {
             return Err(format!(
-                "--cpus {text}: {part:?} is unknown: only pin=A:B:… may follow the number"
+                "--cpus {text}: {part:?} is unknown: only max=M and pin=A:B:… may follow the number"
             ));
         };
         keys.once(&format!("--cpus {text}"), "pin")?;
@@ -196,13 +237,13 @@ fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
                 format!("--cpus {text}: {cpu:?} is no host CPU number: give pin=A:B, one per vCPU")
             })?);
         }
-        if cpus.pin.len() != cpus.boot as usize {
-            return Err(format!(
-                "--cpus {text}: {} vCPUs but {} host CPUs in pin=: give one per vCPU",
-                cpus.boot,
-                cpus.pin.len()
-            ));
-        }
+    }
+    let all = cpus.max.max(cpus.boot);
+    if !cpus.pin.is_empty() && cpus.pin.len() != all as usize {
+        return Err(format!(
+            "--cpus {text}: {all} vCPUs but {} host CPUs in pin=: give one per vCPU",
+            cpus.pin.len()
+        ));
     }
     Ok(cpus)
 }
@@ -291,8 +332,31 @@ mod tests {
     fn cpus_take_a_pin_each() {
         assert_eq!(parse_cpus("2,pin=0:1").unwrap().pin, [0, 1]);
         assert_eq!(parse_cpus("boot=3").unwrap().boot, 3);
-        for bad in ["0", "65", "two", "2,pin=0", "1,pin=x", "1,max=2", ""] {
+        assert_eq!(parse_cpus("1,max=2").unwrap().max, 2);
+        assert_eq!(parse_cpus("boot=1,pin=0:1,max=2").unwrap().pin, [0, 1]);
+        for bad in [
+            "0",
+            "65",
+            "two",
+            "2,pin=0",
+            "1,pin=x",
+            "2,max=1",
+            "1,max=65",
+            "1,max=",
+            "1,max=2,pin=0",
+            "1,max=2,max=3",
+            "",
+        ] {
             assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports_are_counted_or_named() {
+        assert_eq!(parse_ports("2").unwrap(), ["hp1", "hp2"]);
+        assert_eq!(parse_ports("a:b").unwrap(), ["a", "b"]);
+        for bad in ["32", "a::b", "../x", ""] {
+            assert!(parse_ports(bad).is_err(), "{bad}");
         }
     }
 

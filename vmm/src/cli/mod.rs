@@ -14,6 +14,7 @@ use crate::machine::supervise::{Budget, MAX_BUDGET};
 pub mod audit;
 pub mod ctl;
 mod ctl_device;
+mod ctl_hotplug;
 pub mod ctl_output;
 mod ctl_output_net;
 mod ctl_stats;

@@ -11,7 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
@@ -19,6 +20,8 @@ use bulkhead_proto::protobuf::Message;
 use bulkhead_seccomp::notify::Violation;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use beside::Beside;
 
 use super::helper::Program;
 use super::packet::{self, MAX_FDS, Packet, PacketSocket};
@@ -210,6 +213,8 @@ struct Inbox {
     linked: BTreeMap<u64, Linked>,
 }
 
+    /// Other threads that wait for an answer.
+    beside: Beside,
 struct Inner {
     /// None once the launcher is given up.
     socket: Option<PacketSocket>,
@@ -226,6 +231,8 @@ pub struct Launcher {
     io_uring: bool,
     /// Of `socket` and `pending`.
     epoll: Epoll,
+    /// The thread that takes the events, once it does.
+    attendant: OnceLock<ThreadId>,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
 }
@@ -255,6 +262,7 @@ impl Launcher {
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
             epoll,
             pending,
+            attendant: OnceLock::new(),
         };
         launcher.greet()?;
         Ok(launcher)
@@ -489,6 +497,7 @@ impl Launcher {
         }
         match lost {
             Some(error) if inner.inbox.events.is_empty() => {
+            inner.inbox.beside.lose();
                 // The socket has left the epoll: stay readable.
                 let _ = self.pending.write(1);
                 Err(error)
@@ -538,6 +547,9 @@ impl Launcher {
         let deadline = Instant::now() + limit;
         let mut inner = self.lock();
         inner.last_id = inner.last_id.wrapping_add(1).max(1);
+        if self.is_beside() {
+            return self.call_beside(op, fds, limit, what);
+        }
         let request = wire::Request {
             id: inner.last_id,
             op: Some(op),
@@ -564,6 +576,7 @@ impl Launcher {
                 let _ = self.pending.write(1);
                 Err(error)
             }
+                inner.inbox.beside.lose();
             other => other,
         }
     }
@@ -687,6 +700,7 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
     } = inbox;
     let Packet { bytes, fds, pid } = packet;
     let reply = wire::Reply::parse_from_bytes(&bytes)
+        beside,
         .map_err(|_| LauncherError::Protocol("a packet that is no message"))?;
     match (reply.id, &reply.result) {
         (0, Some(wire::reply::Result::Exited(exited))) => {
@@ -704,17 +718,23 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
             events.push_back(LauncherEvent::Exited {
                 device_id: exited.device_id.clone(),
                 incarnation: exited.incarnation,
+            let last_line: String = printable(&exited.last_line)
+                .chars()
+                .take(MAX_LAST_LINE)
+                .collect();
+            beside.note_end(&exited.device_id, exited.incarnation, outcome, &last_line);
                 outcome,
-                last_line: printable(&exited.last_line)
-                    .chars()
-                    .take(MAX_LAST_LINE)
-                    .collect(),
+                last_line,
             });
             Ok(None)
         }
         (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
         (reply_id, result) if begun.remove(&reply_id) => {
             if let Some(wire::reply::Result::Connected(_) | wire::reply::Result::Spawned(_)) =
+        (reply_id, _) if beside.waits(reply_id) => {
+            beside.answer(reply_id, (reply, fds, pid));
+            Ok(None)
+        }
                 result
                 && reply.error.is_empty()
                 && links.remove(&reply_id)
@@ -775,6 +795,7 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
 mod disks;
 mod nets;
 mod resources;
+mod beside;
 
 pub use nets::{Linked, SpawnedHelper};
 pub use resources::Placed;

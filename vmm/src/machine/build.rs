@@ -21,6 +21,7 @@ use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
 use crate::events::EventSender;
 use crate::ged::Ged;
+use crate::hotplug::HotplugRegisters;
 use crate::hypervisor::{Gsi, Hypervisor};
 use crate::kvm::KvmVm;
 use crate::launcher::{Access, Launcher};
@@ -39,6 +40,8 @@ pub struct Parts {
     pub serial: Arc<Serial>,
     /// The generic event device.
     pub ged: Arc<Ged>,
+    /// What tells the guest of hot-plug.
+    pub hotplug: Arc<HotplugRegisters>,
     /// PCIe.
     pub pci: Arc<RootComplex>,
     /// One process each.
@@ -103,7 +106,24 @@ pub fn build(
 
     let mem64 = layout::pci_mem64_start(ram.end());
     let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
-    let pci = device::root_complex(&mmio, &pio, mem64.clone(), count(config))?;
+    let pci = device::root_complex(
+        &mmio,
+        &pio,
+        mem64.clone(),
+        (count(config), &config.hotplug_ports),
+    )?;
+    let cpus = config.cpus.clone().unwrap_or_default();
+    let complex = Arc::downgrade(&pci);
+    let detach = move |slot| {
+        complex
+            .upgrade()
+            .is_some_and(|pci| pci.detach_slot(slot).is_some())
+    };
+    let max_cpus = cpus.max.max(cpus.boot);
+    let hotplug = HotplugRegisters::new(cpus.boot, max_cpus, Box::new(detach), events.clone());
+    hotplug
+        .attach(&mmio)
+        .map_err(|e| format!("hot-plug registers: {e}"))?;
 
     let hypervisor: Arc<dyn Hypervisor> = kvm.clone();
     let site = Site {
@@ -111,6 +131,7 @@ pub fn build(
         ram: &ram,
         hypervisor: &hypervisor,
         pci: &pci,
+        port: None,
         hook: &hooks.helper,
     };
     let mut devices = Undo {
@@ -129,9 +150,9 @@ pub fn build(
             .extend(net_external::make_any(device, &site)?);
     }
 
-    let cpus = config.cpus.clone().unwrap_or_default();
-    let rsdp = acpi::write_tables(ram.memory(), &device::acpi_config(&pci, cpus.boot, mem64))
-        .map_err(|e| text(&e))?;
+    let ports: Vec<u8> = pci.ports().iter().map(|port| port.device).collect();
+    let tables = device::acpi_config(&pci, (cpus.boot, max_cpus), mem64, &ports);
+    let rsdp = acpi::write_tables(ram.memory(), &tables).map_err(|e| text(&e))?;
     reset_vector::write(ram.memory()).map_err(|e| format!("reset vector: {e}"))?;
     let source = BootSource {
         kernel: &kernel,
@@ -143,7 +164,8 @@ pub fn build(
     let vcpus = VcpuManager::new(
         &kvm,
         &VcpuConfig {
-            count: cpus.boot,
+            count: max_cpus,
+            boot: cpus.boot,
             pins: cpus.pin.iter().map(|p| *p as usize).collect(),
         },
         &mmio,
@@ -166,6 +188,7 @@ pub fn build(
         vcpus,
         serial,
         ged,
+        hotplug,
         pci,
         devices: devices.keep().into(),
         kvm,

@@ -53,6 +53,7 @@ fn bed() -> Bed {
         kind: "blk".into(),
         queues: 2,
         mtu: 0,
+        usage: None,
     };
     let client = BlockingClient::new(ours, CONTROL_MAX_FRAME);
     Bed {

@@ -29,7 +29,7 @@ use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::{Launcher, SpawnSpec};
 use crate::memory::GuestRam;
-use crate::pci::{AddressRange, PciAddress, PciFunction, PortConfig, RootComplex, Windows};
+use crate::pci::{AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows};
 use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
@@ -44,6 +44,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// fd of a device process's first own descriptor.
 const FIRST_OWN_FD: usize = 5;
+/// Nothing more can be plugged in.
+pub const NO_PORT: &str = "every root port is taken: remove a device, or start the machine with more --hotplug-ports";
 /// Most root ports on bus 0: one for each device number but the host bridge's.
 const MAX_PORTS: u8 = 31;
 
@@ -191,8 +193,8 @@ impl MemoryMap for SharedRam {
     }
 }
 
-/// The root complex with a port for each of `devices`, on the buses. A port that nothing can
-/// be behind would cost the guest some 450 exits of bus enumeration.
+/// The root complex with a port for each of `devices` and those that are `empty`, on the buses.
+/// A port that nothing is behind costs the guest some 450 exits of bus enumeration.
 ///
 /// # Errors
 /// One line.
@@ -200,14 +202,14 @@ pub fn root_complex(
     mmio: &Arc<Bus>,
     pio: &Arc<Bus>,
     mem64: Range<u64>,
-    devices: usize,
+    (devices, empty): (usize, &[String]),
 ) -> Result<Arc<RootComplex>, String> {
-    let last = u8::try_from(devices)
-        .unwrap_or(MAX_PORTS)
-        .clamp(1, MAX_PORTS);
-    let ports: Vec<PortConfig> = (1..=last)
-        .map(|device| PortConfig {
-            name: format!("port{device}"),
+    let first = devices.max(usize::from(empty.is_empty()));
+    let names = (1..=first).map(|number| format!("port{number}"));
+    let ports: Vec<PortConfig> = (1..=MAX_PORTS)
+        .zip(names.chain(empty.iter().cloned()))
+        .map(|(device, name)| PortConfig {
+            name,
             device,
             slot: u16::from(device),
         })
@@ -240,6 +242,8 @@ pub struct Site<'a> {
     pub hypervisor: &'a Arc<dyn Hypervisor>,
     /// Where its function goes.
     pub pci: &'a Arc<RootComplex>,
+    /// Behind which root port; `None`: the first that is free.
+    pub port: Option<&'a str>,
     /// Run first on the function's own thread, where it has one.
     pub hook: &'a ThreadHook,
 }
@@ -383,7 +387,8 @@ pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> Strin
     format!("device {id}: {why}")
 }
 
-/// Puts a function in front of a back-end, on the first free root port.
+/// Puts a function in front of a back-end, on the root port that is wanted, or the first free
+/// one.
 ///
 /// # Errors
 /// One line, without the device's name; the back-end is as it was.
@@ -406,18 +411,23 @@ pub fn attach(
         site.pci.decoder(),
     )
     .map_err(|e| e.to_string())?;
-    let port = site
-        .pci
-        .ports()
-        .into_iter()
-        .find(|p| !p.occupied)
-        .ok_or("every root port is taken: remove a device")?
-        .name;
-    let address = site
-        .pci
-        .attach(&port, Arc::clone(&function) as Arc<dyn PciFunction>)
-        .map_err(|e| e.to_string())?;
-    Ok((function, address, port))
+    let attach = |port: &str| {
+        let function = Arc::clone(&function) as Arc<dyn PciFunction>;
+        site.pci.attach(port, function)
+    };
+    if let Some(port) = site.port {
+        let address = attach(port).map_err(|e| e.to_string())?;
+        return Ok((function, address, port.to_owned()));
+    }
+    for port in site.pci.ports().into_iter().filter(|p| !p.occupied) {
+        match attach(&port.name) {
+            Ok(address) => return Ok((function, address, port.name)),
+            // Another one was faster.
+            Err(PciError::Occupied(_)) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    Err(NO_PORT.to_owned())
 }
 
 /// The first call on a control channel.
@@ -462,11 +472,17 @@ pub fn check_hello(
 }
 
 /// What the ACPI tables must know.
-pub fn acpi_config(pci: &RootComplex, cpus: u32, mem64: Range<u64>) -> AcpiConfig<'static> {
+pub fn acpi_config<'a>(
+    pci: &RootComplex,
+    (boot, max): (u32, u32),
+    mem64: Range<u64>,
+    ports: &'a [u8],
+) -> AcpiConfig<'a> {
     AcpiConfig {
-        cpus,
+        cpus: boot,
+        max_cpus: max.max(boot),
         pci_mem64: mem64,
         last_bus: pci.last_bus(),
-        pci_root_aml: &[],
+        ports,
     }
 }

@@ -1,6 +1,8 @@
 //! The table of device kinds: what the VMM must know of each to start its process and to
 //! put a virtio-pci function in front of it. A new kind is one entry here.
 
+use std::path::Path;
+
 use bulkhead_proto::machine::MachineConfig;
 
 /// What the VMM knows of a device kind.
@@ -40,8 +42,10 @@ pub static NET: DeviceKind = DeviceKind {
 /// Every kind.
 pub static ALL: [&DeviceKind; 2] = [&BLK, &NET];
 
-/// The binaries of the kinds that a machine has; of all where it is not known yet.
-pub fn binaries(machine: Option<&MachineConfig>) -> Vec<String> {
+/// The binaries of the kinds that a machine has, beside those that could be added to it; of all
+/// where it is not known yet.
+pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) -> Vec<String> {
+    let added = |kind: &DeviceKind| grows && libexec.join(kind.binary).exists();
     let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
     ALL.iter()
         .filter(|kind| {
@@ -49,7 +53,7 @@ pub fn binaries(machine: Option<&MachineConfig>) -> Vec<String> {
                 "blk" => !config.disks.is_empty(),
                 "net" => taps(config),
                 _ => true,
-            })
+            }) || added(kind)
         })
         .map(|kind| kind.binary.to_owned())
         .collect()

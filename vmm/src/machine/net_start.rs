@@ -110,11 +110,16 @@ impl Prepared {
     /// Fills in what a checked configuration leaves to us: queue pairs and MAC addresses.
     pub fn fill_defaults(&self, config: &mut MachineConfig) {
         for net in &mut config.nets {
-            net.queues = queue_pairs(net);
-            if net.mac.is_empty() {
-                let words = [self.host.trim(), &self.place(net), &net.id];
-                net.mac = MacAddress::derived(&words).bytes().to_vec();
-            }
+            self.fill_net(net);
+        }
+    }
+
+    /// The same of one device.
+    pub fn fill_net(&self, net: &mut NetConfig) {
+        net.queues = queue_pairs(net);
+        if net.mac.is_empty() {
+            let words = [self.host.trim(), &self.place(net), &net.id];
+            net.mac = MacAddress::derived(&words).bytes().to_vec();
         }
     }
 

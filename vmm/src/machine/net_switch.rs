@@ -257,6 +257,17 @@ impl Switch {
         }
     }
 
+    /// The device is removed: the number and pidfd of the helper that is to end, if it has one,
+    /// and the path that it was reached by, if we made that.
+    pub fn dismiss(&mut self) -> (u64, Option<OwnedFd>, Option<PathBuf>) {
+        let path = match &self.origin {
+            Origin::Listen(path, _) => Some(path.clone()),
+            _ => None,
+        };
+        let pidfd = self.process.take().map(|process| process.pidfd);
+        (self.incarnation, pidfd, path)
+    }
+
     /// Its back-end is gone.
     pub fn lost(&mut self, launcher: &dyn Links, now: Instant) {
         if let Phase::Serving { since } = self.phase

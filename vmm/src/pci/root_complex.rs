@@ -153,6 +153,17 @@ impl RootComplex {
         self.port(port)?.unplug()
     }
 
+    /// The same by the port's device number, as a guest's eject names it; `None`: there is none.
+    pub fn detach_slot(&self, device: u8) -> Option<Arc<dyn PciFunction>> {
+        let port = self.ports.iter().find(|p| p.config.device == device)?;
+        port.unplug().ok()
+    }
+
+    /// As [`detach`](Self::detach), of a function that the guest's driver may still use.
+    pub fn detach_by_surprise(&self, port: &str) -> Result<Arc<dyn PciFunction>, PciError> {
+        self.port(port)?.unplug_by_surprise(&self.decoder)
+    }
+
     /// Every plugged-in function, in order of port.
     pub fn devices(&self) -> Vec<PciDeviceInfo> {
         self.ports

@@ -9,9 +9,10 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::bar::AddressRange;
+use super::bar::{AddressRange, BarClaim, BarDecoder, BarListener};
 use super::config::{ConfigSpace, Identity, reg};
 use super::{BarKind, PciError, PciFunction};
+use crate::bus::BusDevice;
 
 /// Red Hat's identity for a generic PCI Express root port: no quirks in any guest.
 const VENDOR: u16 = 0x1b36;
@@ -64,6 +65,27 @@ pub(super) struct RootPort {
     registers: Mutex<ConfigSpace>,
     express: u16,
     function: RwLock<Option<Arc<dyn PciFunction>>>,
+    /// Answers in the place of a function that left by surprise.
+    ghost: Mutex<Option<BarClaim>>,
+}
+
+/// What answers where a function was: zeros. A driver that is told late that its device is
+/// gone resets it and waits for the status register to read as zero; all ones, as on hardware,
+/// would hold Linux's there for ever.
+struct Ghost;
+
+impl BusDevice for Ghost {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}
+
+impl BarListener for Ghost {
+    fn mapped(&self, _base: u64) {}
+
+    fn unmapped(&self, _base: u64) {}
 }
 
 impl RootPort {
@@ -100,6 +122,7 @@ impl RootPort {
             registers: Mutex::new(space),
             express,
             function: RwLock::new(None),
+            ghost: Mutex::new(None),
         })
     }
 
@@ -122,6 +145,7 @@ impl RootPort {
         if slot.is_some() {
             return Err(PciError::Occupied(self.config.name.clone()));
         }
+        self.lock_ghost().take();
         let (mut memory, mut prefetchable) = self.windows();
         function.place_bars(&mut |kind, size| match kind {
             BarKind::Memory32 => take(&mut memory, size),
@@ -142,6 +166,24 @@ impl RootPort {
         self.show_presence(false);
         function.unplug();
         Ok(function)
+    }
+
+    /// As [`unplug`](Self::unplug), of a function that the guest's driver may still use: its
+    /// accesses read as zero until something else is plugged in.
+    pub fn unplug_by_surprise(
+        &self,
+        decoder: &Arc<BarDecoder>,
+    ) -> Result<Arc<dyn PciFunction>, PciError> {
+        let function = self.unplug()?;
+        let (memory, _) = self.windows();
+        let ghost = decoder.claim(memory.size, Arc::new(Ghost), Arc::new(Ghost));
+        ghost.decode(Some(memory.start));
+        *self.lock_ghost() = Some(ghost);
+        Ok(function)
+    }
+
+    fn lock_ghost(&self) -> MutexGuard<'_, Option<BarClaim>> {
+        self.ghost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn config_read(&self, offset: u16, data: &mut [u8]) {

@@ -40,6 +40,8 @@ struct Slot {
     phase: Phase,
     /// `None` once the thread may have dropped its run page.
     exit: Option<ImmediateExit>,
+    /// The machine has this vCPU; else its thread stays parked.
+    plugged: bool,
 }
 
 struct State {
@@ -54,12 +56,15 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(exits: Vec<Option<ImmediateExit>>) -> Self {
+    /// The first `boot` of them are plugged in.
+    pub(super) fn new(exits: Vec<Option<ImmediateExit>>, boot: u32) -> Self {
         let slots = exits
             .into_iter()
-            .map(|exit| Slot {
+            .zip(0..)
+            .map(|(exit, index)| Slot {
                 phase: Phase::Starting,
                 exit,
+                plugged: index < boot,
             })
             .collect();
         Self {
@@ -80,10 +85,13 @@ impl Control {
     pub(super) fn next(&self, index: u32) -> Next {
         let mut state = self.lock();
         loop {
-            let target = state.target;
+            let mut target = state.target;
             let Some(slot) = state.slots.get_mut(index as usize) else {
                 return Next::End;
             };
+            if target == Target::Running && !slot.plugged {
+                target = Target::Parked;
+            }
             match (target, slot.phase) {
                 (Target::Gone, _) | (_, Phase::Gone) => {
                     slot.phase = Phase::Gone;
@@ -136,6 +144,21 @@ impl Control {
     /// True while the manager wants the threads parked.
     pub(super) fn is_pausing(&self) -> bool {
         self.lock().target == Target::Parked
+    }
+
+    /// Plugs a vCPU in, or out; true: its thread must be kicked.
+    pub(super) fn plug(&self, index: u32, plugged: bool) -> bool {
+        let mut state = self.lock();
+        let Some(slot) = state.slots.get_mut(index as usize) else {
+            return false;
+        };
+        slot.plugged = plugged;
+        let kick = !plugged && slot.phase == Phase::Running;
+        if kick && let Some(exit) = &slot.exit {
+            exit.set(1);
+        }
+        self.changed.notify_all();
+        kick
     }
 
     /// Sets what is wanted; returns the threads that must be kicked for it.
@@ -202,7 +225,7 @@ mod tests {
 
     #[test]
     fn threads_park_run_pause_and_end_as_asked() {
-        let control = Arc::new(Control::new(vec![None, None]));
+        let control = Arc::new(Control::new(vec![None, None], 2));
         let in_guest = Arc::new(AtomicBool::new(false));
         let threads: Vec<_> = (0..2)
             .map(|index| {
@@ -243,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_has_ended_does_not_run_again() {
-        let control = Arc::new(Control::new(vec![None]));
+        let control = Arc::new(Control::new(vec![None], 1));
         control.ask(Target::Running);
         assert_eq!(control.next(0), Next::Run);
         control.ended(0);

@@ -26,8 +26,10 @@ use run::{Counters, VcpuThread};
 /// How many vCPUs, and where they run.
 #[derive(Clone, Debug, Default)]
 pub struct VcpuConfig {
-    /// Number of vCPUs.
+    /// Number of vCPUs that there may be.
     pub count: u32,
+    /// Those that are there at first.
+    pub boot: u32,
     /// Host CPU of `vp-N` at index N; empty for no pinning.
     pub pins: Vec<usize>,
 }
@@ -150,7 +152,7 @@ impl VcpuManager {
             vcpus.push(vcpu);
         }
 
-        let control = Arc::new(Control::new(exits));
+        let control = Arc::new(Control::new(exits, config.boot));
         let mut manager = Self {
             control: Arc::clone(&control),
             counters: Vec::new(),
@@ -207,6 +209,20 @@ impl VcpuManager {
     /// The same as [`start`](Self::start), after a pause.
     pub fn resume(&self) {
         self.start();
+    }
+
+    /// Lets a vCPU run that was not plugged in.
+    pub fn plug(&self, index: u32) {
+        self.control.plug(index, true);
+    }
+
+    /// Takes a vCPU that the guest has given up out of it; its thread parks as soon as it can.
+    pub fn unplug(&self, index: u32) {
+        if self.control.plug(index, false)
+            && let Some(thread) = self.threads.get(index as usize)
+        {
+            signal::kick(thread);
+        }
     }
 
     /// Takes every vCPU out of the guest and parks it between two instructions. On a timeout

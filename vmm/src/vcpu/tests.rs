@@ -61,6 +61,7 @@ fn machine(code: &[u8], cpus: u32) -> Option<Machine> {
     crate::power::attach(&pio, &sender).unwrap();
     let config = VcpuConfig {
         count: cpus,
+        boot: cpus,
         pins: Vec::new(),
     };
     let entry = BootEntry::at(EntryMode::Protected, CODE);
@@ -185,6 +186,7 @@ fn wrong_counts_pins_and_hooks_are_errors() {
     let make = |count, pins: &[usize], hook: &ThreadHook| {
         let config = VcpuConfig {
             count,
+            boot: count,
             pins: pins.to_vec(),
         };
         let error = VcpuManager::new(&vm, &config, &bus, &bus, &entry, &sender, hook).err();
@@ -208,6 +210,7 @@ fn a_host_cpu_that_does_not_exist_is_an_error() {
     let entry = BootEntry::at(EntryMode::Protected, CODE);
     let config = VcpuConfig {
         count: 1,
+        boot: 1,
         pins: vec![100_000],
     };
     let error = VcpuManager::new(&vm, &config, &bus, &bus, &entry, &sender, &no_hook());

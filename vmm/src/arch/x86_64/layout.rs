@@ -7,7 +7,7 @@
 //! | 3 GiB – 3.5 GiB | PCI memory window (32-bit BARs) |
 //! | 3.5 GiB – 3.75 GiB | ECAM, 1 MiB per bus |
 //! | 0xfec0_0000 | IOAPIC |
-//! | 0xfed0_0000 | platform registers (GED) |
+//! | 0xfed0_0000 | platform registers (GED, hot-plug) |
 //! | 0xfee0_0000 | local APIC |
 //! | 4 GiB – | RAM above the hole, then the 64-bit PCI window |
 
@@ -45,6 +45,10 @@ pub const LAPIC_START: u64 = 0xfee0_0000;
 pub const GED_START: u64 = 0xfed0_0000;
 /// Length of the generic event device's registers.
 pub const GED_SIZE: u64 = 0x1000;
+/// Hot-plug registers.
+pub const HOTPLUG_START: u64 = 0xfed0_1000;
+/// Length of the hot-plug registers.
+pub const HOTPLUG_SIZE: u64 = 0x1000;
 /// The most vCPUs: local APIC ids are 8 bits wide and 0xff is broadcast.
 pub const MAX_VCPUS: u32 = 254;
 /// KVM's TSS pages (KVM_SET_TSS_ADDR), three of them.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
-use super::{Access, DEADLINE, Inner, Launcher, LauncherError, LauncherEvent, OpenedInfo, take};
+use super::{Access, DEADLINE, Inner, Launcher, LauncherError, LauncherEvent, OpenedInfo, path_text, take};
 use crate::launcher::sys::{self, ExitOutcome};
 
 /// Growths that may be under way.
@@ -66,9 +66,32 @@ impl Launcher {
     /// Kills a device process as [`kill`](Self::kill) does, and does not wait for the launcher
     /// to say that it was done.
     pub fn begin_kill(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        self.begin_end(device_id, incarnation, false)
+    }
+
+    /// Removes a path that `bind_unix` made, without waiting for the launcher's answer.
+    pub fn begin_forget_path(&self, path: &Path) -> Result<(), LauncherError> {
+        let op = wire::request::Op::Forget(wire::Forget {
+            path: path_text(path, "socket")?,
+            ..Default::default()
+        });
+        let mut inner = self.lock();
+        let id = inner.last_id.wrapping_add(1).max(1);
+        send(&inner, id, op)?;
+        inner.last_id = id;
+        Ok(())
+    }
+
+    fn begin_end(
+        &self,
+        device_id: &str,
+        incarnation: u64,
+        forget: bool,
+    ) -> Result<(), LauncherError> {
         let op = wire::request::Op::Kill(wire::Kill {
             device_id: device_id.to_owned(),
             incarnation,
+            forget,
             ..Default::default()
         });
         let mut inner = self.lock();
@@ -86,6 +109,9 @@ impl Launcher {
         incarnation: u64,
         limit: Duration,
     ) -> Option<(ExitOutcome, String)> {
+        if self.is_beside() {
+            return self.end_of_beside(device_id, incarnation, limit);
+        }
         let deadline = Instant::now().checked_add(limit)?;
         let mut inner = self.lock();
         let Inner { socket, inbox, .. } = &mut *inner;
@@ -97,7 +123,9 @@ impl Launcher {
                     incarnation: of,
                     outcome,
                     last_line,
-                } if id == device_id && *of == incarnation => Some((*outcome, last_line.clone())),
+                } if id == device_id && *of == incarnation => {
+                    Some((*outcome, last_line.clone()))
+                }
                 _ => None,
             });
             if told.is_some() || Instant::now() >= deadline {
@@ -118,6 +146,12 @@ impl Launcher {
             let _ = self.pending.write(1);
         }
         outcome
+    }
+
+    /// The same, and closes what the launcher keeps of the device: its descriptors, and with
+    /// them locks.
+    pub fn begin_forget(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        self.begin_end(device_id, incarnation, true)
     }
 
     /// Asks for a device's own descriptor number `index` (from 0) to be grown to `size` bytes.

@@ -235,7 +235,9 @@ impl Host {
         outcome: ExitOutcome,
         last_line: &str,
     ) {
-        if self.foreign_exited(id, incarnation, &outcome, last_line) {
+        if self.hotplug_exited(id, incarnation, &outcome, last_line)
+            || self.foreign_exited(id, incarnation, &outcome, last_line)
+        {
             return;
         }
         let detail = outcome.with_last_line("", last_line);
@@ -248,7 +250,7 @@ impl Host {
     }
 
     /// Something with a device's control channel, and what comes of it.
-    fn with_control<T>(
+    pub(super) fn with_control<T>(
         &mut self,
         index: usize,
         step: impl FnOnce(&mut ControlChannel, &mut Turn<'_>) -> Result<T, Breach>,
@@ -260,7 +262,7 @@ impl Host {
         let devices = &mut machine.as_mut()?.parts.devices;
         let process = devices.get_mut(index)?.process.as_mut()?;
         let mut turn = Turn {
-            grower: launcher,
+            grower: &**launcher,
             now: Instant::now(),
             notices: &mut notices,
         };
@@ -468,6 +470,7 @@ impl Host {
             return;
         }
         self.forgive_newcomers(late);
+        self.forgive_hotplug(late);
         let Some(machine) = &mut self.machine else {
             return;
         };

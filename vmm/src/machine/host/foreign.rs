@@ -49,7 +49,7 @@ impl Host {
             machine, launcher, ..
         } = self;
         let device = machine.as_mut()?.parts.devices.get_mut(index)?;
-        switch(device)?.lost(launcher, Instant::now());
+        switch(device)?.lost(&**launcher, Instant::now());
         Some("device.disconnected")
     }
 
@@ -70,7 +70,7 @@ impl Host {
             .and_then(|m| m.parts.devices.get_mut(index));
         device
             .and_then(switch)
-            .is_some_and(|s| !s.not_reconnected(launcher, why, Instant::now()))
+            .is_some_and(|s| !s.not_reconnected(&**launcher, why, Instant::now()))
     }
 
     /// A helper's process has ended. True: it was one.
@@ -122,7 +122,7 @@ impl Host {
         let devices = machine.as_mut().map(|m| &mut m.parts.devices);
         let mut news = Vec::new();
         for (index, device) in devices.into_iter().flat_map(|d| d.numbered_mut()) {
-            if let Some(line) = switch(device).and_then(|s| s.on_timer(launcher, now)) {
+            if let Some(line) = switch(device).and_then(|s| s.on_timer(&**launcher, now)) {
                 news.push((index, line));
             }
         }

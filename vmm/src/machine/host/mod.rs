@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::machine::MachineConfig;
@@ -24,8 +24,10 @@ use crate::launcher::{CgroupChoice, Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
 use crate::terminal::{RawTerminal, Terminal};
 
+mod cpus;
 mod devices;
 mod foreign;
+mod hotplug;
 mod requests;
 mod resources;
 mod source;
@@ -79,11 +81,14 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         output: clone_stream(std::io::stdout())?,
     };
     let terminal = Terminal::on_stdin().map_err(|e| format!("terminal: {e}"))?;
-    let mut config = LauncherConfig::new(super::kinds::binaries(options.first.as_ref()))
+    let mut config = LauncherConfig::new(Vec::new())
         .map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
     if let Some(dir) = options.libexec {
         config.libexec = dir;
     }
+    // A machine that somebody can speak to can be given more devices.
+    let grows = options.api_socket.is_some();
+    config.devices = super::kinds::binaries(options.first.as_ref(), &config.libexec, grows);
     config.cgroup = options.cgroup;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
@@ -119,10 +124,10 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         None => None,
     };
     let mut host = Host {
-        launcher,
+        launcher: Arc::new(launcher),
         dev_kvm: Some(dev_kvm),
         stdio,
-        prepared,
+        prepared: Arc::new(Mutex::new(prepared)),
         hooks,
         log,
         epoll: Epoll::new().map_err(|e| format!("epoll: {e}"))?,
@@ -138,6 +143,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         unseen: None,
         restarts: options.restarts,
         placements: Vec::new(),
+        hotplug: hotplug::Hotplug::new()?,
+        resize: None,
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -191,10 +198,11 @@ struct PendingShutdown {
 /// All that the manager thread owns. `machine` drops before `launcher`.
 struct Host {
     machine: Option<Machine>,
-    launcher: Launcher,
+    launcher: Arc<Launcher>,
     dev_kvm: Option<OwnedFd>,
     stdio: Stdio,
-    prepared: Prepared,
+    /// Taps; also for threads that make devices.
+    prepared: Arc<Mutex<Prepared>>,
     hooks: Hooks,
     log: Arc<EventLog>,
     epoll: Epoll,
@@ -212,6 +220,10 @@ struct Host {
     restarts: Budget,
     /// Changes of limits that the launcher has not answered.
     placements: Vec<resources::Placement>,
+    /// Devices that come and go.
+    hotplug: hotplug::Hotplug,
+    /// A change of the number of vCPUs.
+    resize: Option<cpus::Resize>,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -242,6 +254,9 @@ impl Host {
             Source::Signals,
             EventSet::IN,
         )?;
+        self.watch(self.hotplug.bell(), Source::Hotplug, EventSet::IN)?;
+        // From now on other threads' calls need this loop to be answered.
+        self.launcher.attend();
         if let Some(config) = first {
             self.create(config).map_err(|s| s.message)?;
             self.boot().map_err(|s| s.message)?;
@@ -267,7 +282,12 @@ impl Host {
             // Events first: what has arrived is not late.
             heartbeat &= self.on_device_timers(Instant::now());
             heartbeat &= self.on_foreign_timers(Instant::now());
+            heartbeat &= self.on_hotplug_timers(Instant::now());
+            heartbeat &= self.look_at_resize(Instant::now());
             heartbeat &= self.check_shutdown();
+            if let Some(machine) = &mut self.machine {
+                machine.parts.devices.settle();
+            }
             let counter = if heartbeat {
                 &mut self.heartbeat_wakeups
             } else {
@@ -286,7 +306,8 @@ impl Host {
     fn next_timer(&self) -> Option<Instant> {
         let shutdown = self.shutdown.as_ref().map(|s| s.deadline);
         let devices = self.device_timer().into_iter().chain(self.foreign_timer());
-        shutdown.into_iter().chain(devices).min()
+        let hotplug = self.hotplug_timer().into_iter().chain(self.resize_timer());
+        shutdown.into_iter().chain(devices).chain(hotplug).min()
     }
 
     /// Notices a host whose KVM takes the guest in and never lets it out: each second in
@@ -331,6 +352,9 @@ impl Host {
                 while let Some(event) = self.vcpu_events.try_recv() {
                     self.on_machine_event(event);
                 }
+                // Whether or not there was room for the event.
+                self.on_ejected();
+                self.on_ejected_cpus();
             }
             Source::Launcher => self.on_launcher(),
             Source::LauncherDeath => self.end(StopReason::LauncherDied("its process ended".into())),
@@ -343,12 +367,15 @@ impl Host {
             Source::Control { index } => return self.on_control(index),
             Source::Fence { index } => self.on_fence(index),
             Source::Listener { index } => self.on_listener(index),
+            Source::Hotplug => self.on_hotplug_news(),
+            Source::Leaving { operation, fence } => self.on_leaving(operation, fence),
         }
         false
     }
 
     fn on_machine_event(&mut self, event: MachineEvent) {
         let reason = match event {
+            MachineEvent::Ejected => return,
             MachineEvent::PowerOff => StopReason::PowerOff,
             MachineEvent::Reset => StopReason::Reset,
             MachineEvent::TripleFault { .. } => StopReason::TripleFault,

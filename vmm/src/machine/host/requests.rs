@@ -1,5 +1,6 @@
 //! The API's requests, carried out on the manager thread.
 
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::machine::{
@@ -7,15 +8,14 @@ use bulkhead_proto::machine::{
 };
 use bulkhead_proto::{Code, RpcStatus};
 
+use super::hotplug::announce;
 use super::{Host, Machine, PendingShutdown, VCPU_LIMIT};
 use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
 use crate::machine::build;
-use crate::machine::device::Special;
 use crate::machine::life::Life;
 use crate::machine::state::{IllegalTransition, MachineState, Transition};
 use crate::machine::stop::StopReason;
-use crate::machine::told;
 
 impl Host {
     /// Carries out a request of a client.
@@ -41,6 +41,13 @@ impl Host {
                 return self.drain_device(&id, timeout, reply);
             }
             ApiRequest::ResumeDevice { id } => return self.resume_device(&id, reply),
+            ApiRequest::AddDevice(request) => return self.add_device(*request, reply),
+            ApiRequest::RemoveDevice { id, force, timeout } => {
+                return self.remove_device(id, force, timeout, reply);
+            }
+            ApiRequest::ResizeCpus { count, timeout } => {
+                return self.resize_cpus(count, timeout, reply);
+            }
         };
         reply.complete(result);
     }
@@ -54,7 +61,9 @@ impl Host {
         }
         api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
         build::fill_defaults(&mut config);
-        self.prepared.fill_defaults(&mut config);
+        let prepared = Arc::clone(&self.prepared);
+        let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared.fill_defaults(&mut config);
         let dev_kvm = self
             .dev_kvm
             .as_ref()
@@ -65,36 +74,14 @@ impl Host {
             &config,
             dev_kvm,
             &self.launcher,
-            &mut self.prepared,
+            &mut prepared,
             &self.stdio,
             self.events_in.clone(),
             &self.hooks,
         )
         .map_err(RpcStatus::failed_precondition)?;
         for device in parts.devices.iter() {
-            if let Special::Foreign(switch) = &device.special {
-                let (kind, detail) = switch.announcement();
-                self.log.publish(kind, &device.id, &detail);
-                continue;
-            }
-            let how = match &device.process {
-                Some(process) => format!("pid {} in {} us", process.pid, process.ready_us),
-                None => "its back-end is somebody else's".to_owned(),
-            };
-            let detail = format!("{} {how}", device.kind);
-            let what = device.process.as_ref().map(|process| {
-                let (pid, incarnation) = (process.pid, process.incarnation);
-                let spawned = told::spawned(pid, incarnation);
-                self.log.publish_typed(
-                    "device.spawned",
-                    &device.id,
-                    &format!("pid {pid}"),
-                    Some(spawned),
-                );
-                told::ready(pid, incarnation, process.ready_us)
-            });
-            self.log
-                .publish_typed("device.ready", &device.id, &detail, what);
+            announce(&self.log, device);
         }
         for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
             process.life = Life::new(self.restarts);
@@ -249,6 +236,8 @@ impl Host {
                     counters.mmio_exits = counters.mmio_exits.saturating_add(vcpu.mmio);
                     counters.pio_exits = counters.pio_exits.saturating_add(vcpu.pio);
                 }
+                info.ports = self.ports();
+                info.cpus = machine.parts.hotplug.present_cpus();
                 counters.serial_bytes = machine.parts.serial.stats().bytes_out;
             }
         }

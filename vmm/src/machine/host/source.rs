@@ -10,10 +10,26 @@ pub(super) enum Source {
     Launcher,
     LauncherDeath,
     Signals,
-    Device { index: u16, source: EventSource },
-    Control { index: u16 },
-    Fence { index: u16 },
-    Listener { index: u16 },
+    Device {
+        index: u16,
+        source: EventSource,
+    },
+    Control {
+        index: u16,
+    },
+    Fence {
+        index: u16,
+    },
+    Listener {
+        index: u16,
+    },
+    /// Threads that make devices have news.
+    Hotplug,
+    /// Of a device on its way out, by the low bits of its operation.
+    Leaving {
+        operation: u32,
+        fence: bool,
+    },
 }
 
 impl Source {
@@ -25,6 +41,10 @@ impl Source {
             Self::Launcher => 2,
             Self::LauncherDeath => 3,
             Self::Signals => 4,
+            Self::Hotplug => 16,
+            Self::Leaving { operation, fence } => {
+                (1 << 62) | ((16 + u64::from(fence)) << 32) | u64::from(operation)
+            }
             Self::Control { index } => (1 << 62) | u64::from(index),
             Self::Fence { index } => (1 << 62) | (1 << 33) | u64::from(index),
             Self::Listener { index } => (1 << 62) | (1 << 32) | u64::from(index),
@@ -41,6 +61,12 @@ impl Source {
             let index = u16::try_from((token >> 32) & 0xffff).ok()?;
             return Some(Self::Device { index, source });
         }
+        if token >> 62 == 1 && (token >> 32) & 0x3fff_fffe == 16 {
+            return Some(Self::Leaving {
+                operation: (token & 0xffff_ffff) as u32,
+                fence: (token >> 32) & 1 == 1,
+            });
+        }
         if token >> 62 == 1 {
             let index = u16::try_from(token & 0xffff_ffff).ok()?;
             return match (token >> 32) & 0x3fff_ffff {
@@ -56,6 +82,7 @@ impl Source {
             2 => Self::Launcher,
             3 => Self::LauncherDeath,
             4 => Self::Signals,
+            16 => Self::Hotplug,
             _ => return None,
         })
     }
@@ -73,6 +100,7 @@ mod tests {
             Source::Launcher,
             Source::LauncherDeath,
             Source::Signals,
+            Source::Hotplug,
         ];
         let devices = [
             EventSource::RingError(7),
@@ -84,12 +112,16 @@ mod tests {
         let controls = [0, 1, u16::MAX]
             .into_iter()
             .flat_map(|index| [Source::Control { index }, Source::Listener { index }]);
+        let leaving = [0, 1, u32::MAX]
+            .into_iter()
+            .flat_map(|operation| [true, false].map(|fence| Source::Leaving { operation, fence }));
         let fences = [0, 1, u16::MAX].map(|index| Source::Fence { index });
         for source in plain
             .into_iter()
             .chain(devices)
             .chain(controls)
             .chain(fences)
+            .chain(leaving)
         {
             assert_eq!(Source::from_token(source.token()), Some(source));
         }

@@ -9,7 +9,7 @@ use acpi_tables::aml::{
     ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 
-use super::{AcpiConfig, Raw, bytes_of, name};
+use super::{AcpiConfig, Raw, bytes_of, hotplug, name};
 use crate::arch::x86_64::layout;
 use crate::ged::GedEvents;
 use crate::power::S5_SLEEP_TYPE;
@@ -28,12 +28,12 @@ const OSC_BITS_MASKED: u8 = 1 << 4;
 pub(super) fn body(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut body = Vec::new();
     for part in [
-        cpus(config.cpus),
+        hotplug::cpus(config.cpus, config.max_cpus.max(config.cpus)),
         pci_root(config),
         motherboard(),
         com1(),
         power_button(),
-        event_device(),
+        event_device(config),
         bytes_of(&Name::new(
             name("\\_S5_"),
             &Package::new(vec![&S5_SLEEP_TYPE]),
@@ -42,19 +42,6 @@ pub(super) fn body(config: &AcpiConfig<'_>) -> Vec<u8> {
         body.extend(part);
     }
     body
-}
-
-fn cpus(count: u32) -> Vec<u8> {
-    let mut devices = Vec::new();
-    for id in 0..count {
-        let hid = Name::new(name("_HID"), &"ACPI0007");
-        let uid = Name::new(name("_UID"), &id);
-        devices.extend(bytes_of(&Device::new(
-            name(&format!("C{:03X}", id & 0xfff)),
-            vec![&hid, &uid],
-        )));
-    }
-    bytes_of(&Scope::new(name("\\_SB_"), vec![&Raw(&devices)]))
 }
 
 fn in_system_bus(device: &dyn Aml) -> Vec<u8> {
@@ -98,7 +85,7 @@ fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
             &Name::new(name("_UID"), &ZERO),
             &Name::new(name("_CRS"), &ResourceTemplate::new(resources)),
             &Raw(&osc()),
-            &Raw(config.pci_root_aml),
+            &Raw(&hotplug::slots(config.ports)),
         ],
     ))
 }
@@ -148,6 +135,11 @@ fn motherboard() -> Vec<u8> {
                 &ResourceTemplate::new(vec![
                     &Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32),
                     &Memory32Fixed::new(true, layout::GED_START as u32, layout::GED_SIZE as u32),
+                    &Memory32Fixed::new(
+                        true,
+                        layout::HOTPLUG_START as u32,
+                        layout::HOTPLUG_SIZE as u32,
+                    ),
                     &IO::new(
                         layout::SLEEP_CONTROL_PORT as u16,
                         layout::SLEEP_CONTROL_PORT as u16,
@@ -192,9 +184,19 @@ fn power_button() -> Vec<u8> {
 
 /// The generic event device: reading the word (`ged.rs`) takes the events and releases the
 /// line, so it is read once and each bit then notifies its device.
-fn event_device() -> Vec<u8> {
+fn event_device(config: &AcpiConfig<'_>) -> Vec<u8> {
     const STATUS_CHANGE: u8 = 0x80;
     let events = name("EVNT");
+    let mut scans = Vec::new();
+    if !config.ports.is_empty() {
+        scans.extend(hotplug::on_event(
+            GedEvents::SLOTS.bits(),
+            hotplug::SLOT_SCAN,
+        ));
+    }
+    if config.max_cpus > config.cpus {
+        scans.extend(hotplug::on_event(GedEvents::CPUS.bits(), hotplug::CPU_SCAN));
+    }
     in_system_bus(&Device::new(
         name("GED0"),
         vec![
@@ -234,6 +236,7 @@ fn event_device() -> Vec<u8> {
                         &And::new(&ZERO, &Local(0), &GedEvents::POWER_BUTTON.bits()),
                         vec![&Notify::new(&name("\\_SB_.PWRB"), &STATUS_CHANGE)],
                     ),
+                    &Raw(&scans),
                 ],
             ),
         ],

@@ -1,10 +1,10 @@
 //! The ACPI tables (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
 //!
 //! The machine is hardware-reduced: no PM timer, no SCI, no PIC. Built once by the manager
-//! thread before the guest starts. What later issues plug in: AML for the PCI root bridge's
-//! ports (`AcpiConfig::pci_root_aml`) and bits of the generic event device.
+//! thread before the guest starts.
 
 mod dsdt;
+mod hotplug;
 
 use std::ops::Range;
 
@@ -35,14 +35,16 @@ const BOOT_ARCH: u16 = (1 << 2) | (1 << 4) | (1 << 5);
 /// What the tables describe besides the fixed address map.
 #[derive(Clone, Debug)]
 pub struct AcpiConfig<'a> {
-    /// vCPUs; APIC ids count from 0.
+    /// vCPUs that are there; APIC ids count from 0.
     pub cpus: u32,
+    /// vCPUs that there may be.
+    pub max_cpus: u32,
     /// The 64-bit PCI memory window.
     pub pci_mem64: Range<u64>,
     /// The highest bus number of the root complex.
     pub last_bus: u8,
-    /// AML put inside `\_SB.PCI0`, for its ports.
-    pub pci_root_aml: &'a [u8],
+    /// Device numbers of the root ports, all of which take hot-plug.
+    pub ports: &'a [u8],
 }
 
 /// Why the tables could not be made.
@@ -103,7 +105,7 @@ fn build(config: &AcpiConfig<'_>) -> (Vec<u8>, Vec<u8>) {
     let mut placer = Placer { bytes: Vec::new() };
     let dsdt = placer.put(dsdt_table(config).as_slice());
     let fadt = placer.put(&bytes_of(&fadt(dsdt)));
-    let madt = placer.put(&bytes_of(&madt(config.cpus)));
+    let madt = placer.put(&bytes_of(&madt(config.cpus, config.max_cpus)));
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(layout::ECAM_START, 0, 0, config.last_bus);
     let mcfg = placer.put(&bytes_of(&mcfg));
@@ -148,7 +150,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-fn madt(cpus: u32) -> MADT {
+fn madt(cpus: u32, max: u32) -> MADT {
     let mut madt = MADT::new(
         OEM_ID,
         OEM_TABLE_ID,
@@ -156,8 +158,13 @@ fn madt(cpus: u32) -> MADT {
         LocalInterruptController::Address(layout::LAPIC_START as u32),
     );
     // layout::MAX_VCPUS keeps every id in 8 bits.
-    for id in 0..u8::try_from(cpus).unwrap_or(u8::MAX) {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..u8::try_from(max.max(cpus)).unwrap_or(u8::MAX) {
+        let status = if u32::from(id) < cpus {
+            EnabledStatus::Enabled
+        } else {
+            EnabledStatus::DisabledOnlineCapable
+        };
+        madt.add_structure(ProcessorLocalApic::new(id, id, status));
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC_START as u32, 0));
     madt

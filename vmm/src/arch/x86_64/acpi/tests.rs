@@ -6,9 +6,10 @@ use std::process::Command;
 fn config(cpus: u32) -> AcpiConfig<'static> {
     AcpiConfig {
         cpus,
+        max_cpus: cpus,
         pci_mem64: layout::HIGH_RAM_START..layout::HIGH_RAM_START + layout::PCI_MEM64_SIZE,
         last_bus: 255,
-        pci_root_aml: &[],
+        ports: &[1, 2, 31],
     }
 }
 
@@ -78,9 +79,9 @@ fn the_fadt_is_hardware_reduced_and_names_its_registers() {
 #[test]
 fn tables_that_do_not_fit_are_refused() {
     let ram = crate::memory::GuestRam::new(crate::memory::MIN_MEMORY).unwrap();
-    let room = vec![0xa3; 200_000]; // Noop, many times
+    let room: Vec<u8> = (0..3000).map(|n| n as u8).collect();
     let mut big = config(1);
-    big.pci_root_aml = &room;
+    big.ports = &room;
     let error = write_tables(ram.memory(), &big).unwrap_err();
     assert!(matches!(error, AcpiError::TooBig { .. }));
     assert_eq!(
@@ -99,7 +100,11 @@ fn acpica_reads_and_rebuilds_every_table() {
     }
     let dir = std::env::temp_dir().join(format!("bulkhead-acpi-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
-    let (rsdp, tables) = build(&config(3));
+    let growing = AcpiConfig {
+        max_cpus: 20,
+        ..config(3)
+    };
+    let (rsdp, tables) = build(&growing);
     for (name, table) in walk(&rsdp, &tables) {
         let aml = dir.join(format!("{name}.dat"));
         std::fs::write(&aml, &table).unwrap();

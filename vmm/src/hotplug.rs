@@ -1,0 +1,369 @@
+//! The registers by which hot-plug is told to the guest and acknowledged by it, read and
+//! written by the AML in `arch::x86_64::acpi::hotplug` (ACPI 6.5, 5.6.6 and 6.3). What has
+//! happened is latched here first, then the generic event device's line is raised (`ged.rs`):
+//! an event from before the guest's driver waits.
+//!
+//! | offset | register |
+//! |---|---|
+//! | 0x00 | root ports whose slot was filled, or emptied by surprise: a bit for each device number; read to clear |
+//! | 0x04 | root ports whose device shall be removed; read to clear |
+//! | 0x08 | write: eject the devices behind these root ports |
+//! | 0x100 + n | vCPU n, a byte. Read: bit 0 it is there, bit 1 it was added, bit 2 it shall be removed. Write: bits 1 and 2 take those notes back, bit 3 ejects it |
+//!
+//! vCPU threads read and write; the manager notes what it wants and takes what was ejected.
+//! An ejected device has left the bus before the guest's write returns, so that no scan finds
+//! it again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::arch::x86_64::layout;
+use crate::bus::{Bus, BusDevice, BusError};
+use crate::events::{EventSender, MachineEvent};
+
+/// Offset of the slots' insertion notes.
+pub const SLOTS_INSERTED: u64 = 0x00;
+/// Offset of the slots' removal notes.
+pub const SLOTS_REMOVING: u64 = 0x04;
+/// Offset of the slots' eject register.
+pub const SLOTS_EJECT: u64 = 0x08;
+/// Offset of the first vCPU's byte.
+pub const CPUS: u64 = 0x100;
+/// vCPU bits.
+pub const CPU_PRESENT: u8 = 1 << 0;
+/// It was added.
+pub const CPU_INSERTED: u8 = 1 << 1;
+/// It shall be removed.
+pub const CPU_REMOVING: u8 = 1 << 2;
+/// Eject it.
+pub const CPU_EJECT: u8 = 1 << 3;
+
+/// Takes the device behind a root port, by its device number, off the bus. False: there is
+/// none.
+pub type Detach = Box<dyn Fn(u8) -> bool + Send + Sync>;
+
+#[derive(Default)]
+struct State {
+    inserted: u32,
+    removing: u32,
+    ejected: u32,
+    /// The bits of each vCPU that there may be.
+    cpus: Vec<u8>,
+    ejected_cpus: Vec<u32>,
+}
+
+/// The registers.
+pub struct HotplugRegisters {
+    state: Mutex<State>,
+    detach: Detach,
+    events: EventSender,
+}
+
+impl HotplugRegisters {
+    /// Registers of a machine with `boot` of `max` vCPUs.
+    pub fn new(boot: u32, max: u32, detach: Detach, events: EventSender) -> Arc<Self> {
+        let cpus = (0..max).map(|n| if n < boot { CPU_PRESENT } else { 0 });
+        Arc::new(Self {
+            state: Mutex::new(State {
+                cpus: cpus.collect(),
+                ..State::default()
+            }),
+            detach,
+            events,
+        })
+    }
+
+    /// Puts the register block on the MMIO bus.
+    ///
+    /// # Errors
+    /// When something else is there.
+    pub fn attach(self: &Arc<Self>, mmio: &Bus) -> Result<(), BusError> {
+        let registers: Arc<dyn BusDevice> = Arc::clone(self) as _;
+        mmio.insert(layout::HOTPLUG_START, layout::HOTPLUG_SIZE, registers)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest shall look at a slot: something was put in, or is gone.
+    pub fn slot_changed(&self, device: u8) {
+        let mut state = self.lock();
+        state.inserted |= bit(device);
+        state.removing &= !bit(device);
+        state.ejected &= !bit(device);
+    }
+
+    /// The guest shall give the device in a slot back.
+    pub fn ask_for_slot(&self, device: u8) {
+        self.lock().removing |= bit(device);
+    }
+
+    /// Withdraws that. False: the guest has seen it already.
+    pub fn withdraw_slot(&self, device: u8) -> bool {
+        let mut state = self.lock();
+        let unseen = state.removing & bit(device) != 0;
+        state.removing &= !bit(device);
+        unseen
+    }
+
+    /// Slots that the guest has ejected since the last call, a bit for each device number.
+    pub fn take_ejected_slots(&self) -> u32 {
+        std::mem::take(&mut self.lock().ejected)
+    }
+
+    /// vCPUs that are there or were added.
+    pub fn present_cpus(&self) -> u32 {
+        let state = self.lock();
+        let present = state.cpus.iter().filter(|bits| **bits & CPU_PRESENT != 0);
+        u32::try_from(present.count()).unwrap_or(u32::MAX)
+    }
+
+    /// The highest vCPU that is there and not asked back.
+    pub fn last_cpu(&self) -> Option<u32> {
+        let state = self.lock();
+        let last = state
+            .cpus
+            .iter()
+            .rposition(|bits| *bits & CPU_PRESENT != 0 && *bits & CPU_REMOVING == 0)?;
+        u32::try_from(last).ok()
+    }
+
+    /// Adds the lowest vCPU that is not there.
+    pub fn add_cpu(&self) -> Option<u32> {
+        let mut state = self.lock();
+        let index = state.cpus.iter().position(|bits| bits & CPU_PRESENT == 0)?;
+        *state.cpus.get_mut(index)? = CPU_PRESENT | CPU_INSERTED;
+        u32::try_from(index).ok()
+    }
+
+    /// The guest shall give a vCPU back.
+    pub fn ask_for_cpu(&self, index: u32) {
+        let mut state = self.lock();
+        if let Some(bits) = state.cpus.get_mut(index as usize)
+            && *bits & CPU_PRESENT != 0
+        {
+            *bits |= CPU_REMOVING;
+        }
+    }
+
+    /// Withdraws that. False: the guest has seen it already.
+    pub fn withdraw_cpu(&self, index: u32) -> bool {
+        let mut state = self.lock();
+        let Some(bits) = state.cpus.get_mut(index as usize) else {
+            return false;
+        };
+        let unseen = *bits & CPU_REMOVING != 0;
+        *bits &= !CPU_REMOVING;
+        unseen
+    }
+
+    /// The guest has not seen yet that a vCPU was added.
+    pub fn cpu_unseen(&self, index: u32) -> bool {
+        let state = self.lock();
+        let bits = state.cpus.get(index as usize);
+        bits.is_some_and(|bits| bits & CPU_INSERTED != 0)
+    }
+
+    /// Takes back a vCPU that the guest has not seen. False: it has.
+    pub fn withdraw_added(&self, index: u32) -> bool {
+        let mut state = self.lock();
+        match state.cpus.get_mut(index as usize) {
+            Some(bits) if *bits & CPU_INSERTED != 0 => {
+                *bits = 0;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// vCPUs that the guest has ejected since the last call.
+    pub fn take_ejected_cpus(&self) -> Vec<u32> {
+        std::mem::take(&mut self.lock().ejected_cpus)
+    }
+
+    fn eject_slots(&self, slots: u32) {
+        for device in (0..32).filter(|device| slots & bit(*device) != 0) {
+            if (self.detach)(device) {
+                let mut state = self.lock();
+                state.ejected |= bit(device);
+                state.removing &= !bit(device);
+                drop(state);
+                // Should the queue be full, the manager looks anyway.
+                self.events.send(MachineEvent::Ejected);
+            }
+        }
+    }
+
+    fn write_cpu(&self, index: usize, value: u8) {
+        let mut state = self.lock();
+        let Some(bits) = state.cpus.get_mut(index) else {
+            return;
+        };
+        *bits &= !(value & (CPU_INSERTED | CPU_REMOVING));
+        // The boot processor stays.
+        if value & CPU_EJECT != 0 && *bits & CPU_PRESENT != 0 && index != 0 {
+            *bits = 0;
+            state
+                .ejected_cpus
+                .push(u32::try_from(index).unwrap_or(u32::MAX));
+            drop(state);
+            self.events.send(MachineEvent::Ejected);
+        }
+    }
+}
+
+fn bit(device: u8) -> u32 {
+    1_u32.checked_shl(device.into()).unwrap_or(0)
+}
+
+impl BusDevice for HotplugRegisters {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let mut state = self.lock();
+        match (offset, &mut *data) {
+            // Only the whole word is taken and cleared: a narrower read would lose notes.
+            (SLOTS_INSERTED, [_, _, _, _]) => {
+                data.copy_from_slice(&std::mem::take(&mut state.inserted).to_le_bytes());
+            }
+            (SLOTS_REMOVING, [_, _, _, _]) => {
+                data.copy_from_slice(&std::mem::take(&mut state.removing).to_le_bytes());
+            }
+            (CPUS.., [byte]) => {
+                let index = usize::try_from(offset.saturating_sub(CPUS)).ok();
+                *byte = index
+                    .and_then(|index| state.cpus.get(index))
+                    .copied()
+                    .unwrap_or(0);
+            }
+            _ => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (SLOTS_EJECT, [a, b, c, d]) => self.eject_slots(u32::from_le_bytes([*a, *b, *c, *d])),
+            (CPUS.., [value]) => {
+                if let Ok(index) = usize::try_from(offset.saturating_sub(CPUS)) {
+                    self.write_cpu(index, *value);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::{EventReceiver, event_channel};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    struct Bed {
+        registers: Arc<HotplugRegisters>,
+        bus: Bus,
+        plugged: Arc<AtomicU32>,
+        events: EventReceiver,
+    }
+
+    fn bed(boot: u32, max: u32) -> Bed {
+        let (sender, events) = event_channel().unwrap();
+        let plugged = Arc::new(AtomicU32::new(0));
+        let there = Arc::clone(&plugged);
+        let detach =
+            move |device| there.fetch_and(!bit(device), Ordering::SeqCst) & bit(device) != 0;
+        let registers = HotplugRegisters::new(boot, max, Box::new(detach), sender);
+        let bus = Bus::new();
+        registers.attach(&bus).unwrap();
+        Bed {
+            registers,
+            bus,
+            plugged,
+            events,
+        }
+    }
+
+    impl Bed {
+        fn word(&self, offset: u64) -> u32 {
+            let mut word = [0; 4];
+            assert!(self.bus.read(layout::HOTPLUG_START + offset, &mut word));
+            u32::from_le_bytes(word)
+        }
+
+        fn cpu(&self, index: u64) -> u8 {
+            let mut byte = [0];
+            assert!(
+                self.bus
+                    .read(layout::HOTPLUG_START + CPUS + index, &mut byte)
+            );
+            byte[0]
+        }
+
+        fn eject(&self, slots: u32) {
+            let at = layout::HOTPLUG_START + SLOTS_EJECT;
+            self.bus.write(at, &slots.to_le_bytes());
+        }
+
+        fn write_cpu(&self, index: u64, value: u8) {
+            self.bus
+                .write(layout::HOTPLUG_START + CPUS + index, &[value]);
+        }
+    }
+
+    #[test]
+    fn notes_wait_until_the_whole_word_is_read() {
+        let bed = bed(1, 1);
+        bed.registers.slot_changed(3);
+        bed.registers.slot_changed(31);
+        bed.registers.ask_for_slot(5);
+        bed.bus.read(layout::HOTPLUG_START, &mut [0; 2]);
+        bed.bus.read(layout::HOTPLUG_START + 4, &mut [0; 8]);
+        assert_eq!(bed.word(SLOTS_INSERTED), 1 << 3 | 1 << 31);
+        assert_eq!(bed.word(SLOTS_INSERTED), 0);
+        assert_eq!(bed.word(SLOTS_REMOVING), 1 << 5);
+        assert!(!bed.registers.withdraw_slot(5), "seen");
+        bed.registers.ask_for_slot(5);
+        assert!(bed.registers.withdraw_slot(5));
+        assert_eq!(bed.word(SLOTS_REMOVING), 0);
+    }
+
+    #[test]
+    fn only_what_is_there_is_ejected_and_it_is_gone_at_once() {
+        let bed = bed(1, 1);
+        bed.eject(u32::MAX);
+        assert_eq!(bed.registers.take_ejected_slots(), 0);
+        assert!(bed.events.try_recv().is_none());
+        bed.plugged.store(1 << 4 | 1 << 9, Ordering::SeqCst);
+        bed.registers.ask_for_slot(4);
+        bed.eject(1 << 4);
+        assert_eq!(bed.plugged.load(Ordering::SeqCst), 1 << 9);
+        assert_eq!(bed.registers.take_ejected_slots(), 1 << 4);
+        assert_eq!(bed.registers.take_ejected_slots(), 0);
+        assert_eq!(bed.word(SLOTS_REMOVING), 0);
+        assert!(matches!(bed.events.try_recv(), Some(MachineEvent::Ejected)));
+    }
+
+    #[test]
+    fn vcpus_come_and_go_and_the_first_one_stays() {
+        let bed = bed(2, 4);
+        assert_eq!([0, 1, 2, 3, 4].map(|n| bed.cpu(n)), [1, 1, 0, 0, 0]);
+        assert_eq!(bed.registers.add_cpu(), Some(2));
+        assert_eq!(bed.cpu(2), CPU_PRESENT | CPU_INSERTED);
+        assert!(bed.registers.cpu_unseen(2));
+        bed.write_cpu(2, CPU_INSERTED);
+        assert_eq!(bed.cpu(2), CPU_PRESENT);
+        assert!(!bed.registers.withdraw_added(2));
+        assert_eq!(bed.registers.add_cpu(), Some(3));
+        assert_eq!(bed.registers.add_cpu(), None);
+        assert!(bed.registers.withdraw_added(3));
+        assert_eq!(bed.registers.last_cpu(), Some(2));
+        bed.registers.ask_for_cpu(2);
+        assert_eq!(bed.registers.last_cpu(), Some(1));
+        bed.write_cpu(2, CPU_REMOVING);
+        bed.write_cpu(2, CPU_EJECT);
+        bed.write_cpu(0, CPU_EJECT);
+        bed.write_cpu(3, CPU_EJECT);
+        bed.write_cpu(200, 0xff);
+        assert_eq!(bed.registers.take_ejected_cpus(), [2]);
+        assert_eq!(bed.registers.present_cpus(), 2);
+    }
+}

@@ -1,0 +1,266 @@
+//! Making a device while the machine exists, on a thread of its own that may wait for the
+//! launcher, the device's process or somebody else's back-end, so that the manager need not.
+//! The device comes back to the manager by a channel; on an error nothing of it stays.
+
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, VhostUserConfig};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::device::{Device, Site};
+use super::net_start::Prepared;
+use super::{disk, net, net_external};
+use crate::api::config;
+use crate::hypervisor::Hypervisor;
+use crate::launcher::Launcher;
+use crate::memory::GuestRam;
+use crate::pci::RootComplex;
+use crate::threads::{self, ThreadHook};
+
+/// What is to be added.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Addition {
+    /// A disk.
+    Disk(DiskConfig),
+    /// A network device.
+    Net(NetConfig),
+    /// Somebody else's device.
+    VhostUser(VhostUserConfig),
+}
+
+impl Addition {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Disk(disk) => &disk.id,
+            Self::Net(net) => &net.id,
+            Self::VhostUser(device) => &device.id,
+        }
+    }
+
+    /// Adds it to a configuration.
+    pub fn enter(&self, config: &mut MachineConfig) {
+        match self {
+            Self::Disk(disk) => config.disks.push(disk.clone()),
+            Self::Net(net) => config.nets.push(net.clone()),
+            Self::VhostUser(device) => config.vhost_users.push(device.clone()),
+        }
+    }
+
+    /// Checks its form beside the machine's other devices.
+    ///
+    /// # Errors
+    /// One line that names the field and what it takes.
+    pub fn validate(&self, machine: &MachineConfig) -> Result<(), String> {
+        let mut config = machine.clone();
+        // Ports are counted when one is looked for.
+        config.hotplug_ports.clear();
+        self.enter(&mut config);
+        let field = match self {
+            Self::Disk(_) => format!("config.disks[{}]", machine.disks.len()),
+            Self::Net(_) => format!("config.nets[{}]", machine.nets.len()),
+            Self::VhostUser(_) => format!("config.vhost_users[{}]", machine.vhost_users.len()),
+        };
+        let name = match self {
+            Self::Disk(_) => "disk",
+            Self::Net(_) => "net",
+            Self::VhostUser(_) => "vhost_user",
+        };
+        config::validate(&config).map_err(|why| why.replace(&field, name))
+    }
+}
+
+/// Takes a device out of a configuration.
+pub fn leave(config: &mut MachineConfig, id: &str) {
+    config.disks.retain(|disk| disk.id != id);
+    config.nets.retain(|net| net.id != id);
+    config.vhost_users.retain(|device| device.id != id);
+}
+
+/// What a thread that makes a device needs of the machine.
+pub struct Workshop {
+    /// Who starts its process.
+    pub launcher: Arc<Launcher>,
+    /// Taps.
+    pub prepared: Arc<Mutex<Prepared>>,
+    /// The memory its rings lie in.
+    pub ram: GuestRam,
+    /// Doorbells and interrupts.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Where its function goes.
+    pub pci: Arc<RootComplex>,
+    /// vCPUs that the machine started with.
+    pub cpus: u32,
+    /// Run first on every thread.
+    pub hook: ThreadHook,
+}
+
+/// News for the manager.
+pub enum News {
+    /// A device was made, or not, by this operation.
+    Made(u64, Box<Addition>, Result<Box<Device>, String>),
+    /// A device that is to be removed has been drained, or could not be.
+    Drained(u64),
+}
+
+/// The manager's end of the channel.
+pub struct Mail {
+    sender: Sender<News>,
+    receiver: Receiver<News>,
+    bell: Arc<EventFd>,
+}
+
+/// The other end.
+#[derive(Clone)]
+pub struct Post {
+    sender: Sender<News>,
+    bell: Arc<EventFd>,
+}
+
+impl Mail {
+    /// An empty channel.
+    ///
+    /// # Errors
+    /// When there is no descriptor left for the eventfd.
+    pub fn new() -> io::Result<Self> {
+        let (sender, receiver) = channel();
+        Ok(Self {
+            sender,
+            receiver,
+            bell: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
+        })
+    }
+
+    /// Readable while there may be news.
+    pub fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    /// An end to send by.
+    pub fn post(&self) -> Post {
+        Post {
+            sender: self.sender.clone(),
+            bell: Arc::clone(&self.bell),
+        }
+    }
+
+    /// What has come; the bell is silent afterwards.
+    pub fn take(&self) -> Vec<News> {
+        let _ = self.bell.read();
+        self.receiver.try_iter().collect()
+    }
+}
+
+impl Post {
+    /// Sends; never blocks.
+    pub fn send(&self, news: News) {
+        if self.sender.send(news).is_ok() {
+            // Private and non-blocking: at worst it is readable already.
+            let _ = self.bell.write(1);
+        }
+    }
+}
+
+/// Begins to make a device.
+///
+/// # Errors
+/// When no thread can be started.
+pub fn begin(
+    operation: u64,
+    addition: Addition,
+    port: String,
+    workshop: Workshop,
+    post: Post,
+) -> io::Result<()> {
+    let hook = Arc::clone(&workshop.hook);
+    threads::spawn(
+        "hotplug".to_owned(),
+        hook,
+        || Ok(()),
+        move || {
+            let mut addition = addition;
+            let made = make(&mut addition, &port, &workshop).map(Box::new);
+            post.send(News::Made(operation, Box::new(addition), made));
+        },
+    )?;
+    Ok(())
+}
+
+fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Device, String> {
+    let site = Site {
+        launcher: &workshop.launcher,
+        ram: &workshop.ram,
+        hypervisor: &workshop.hypervisor,
+        pci: &workshop.pci,
+        port: (!port.is_empty()).then_some(port),
+        hook: &workshop.hook,
+    };
+    match addition {
+        Addition::Disk(disk) => {
+            if disk.queues == 0 {
+                disk.queues = workshop.cpus.min(u32::from(super::kinds::BLK.max_queues));
+            }
+            disk::spawn(disk, &site)
+        }
+        Addition::Net(config) => {
+            let mut prepared = workshop
+                .prepared
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            prepared.fill_net(config);
+            net::make(config, &mut prepared, &site)
+        }
+        Addition::VhostUser(config) => {
+            let made = net_external::make_any(config, &site)?;
+            made.ok_or_else(|| {
+                format!(
+                    "device {}: its back-end is not there: start that first",
+                    config.id
+                )
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> MachineConfig {
+        let mut config = MachineConfig::new();
+        config.kernel = "/k".into();
+        config.memory_bytes = 64 << 20;
+        config.cpus.mut_or_insert_default().boot = 1;
+        config.disks.push(disk("root"));
+        config.hotplug_ports = (1..=30).map(|n| format!("hp{n}")).collect();
+        config
+    }
+
+    fn disk(id: &str) -> DiskConfig {
+        let mut disk = DiskConfig::new();
+        (disk.id, disk.path) = (id.into(), "/d".into());
+        disk
+    }
+
+    #[test]
+    fn an_addition_is_checked_beside_what_is_there() {
+        let mut machine = machine();
+        let good = Addition::Disk(disk("data"));
+        assert_eq!(good.validate(&machine), Ok(()));
+        let twice = Addition::Disk(disk("root")).validate(&machine);
+        assert!(twice.is_err_and(|why| why.starts_with("disk.id root is taken")));
+        let mut wrong = disk("data");
+        wrong.path = "relative".into();
+        let wrong = Addition::Disk(wrong).validate(&machine).unwrap_err();
+        assert!(wrong.starts_with("disk.path is \"relative\""), "{wrong}");
+        let bare = Addition::Net(NetConfig::new());
+        assert!(bare.validate(&machine).is_err());
+        good.enter(&mut machine);
+        assert_eq!(machine.disks.len(), 2);
+        leave(&mut machine, "data");
+        leave(&mut machine, "nothing");
+        assert_eq!(machine.disks.len(), 1);
+    }
+}
