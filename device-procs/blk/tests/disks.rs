@@ -81,10 +81,52 @@ fn the_driver_chooses_the_cache_mode_where_the_operator_leaves_it_a_choice() {
 }
 
 #[test]
+fn requests_that_come_together_take_one_kick_and_one_interrupt() {
+    const TOGETHER: u16 = 16;
+    engines(|engine| {
+        let scratch = Scratch::new(&format!("together-{engine}"));
+        let disk = scratch.disk(64);
+        let (_blk, mut control, mut vm) = start(open(&disk), "", engine);
+        assert_ne!(vm.features & F_EVENT_IDX, 0);
+        assert_eq!(vm.request(T_IN, 0, DATA, 512).0, 0, "{engine}");
+        let mut counts = || {
+            let stats = control.stats();
+            (stats.queues[0].kicks, stats.queues[0].interrupts)
+        };
+        let before = counts();
+        let _ = vm.queues[0].call.read();
+        for i in 0..u64::from(TOGETHER) {
+            vm.header(GPA + 0x1000 + 16 * i, T_IN, i);
+        }
+        let ring = &mut vm.queues[0].ring;
+        let used = ring.used_idx();
+        // An interrupt when the last of them is done.
+        ring.set_used_event(used + TOGETHER - 1);
+        for i in 0..TOGETHER {
+            let at = u64::from(i);
+            let data = d(DATA + 0x400 * at, 513, WRITE);
+            ring.chain(2 * i, &[d(GPA + 0x1000 + 16 * at, 16, 0), data]);
+            ring.offer(2 * i);
+        }
+        vm.kick(0);
+        wait_for("all of them", || {
+            vm.queues[0].ring.used_idx() == used + TOGETHER
+        });
+        wait_for("the interrupt", || counts().1 > before.1);
+        assert_eq!(counts(), (before.0 + 1, before.1 + 1), "{engine}");
+        assert_eq!(vm.queues[0].call.read().unwrap(), 1, "{engine}");
+    });
+}
+
+#[test]
 fn limits_of_the_host_are_in_the_configuration() {
     let scratch = Scratch::new("topology");
     let disk = scratch.disk(4096);
     let (_blk, _control, mut vm) = start(open(&disk), "", "io_uring");
+    // The kind's own bits, and VERSION_1 and ACCESS_PLATFORM.
+    for bit in [1, 2, 6, 9, 10, 11, 13, 14, 28, 29, 32, 33] {
+        assert_ne!(vm.features & 1 << bit, 0, "feature {bit}");
+    }
     let config = vm.config(0, 60);
     let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
     let (size_max, seg_max) = (word(8), word(12));
