@@ -122,6 +122,8 @@ pub struct OpenedInfo {
     pub size: u64,
     /// It is a block device.
     pub block_device: bool,
+    /// One that is open for writing and can erase securely.
+    pub secure_erase: bool,
 }
 
 /// A device process to start.
@@ -211,10 +213,10 @@ struct Inbox {
     places: BTreeSet<u64>,
     /// What came with their answers.
     linked: BTreeMap<u64, Linked>,
-}
-
     /// Other threads that wait for an answer.
     beside: Beside,
+}
+
 struct Inner {
     /// None once the launcher is given up.
     socket: Option<PacketSocket>,
@@ -229,10 +231,10 @@ pub struct Launcher {
     pidfd: OwnedFd,
     cgroup: (String, String),
     io_uring: bool,
-    /// Of `socket` and `pending`.
-    epoll: Epoll,
     /// The thread that takes the events, once it does.
     attendant: OnceLock<ThreadId>,
+    /// Of `socket` and `pending`.
+    epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
 }
@@ -260,9 +262,9 @@ impl Launcher {
             pidfd,
             cgroup,
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
+            attendant: OnceLock::new(),
             epoll,
             pending,
-            attendant: OnceLock::new(),
         };
         launcher.greet()?;
         Ok(launcher)
@@ -331,6 +333,7 @@ impl Launcher {
                     direct: opened.direct,
                     size: opened.size,
                     block_device: opened.block_device,
+                    secure_erase: opened.secure_erase,
                 };
                 Ok((fd.into(), info))
             }
@@ -494,10 +497,10 @@ impl Launcher {
         }
         if lost.is_some() {
             inner.socket = None;
+            inner.inbox.beside.lose();
         }
         match lost {
             Some(error) if inner.inbox.events.is_empty() => {
-            inner.inbox.beside.lose();
                 // The socket has left the epoll: stay readable.
                 let _ = self.pending.write(1);
                 Err(error)
@@ -544,12 +547,12 @@ impl Launcher {
         limit: Duration,
         what: &'static str,
     ) -> Result<(wire::Reply, Vec<OwnedFd>, Option<i32>), LauncherError> {
-        let deadline = Instant::now() + limit;
-        let mut inner = self.lock();
-        inner.last_id = inner.last_id.wrapping_add(1).max(1);
         if self.is_beside() {
             return self.call_beside(op, fds, limit, what);
         }
+        let deadline = Instant::now() + limit;
+        let mut inner = self.lock();
+        inner.last_id = inner.last_id.wrapping_add(1).max(1);
         let request = wire::Request {
             id: inner.last_id,
             op: Some(op),
@@ -573,10 +576,10 @@ impl Launcher {
             }
             Err(error) if error.is_gone() => {
                 inner.socket = None;
+                inner.inbox.beside.lose();
                 let _ = self.pending.write(1);
                 Err(error)
             }
-                inner.inbox.beside.lose();
             other => other,
         }
     }
@@ -697,10 +700,10 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
         links,
         places,
         linked,
+        beside,
     } = inbox;
     let Packet { bytes, fds, pid } = packet;
     let reply = wire::Reply::parse_from_bytes(&bytes)
-        beside,
         .map_err(|_| LauncherError::Protocol("a packet that is no message"))?;
     match (reply.id, &reply.result) {
         (0, Some(wire::reply::Result::Exited(exited))) => {
@@ -715,26 +718,26 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
                 (None, 0) => ExitOutcome::Status(exited.status),
                 (None, signal) => ExitOutcome::Signal(signal),
             };
-            events.push_back(LauncherEvent::Exited {
-                device_id: exited.device_id.clone(),
-                incarnation: exited.incarnation,
             let last_line: String = printable(&exited.last_line)
                 .chars()
                 .take(MAX_LAST_LINE)
                 .collect();
             beside.note_end(&exited.device_id, exited.incarnation, outcome, &last_line);
+            events.push_back(LauncherEvent::Exited {
+                device_id: exited.device_id.clone(),
+                incarnation: exited.incarnation,
                 outcome,
                 last_line,
             });
             Ok(None)
         }
-        (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
-        (reply_id, result) if begun.remove(&reply_id) => {
-            if let Some(wire::reply::Result::Connected(_) | wire::reply::Result::Spawned(_)) =
         (reply_id, _) if beside.waits(reply_id) => {
             beside.answer(reply_id, (reply, fds, pid));
             Ok(None)
         }
+        (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
+        (reply_id, result) if begun.remove(&reply_id) => {
+            if let Some(wire::reply::Result::Connected(_) | wire::reply::Result::Spawned(_)) =
                 result
                 && reply.error.is_empty()
                 && links.remove(&reply_id)
@@ -792,10 +795,10 @@ fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, La
     }
 }
 
+mod beside;
 mod disks;
 mod nets;
 mod resources;
-mod beside;
 
 pub use nets::{Linked, SpawnedHelper};
 pub use resources::Placed;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use super::leftovers::Note;
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
-use super::{MAX_PATH, isolate, lock, printable};
+use super::{MAX_PATH, isolate, lock, printable, sys};
 
 /// Smallest disk: one sector.
 const SECTOR: u64 = 512;
@@ -44,6 +44,8 @@ pub struct Opened {
     pub size: u64,
     /// It is a block device.
     pub block_device: bool,
+    /// One that is open for writing and can erase securely.
+    pub secure_erase: bool,
 }
 
 /// A socket that was bound, to be removed when the VM ends.
@@ -221,6 +223,9 @@ impl Paths {
             ),
             ("kernel" | "initrd", 0) => refuse(role, path, "is empty; give another file"),
             _ => Ok(Opened {
+                secure_erase: block_device
+                    && mode == Mode::ReadWrite
+                    && sys::can_secure_erase(file.as_fd()),
                 file,
                 direct,
                 size,
@@ -244,6 +249,7 @@ impl Paths {
                 direct: false,
                 size: 0,
                 block_device: false,
+                secure_erase: false,
             }),
             Err(error) => refuse(
                 role,

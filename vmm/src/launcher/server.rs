@@ -345,6 +345,7 @@ impl Server {
             direct: opened.direct,
             size: opened.size,
             block_device: opened.block_device,
+            secure_erase: opened.secure_erase,
             ..Default::default()
         };
         let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Opened(answer)));

@@ -543,6 +543,18 @@ pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<bool> {
     }
 }
 
+/// Whether what is open for writing here is a block device that can erase securely. Asked by a
+/// BLKSECDISCARD of a range that begins within a sector: the kernel says EINVAL to that, but only
+/// once it has seen that the device can, and erases nothing.
+pub fn can_secure_erase(fd: BorrowedFd<'_>) -> bool {
+    const BLKSECDISCARD: libc::Ioctl = 0x127d;
+    let range = [1u64, 0];
+    // SAFETY: BLKSECDISCARD reads two u64 and writes nothing; on anything but a block device it
+    // fails.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKSECDISCARD, range.as_ptr()) };
+    result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+}
+
 /// The descriptor of an epoll instance, which vmm-sys-util's type does not lend.
 pub fn epoll_fd(epoll: &vmm_sys_util::epoll::Epoll) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as `epoll` lives, and the borrow lives no longer.

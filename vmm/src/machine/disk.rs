@@ -14,12 +14,16 @@ use super::control::Task;
 use super::device::{self, Device, Order, Site, Special};
 use super::kinds;
 use crate::launcher::Access;
-use crate::virtio::VirtioPciOptions;
+use crate::virtio::{ConfigSource, VirtioPciOptions};
 
 /// A disk's size is counted in these.
 pub const SECTOR: u64 = 512;
 /// fd of the first backing file: after the channels and the disk itself.
 const FIRST_BACKING_FD: usize = 6;
+/// Where in its arguments a disk process finds what it serves.
+const DISK_SPEC: usize = 5;
+/// The configuration space of a disk of ours: up to secure erase.
+const CONFIG: usize = 72;
 /// VIRTIO 1.2 section 5.2.6: the serial number of a disk, bytes.
 const MAX_SERIAL: usize = 20;
 
@@ -72,11 +76,23 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         fds.push(open(path, Access::Read, false)?.0.into());
         granted.push(format!("{path} (read-only, backing file)"));
     }
+    let mut args = args(disk, opened.direct);
+    // Where the ring is one of io_uring, which leaves room for the call in what such a process
+    // may make; a format or the other engine does not.
+    let erases = raw && opened.secure_erase && site.launcher.io_uring();
+    if erases && let Some(spec) = args.get_mut(DISK_SPEC) {
+        spec.push_str(",secure-erase=on");
+        args.extend(["--io-engine", "io_uring"].map(str::to_string));
+    }
+    let variant = match disk.format.enum_value() {
+        Ok(Format::QCOW2) => Some("image"),
+        _ => erases.then_some("erase"),
+    };
     let order = Order {
         id: &disk.id,
         kind,
-        variant: (disk.format.enum_value() == Ok(Format::QCOW2)).then_some("image"),
-        args: args(disk, opened.direct),
+        variant,
+        args,
         fds,
         queues: disk.queues,
         mtu: 0,
@@ -85,7 +101,8 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
     };
     let (process, frontend) = device::spawn(site.launcher, order)?;
     let queues = u16::try_from(disk.queues).unwrap_or(kind.max_queues);
-    let options = VirtioPciOptions::new(&disk.id, kind.virtio_id, queues);
+    let mut options = VirtioPciOptions::new(&disk.id, kind.virtio_id, queues);
+    options.config = ConfigSource::Backend(CONFIG);
     let (function, address, port) = device::attach(site, options, frontend)
         .map_err(|why| device::undo(site.launcher, &disk.id, process.incarnation, &why))?;
     let size = if raw {
@@ -260,6 +277,7 @@ mod tests {
     fn spec(disk: &DiskConfig, direct: bool) -> String {
         let args = args(disk, direct);
         assert_eq!(args[..4], ["--control-fd", "3", "--vhost-fd", "4"]);
+        assert_eq!(args[DISK_SPEC - 1], "--disk");
         assert_eq!(args[6..], ["--queues", "2"]);
         args[5].clone()
     }

@@ -14,6 +14,7 @@ mod block;
 mod boot;
 mod death;
 mod disk;
+mod disk_devices;
 mod disk_faults;
 mod disk_formats;
 mod hostile_guest;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         tests.extend(disk::tests());
         tests.extend(disk_formats::tests());
         tests.extend(disk_faults::tests());
+        tests.extend(disk_devices::tests());
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
         tests.extend(net_bad::tests());
