@@ -19,6 +19,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bulkhead_runtime::inflight::KeptMemory;
@@ -51,6 +52,8 @@ pub struct Image {
     alloc: Mutex<()>,
     chain: Vec<Layer>,
     writable: bool,
+    /// This process has changed it, so that what it has read of it holds.
+    changed: AtomicBool,
 }
 
 /// Why the memory that outlives this process is not used.
@@ -98,12 +101,14 @@ impl Image {
             alloc: Mutex::new(()),
             chain,
             writable,
+            changed: AtomicBool::new(false),
         })
     }
 
     /// From now on, what a completed write needs to be found again is in `kept` too, which
-    /// outlives this process. What another process left there is put into the image first.
-    /// No request may be in flight.
+    /// outlives this process. What another process left there is put into the image first. One
+    /// that has changed nothing reads the image again: it may have been opened while another
+    /// process still served it. No request may be in flight.
     ///
     /// # Errors
     /// One line; the image is as it was.
@@ -119,6 +124,8 @@ impl Image {
                 "the process before this one left {} changed sectors: written",
                 left.len()
             );
+        }
+        if !left.is_empty() || !self.changed.load(Ordering::Relaxed) {
             *state = image_chain::open(&self.chain, self.writable, left)?;
         }
         journal.clear();
@@ -143,8 +150,10 @@ impl Image {
         self.alloc.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Before any change.
     fn need_writable(&self) -> io::Result<()> {
         if self.writable {
+            self.changed.store(true, Ordering::Relaxed);
             Ok(())
         } else {
             Err(io::Error::from_raw_os_error(libc::EROFS))

@@ -482,6 +482,29 @@ fn a_successor_finds_every_completed_write() {
 }
 
 #[test]
+fn one_that_was_opened_while_another_served_it_sees_all_that_was_done() {
+    let scratch = Scratch::new("beside");
+    let path = scratch.create("d.qcow2", 16 * MIB, &["-o", "cluster_size=4096"]);
+    let mut model = vec![0u8; 16 * MIB as usize];
+    let mut dice = Dice(23);
+    let memory = Memory::new(64 * 1024);
+    let image = open(&[&path], true).unwrap();
+    image.keep(Box::new(memory.clone())).unwrap();
+    play(&image, &mut model, &mut dice, 100, true);
+    let beside = open(&[&path], true).unwrap();
+    play(&image, &mut model, &mut dice, 200, true);
+    // Its queues stop.
+    image.flush().unwrap();
+    beside.keep(Box::new(memory)).unwrap();
+    assert_content(&beside, &model);
+    play(&beside, &mut model, &mut dice, 200, true);
+    beside.flush().unwrap();
+    drop((image, beside));
+    assert_clean(&path);
+    assert_qemu_sees(&path, &model, &scratch);
+}
+
+#[test]
 fn a_crash_spares_a_refcount_table_that_moves() {
     let scratch = Scratch::new("moves");
     let (path, copy) = (scratch.path("m.qcow2"), scratch.path("copy.qcow2"));

@@ -193,6 +193,10 @@ impl Device for Net {
         }
     }
 
+    fn resumed(&self) {
+        self.state.set_tap_again();
+    }
+
     fn stats(&self, stats: &mut StatsResponse) {
         let filter = self.state.filter();
         let macs = |table: &[crate::filter::Mac]| table.iter().map(|m| m.to_vec()).collect();

@@ -191,6 +191,13 @@ impl State {
         self.change_filter(|filter| *filter = wishes.filter);
     }
 
+    /// Another process may have changed the tap's settings: they are made again.
+    pub fn set_tap_again(&self) {
+        let offloads = self.offloads.load(Ordering::Relaxed);
+        self.tap.set_offload(features::tap_flags(offloads));
+        self.tap.set_carrier(self.is_link_up());
+    }
+
     fn lock_kept(&self) -> MutexGuard<'_, Option<Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use bulkhead_runtime::sys;
 
@@ -63,11 +63,17 @@ pub enum TapError {
     },
 }
 
+/// What is known of a queue; at the start nothing is, since a process before this one may have
+/// detached it, or one beside it.
+const UNKNOWN: u8 = 0;
+const ATTACHED: u8 = 1;
+const DETACHED: u8 = 2;
+
 /// One queue of the tap.
 #[derive(Debug)]
 pub struct TapQueue {
     file: File,
-    attached: AtomicBool,
+    attached: AtomicU8,
 }
 
 impl TapQueue {
@@ -190,7 +196,7 @@ impl Tap {
         let supported = files.first().map_or(0, probe);
         let queues = files.into_iter().map(|file| TapQueue {
             file,
-            attached: AtomicBool::new(true),
+            attached: AtomicU8::new(UNKNOWN),
         });
         let tap = Self {
             name,
@@ -252,13 +258,19 @@ impl Tap {
         let Some(queue) = self.queues.get(pair).filter(|_| pair > 0) else {
             return;
         };
-        if queue.attached.swap(attached, Ordering::AcqRel) == attached {
+        let wanted = if attached { ATTACHED } else { DETACHED };
+        if queue.attached.swap(wanted, Ordering::AcqRel) == wanted {
             return;
         }
-        if let Err(e) = call::set_queue(&queue.file, attached) {
-            let what = if attached { "attach" } else { "detach" };
-            log::warn!("tap {}: cannot {what} queue {pair}: {e}", self.name);
-            queue.attached.store(!attached, Ordering::Release);
+        match call::set_queue(&queue.file, attached) {
+            // It was so already: by a process before this one.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(e) => {
+                let what = if attached { "attach" } else { "detach" };
+                log::warn!("tap {}: cannot {what} queue {pair}: {e}", self.name);
+                queue.attached.store(UNKNOWN, Ordering::Release);
+            }
+            Ok(()) => {}
         }
     }
 

@@ -136,6 +136,7 @@ impl Service {
             }
             (DEVICE_SERVICE, "Resume") => {
                 decode::<ResumeRequest>(body)?;
+                self.device.resumed();
                 self.queues.iter().for_each(Signals::resume);
                 encode(&ResumeResponse::new())
             }

@@ -121,6 +121,10 @@ pub trait Device: Send + Sync {
         Err(RpcStatus::unimplemented("Device", "Update"))
     }
 
+    /// The VMM lets the device take requests again: another process may have been started
+    /// beside this one, and have changed what they share on the host.
+    fn resumed(&self) {}
+
     /// Adds what only this kind knows to its statistics, which hold each queue's counters.
     fn stats(&self, _stats: &mut StatsResponse) {}
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bulkhead_proto::machine::{
     AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, RemoveDeviceResponse,
-    ResizeCpusResponse, UpdateDiskResponse, UpdateResourcesResponse,
+    ResizeCpusResponse, UpdateDeviceResponse, UpdateDiskResponse, UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{Code, RpcStatus};
@@ -34,6 +34,8 @@ pub enum ApiResponse {
     CpusResized(ResizeCpusResponse),
     /// The answer to UpdateResources.
     ResourcesUpdated(UpdateResourcesResponse),
+    /// The answer to UpdateDevice.
+    DeviceUpdated(UpdateDeviceResponse),
 }
 
 impl ApiResponse {
@@ -50,6 +52,7 @@ impl ApiResponse {
             Self::DeviceRemoved(removed) => removed.write_to_bytes(),
             Self::CpusResized(cpus) => cpus.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
+            Self::DeviceUpdated(device) => device.write_to_bytes(),
         };
         encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))
     }

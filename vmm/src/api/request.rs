@@ -7,8 +7,8 @@ use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
     AddDeviceRequest, BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest,
     DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig, PauseRequest,
-    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateDiskRequest, UpdateNetRequest,
-    UpdateResourcesRequest, update_net_request,
+    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateDeviceRequest, UpdateDiskRequest,
+    UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
@@ -20,6 +20,8 @@ use crate::cli::machine_args::check_id;
 /// How long a guest has to switch itself off, or a device to drain, when the client does not
 /// say.
 const WAIT_DEFAULT: Duration = Duration::from_secs(30);
+/// Longest path of a binary, bytes.
+const MAX_BINARY: usize = 4095;
 /// How long it may have at most.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(600);
 
@@ -66,6 +68,15 @@ pub enum ApiRequest {
         /// The device.
         id: String,
         /// How long it may take.
+        timeout: Duration,
+    },
+    /// Put a process of another binary in a device's place.
+    UpdateDevice {
+        /// The device.
+        id: String,
+        /// The binary; empty: the kind's own name.
+        binary: String,
+        /// How long what is in flight may take.
         timeout: Duration,
     },
     /// Let it take requests again.
@@ -155,6 +166,19 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
             ApiRequest::DrainDevice {
                 timeout: wait(request.timeout_ms)?,
                 id: device_id(request.id)?,
+            }
+        }
+        "UpdateDevice" => {
+            let request: UpdateDeviceRequest = message(payload)?;
+            if request.binary.len() > MAX_BINARY || request.binary.contains('\0') {
+                return Err(RpcStatus::invalid_argument(format!(
+                    "binary is no path: give one of at most {MAX_BINARY} bytes"
+                )));
+            }
+            ApiRequest::UpdateDevice {
+                timeout: wait(request.timeout_ms)?,
+                id: device_id(request.id)?,
+                binary: request.binary,
             }
         }
         "ResumeDevice" => {

@@ -92,6 +92,8 @@ enum CtlCommand {
     Limit(super::resource_args::LimitArgs),
     /// Let a device finish what is in flight and take nothing new
     Drain(ctl_device::DrainArgs),
+    /// Put a process of another binary in the place of a device's, while it is in use
+    UpdateDevice(ctl_device::UpdateDeviceArgs),
     /// Let a drained device take requests again, or bring a quarantined one back
     ResumeDevice(ctl_device::ResumeDeviceArgs),
     /// Add a disk to the machine: path=FILE,id=NAME[,KEY=VALUE]…
@@ -201,6 +203,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::UpdateNet(update) => update.run(&mut session, &mut out),
         CtlCommand::Limit(limit) => limit.run(&mut session, &mut out),
         CtlCommand::Drain(drain) => drain.run(&mut session, &mut out),
+        CtlCommand::UpdateDevice(update) => update.run(&mut session, &mut out),
         CtlCommand::ResumeDevice(resume) => resume.run(&mut session, &mut out),
         CtlCommand::AddDisk(add) => add.run(Kind::Disk, &mut session, &mut out),
         CtlCommand::AddNet(add) => add.run(Kind::Net, &mut session, &mut out),

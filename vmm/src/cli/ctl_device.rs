@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use bulkhead_proto::common::{DiskLimits, NetLimits};
 use bulkhead_proto::machine::{
-    DeviceStatsRequest, DeviceStatsResponse, DrainDeviceRequest, DrainDeviceResponse, InfoRequest,
-    InfoResponse, MachineConfig, ResumeDeviceRequest, ResumeDeviceResponse, UpdateDiskRequest,
+    DeviceStatsRequest, DeviceStatsResponse, DevicesRequest, DevicesResponse, DrainDeviceRequest,
+    DrainDeviceResponse, InfoRequest, InfoResponse, MachineConfig, ResumeDeviceRequest,
+    ResumeDeviceResponse, UpdateDeviceRequest, UpdateDeviceResponse, UpdateDiskRequest,
     UpdateDiskResponse, UpdateNetRequest, UpdateNetResponse, update_net_request::Link,
 };
 use clap::builder::PossibleValuesParser;
@@ -19,6 +20,8 @@ use super::{EXIT_USAGE, ctl_stats, net_args};
 
 /// What the VMM may take on top of the time that a drain has.
 const DRAIN_MARGIN: Duration = Duration::from_secs(30);
+/// What the VMM may take beside what is in flight when a device's process is replaced.
+const REPLACE_MARGIN: Duration = Duration::from_secs(60);
 /// Growing a file and telling its process.
 const UPDATE: Duration = Duration::from_secs(90);
 
@@ -74,6 +77,29 @@ pub struct DrainArgs {
     /// The device, as `ctl devices` names it
     id: String,
     /// Seconds it may take before it takes requests again
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..=600)
+    )]
+    timeout: u32,
+}
+
+/// `ctl update-device`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct UpdateDeviceArgs {
+    /// The device, as `ctl devices` names it
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    id: Option<String>,
+    /// Every device that has a process of ours, one after the other
+    #[arg(long)]
+    all: bool,
+    /// The binary: a file under one of bulkhead's --device-dir directories, or its path beneath
+    /// one; with --all the directory of the kinds' binaries [default: bulkhead-KIND]
+    #[arg(long, value_name = "PATH")]
+    binary: Option<String>,
+    /// Seconds that what is in flight may take to finish, before nothing is changed
     #[arg(
         long,
         value_name = "SECONDS",
@@ -281,6 +307,82 @@ impl DrainArgs {
         let patience = Duration::from_secs(u64::from(self.timeout)).saturating_add(DRAIN_MARGIN);
         session.call::<_, DrainDeviceResponse>("DrainDevice", &request, patience)?;
         out.done(&self.id, "drained")
+    }
+}
+
+impl UpdateDeviceArgs {
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
+        if let Some(id) = &self.id {
+            let binary = self.binary.clone().unwrap_or_default();
+            return self.update(session, out, id, binary);
+        }
+        let devices: DevicesResponse = session.call("Devices", &DevicesRequest::new(), CALL)?;
+        let ours: Vec<_> = devices
+            .devices
+            .iter()
+            .filter(|device| device.pid != 0 && device.helper.is_empty())
+            .collect();
+        let mut failed = Vec::new();
+        for device in &ours {
+            let name = format!("bulkhead-{}", device.kind);
+            let binary = self.binary.as_ref().map_or_else(String::new, |directory| {
+                std::path::Path::new(directory)
+                    .join(&name)
+                    .to_string_lossy()
+                    .into_owned()
+            });
+            // The others may well come up.
+            if let Err(failure) = self.update(session, out, &device.id, binary) {
+                failed.push(failure.line);
+            }
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        Err(Failure {
+            code: 1,
+            line: format!(
+                "{} of {} devices were not updated: {}",
+                failed.len(),
+                ours.len(),
+                failed.join("; ")
+            ),
+        })
+    }
+
+    fn update(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+        id: &str,
+        binary: String,
+    ) -> Result<(), Failure> {
+        let mut request = UpdateDeviceRequest::new();
+        id.clone_into(&mut request.id);
+        request.binary = binary;
+        request.timeout_ms = self.timeout.saturating_mul(1000);
+        let patience = Duration::from_secs(u64::from(self.timeout)).saturating_add(REPLACE_MARGIN);
+        let done: UpdateDeviceResponse = session.call("UpdateDevice", &request, patience)?;
+        if out.json {
+            out.json_value(&serde_json::json!({
+                "id": id,
+                "incarnation": done.incarnation,
+                "version": done.version,
+                "stall_us": done.stall_us,
+            }))
+        } else {
+            out.text(|to| {
+                writeln!(
+                    to,
+                    "{id}: updated to {}, process {}, after {} us without service",
+                    done.version, done.incarnation, done.stall_us
+                )
+            })
+        }
     }
 }
 

@@ -23,6 +23,10 @@ pub fn what(event: &Event) -> Value {
             "pid": e.pid, "incarnation": e.incarnation, "stall_us": e.stall_us,
             "resubmitted": e.resubmitted, "queues": e.queues, "restarts": e.restarts,
         }),
+        Some(What::Updated(e)) => json!({
+            "pid": e.pid, "incarnation": e.incarnation, "stall_us": e.stall_us,
+            "version": e.version, "queues": e.queues,
+        }),
         Some(What::Quarantined(e)) => json!({ "why": e.why, "restarts": e.restarts }),
         Some(What::Stopped(e)) => json!({
             "cause": word(&format!("{:?}", e.cause)), "exit_code": e.exit_code,

@@ -72,6 +72,10 @@ pub struct HostArgs {
     /// is left without one; 0: never
     #[arg(long, value_name = "N[:SECONDS]", default_value = "5:60", value_parser = restarts)]
     pub restarts: Budget,
+    /// A directory under which binaries for `ctl update-device` may lie, root's or your own and
+    /// not writable by others; may be repeated
+    #[arg(long, value_name = "DIR")]
+    pub device_dir: Vec<PathBuf>,
     /// What to log on standard error: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
     pub log: log::LevelFilter,

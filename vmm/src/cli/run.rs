@@ -20,6 +20,7 @@ pub fn run(args: RunArgs) -> ExitCode {
         api_socket: args.api_socket,
         first: Some(config),
         restarts: args.host.restarts,
+        device_dirs: args.host.device_dir,
     }))
 }
 
@@ -33,6 +34,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
         api_socket: Some(args.api_socket),
         first: None,
         restarts: args.host.restarts,
+        device_dirs: args.host.device_dir,
     }))
 }
 

@@ -30,6 +30,9 @@ pub struct Args {
     pub helpers: Vec<String>,
     /// Directories that hold the helpers' libraries.
     pub helper_libraries: Vec<PathBuf>,
+    /// Directories of programs for live updates, whose descriptors follow the programs; whether
+    /// each is root's.
+    pub device_dirs: Vec<(PathBuf, bool)>,
     /// The VM's cgroup, whose directory follows the programs.
     pub cgroup: Option<CgroupArgs>,
     /// Why there is no cgroup, or not every controller.
@@ -71,6 +74,14 @@ impl Args {
         for path in &self.helper_libraries {
             push("--helper-libraries", path.as_os_str().as_bytes())?;
         }
+        for (path, roots) in &self.device_dirs {
+            let key = if *roots {
+                "--root-device-dir"
+            } else {
+                "--own-device-dir"
+            };
+            push(key, path.as_os_str().as_bytes())?;
+        }
         if let Some(cgroup) = &self.cgroup {
             let text = format!("{}:{}", cgroup.controllers.join(","), cgroup.path);
             push("--cgroup", text.as_bytes())?;
@@ -87,6 +98,7 @@ impl Args {
         let (mut rights, mut host_ids) = (None, None);
         let (mut binaries, mut allow_paths) = (Vec::new(), Vec::new());
         let (mut helpers, mut helper_libraries) = (Vec::new(), Vec::new());
+        let mut device_dirs = Vec::new();
         let (mut cgroup, mut cgroup_note, mut note) = (None, String::new(), None);
         for arg in args {
             let bytes = arg.as_bytes();
@@ -111,6 +123,10 @@ impl Args {
                 b"--helper" => helpers.push(text.map_err(|_| bad())?.to_owned()),
                 b"--helper-libraries" => {
                     helper_libraries.push(PathBuf::from(OsString::from_vec(value.to_owned())));
+                }
+                b"--root-device-dir" | b"--own-device-dir" => {
+                    let path = PathBuf::from(OsString::from_vec(value.to_owned()));
+                    device_dirs.push((path, key == b"--root-device-dir"));
                 }
                 b"--allow-path" => {
                     allow_paths.push(PathBuf::from(OsString::from_vec(value.to_owned())));
@@ -138,6 +154,7 @@ impl Args {
             allow_paths,
             helpers,
             helper_libraries,
+            device_dirs,
             cgroup,
             cgroup_note,
             note,
@@ -158,6 +175,7 @@ mod tests {
             allow_paths: vec!["/srv/a=b".into(), "".into()],
             helpers: vec!["passt".into()],
             helper_libraries: vec!["/lib".into()],
+            device_dirs: vec![("/usr/lib/b=".into(), true), ("/home/x".into(), false)],
             cgroup: Some(CgroupArgs {
                 controllers: vec!["cpu".into(), "pids".into()],
                 path: "/a:b/bulkhead-vm-1-2".into(),

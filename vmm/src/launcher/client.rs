@@ -51,6 +51,8 @@ pub struct LauncherConfig {
     pub allow_paths: Vec<PathBuf>,
     /// External helpers that may be started.
     pub helpers: Vec<Program>,
+    /// Directories under which programs for live updates may lie.
+    pub device_dirs: Vec<PathBuf>,
     /// Where the VM's cgroup is to be.
     pub cgroup: super::CgroupChoice,
 }
@@ -65,6 +67,7 @@ impl LauncherConfig {
             devices,
             allow_paths: Vec::new(),
             helpers: Vec::new(),
+            device_dirs: Vec::new(),
             cgroup: super::CgroupChoice::default(),
         })
     }

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::args::Args;
@@ -30,12 +31,25 @@ pub struct Order {
     pub incarnation: u64,
     /// Name of its binary.
     pub binary: String,
+    /// What to execute, where that is not the binary of this name that was opened at the start.
+    pub program: Option<Rc<OwnedFd>>,
     /// Name of its policy.
     pub policy: String,
     /// Arguments after argv[0].
     pub args: Vec<String>,
     /// Control end, vhost-user end, its own.
     pub fds: Vec<OwnedFd>,
+}
+
+/// What a device process is to its device.
+#[derive(Clone, Debug)]
+pub enum Standing {
+    /// Its only one.
+    Only,
+    /// It may come to take the place of another one, and this program be that of later ones.
+    OnTrial(Rc<OwnedFd>),
+    /// Another one has taken its place.
+    Replaced,
 }
 
 /// A helper to start: a SpawnHelper request, and what came beside it.
@@ -68,6 +82,8 @@ pub struct Device {
     pub log: LogSource,
     /// Its system calls.
     pub watch: Watch,
+    /// What it is to its device.
+    pub standing: Standing,
 }
 
 /// Starts a device process. `devices` are those that live; a free slot is chosen.
@@ -89,17 +105,17 @@ fn spawn_checked(
     devices: &[Device],
     cgroups: &mut Cgroups,
 ) -> Result<Device, String> {
-    let program = args
+    let named = args
         .binaries
         .iter()
         .position(|name| *name == order.binary)
-        .and_then(|index| binaries.get(index))
-        .ok_or_else(|| {
-            format!(
-                "{}: not a device binary of this VM",
-                printable(&order.binary)
-            )
-        })?;
+        .and_then(|index| binaries.get(index));
+    let program = order.program.as_deref().or(named).ok_or_else(|| {
+        format!(
+            "{}: not a device binary of this VM",
+            printable(&order.binary)
+        )
+    })?;
     // The policy's name is the binary's, with a variant; none of those for stand-alone use.
     let policy = bulkhead_seccomp::policy::get(&order.policy)
         .filter(|p| p.name.starts_with(&order.binary) && !p.name.ends_with("-socket"))
@@ -271,6 +287,7 @@ impl Start<'_> {
             pidfd,
             log,
             watch: Watch::none(),
+            standing: Standing::Only,
         };
         let started = device
             .map_ids(args, host_id)

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::rc::Rc;
 
 use super::device::Order;
 use super::paths::reason;
@@ -58,6 +59,8 @@ impl Own {
 /// A device, whether or not its process lives.
 struct KeptDevice {
     binary: String,
+    /// Of a live update.
+    program: Option<Rc<OwnedFd>>,
     policy: String,
     args: Vec<String>,
     fence: bool,
@@ -80,6 +83,7 @@ impl Kept {
         let files = order.fds.into_iter().skip(CHANNELS).map(Own::new);
         let device = KeptDevice {
             binary: order.binary,
+            program: order.program,
             policy: order.policy,
             args: order.args,
             fence,
@@ -112,11 +116,19 @@ impl Kept {
             id: id.to_owned(),
             incarnation,
             binary: device.binary.clone(),
+            program: device.program.clone(),
             policy: device.policy.clone(),
             args: device.args.clone(),
             fds,
         };
         Ok((order, device.fence))
+    }
+
+    /// Later processes of a device execute this.
+    pub fn set_program(&mut self, id: &str, program: Rc<OwnedFd>) {
+        if let Some(device) = self.0.get_mut(id) {
+            device.program = Some(program);
+        }
     }
 
     fn find(&self, id: &str) -> Result<&KeptDevice, String> {
@@ -210,6 +222,7 @@ mod tests {
             id: id.into(),
             incarnation: 1,
             binary: "x".into(),
+            program: None,
             policy: "x".into(),
             args: Vec::new(),
             fds,
@@ -292,6 +305,10 @@ mod tests {
         assert_eq!(again.fds.len(), 3);
         let own = File::from(again.fds.into_iter().nth(2).unwrap());
         assert_eq!(own.metadata().unwrap().len(), 77);
+        // And the program that a live update brought.
+        assert!(again.program.is_none());
+        kept.set_program("d", Rc::new(temp().into()));
+        assert!(kept.order("d", 6, channels()).unwrap().0.program.is_some());
         for refused in [
             kept.order("e", 1, channels()),
             kept.order("d", 1, Vec::new()),

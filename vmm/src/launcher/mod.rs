@@ -12,7 +12,8 @@
 //!   thread may call it; calls take turns.
 //! - In the launcher process, all on its only thread: `args` (its command line), `server`
 //!   (the loop), `paths` and `lock` (what it opens and binds), `device` (starting one), `kept`
-//!   (what stays of one that has died), `cgroup` (what its processes may use), `log` (what
+//!   (what stays of one that has died), `programs` (what may be executed beside the binaries that
+//!   were opened at the start), `cgroup` (what its processes may use), `log` (what
 //!   devices say), `leftovers` (what is to be removed should all of this be killed).
 //! - Between clone and exec, in the process that becomes a device: `child`.
 //! - `sys`, `cgroup_sys`, `isolate` and `packet` hold the system calls and all the `unsafe` there is.
@@ -38,6 +39,7 @@ mod lock;
 mod log;
 pub(crate) mod packet;
 mod paths;
+mod programs;
 mod server;
 mod start;
 pub(crate) mod sys;

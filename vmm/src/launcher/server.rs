@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
@@ -17,13 +18,14 @@ use bulkhead_proto::protobuf::Message;
 
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
 use super::cgroup::{Cgroups, Group};
-use super::device::{self, Device, HelperOrder, Order};
+use super::device::{self, Device, HelperOrder, Order, Standing};
 use super::isolate;
 use super::kept::Kept;
 use super::leftovers::Note;
 use super::log::{LOOK_AGAIN, Sink};
 use super::packet::{Packet, PacketSocket};
 use super::paths::{Mode, Paths};
+use super::programs::{self, Directory, Owners};
 use super::sys::{self, ExitOutcome};
 use super::{MAX_DEVICES, MAX_QUEUE_PAIRS, confine, printable, tap};
 
@@ -73,6 +75,8 @@ struct Server {
     binaries: Vec<OwnedFd>,
     /// Programs of external helpers.
     helpers: Vec<OwnedFd>,
+    /// Where programs of live updates may lie.
+    device_dirs: Vec<Directory>,
     devices: Vec<Device>,
     kept: Kept,
     cgroups: Cgroups,
@@ -115,12 +119,23 @@ impl Server {
         let vmm = take("pidfd of the VMM", VMM_FD)?;
         let programs = args.binaries.len().saturating_add(args.helpers.len());
         let count = programs
+            .saturating_add(args.device_dirs.len())
             .saturating_add(usize::from(args.cgroup.is_some()))
             .saturating_add(usize::from(args.note.is_some()));
         let mut binaries = device::inherited_binaries(count, FIRST_BINARY_FD)
             .map_err(|error| format!("device binaries: {error}"))?;
         let mut others = binaries.split_off(programs).into_iter();
         let helpers = binaries.split_off(args.binaries.len());
+        let device_dirs = args
+            .device_dirs
+            .iter()
+            .zip(others.by_ref())
+            .map(|((path, roots), fd)| Directory {
+                path: path.clone(),
+                file: fd.into(),
+                roots: *roots,
+            })
+            .collect();
         let cgroups = cgroups(&args, &mut others);
         let note = args.note.clone().zip(others.next());
         let note = note.map(|(path, file)| Note {
@@ -146,6 +161,7 @@ impl Server {
             children,
             binaries,
             helpers,
+            device_dirs,
             devices: Vec::new(),
             kept: Kept::default(),
             sink,
@@ -316,6 +332,7 @@ impl Server {
             Some(wire::request::Op::ConnectUnix(op)) => self.connect(id, &op),
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
             Some(wire::request::Op::Respawn(op)) => self.respawn(id, &op, packet.fds),
+            Some(wire::request::Op::Settle(op)) => self.settle(id, &op),
             Some(wire::request::Op::Kill(op)) => self.kill(id, &op),
             Some(wire::request::Op::Place(op)) => self.place(id, &op),
             Some(wire::request::Op::GrowFile(op)) => self.grow(id, &op),
@@ -375,6 +392,7 @@ impl Server {
             id: op.device_id,
             incarnation: op.incarnation,
             binary: op.binary,
+            program: None,
             policy: op.policy,
             args: op.args,
             fds,
@@ -385,7 +403,7 @@ impl Server {
         self.start_device(id, order, op.fence, begin)
     }
 
-    /// Starts a process in the place of one that has ended.
+    /// Starts a process in the place of one that has ended, or on trial beside one that has not.
     fn respawn(
         &mut self,
         id: u64,
@@ -393,14 +411,47 @@ impl Server {
         fds: Vec<OwnedFd>,
     ) -> Result<Outgoing, String> {
         let begin = Instant::now();
-        if self.devices.iter().any(|d| d.id == op.device_id) {
+        let mut own = self.devices.iter().filter(|d| d.id == op.device_id);
+        if op.program.is_empty() {
+            if own.any(|d| matches!(d.standing, Standing::Only)) {
+                return Err(format!(
+                    "device {}: its last process has not ended",
+                    printable(&op.device_id)
+                ));
+            }
+            let (order, fence) = self.kept.order(&op.device_id, op.incarnation, fds)?;
+            return self.start_device(id, order, fence, begin);
+        }
+        if own.any(|d| matches!(d.standing, Standing::OnTrial(_))) {
             return Err(format!(
-                "device {}: its last process has not ended",
+                "device {}: another new process of it has not ended: retry later",
                 printable(&op.device_id)
             ));
         }
-        let (order, fence) = self.kept.order(&op.device_id, op.incarnation, fds)?;
-        self.start_device(id, order, fence, begin)
+        let owners = Owners::new(self.args.rights);
+        let program = programs::open(&self.device_dirs, &op.program, owners)
+            .map_err(|why| format!("device {}: {why}", printable(&op.device_id)))?;
+        let program = Rc::new(program);
+        let (mut order, fence) = self.kept.order(&op.device_id, op.incarnation, fds)?;
+        order.program = Some(Rc::clone(&program));
+        self.execute(id, &mut order, fence, begin, Standing::OnTrial(program))
+    }
+
+    /// A process that was on trial is its device's.
+    fn settle(&mut self, id: u64, op: &wire::Settle) -> Result<Outgoing, String> {
+        let mut result = Ok(());
+        for device in self.devices.iter_mut().filter(|d| d.id == op.device_id) {
+            if device.incarnation < op.incarnation {
+                device.standing = Standing::Replaced;
+                result = result.and(device.kill());
+            } else if device.incarnation == op.incarnation
+                && let Standing::OnTrial(program) = &device.standing
+            {
+                self.kept.set_program(&op.device_id, Rc::clone(program));
+                device.standing = Standing::Only;
+            }
+        }
+        result.map(|()| Outgoing::success(id, None))
     }
 
     fn start_device(
@@ -410,6 +461,19 @@ impl Server {
         fence: bool,
         begin: Instant,
     ) -> Result<Outgoing, String> {
+        let answer = self.execute(id, &mut order, fence, begin, Standing::Only)?;
+        self.kept.keep(order, fence);
+        Ok(answer)
+    }
+
+    fn execute(
+        &mut self,
+        id: u64,
+        order: &mut Order,
+        fence: bool,
+        begin: Instant,
+        standing: Standing,
+    ) -> Result<Outgoing, String> {
         let mut read_end = None;
         if fence {
             let (read, write) = sys::pipe()
@@ -417,18 +481,18 @@ impl Server {
             order.fds.push(write);
             read_end = Some(read);
         }
-        let device = device::spawn(
-            &order,
+        let mut device = device::spawn(
+            order,
             &self.args,
             &self.binaries,
             &self.devices,
             &mut self.cgroups,
         )?;
+        device.standing = standing;
         if fence {
             // Only the process holds it.
             order.fds.pop();
         }
-        self.kept.keep(order, fence);
         let mut outgoing = self.started(id, device, begin)?;
         outgoing.fds.extend(read_end);
         Ok(outgoing)
@@ -484,7 +548,7 @@ impl Server {
         let killed = self
             .devices
             .iter()
-            .filter(|d| d.id == op.device_id && d.incarnation == op.incarnation)
+            .filter(|d| d.id == op.device_id && (op.forget || d.incarnation == op.incarnation))
             .try_for_each(Device::kill);
         if op.forget {
             self.kept.forget(&op.device_id);

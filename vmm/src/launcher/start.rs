@@ -16,6 +16,7 @@ use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
 use super::leftovers::Note;
 use super::packet::PacketSocket;
+use super::programs;
 use super::{MAX_DEVICES, PROGRAM, isolate, printable, sys};
 
 /// A launcher that has been executed.
@@ -34,6 +35,8 @@ pub struct Started {
 const MAX_BINARIES: usize = 32;
 /// Longest note on the cgroup, characters.
 const MAX_CGROUP_NOTE: usize = 1024;
+/// Most directories of programs for live updates.
+const MAX_DEVICE_DIRS: usize = 8;
 /// How long clone, id maps and exec may take together.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -85,6 +88,16 @@ fn start_with(
         .devices
         .iter()
         .map(|name| open_program(&config.libexec, name))
+        .collect::<Result<Vec<_>, _>>()?;
+    if config.device_dirs.len() > MAX_DEVICE_DIRS {
+        return Err(failed(format!(
+            "--device-dir: at most {MAX_DEVICE_DIRS} directories can be named"
+        )));
+    }
+    let device_dirs = config
+        .device_dirs
+        .iter()
+        .map(|path| programs::open_directory(path).map_err(failed))
         .collect::<Result<Vec<_>, _>>()?;
     let helpers: Vec<&File> = config.helpers.iter().map(|h| &h.file).collect();
     let mut helper_libraries: Vec<_> = config
@@ -138,6 +151,10 @@ fn start_with(
             allow_paths: allow_paths.clone(),
             helpers: config.helpers.iter().map(|h| h.kind.to_owned()).collect(),
             helper_libraries: helper_libraries.clone(),
+            device_dirs: device_dirs
+                .iter()
+                .map(|directory| (directory.path.clone(), directory.roots))
+                .collect(),
             cgroup: cgroup.group.as_ref().map(|group| CgroupArgs {
                 controllers: group.controllers.clone(),
                 path: group.path.clone(),
@@ -148,6 +165,7 @@ fn start_with(
         let programs: Vec<&File> = binaries
             .iter()
             .chain(helpers.iter().copied())
+            .chain(device_dirs.iter().map(|directory| &directory.file))
             .chain(cgroup.group.as_ref().map(|group| &group.directory))
             .chain(note.map(|note| &note.file))
             .collect();

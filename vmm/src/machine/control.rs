@@ -40,6 +40,9 @@ const MAX_WAITING: usize = 16;
 /// Pauses between two looks at a device that drains.
 const DRAIN_PAUSE_FIRST: Duration = Duration::from_millis(2);
 const DRAIN_PAUSE_MAX: Duration = Duration::from_millis(100);
+/// The same when another process waits to take over.
+const REPLACE_PAUSE_FIRST: Duration = Duration::from_millis(1);
+const REPLACE_PAUSE_MAX: Duration = Duration::from_millis(20);
 /// The token of the health call; those of requests are greater.
 const HEALTH: u64 = 0;
 
@@ -66,6 +69,13 @@ pub enum Task {
     },
     /// Take requests again.
     Resume,
+    /// Make room for a process of another binary.
+    Replace {
+        /// The binary.
+        binary: String,
+        /// How long what is in flight may take to finish.
+        limit: Duration,
+    },
 }
 
 /// What the manager should know of.
@@ -100,6 +110,17 @@ pub enum Notice {
     Resumed,
     /// The device did not drain in time and takes requests again.
     DrainFailed,
+    /// A process of this binary is wanted; other requests wait until
+    /// [`end_replacement`](ControlChannel::end_replacement) or
+    /// [`succeed`](ControlChannel::succeed).
+    Replace {
+        /// The binary.
+        binary: String,
+    },
+    /// The device has nothing in flight, and its successor may have the rings.
+    Quiet,
+    /// It does not finish what is in flight in time: its successor is not to have them.
+    NotQuiet(String),
 }
 
 /// Why the process must be given up.
@@ -143,6 +164,8 @@ enum Phase {
     Called { token: u64 },
     /// Look again then.
     Pausing { until: Instant },
+    /// The manager brings a successor in.
+    Replacing,
 }
 
 #[derive(Debug)]
@@ -190,6 +213,64 @@ impl ControlChannel {
             last_token: HEALTH,
             ended: None,
         }
+    }
+
+    /// The successor is ready: has the device finish what is in flight. [`Notice::Quiet`] or
+    /// [`Notice::NotQuiet`] follows.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn make_quiet(&mut self, now: Instant) -> Result<(), Breach> {
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        let Task::Replace { limit, .. } = &current.task else {
+            return Ok(());
+        };
+        current.drain = Some((now.checked_add(*limit).unwrap_or(now), REPLACE_PAUSE_FIRST));
+        self.call_current()
+    }
+
+    /// There is no successor after all, and this is what its client is told. With `resume` the
+    /// device takes requests again first.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn end_replacement(
+        &mut self,
+        status: RpcStatus,
+        resume: bool,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Breach> {
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        if !matches!(current.task, Task::Replace { .. }) || current.undoing.is_some() {
+            return Ok(());
+        }
+        if resume {
+            current.undoing = Some(status);
+            return self.call_current();
+        }
+        self.finish(Err(status));
+        self.advance(turn)
+    }
+
+    /// The successor serves, and this is its channel from now on; requests that have waited
+    /// wait for [`go_on`](Self::go_on). Gives who is to be told that it serves.
+    pub fn succeed(&mut self, client: AsyncClient) -> Option<ReplyHandle> {
+        let mut next = Self::resume(client, self.about.clone());
+        next.waiting = std::mem::take(&mut self.waiting);
+        let before = std::mem::replace(self, next);
+        before.current.map(|current| current.reply)
+    }
+
+    /// Begins what waits.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn go_on(&mut self, turn: &mut Turn<'_>) -> Result<(), Breach> {
+        self.advance(turn)
     }
 
     /// What is known of the device without asking it.
@@ -327,7 +408,7 @@ impl ControlChannel {
         let current = self.current.as_ref().and_then(|c| match c.phase {
             Phase::Growing { deadline, .. } => Some(deadline),
             Phase::Pausing { until } => Some(until),
-            Phase::Called { .. } => None,
+            Phase::Called { .. } | Phase::Replacing => None,
         });
         self.client.next_deadline().into_iter().chain(current).min()
     }
@@ -406,6 +487,12 @@ impl ControlChannel {
                 Task::UpdateDisk { grow_to, .. } => *grow_to,
                 _ => None,
             };
+            let replace = match &task {
+                Task::Replace { binary, .. } => Some(Notice::Replace {
+                    binary: binary.clone(),
+                }),
+                _ => None,
+            };
             let phase = match grow_to.map(|size| turn.grower.begin_grow(&self.about.id, 0, size)) {
                 Some(Err(why)) => {
                     reply.complete(Err(RpcStatus::new(Code::Unavailable, why)));
@@ -415,8 +502,10 @@ impl ControlChannel {
                     ticket,
                     deadline: now.checked_add(GROW_LIMIT).unwrap_or(now),
                 },
+                None if replace.is_some() => Phase::Replacing,
                 None => Phase::Pausing { until: now },
             };
+            turn.notices.extend(replace);
             let call = matches!(phase, Phase::Pausing { .. });
             self.current = Some(Current {
                 task,
@@ -454,7 +543,9 @@ impl ControlChannel {
                 update.set_net(net.clone());
                 self.call("Update", &update, UPDATE_LIMIT, token)
             }
-            Task::Drain { .. } => self.call("Drain", &DrainRequest::new(), CALL_LIMIT, token),
+            Task::Drain { .. } | Task::Replace { .. } => {
+                self.call("Drain", &DrainRequest::new(), CALL_LIMIT, token)
+            }
             Task::Resume => self.call("Resume", &ResumeRequest::new(), CALL_LIMIT, token),
         }
     }
@@ -528,7 +619,9 @@ impl ControlChannel {
                 let message = crate::launcher::printable(&status.message);
                 Breach::Protocol(format!("cannot resume after a drain: {message}"))
             })?;
-            turn.notices.push(Notice::DrainFailed);
+            if matches!(current.task, Task::Drain { .. }) {
+                turn.notices.push(Notice::DrainFailed);
+            }
             self.finish(Err(status));
             return Ok(());
         }
@@ -575,7 +668,7 @@ impl ControlChannel {
                 turn.notices.push(Notice::Resumed);
                 self.finish(Ok(ApiResponse::Done));
             }
-            Task::Drain { limit } => {
+            Task::Drain { limit } | Task::Replace { limit, .. } => {
                 let limit = *limit;
                 let drain: DrainResponse = parse(&payload)?;
                 self.on_drain(drain.drained, limit, turn)?;
@@ -596,7 +689,17 @@ impl ControlChannel {
             return Ok(());
         };
         let (deadline, pause) = current.drain.unwrap_or((now, DRAIN_PAUSE_FIRST));
-        let why = if current.reply.is_abandoned() {
+        let replacing = matches!(current.task, Task::Replace { .. });
+        let longest = if replacing {
+            REPLACE_PAUSE_MAX
+        } else {
+            DRAIN_PAUSE_MAX
+        };
+        let why = if drained && replacing {
+            current.phase = Phase::Replacing;
+            turn.notices.push(Notice::Quiet);
+            return Ok(());
+        } else if current.reply.is_abandoned() && !replacing {
             // Nobody would know that it must be resumed.
             "nobody waits for the drain any more".to_owned()
         } else if drained {
@@ -611,9 +714,13 @@ impl ControlChannel {
         } else {
             let until = now.checked_add(pause).unwrap_or(now).min(deadline);
             current.phase = Phase::Pausing { until };
-            current.drain = Some((deadline, pause.saturating_mul(2).min(DRAIN_PAUSE_MAX)));
+            current.drain = Some((deadline, pause.saturating_mul(2).min(longest)));
             return Ok(());
         };
+        if replacing {
+            turn.notices.push(Notice::NotQuiet(why));
+            return Ok(());
+        }
         current.undoing = Some(RpcStatus::new(Code::DeadlineExceeded, why));
         self.call_current()
     }

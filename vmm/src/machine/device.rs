@@ -22,6 +22,7 @@ use super::life::Life;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
 use super::supervise::{Budget, HangDetector};
+use super::trial::Trial;
 use super::usage::Usage;
 use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
@@ -29,7 +30,9 @@ use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::{Launcher, SpawnSpec};
 use crate::memory::GuestRam;
-use crate::pci::{AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows};
+use crate::pci::{
+    AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows,
+};
 use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::{VirtioPciFunction, VirtioPciOptions};
@@ -45,7 +48,8 @@ const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// fd of a device process's first own descriptor.
 const FIRST_OWN_FD: usize = 5;
 /// Nothing more can be plugged in.
-pub const NO_PORT: &str = "every root port is taken: remove a device, or start the machine with more --hotplug-ports";
+pub const NO_PORT: &str =
+    "every root port is taken: remove a device, or start the machine with more --hotplug-ports";
 /// Most root ports on bus 0: one for each device number but the host bridge's.
 const MAX_PORTS: u8 = 31;
 
@@ -86,6 +90,12 @@ pub struct Process {
     pub life: Life,
     /// Its successor, on its way in.
     pub newcomer: Option<Newcomer>,
+    /// A process of another binary that may come to take its place.
+    pub trial: Option<Trial>,
+    /// The launcher is still to be told that this incarnation has taken another one's place.
+    pub unsettled: bool,
+    /// The last incarnation that the launcher was asked for.
+    pub last_incarnation: u64,
     /// What each successor must be told.
     pub changes: Changes,
     /// Hangs up when nothing is left of it, nor of its I/O. Gone once it has.
@@ -337,6 +347,9 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         kind,
         life: Life::new(Budget::default()),
         newcomer: None,
+        trial: None,
+        unsettled: false,
+        last_incarnation: incarnation,
         changes: Changes::default(),
         fence: spawned.fence,
         detectors: Vec::new(),
@@ -464,8 +477,10 @@ pub fn check_hello(
     }
     if hello.protocol != DEVICE_PROTOCOL {
         return Err(format!(
-            "{} speaks control protocol {}, this VMM {DEVICE_PROTOCOL}: use the binaries of one build",
-            kind.binary, hello.protocol
+            "{} {} speaks control protocol {}, this VMM {DEVICE_PROTOCOL}: use one of a build that speaks {DEVICE_PROTOCOL}",
+            kind.binary,
+            crate::launcher::printable(&hello.version),
+            hello.protocol
         ));
     }
     Ok(())

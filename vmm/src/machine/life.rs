@@ -237,6 +237,14 @@ impl Life {
         vec![Action::Tell("device.restarted", detail)]
     }
 
+    /// Another process serves in the place of the one that did: nothing that was seen of that
+    /// one's end counts.
+    pub fn replaced(&mut self) {
+        if self.serving() {
+            (self.exited, self.fallen) = (false, false);
+        }
+    }
+
     /// A client, or the guest by a reset, wants a quarantined device back. False: it is not
     /// quarantined.
     pub fn revive(&mut self, now: Instant) -> (bool, Vec<Action>) {

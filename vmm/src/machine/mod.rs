@@ -32,4 +32,5 @@ pub mod state;
 pub mod stop;
 pub mod supervise;
 pub mod told;
+pub mod trial;
 pub mod usage;

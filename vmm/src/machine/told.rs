@@ -5,7 +5,7 @@ use bulkhead_proto::machine::event::What;
 use bulkhead_proto::machine::machine_stopped::Cause;
 use bulkhead_proto::machine::{
     DeviceCrashed, DeviceExited, DeviceQuarantined, DeviceReady, DeviceRestarted, DeviceSpawned,
-    MachineStopped,
+    DeviceUpdated, MachineStopped,
 };
 
 use super::stop::StopReason;
@@ -31,6 +31,15 @@ pub fn ready(pid: i32, incarnation: u64, ready_us: u64) -> What {
     let mut event = DeviceReady::new();
     (event.pid, event.incarnation, event.ready_us) = (pid, incarnation, ready_us);
     What::Ready(event)
+}
+
+/// A process of another binary serves.
+pub fn updated(pid: i32, incarnation: u64, stall_us: u64, version: &str, queues: u16) -> What {
+    let mut event = DeviceUpdated::new();
+    (event.pid, event.incarnation) = (pid, incarnation);
+    (event.stall_us, event.queues) = (stall_us, queues.into());
+    event.version = text(version);
+    What::Updated(event)
 }
 
 /// A process has ended.

@@ -102,7 +102,9 @@ impl VirtioPciFunction {
         let id = &self.options.id;
         match started {
             Ok(()) => log::debug!("device {id}: driver is up"),
-            Err(StartError::Backend(error)) => self.on_backend_error(&error),
+            Err(StartError::Backend(error) | StartError::Lost(error)) => {
+                self.on_backend_error(&error);
+            }
             Err(error @ StartError::BadRing(_)) => {
                 log::debug!("device {id}: {error}");
                 self.require_reset();

@@ -39,6 +39,9 @@ pub enum StartError {
     /// The device process refused or failed.
     #[error(transparent)]
     Backend(#[from] VhostUserError),
+    /// It did after the first ring had been let go: it may have served requests.
+    #[error(transparent)]
+    Lost(VhostUserError),
 }
 
 /// Which of the driver's queues the device process serves.
@@ -184,14 +187,23 @@ impl Backend {
             self.inflight = None;
         }
         frontend.set_mem_table(&regions, deadline)?;
-        for ring in rings {
+        for ring in &rings {
             // Before the first message, so that a failure half way is cleaned up too.
             self.started.push(ring.index);
             self.touched = true;
-            self.start_ring(ring, deadline)?;
+            self.describe_ring(*ring, deadline)?;
         }
         self.frontend()?.barrier(deadline)?;
-        Ok(())
+        // Up to here no request was taken, so that another process may yet be the one to do so.
+        self.let_go(&rings, deadline).map_err(StartError::Lost)
+    }
+
+    fn let_go(&mut self, rings: &[Ring], deadline: Deadline) -> Result<(), VhostUserError> {
+        for ring in rings {
+            let frontend = self.frontend()?;
+            frontend.set_vring_enable(ring.index, ring.enabled, deadline)?;
+        }
+        self.frontend()?.barrier(deadline)
     }
 
     /// The rings to hand over, each with the index at which to go on.
@@ -237,7 +249,7 @@ impl Backend {
         Ok(rings)
     }
 
-    fn start_ring(&mut self, ring: Ring, deadline: Deadline) -> Result<(), StartError> {
+    fn describe_ring(&mut self, ring: Ring, deadline: Deadline) -> Result<(), StartError> {
         let missing = VhostUserError::Unencodable("a queue without eventfds");
         let kick = self.doorbells.kick(ring.index);
         let error = self.errors.get(usize::from(ring.index)).map(AsFd::as_fd);
@@ -253,7 +265,6 @@ impl Backend {
         frontend.set_vring_err(index, error, deadline)?;
         frontend.set_vring_call(index, call, deadline)?;
         frontend.set_vring_kick(index, kick, deadline)?;
-        frontend.set_vring_enable(index, ring.enabled, deadline)?;
         Ok(())
     }
 

@@ -61,6 +61,7 @@ impl Bed {
             devices,
             allow_paths: Vec::new(),
             helpers: Vec::new(),
+            device_dirs: Vec::new(),
         }
     }
 

@@ -22,6 +22,7 @@ mod net;
 mod net_bad;
 mod net_modes;
 mod recovery;
+mod update;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     let mut tests: Vec<Test> = Vec::new();
     if native {
         tests.extend(bad_input::native());
+        tests.extend(update::native());
     } else {
         tests.extend(boot::tests());
         tests.extend(block::tests());
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         tests.extend(audit::tests());
         tests.extend(death::tests());
         tests.extend(recovery::tests());
+        tests.extend(update::tests());
         tests.extend(hostile_guest::tests());
         tests.extend(bad_input::tests());
     }

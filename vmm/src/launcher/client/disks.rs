@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
-use super::{Access, DEADLINE, Inner, Launcher, LauncherError, LauncherEvent, OpenedInfo, path_text, take};
+use super::{
+    Access, DEADLINE, Inner, Launcher, LauncherError, LauncherEvent, OpenedInfo, path_text, take,
+};
 use crate::launcher::sys::{self, ExitOutcome};
 
 /// Growths that may be under way.
@@ -51,16 +53,54 @@ impl Launcher {
         device_id: &str,
         incarnation: u64,
     ) -> Result<(u64, UnixStream, UnixStream), LauncherError> {
+        self.begin_successor(wire::Respawn {
+            device_id: device_id.to_owned(),
+            incarnation,
+            ..Default::default()
+        })
+    }
+
+    /// Begins to start a process of another program on trial, beside the device's own, as
+    /// [`begin_respawn`](Self::begin_respawn) does.
+    pub fn begin_update(
+        &self,
+        device_id: &str,
+        incarnation: u64,
+        program: &str,
+    ) -> Result<(u64, UnixStream, UnixStream), LauncherError> {
+        self.begin_successor(wire::Respawn {
+            device_id: device_id.to_owned(),
+            incarnation,
+            program: program.to_owned(),
+            ..Default::default()
+        })
+    }
+
+    fn begin_successor(
+        &self,
+        op: wire::Respawn,
+    ) -> Result<(u64, UnixStream, UnixStream), LauncherError> {
         let pair = || UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e));
         let (control, control_end) = pair()?;
         let (vhost, vhost_end) = pair()?;
-        let op = wire::request::Op::Respawn(wire::Respawn {
+        let op = wire::request::Op::Respawn(op);
+        let ticket = self.begin_link(op, &[control_end.as_fd(), vhost_end.as_fd()])?;
+        Ok((ticket, control, vhost))
+    }
+
+    /// A process that was on trial has the device: those before it are killed, and later ones
+    /// are of its program. Does not wait for the launcher to say that it was done.
+    pub fn begin_settle(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
+        let op = wire::request::Op::Settle(wire::Settle {
             device_id: device_id.to_owned(),
             incarnation,
             ..Default::default()
         });
-        let ticket = self.begin_link(op, &[control_end.as_fd(), vhost_end.as_fd()])?;
-        Ok((ticket, control, vhost))
+        let mut inner = self.lock();
+        let id = inner.last_id.wrapping_add(1).max(1);
+        send(&inner, id, op)?;
+        inner.last_id = id;
+        Ok(())
     }
 
     /// Kills a device process as [`kill`](Self::kill) does, and does not wait for the launcher
@@ -123,9 +163,7 @@ impl Launcher {
                     incarnation: of,
                     outcome,
                     last_line,
-                } if id == device_id && *of == incarnation => {
-                    Some((*outcome, last_line.clone()))
-                }
+                } if id == device_id && *of == incarnation => Some((*outcome, last_line.clone())),
                 _ => None,
             });
             if told.is_some() || Instant::now() >= deadline {

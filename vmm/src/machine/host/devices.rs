@@ -240,6 +240,9 @@ impl Host {
         {
             return;
         }
+        if self.is_replaced(id, incarnation) {
+            return;
+        }
         let detail = outcome.with_last_line("", last_line);
         let what = told::exited(incarnation, &outcome);
         self.log
@@ -342,6 +345,9 @@ impl Host {
         };
         let id = device.id.clone();
         let (kind, detail) = match notice {
+            Notice::Replace { binary } => return self.begin_trial(index, &binary),
+            Notice::Quiet => return self.on_quiet(index),
+            Notice::NotQuiet(why) => return self.end_trial(index, &why),
             Notice::Health { waits_for_host } => {
                 return self.look_for_hangs(index, &waits_for_host);
             }
@@ -381,7 +387,7 @@ impl Host {
                         config.limits = Some(limits).into();
                     }
                 }
-                ("device.updated", done.join(", "))
+                ("device.changed", done.join(", "))
             }
             Notice::NetUpdated(update) => {
                 let detail = net_detail(&update);
@@ -397,7 +403,7 @@ impl Host {
                         config.from_guest = update.from_guest;
                     }
                 }
-                ("device.updated", detail)
+                ("device.changed", detail)
             }
             Notice::Drained => {
                 device.drained = true;
@@ -455,6 +461,7 @@ impl Host {
                 self.heartbeat = now.checked_add(HEARTBEAT);
                 self.check_boot();
                 self.look_for_resets();
+                self.settle_trials();
                 for index in 0..self.devices_count() {
                     self.with_control(index, |control, _| control.ask_health());
                 }
@@ -471,6 +478,7 @@ impl Host {
         }
         self.forgive_newcomers(late);
         self.forgive_hotplug(late);
+        self.forgive_trials(late);
         let Some(machine) = &mut self.machine else {
             return;
         };
@@ -538,7 +546,7 @@ impl Host {
             if done.is_ok() {
                 let id = device.id.clone();
                 self.log
-                    .publish("device.updated", &id, &net_detail(&update));
+                    .publish("device.changed", &id, &net_detail(&update));
             }
             return reply.complete(done.map(|()| ApiResponse::Done));
         }
@@ -553,6 +561,16 @@ impl Host {
 
     pub(super) fn drain_device(&mut self, id: &str, limit: Duration, reply: ReplyHandle) {
         self.ask(id, reply, |_| Ok(Task::Drain { limit }));
+    }
+
+    pub(super) fn update_device(
+        &mut self,
+        id: &str,
+        binary: String,
+        limit: Duration,
+        reply: ReplyHandle,
+    ) {
+        self.ask(id, reply, |_| Ok(Task::Replace { binary, limit }));
     }
 
     /// Also brings a quarantined device back.

@@ -32,6 +32,7 @@ mod requests;
 mod resources;
 mod source;
 mod supervision;
+mod updating;
 
 use source::Source;
 
@@ -62,6 +63,8 @@ pub struct HostOptions {
     pub first: Option<MachineConfig>,
     /// How often a device's process may be replaced.
     pub restarts: Budget,
+    /// Directories under which binaries for live updates may lie.
+    pub device_dirs: Vec<PathBuf>,
 }
 
 /// Starts the VMM and stays until its machine has stopped.
@@ -81,8 +84,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         output: clone_stream(std::io::stdout())?,
     };
     let terminal = Terminal::on_stdin().map_err(|e| format!("terminal: {e}"))?;
-    let mut config = LauncherConfig::new(Vec::new())
-        .map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
+    let mut config =
+        LauncherConfig::new(Vec::new()).map_err(|e| format!("libexec: {e}: give --libexec DIR"))?;
     if let Some(dir) = options.libexec {
         config.libexec = dir;
     }
@@ -90,6 +93,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     let grows = options.api_socket.is_some();
     config.devices = super::kinds::binaries(options.first.as_ref(), &config.libexec, grows);
     config.cgroup = options.cgroup;
+    config.device_dirs = options.device_dirs;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     let listener = match &options.api_socket {
@@ -366,6 +370,8 @@ impl Host {
             Source::Device { index, source } => self.on_device(index, source),
             Source::Control { index } => return self.on_control(index),
             Source::Fence { index } => self.on_fence(index),
+            Source::Trial { index } => self.on_trial(usize::from(index)),
+            Source::TrialFence { index } => self.on_trial_fence(usize::from(index)),
             Source::Listener { index } => self.on_listener(index),
             Source::Hotplug => self.on_hotplug_news(),
             Source::Leaving { operation, fence } => self.on_leaving(operation, fence),

@@ -40,6 +40,11 @@ impl Host {
             ApiRequest::DrainDevice { id, timeout } => {
                 return self.drain_device(&id, timeout, reply);
             }
+            ApiRequest::UpdateDevice {
+                id,
+                binary,
+                timeout,
+            } => return self.update_device(&id, binary, timeout, reply),
             ApiRequest::ResumeDevice { id } => return self.resume_device(&id, reply),
             ApiRequest::AddDevice(request) => return self.add_device(*request, reply),
             ApiRequest::RemoveDevice { id, force, timeout } => {

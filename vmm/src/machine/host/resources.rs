@@ -86,7 +86,7 @@ impl Host {
             }
         }
         self.log
-            .publish("device.updated", &id, "new limits on its process");
+            .publish("device.changed", &id, "new limits on its process");
         let mut response = UpdateResourcesResponse::new();
         response.not_enforced = not_enforced;
         reply.complete(Ok(ApiResponse::ResourcesUpdated(response)));

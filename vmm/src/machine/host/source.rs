@@ -20,6 +20,14 @@ pub(super) enum Source {
     Fence {
         index: u16,
     },
+    /// The control channel of a process on trial.
+    Trial {
+        index: u16,
+    },
+    /// Its fence.
+    TrialFence {
+        index: u16,
+    },
     Listener {
         index: u16,
     },
@@ -47,6 +55,8 @@ impl Source {
             }
             Self::Control { index } => (1 << 62) | u64::from(index),
             Self::Fence { index } => (1 << 62) | (1 << 33) | u64::from(index),
+            Self::Trial { index } => (1 << 62) | (3 << 32) | u64::from(index),
+            Self::TrialFence { index } => (1 << 62) | (4 << 32) | u64::from(index),
             Self::Listener { index } => (1 << 62) | (1 << 32) | u64::from(index),
             Self::Device { index, source } => {
                 (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
@@ -73,6 +83,8 @@ impl Source {
                 0 => Some(Self::Control { index }),
                 1 => Some(Self::Listener { index }),
                 2 => Some(Self::Fence { index }),
+                3 => Some(Self::Trial { index }),
+                4 => Some(Self::TrialFence { index }),
                 _ => None,
             };
         }
@@ -115,7 +127,13 @@ mod tests {
         let leaving = [0, 1, u32::MAX]
             .into_iter()
             .flat_map(|operation| [true, false].map(|fence| Source::Leaving { operation, fence }));
-        let fences = [0, 1, u16::MAX].map(|index| Source::Fence { index });
+        let fences = [0, 1, u16::MAX].into_iter().flat_map(|index| {
+            [
+                Source::Fence { index },
+                Source::Trial { index },
+                Source::TrialFence { index },
+            ]
+        });
         for source in plain
             .into_iter()
             .chain(devices)

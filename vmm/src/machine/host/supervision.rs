@@ -17,6 +17,7 @@ use crate::machine::life::{Action, Life};
 use crate::machine::newcomer::{Newcomer, Ready};
 use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
 use crate::machine::told;
+use crate::machine::trial::Trial;
 use crate::virtio::{FailReason, Indices, Reconnected};
 
 /// Why a process was given up, as the supervisor has it; `None`: its end will tell.
@@ -71,7 +72,11 @@ impl Host {
     }
 
     /// Lets the device's life go on, and does what it says.
-    fn with_life(&mut self, index: usize, step: impl FnOnce(&mut Life, Instant) -> Vec<Action>) {
+    pub(super) fn with_life(
+        &mut self,
+        index: usize,
+        step: impl FnOnce(&mut Life, Instant) -> Vec<Action>,
+    ) {
         let Some(process) = self.process(index) else {
             return;
         };
@@ -191,7 +196,8 @@ impl Host {
         let Some(process) = &mut device.process else {
             return;
         };
-        let incarnation = process.incarnation.saturating_add(1);
+        let incarnation = process.last_incarnation.saturating_add(1);
+        process.last_incarnation = incarnation;
         match launcher.begin_respawn(&device.id, incarnation) {
             Ok((ticket, control, vhost)) => {
                 process.newcomer = Some(Newcomer::new(
@@ -219,7 +225,7 @@ impl Host {
             })
         });
         let Some(index) = found else {
-            return false;
+            return self.on_trial_started(ticket, result);
         };
         let linked = result.clone().and_then(|()| {
             self.launcher
@@ -339,6 +345,9 @@ impl Host {
 
     /// The function has given its rings to another process.
     pub(super) fn on_taken_over(&mut self, index: usize, done: &Reconnected) {
+        if self.hands_over(index) {
+            return self.finish_trial(index, done);
+        }
         let Some(device) = self.device(index) else {
             return;
         };
@@ -366,6 +375,9 @@ impl Host {
 
     /// The function could not give its rings to the process that was to have them.
     pub(super) fn on_not_taken_over(&mut self, index: usize, why: String) {
+        if self.hands_over(index) {
+            return self.end_trial(index, &why);
+        }
         self.with_life(index, |life, now| {
             life.lost(Some(CrashReason::Start(why)), now)
         });
@@ -373,6 +385,9 @@ impl Host {
 
     /// The device's process must go, for this reason; `None`: it hung up.
     pub(super) fn lose_process(&mut self, index: usize, reason: Option<CrashReason>) {
+        let Some(reason) = self.lost_beside_trial(index, reason) else {
+            return;
+        };
         self.with_life(index, |life, now| life.lost(reason, now));
     }
 
@@ -390,6 +405,9 @@ impl Host {
         incarnation: u64,
         outcome: ExitOutcome,
     ) -> bool {
+        if self.on_trial_exited(id, incarnation, outcome) {
+            return true;
+        }
         let devices = self.machine.as_ref().map(|m| &m.parts.devices);
         let found = devices.and_then(|devices| {
             devices.position(|device| {
@@ -425,6 +443,9 @@ impl Host {
             EpollEvent::default(),
         );
         drop(fence);
+        if self.fell_beside_trial(index) {
+            return;
+        }
         self.with_life(index, |life, now| life.fence_fell(now));
     }
 
@@ -436,7 +457,8 @@ impl Host {
             .flat_map(|p| {
                 let newcomer = p.newcomer.as_ref().filter(|n| n.started.is_some());
                 let newcomer = newcomer.and_then(Newcomer::next_timer);
-                p.life.next_timer().into_iter().chain(newcomer)
+                let trial = p.trial.as_ref().and_then(Trial::next_timer);
+                p.life.next_timer().into_iter().chain(newcomer).chain(trial)
             })
             .min()
     }
@@ -457,6 +479,7 @@ impl Host {
             if due {
                 self.on_newcomer(index);
             }
+            self.on_trial_timer(index, now);
             self.with_life(index, |life, now| life.on_timer(now));
         }
         false

@@ -1,0 +1,129 @@
+//! A live update under way: a process of another binary on trial beside the one that serves.
+//!
+//! ```text
+//!  Starting ── ready ──▶ Draining ── quiet ──▶ HandingOver ── has the rings ──▶ serves
+//!      │                     │                     │
+//!      └─────────────────────┴──── ended ──────────┴──▶ the one before goes on
+//! ```
+//!
+//! While the rings are handed over the function's own thread decides which of the two has them:
+//! what is seen of either meanwhile is noted here, and counts when that is known. Owned by the
+//! manager thread; the deeds are in `host::updating`.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::AsyncClient;
+use bulkhead_proto::device::HelloResponse;
+
+use super::newcomer::Newcomer;
+use super::supervise::CrashReason;
+
+/// How long a new process may take to be started, greeted and told what it must know.
+const START_LIMIT: Duration = Duration::from_secs(15);
+
+/// Where it is.
+pub enum Stage {
+    /// It is started and told what it must know.
+    Starting(Box<Newcomer>),
+    /// It is ready; the other one finishes what is in flight.
+    Draining(Box<Candidate>),
+    /// The function gives it the rings.
+    HandingOver(Box<Candidate>),
+}
+
+/// A process that is ready.
+pub struct Candidate {
+    /// Its control channel.
+    pub client: AsyncClient,
+    /// Its vhost-user channel, until the function has it.
+    pub vhost: Option<std::os::unix::net::UnixStream>,
+    /// What it said of itself.
+    pub hello: HelloResponse,
+    /// From the request for it to its readiness.
+    pub ready_us: u64,
+    /// Its process.
+    pub process: Option<(i32, OwnedFd)>,
+}
+
+/// What was seen of the process that serves, while its rings were being handed over.
+#[derive(Default)]
+pub struct Seen {
+    /// It is lost, for this reason if that is known.
+    pub lost: Option<Option<CrashReason>>,
+    /// It has ended.
+    pub exited: Option<CrashReason>,
+    /// Its fence has fallen.
+    pub fence_fell: bool,
+}
+
+/// A process on trial.
+pub struct Trial {
+    /// Where it is.
+    pub stage: Stage,
+    /// It.
+    pub incarnation: u64,
+    /// Its binary, as the client named it.
+    pub binary: String,
+    /// Hangs up when nothing is left of it.
+    pub fence: Option<OwnedFd>,
+    /// Its fence has fallen.
+    pub fence_fell: bool,
+    /// It has ended.
+    pub exited: Option<CrashReason>,
+    /// Since when the device takes nothing new.
+    pub quiet_since: Option<Instant>,
+    /// Of the other one.
+    pub seen: Seen,
+    limit: Instant,
+}
+
+impl Trial {
+    /// Of a process that the launcher was asked for.
+    pub fn new(newcomer: Newcomer, binary: &str, now: Instant) -> Self {
+        Self {
+            incarnation: newcomer.incarnation,
+            stage: Stage::Starting(Box::new(newcomer)),
+            binary: binary.to_owned(),
+            fence: None,
+            fence_fell: false,
+            exited: None,
+            quiet_since: None,
+            seen: Seen::default(),
+            limit: now.checked_add(START_LIMIT).unwrap_or(now),
+        }
+    }
+
+    /// The function has the decision.
+    pub fn hands_over(&self) -> bool {
+        matches!(self.stage, Stage::HandingOver(_))
+    }
+
+    /// When it is to be looked at.
+    pub fn next_timer(&self) -> Option<Instant> {
+        match &self.stage {
+            Stage::Starting(newcomer) => {
+                let answer = newcomer
+                    .started
+                    .as_ref()
+                    .and_then(|_| newcomer.next_timer());
+                answer.into_iter().chain([self.limit]).min()
+            }
+            // The drain and the handing over have deadlines of their own.
+            Stage::Draining(_) | Stage::HandingOver(_) => None,
+        }
+    }
+
+    /// It did not come up in time.
+    pub fn is_late(&self, now: Instant) -> bool {
+        matches!(self.stage, Stage::Starting(_)) && self.limit <= now
+    }
+
+    /// Gives it more time, because the manager itself was held up.
+    pub fn extend(&mut self, span: Duration) {
+        self.limit = self.limit.checked_add(span).unwrap_or(self.limit);
+        if let Stage::Starting(newcomer) = &mut self.stage {
+            newcomer.extend_deadlines(span);
+        }
+    }
+}
