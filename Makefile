@@ -51,7 +51,7 @@ native: setup build guest ## device processes under third-party front-ends, no K
 e2e: setup build guest nested ## end-to-end tests in real KVM guests
 	@tests/e2e $(T)
 
-chaos: setup build guest nested ## kill processes and attack from the guest, N=3 rounds
+chaos: setup build guest nested ## kill processes and attack from the guest, N=500 kills, SEED=1
 	@tests/chaos
 
 bench: setup build guest nested ## benchmarks beside peers, as tables

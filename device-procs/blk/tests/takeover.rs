@@ -1,6 +1,7 @@
 //! Given a block process that is killed under load, again and again, another takes over with
 //! the in-flight region: each request is completed exactly once, by an interrupt, and what was
-//! written is on the disk. BULKHEAD_TAKEOVERS makes it longer.
+//! written is on the disk. BULKHEAD_TAKEOVERS makes it longer, BULKHEAD_SEED makes it another
+//! one, and BULKHEAD_CHAOS has it print what it does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -108,7 +109,11 @@ fn steps() -> Vec<Step> {
 
 impl Machine {
     fn new(socket: &Path) -> Self {
-        let mut vm = Vm::connect(socket, QUEUES);
+        Self::over(UnixStream::connect(socket).unwrap())
+    }
+
+    fn over(stream: UnixStream) -> Self {
+        let mut vm = Vm::over(stream, QUEUES);
         for q in &mut vm.queues {
             q.ring.reset();
         }
@@ -292,6 +297,20 @@ fn takeovers(default: u64) -> u64 {
         .unwrap_or(default)
 }
 
+/// Numbers for one test, others with another seed.
+fn numbers(own: u64) -> Numbers {
+    let seed = std::env::var("BULKHEAD_SEED").ok();
+    let seed: u64 = seed.and_then(|s| s.parse().ok()).unwrap_or(0);
+    Numbers((own ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).max(1))
+}
+
+/// Says what is injected, for whoever asked for that.
+fn say(what: impl FnOnce() -> String) {
+    if std::env::var_os("BULKHEAD_CHAOS").is_some() {
+        eprintln!("{}", what());
+    }
+}
+
 /// A disk on which the first sectors hold their numbers and there is room for the writes.
 fn disk(scratch: &Scratch) -> PathBuf {
     let path = scratch.disk(READ_ONLY);
@@ -316,13 +335,14 @@ fn a_process_killed_under_load_is_replaced_and_no_request_lost_or_done_twice() {
         // Past the host's cache where that can be, so that requests take a while.
         let spec = format!("path={}", disk.display());
         let args = ["--queues", "2", "--io-engine", engine];
-        let mut numbers = Numbers(0x5eed_1234_5678_9abc);
+        let mut numbers = numbers(0x5eed_1234_5678_9abc);
         let mut blk = Blk::listen(&socket, &spec, &args);
         let mut machine = Machine::new(&socket);
         machine.set_up();
         for round in 0..takeovers(15) {
             // Some work, and the end at a moment of its own in the middle of it.
             let moment = Duration::from_micros(numbers.below(5000));
+            say(|| format!("{engine}: kill {round} after {} us", moment.as_micros()));
             let killer = std::thread::spawn(move || {
                 std::thread::sleep(moment);
                 kill(blk);
@@ -358,7 +378,7 @@ fn a_process_may_be_killed_at_every_step_of_its_setup() {
     let socket = scratch.path("s");
     let spec = format!("path={},direct=off", disk.display());
     let args = ["--queues", "2"];
-    let mut numbers = Numbers(0x5eed_0000_1111_2222);
+    let mut numbers = numbers(0x5eed_0000_1111_2222);
     let mut blk = Blk::listen(&socket, &spec, &args);
     let mut machine = Machine::new(&socket);
     machine.set_up();
@@ -366,6 +386,7 @@ fn a_process_may_be_killed_at_every_step_of_its_setup() {
         for i in 0..10 {
             machine.submit(i % 2, i % 3 > 0, &mut numbers);
         }
+        say(|| format!("set-up: kill after {count} of {} messages", steps().len()));
         kill(blk);
         blk = Blk::listen(&socket, &spec, &args);
         machine.reconnect(&socket);
@@ -382,6 +403,86 @@ fn a_process_may_be_killed_at_every_step_of_its_setup() {
     machine.finish();
     assert!(machine.completed > 0);
     verify(&disk, &machine);
+}
+
+#[test]
+fn a_process_may_be_killed_at_every_step_of_a_reset() {
+    let scratch = Scratch::new("takeover-reset");
+    let disk = disk(&scratch);
+    let socket = scratch.path("s");
+    let spec = format!("path={},direct=off", disk.display());
+    let args = ["--queues", "2"];
+    let mut numbers = numbers(0x5eed_0000_3333_4444);
+    let mut blk = Blk::listen(&socket, &spec, &args);
+    let mut machine = Machine::new(&socket);
+    machine.set_up();
+    for count in 0..=2 * usize::from(QUEUES) {
+        for i in 0..20 {
+            machine.submit(i % 2, i % 3 > 0, &mut numbers);
+        }
+        say(|| format!("reset: kill after {count} messages"));
+        // Each ring is disabled, and says where it has stopped.
+        for step in 0..count {
+            let f = &mut machine.vm.frontend;
+            match step % 2 {
+                0 => f.set_vring_enable(step / 2, false).unwrap(),
+                _ => drop(f.get_vring_base(step / 2).unwrap()),
+            }
+        }
+        kill(blk);
+        machine.reap();
+        // The driver forgets what it had in flight: it may have been done, or not.
+        for queue in 0..usize::from(QUEUES) {
+            machine.flying[queue].clear();
+            machine.vm.queues[queue].ring.reset();
+        }
+        machine.region = None;
+        blk = Blk::listen(&socket, &spec, &args);
+        machine.reconnect(&socket);
+        machine.set_up();
+        let before = machine.completed;
+        machine.submit(0, false, &mut numbers);
+        machine.submit(1, false, &mut numbers);
+        machine.finish();
+        assert_eq!(
+            machine.completed,
+            before + 2,
+            "and nothing of the last driver's"
+        );
+    }
+}
+
+#[test]
+fn a_process_may_be_killed_while_it_drains() {
+    let scratch = Scratch::new("takeover-drain");
+    let disk = disk(&scratch);
+    let mut numbers = numbers(0x5eed_0000_5555_6666);
+    let start = || {
+        let file = File::options().read(true).write(true).open(&disk).unwrap();
+        Blk::inherit(file, "", &["--queues", "2"])
+    };
+    let (mut blk, control, stream) = start();
+    let mut control = Control::new(control);
+    let mut machine = Machine::over(stream);
+    machine.set_up();
+    for round in 0..12 {
+        for i in 0..30 {
+            machine.submit(i % 2, i % 3 > 0, &mut numbers);
+        }
+        let looks = round % 4;
+        say(|| format!("drain: kill after {looks} looks"));
+        for _ in 0..looks {
+            control.drain();
+        }
+        kill(blk);
+        let (next, channel, stream) = start();
+        (blk, control) = (next, Control::new(channel));
+        machine.vm.frontend = negotiate(stream);
+        machine.set_up();
+        machine.finish();
+    }
+    verify(&disk, &machine);
+    assert!(blk.is_running());
 }
 
 #[test]
