@@ -403,6 +403,59 @@ fn a_secure_erase_is_that_or_an_error() {
     }
 }
 
+/// The launcher's own filter for such a process is this one, too.
+#[test]
+fn the_filter_for_secure_erase_lets_all_other_requests_pass() {
+    if !trace::permitted() {
+        return;
+    }
+    let scratch = Scratch::new("erase-filter");
+    let file = scratch.disk(8192);
+    let Some(device) = Loop::over(&file, 512) else {
+        return;
+    };
+    for cache in ["none", "writethrough"] {
+        let mut options = std::fs::File::options();
+        let disk = options.read(true).write(true).open(device.path()).unwrap();
+        let options = format!(",cache={cache},secure-erase=on");
+        let args = ["--io-engine", "io_uring", "--queues", "2"];
+        let (command, control, vhost) = Blk::inheriting(disk, &options, &args);
+        let can = |call: &Call| {
+            let asked = call.number == libc::SYS_ioctl && call.args[1] == BLKSECDISCARD;
+            asked.then(|| match call.range {
+                [1, 0] => -i64::from(libc::EINVAL),
+                _ => 0,
+            })
+        };
+        let traced = Traced::start(command, Box::new(can));
+        let mut control = Control::new(control);
+        let mut vm = Vm::over(vhost, 2);
+        assert_ne!(vm.features & F_SECURE_ERASE, 0);
+        vm.start();
+        for round in 0..4 {
+            burst(&mut vm, 0, 16, round);
+            burst(&mut vm, 1, 16, round);
+            assert_eq!(erase(&mut vm, &[(8, 16)], 0), 0);
+        }
+        for kind in [T_DISCARD, T_WRITE_ZEROES] {
+            let mut range = 64u64.to_le_bytes().to_vec();
+            range.extend(8u64.to_le_bytes());
+            vm.write_mem(DATA, &range);
+            assert_eq!(vm.request(kind, 0, DATA, 16).0, 0, "{cache}: {kind}");
+        }
+        control.limit((0, 0), (1000, 10)).unwrap();
+        control.resize(8192 * 512).unwrap();
+        assert!(control.stats().queues[0].discards >= 5);
+        // New memory and a stop, as ever.
+        vm.frontend.set_mem_table(&[vm.region()]).unwrap();
+        vm.frontend.get_vring_base(0).unwrap();
+        vm.start_queue(0, vm.queues[0].ring.used_idx());
+        assert_eq!(vm.request(T_IN, 0, DATA, 512).0, 0, "{cache}");
+        assert_eq!(control.health().rings[0].host_errors, 0);
+        assert_eq!(traced.end(), "");
+    }
+}
+
 #[test]
 fn secure_erase_is_offered_where_the_device_can_and_the_operator_may() {
     if !trace::permitted() {
