@@ -60,7 +60,7 @@ pub(super) fn slots(ports: &[u8]) -> Vec<u8> {
         let address = Name::new(name("_ADR"), &(u32::from(*device) << 16));
         let port = port_name(*device);
         aml.extend(bytes_of(&Device::new(name(&port), vec![&address, &slot])));
-        let slot = name(&format!("{port}.SLOT"));
+        let slot = name(&format!("\\_SB_.PCI0.{port}.SLOT"));
         for (local, value) in [(0, DEVICE_CHECK), (1, EJECT_REQUEST)] {
             notify.extend(bytes_of(&If::new(
                 &And::new(&ZERO, &Local(local), &bit),
