@@ -9,7 +9,7 @@
 //! that the VMM raises for a queue: the device process shares the eventfds, may fill them
 //! and make them blocking between any check and the write, and nobody may wait for that.
 //! A successor that empties a full eventfd sets the thread free again. The thread is made
-//! with the function: confined threads make none.
+//! with the function, and confined before it does anything.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -12,10 +12,9 @@
 //!
 //! vCPU threads enter by configuration space and BAR accesses. The manager thread calls
 //! what this page names below, and none of it waits: [`new`](VirtioPciFunction::new) apart,
-//! which asks the process for its configuration. Each function has a thread `doorbell`, and
-//! with [`successor`](VirtioPciOptions::successor) or
-//! [`net_control`](VirtioPciOptions::net_control) a thread `device`: both are made with the
-//! function, since confined threads make none, and run
+//! which asks the process for its configuration. Each function has a thread `doorbell` and a
+//! thread `device`, which alone speaks to the back-end once the function is made: both are made
+//! with the function, confined before they do anything, and run
 //! [`hook`](VirtioPciOptions::hook) first.
 //!
 //! # A back-end that comes and goes

@@ -2,7 +2,10 @@
 //! queue of a network device whose back-end does not. It may wait for the back-end, within
 //! deadlines; neither the manager nor a vCPU waits for it but by the function's lock.
 //!
-//! Made with the function, since confined threads make none, and ends with it: it holds
+//! A vCPU thread never speaks to a back-end: its filter has no call for it. It hands such an
+//! access over ([`Service::make`]), holding no lock, and waits until it is made.
+//!
+//! Made with the function, confined before it does anything, and ends with it: it holds
 //! the function only while it works.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

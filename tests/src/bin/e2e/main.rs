@@ -18,6 +18,7 @@ mod disk_devices;
 mod disk_faults;
 mod disk_formats;
 mod hostile_guest;
+mod hotplug;
 mod net;
 mod net_bad;
 mod net_modes;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(update::native());
+        tests.extend(hotplug::native());
     } else {
         tests.extend(boot::tests());
         tests.extend(block::tests());
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         tests.extend(recovery::tests());
         tests.extend(update::tests());
         tests.extend(hostile_guest::tests());
+        tests.extend(hotplug::tests());
         tests.extend(bad_input::tests());
     }
     runner::run(&tests, filter.as_deref(), long)
