@@ -18,11 +18,12 @@ pub enum Interest {
 }
 
 /// Receives what is there: `None` when nothing is, `Some(0)` when the peer has ended.
-/// File descriptors that a peer attaches are discarded by the kernel.
+/// File descriptors that a peer attaches are discarded by the kernel, and are an error: nobody
+/// asks for any on these sockets.
 ///
 /// # Errors
 ///
-/// The system call's.
+/// The system call's; `InvalidData` for descriptors.
 pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     loop {
         let (mut iov, mut message) = (vector(buffer.as_mut_ptr(), buffer.len()), header());
@@ -34,6 +35,12 @@ pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<usiz
         // the descriptor is borrowed for the whole call.
         let got =
             unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+        if got > 0 && message.msg_flags & libc::MSG_CTRUNC != 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "descriptors that nobody asked for",
+            ));
+        }
         if let Some(done) = outcome(got)? {
             return Ok(done);
         }

@@ -208,6 +208,20 @@ mod tests {
     }
 
     #[test]
+    fn what_programs_need_is_kept_as_it_was_told() {
+        let log = EventLog::new();
+        let mut crashed = bulkhead_proto::machine::DeviceCrashed::new();
+        (crashed.signal, crashed.what) = (9, "x".into());
+        let what = Some(What::Crashed(crashed.clone()));
+        let number = log.publish_typed("device.crashed", "d", "signal: 9", what);
+        let Lookup::Event(bytes) = log.get(number) else {
+            panic!("it was just published")
+        };
+        let event = Event::parse_from_bytes(&bytes).unwrap();
+        assert_eq!(*event.crashed(), crashed);
+    }
+
+    #[test]
     fn long_details_are_cut() {
         let log = EventLog::new();
         let number = log.publish("k", "s", &"x".repeat(1 << 20));

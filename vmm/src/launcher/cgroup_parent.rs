@@ -233,6 +233,13 @@ fn hand_down(parent: &File, prepared: &mut Prepared) -> Result<(), String> {
         return Ok(());
     };
     let has = words(parent, "cgroup.controllers")?;
+    let wanted = CONTROLLERS.iter().any(|c| has.iter().any(|h| h == c));
+    // No Internal Process Constraint: what holds processes hands nothing down, but for the root.
+    // (Controllers that know threads it would hand down, and make its children useless by it.)
+    let is_root = sys::open_beneath(parent, "cgroup.type", libc::O_RDONLY).is_err();
+    if wanted && !is_root && !words(parent, "cgroup.procs")?.is_empty() {
+        move_out(parent, group)?;
+    }
     let mut missing = Vec::new();
     for controller in CONTROLLERS {
         if !has.iter().any(|c| c == controller) {
@@ -240,17 +247,8 @@ fn hand_down(parent: &File, prepared: &mut Prepared) -> Result<(), String> {
             continue;
         }
         let change = format!("+{controller}");
-        let mut handed = write(parent, "cgroup.subtree_control", &change);
-        if handed
-            .as_ref()
-            .is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
-        {
-            // No Internal Process Constraint: what holds processes hands nothing down.
-            move_out(parent, group)?;
-            handed = write(parent, "cgroup.subtree_control", &change);
-        }
-        let handed =
-            handed.and_then(|()| write(&group.directory, "cgroup.subtree_control", &change));
+        let handed = write(parent, "cgroup.subtree_control", &change)
+            .and_then(|()| write(&group.directory, "cgroup.subtree_control", &change));
         match handed {
             Ok(()) => group.controllers.push(controller.to_owned()),
             Err(error) => missing.push(format!("{controller} ({})", reason(&error))),

@@ -78,6 +78,8 @@ pub struct Device {
     /// When a malformed ring was last reported, and how many were not since: a hostile guest
     /// must not fill the log.
     pub ring_errors: (Option<std::time::Instant>, u64),
+    /// How often its process has said so in the present second, and since when that lasts.
+    pub ring_alarms: (Option<std::time::Instant>, u32),
     /// fds handed over at exec, from fd 3 on.
     pub granted: Vec<String>,
 }

@@ -127,6 +127,7 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         failed: None,
         drained: false,
         ring_errors: (None, 0),
+        ring_alarms: (None, 0),
         granted,
     })
 }

@@ -90,6 +90,7 @@ pub fn spawn(
         failed: None,
         drained: false,
         ring_errors: (None, 0),
+        ring_alarms: (None, 0),
         granted,
     })
 }

@@ -193,6 +193,7 @@ fn finish(
         failed: None,
         drained: false,
         ring_errors: (None, 0),
+        ring_alarms: (None, 0),
         granted,
     })
 }

@@ -53,6 +53,26 @@ fn a_region_is_made_by_one_back_end_and_handed_to_the_next() {
 }
 
 #[test]
+fn requests_in_flight_are_counted_whatever_stands_there() {
+    let file = sealed_memfd(SIZE + 64);
+    let at =
+        |queue: u64, entry: u64| queue * (16 + 16 * 64u64).next_multiple_of(64) + 16 + 16 * entry;
+    for (queue, entry) in [(0, 0), (0, 63), (1, 7)] {
+        file.write_all_at(&[1], at(queue, entry)).unwrap();
+    }
+    // Neither 0 nor 1: no request of ours.
+    file.write_all_at(&[0xff], at(1, 8)).unwrap();
+    let region = |size, offset| InflightRegion {
+        file: file.try_clone().unwrap(),
+        size,
+        offset,
+        geometry: ASKED,
+    };
+    assert_eq!(region(SIZE, 0).in_flight(), 3);
+    assert_eq!(region(SIZE, u64::MAX - 8).in_flight(), 0, "out of its file");
+}
+
+#[test]
 fn only_a_sealed_memfd_that_is_large_enough_is_kept() {
     let check = |reply: &[u8], fd, unsealed| {
         InflightRegion::check(reply, fd, ASKED, unsealed).map_err(|violation| match violation {

@@ -17,12 +17,14 @@ mod disk;
 mod disk_devices;
 mod disk_faults;
 mod disk_formats;
+mod hostile_device;
 mod hostile_guest;
 mod hotplug;
 mod net;
 mod net_bad;
 mod net_modes;
 mod recovery;
+mod resources;
 mod update;
 
 fn main() -> ExitCode {
@@ -40,6 +42,8 @@ fn main() -> ExitCode {
         tests.extend(bad_input::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
+        tests.extend(resources::native());
+        tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
         tests.extend(block::tests());
@@ -55,6 +59,8 @@ fn main() -> ExitCode {
         tests.extend(death::tests());
         tests.extend(recovery::tests());
         tests.extend(update::tests());
+        tests.extend(resources::tests());
+        tests.extend(hostile_device::tests());
         tests.extend(hostile_guest::tests());
         tests.extend(hotplug::tests());
         tests.extend(bad_input::tests());

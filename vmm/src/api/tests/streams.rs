@@ -98,6 +98,27 @@ fn a_subscriber_that_falls_behind_is_told_and_costs_nothing() {
 }
 
 #[test]
+fn events_that_are_gone_are_told_to_a_reader_that_asks_for_gaps() {
+    let fixture = Fixture::new(Prompt, Limits::default(), EventLog::with_capacity(2));
+    for _ in 0..5 {
+        fixture.events.publish("k", "", "");
+    }
+    let mut request = EventsRequest::new();
+    (request.from, request.backlog_only, request.gaps) = (2, true, true);
+    let mut stream = fixture
+        .client()
+        .subscribe::<_, Event>(MACHINE_SERVICE, "Events", &request, LONG)
+        .unwrap();
+    let gap = stream.next(Some(LONG)).unwrap().unwrap();
+    assert_eq!((gap.kind.as_str(), gap.sequence), ("events.gap", 3));
+    assert_eq!((gap.gap().first, gap.gap().last), (2, 3));
+    for expected in [4, 5] {
+        assert_eq!(stream.next(Some(LONG)).unwrap().unwrap().sequence, expected);
+    }
+    assert_eq!(stream.next(Some(LONG)).unwrap(), None);
+}
+
+#[test]
 fn events_that_are_gone_are_an_error_and_those_to_come_a_wait() {
     let fixture = Fixture::new(Prompt, Limits::default(), EventLog::with_capacity(2));
     for _ in 0..5 {

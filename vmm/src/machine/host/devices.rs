@@ -16,11 +16,15 @@ use crate::launcher::{ExitOutcome, Launcher};
 use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Task, Turn};
 use crate::machine::device::{Device, Special};
 use crate::machine::state::MachineState;
+use crate::machine::supervise::CrashReason;
 use crate::machine::told;
 use crate::virtio::{EventSource, FailReason, Outcome, Reconnected};
 
 /// How often devices of a running machine are asked for their health.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Most alarms about malformed rings in a window: a guest can cause some by its resets.
+const MOST_ALARMS: u32 = 5000;
+const ALARM_WINDOW: Duration = Duration::from_secs(1);
 /// A manager that woke so much later than it wanted was itself held up (the host suspended
 /// it, a debugger stopped it): devices get the time back.
 const HELD_UP: Duration = Duration::from_millis(500);
@@ -168,9 +172,24 @@ impl Host {
     }
 
     fn on_ring_error(&mut self, index: usize, queue: u16) {
+        let now = Instant::now();
         let Some(device) = self.device(index) else {
             return;
         };
+        let (since, alarms) = &mut device.ring_alarms;
+        if since.is_none_or(|since| now.saturating_duration_since(since) >= ALARM_WINDOW) {
+            (*since, *alarms) = (Some(now), 0);
+        }
+        *alarms = alarms.saturating_add(1);
+        if *alarms > MOST_ALARMS {
+            // A ring is stopped when it is found malformed: an honest process says so once.
+            *alarms = 0;
+            let what = "a flood of alarms about its rings".to_owned();
+            if self.is_supervised(index) {
+                return self.lose_process(index, Some(CrashReason::Protocol(what)));
+            }
+            return self.give_up_device(index, FailReason::Stopped(what));
+        }
         let (last, quiet) = &mut device.ring_errors;
         if last.is_some_and(|at| at.elapsed() < RING_ERROR_INTERVAL) {
             *quiet = quiet.saturating_add(1);

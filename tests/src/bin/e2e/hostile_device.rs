@@ -1,0 +1,235 @@
+//! A device process that attacks the VMM by every channel that it has: the VM and its other disk
+//! go on, the event says why the process had to go, and the device ends quarantined. No guest is
+//! booted: `bulkhead serve` and a machine that is created are enough.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// An attack and the class of the crash that comes of it.
+const ATTACKS: [(&str, &str); 6] = [
+    ("oversize", "protocol"),
+    ("unasked", "protocol"),
+    ("control-fds", "protocol"),
+    ("be-flood", "protocol"),
+    ("be-oversize", "protocol"),
+    ("be-fds", "protocol"),
+];
+/// Attacks before the first answer, and what `create` says of them.
+const EARLY: [(&str, &str); 3] = [
+    ("early-oversize", "evil"),
+    ("early-end", "exit status 7"),
+    ("early-silence", "within 5"),
+];
+
+/// Everywhere.
+pub fn tests() -> Vec<Test> {
+    let test = |name, run| Test {
+        subject: "hostile-device",
+        name,
+        long: false,
+        run,
+    };
+    vec![
+        test(
+            "floods, oversize frames, surplus descriptors: only that disk is lost",
+            attacks,
+        ),
+        test("an answer that never ends misses its deadline", drip),
+        test("one that does not even start is one line", early),
+    ]
+}
+
+struct Bed {
+    vmm: Vmm,
+    socket: String,
+    scratch: Scratch,
+}
+
+fn serve(name: &str) -> Result<Bed, String> {
+    let scratch = Scratch::new(name)?;
+    let libexec = scratch.path("libexec");
+    std::fs::create_dir(&libexec).map_err(|e| e.to_string())?;
+    for (link, to) in [
+        ("bulkhead-launcher", "bulkhead-launcher"),
+        ("bulkhead-net", "bulkhead-net"),
+        ("bulkhead-blk", "hostile-device"),
+    ] {
+        let place = Path::new(&libexec).join(link);
+        let program = std::path::absolute(bin(to)).map_err(|e| e.to_string())?;
+        symlink(program, place).map_err(|e| e.to_string())?;
+    }
+    let socket = scratch.path("api");
+    let args = [
+        "serve",
+        "--api-socket",
+        &socket,
+        "--libexec",
+        &libexec,
+        "--restarts",
+        "1:3600",
+    ];
+    let vmm = Vmm::start(&args)?;
+    let end = Instant::now() + LIMIT;
+    while ctl(&socket, &["info"]).is_err() {
+        check(Instant::now() < end, || vmm.story("it does not serve"))?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(Bed {
+        vmm,
+        socket,
+        scratch,
+    })
+}
+
+impl Bed {
+    fn create(&self, attacks: &[&str]) -> Result<(), String> {
+        let kernel = guest_file("vmlinux");
+        let mut args = vec![
+            "create".to_owned(),
+            "--kernel".into(),
+            kernel,
+            "--memory".into(),
+            "128M".into(),
+            "--serial".into(),
+            "none".into(),
+        ];
+        let mut disk = |id: &str, serial: &str| -> Result<(), String> {
+            let path = self.scratch.disk(id, 1 << 20, 7)?;
+            args.push("--disk".into());
+            args.push(format!("path={path},id={id},serial={serial}"));
+            Ok(())
+        };
+        disk("good", "good")?;
+        for attack in attacks {
+            disk(attack, &format!("evil-{attack}"))?;
+        }
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        ctl(&self.socket, &args).map(|_| ())
+    }
+
+    /// The good disk answers as it did before.
+    fn good_lives(&self) -> Verdict {
+        let stats = ctl(&self.socket, &["stats", "good"])?;
+        check(stats["queues"].is_array(), || stats.to_string())?;
+        let devices = ctl(&self.socket, &["devices"])?;
+        let mut list = devices.as_array().into_iter().flatten();
+        let good = list
+            .find(|d| d["id"] == "good")
+            .cloned()
+            .unwrap_or_default();
+        check(good["state"] == "ready" && good["incarnation"] == 1, || {
+            good.to_string()
+        })
+    }
+
+    /// Events so far, one of each line.
+    fn events(&self) -> Result<Vec<Value>, String> {
+        let output = bulkhead(&["ctl", "--socket", &self.socket, "--json", "events"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines = text.lines().map(serde_json::from_str);
+        lines
+            .collect::<Result<_, _>>()
+            .map_err(|e| format!("{e} in {text}"))
+    }
+
+    fn wait_for(&self, kind: &str, subject: &str) -> Result<Value, String> {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let events = self.events()?;
+            let mut list = events.iter();
+            if let Some(event) = list.find(|e| e["kind"] == kind && e["subject"] == subject) {
+                return Ok(event.clone());
+            }
+            check(Instant::now() < end, || {
+                self.vmm
+                    .story(&format!("no {kind} of {subject} in {events:?}"))
+            })?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn end(mut self) -> Verdict {
+        ctl(&self.socket, &["shutdown", "--force"])?;
+        self.vmm.ends_with(0, LIMIT)?;
+        nothing_left(Duration::from_secs(5))
+    }
+}
+
+fn attacks() -> Verdict {
+    let bed = serve("hostile")?;
+    let names: Vec<&str> = ATTACKS.iter().map(|(name, _)| *name).collect();
+    bed.create(&names)?;
+    for (attack, class) in ATTACKS {
+        let crash = bed.wait_for("device.crashed", attack)?;
+        check(crash["what"]["why"] == class, || {
+            format!("{attack}: {crash}")
+        })?;
+        let what = crash["what"]["what"].as_str().unwrap_or_default();
+        check(!what.is_empty(), || format!("{attack}: {crash}"))?;
+        // Its successor does the same, which is once too often.
+        bed.wait_for("device.quarantined", attack)?;
+        bed.good_lives()?;
+    }
+    let events = bed.events()?;
+    let numbers: Vec<u64> = events
+        .iter()
+        .filter_map(|e| e["sequence"].as_u64())
+        .collect();
+    check(numbers.windows(2).all(|w| w[0] + 1 == w[1]), || {
+        format!("{numbers:?}")
+    })?;
+    for kind in [
+        "device.spawned",
+        "device.ready",
+        "device.exited",
+        "machine.created",
+    ] {
+        check(events.iter().any(|e| e["kind"] == kind), || {
+            format!("no {kind}")
+        })?;
+    }
+    bed.end()
+}
+
+fn drip() -> Verdict {
+    let bed = serve("drip")?;
+    bed.create(&["drip"])?;
+    std::thread::sleep(Duration::from_millis(900));
+    // The manager waits for no answer: others are served meanwhile.
+    let socket = bed.socket.clone();
+    let asked = std::thread::spawn(move || ctl(&socket, &["stats", "drip"]));
+    let begun = Instant::now();
+    bed.good_lives()?;
+    check(begun.elapsed() < Duration::from_secs(4), || {
+        "the good disk waits".into()
+    })?;
+    let answer = asked.join().map_err(|_| "a panic")?;
+    check(answer.is_err(), || format!("{answer:?}"))?;
+    let crash = bed.wait_for("device.crashed", "drip")?;
+    let why = crash["what"]["why"].as_str().unwrap_or_default().to_owned();
+    check(why == "deadline" || why == "protocol", || crash.to_string())?;
+    bed.good_lives()?;
+    bed.end()
+}
+
+fn early() -> Verdict {
+    let bed = serve("early")?;
+    for (attack, words) in EARLY {
+        let error = bed.create(&[attack]).err().ok_or("it was created")?;
+        check(error.lines().count() == 1, || error.clone())?;
+        check(error.contains(attack) || error.contains(words), || {
+            error.clone()
+        })?;
+    }
+    // The VMM takes another.
+    bed.create(&[])?;
+    bed.good_lives()?;
+    bed.end()
+}
