@@ -190,19 +190,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("tap") => tap(&mut raw, &text(&mut parser)?)?,
             Long("vhost-net") => raw.vhost_net = fds("--vhost-net", &text(&mut parser)?)?,
             Long("queue-pairs") => {
-                let pairs: u16 = parser.value()?.parse()?;
-                if !(1..=MAX_PAIRS).contains(&pairs) {
-                    return bad("--queue-pairs", format!("must be 1 to {MAX_PAIRS}"));
-                }
-                raw.pairs = Some(pairs);
+                raw.pairs = match text(&mut parser)?.parse() {
+                    Ok(pairs @ 1..=MAX_PAIRS) => Some(pairs),
+                    _ => return bad("--queue-pairs", format!("must be 1 to {MAX_PAIRS}")),
+                };
             }
             Long("mac") => raw.mac = Some(mac(&text(&mut parser)?)?),
             Long("mtu") => {
-                let mtu: u16 = parser.value()?.parse()?;
-                if mtu < MIN_MTU {
-                    return bad("--mtu", format!("must be {MIN_MTU} to 65535"));
-                }
-                raw.mtu = Some(mtu);
+                raw.mtu = match text(&mut parser)?.parse() {
+                    Ok(mtu @ MIN_MTU..) => Some(mtu),
+                    _ => return bad("--mtu", format!("must be {MIN_MTU} to 65535")),
+                };
             }
             Long("link") => {
                 raw.link_down = match text(&mut parser)?.as_str() {
@@ -241,12 +239,12 @@ impl Raw {
             _ => {
                 return bad(
                     "--socket",
-                    "give either it, or both --control-fd and --vhost-fd",
+                    "give --socket PATH, or both --control-fd N and --vhost-fd N",
                 );
             }
         };
         let Some(tap) = self.tap else {
-            return bad("--tap", "is missing");
+            return bad("--tap", "is missing: give --tap NAME");
         };
         let pairs = match (&tap, self.pairs) {
             (TapSource::Name(_), pairs) => pairs.unwrap_or(1),

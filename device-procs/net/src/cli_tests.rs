@@ -72,7 +72,8 @@ fn nonsense_is_named() {
         ("--socket /s --tap t --mac 02:00:00:00:00:0g", "XX"),
         ("--socket /s --tap t --mac 02:00:00:00:00:+1", "XX"),
         ("--socket /s --tap t --mtu 67", "68"),
-        ("--socket /s --tap t --mtu 65536", "65536"),
+        ("--socket /s --tap t --mtu 65536", "to 65535"),
+        ("--socket /s --tap t --queue-pairs x", "1 to 64"),
         ("--socket /s --tap t --link sideways", "up or down"),
         ("--socket /s --tap t --rx-bps 0:5", "burst without"),
         ("--socket /s --tap t --rx-bps x", "N:BURST"),
@@ -83,7 +84,7 @@ fn nonsense_is_named() {
             "knows no limits",
         ),
         ("--socket /s --tap t,x=y", "unknown"),
-        ("--socket /s --tap t --control-fd 3", "either"),
+        ("--socket /s --tap t --control-fd 3", "both"),
         ("--control-fd 3 --vhost-fd 4 --tap fds=5", "--mac"),
         (
             "--control-fd 3 --vhost-fd 3 --tap fds=5 --mac 02:00:00:00:00:01",

@@ -133,7 +133,7 @@ impl Tap {
             }
             answer.map_err(|e| TapError::Attach {
                 name: name.into(),
-                why: attach_error(&e, pairs),
+                why: attach_error(name, &e, pairs),
             })?;
             files.push(file);
         }
@@ -306,18 +306,23 @@ fn is(answer: &io::Result<()>, errno: i32) -> bool {
     matches!(answer, Err(e) if e.raw_os_error() == Some(errno))
 }
 
-fn attach_error(e: &io::Error, pairs: u16) -> String {
+fn attach_error(name: &str, e: &io::Error, pairs: u16) -> String {
     match e.raw_os_error() {
         Some(libc::EBUSY) => "is in use by another process; stop it, or choose another tap".into(),
         Some(libc::EPERM) => {
-            "may not be used by this user; make it with `ip tuntap add mode tap user NAME`".into()
+            format!(
+                "may not be used by this user; make it with `ip tuntap add {name} mode tap user USER`"
+            )
         }
         Some(libc::EINVAL) if pairs > 1 => {
-            "is no tap with several queues; make it with `ip tuntap add mode tap multi_queue`"
-                .into()
+            format!(
+                "is no tap with several queues; make it with `ip tuntap add {name} mode tap multi_queue`"
+            )
         }
-        Some(libc::EINVAL) => "exists and is no tap".into(),
-        Some(libc::E2BIG) => format!("has fewer than {pairs} queues free"),
+        Some(libc::EINVAL) => "exists and is no tap; name a tap, or one that is to be made".into(),
+        Some(libc::E2BIG) => {
+            format!("has fewer than {pairs} queues free; ask for fewer, or stop who holds them")
+        }
         _ => e.to_string(),
     }
 }

@@ -79,6 +79,7 @@ pub struct MachineArgs {
     ///   queues=N               [default: what every back-end of the kind has]
     ///   queue-size=N           [default: 256]
     ///   config=HEX             its configuration space, where the back-end serves none
+    ///   tag=NAME               the same of kind=fs: what the guest mounts
     ///   required=off           boot without it when its back-end cannot be had
     ///   id=NAME                its name in the API
     #[arg(long = "vhost-user", value_name = "DEVICE", verbatim_doc_comment)]

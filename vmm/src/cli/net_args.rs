@@ -13,16 +13,20 @@ use bulkhead_proto::machine::{
 
 use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch};
 use super::resource_args;
+use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
 
 /// What `--net` takes, for its errors.
 const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…][,cpu=PERCENT][,memory=SIZE][,pids=N]";
 /// What `--vhost-user` takes, for its errors.
-const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N][,queue-size=N][,config=HEX][,server=on][,required=off][,id=NAME]";
+const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N][,queue-size=N][,config=HEX|tag=NAME][,server=on][,required=off][,id=NAME]";
 
 /// Most bytes of a configuration space.
 const MAX_CONFIG: usize = 256;
+
+/// Virtio device id of a file system, and the length of its tag (VIRTIO 1.2 section 5.11.4).
+const FILE_SYSTEM: (u32, usize) = (26, 36);
 
 /// A network device from its option; `index` names it when the text does not.
 ///
@@ -90,11 +94,11 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
                 Err(e) => return Err(format!("{option}: mac={value}: {e}")),
             },
             "queues" => match value.parse() {
-                Ok(pairs @ 1..) => net.queues = pairs,
-                _ => return fail(key, value, "the number of queue pairs, from 1 on"),
+                Ok(pairs @ 1..=MAX_QUEUE_PAIRS) => net.queues = pairs,
+                _ => return fail(key, value, "1 to 32 queue pairs, and a vCPU for each"),
             },
             "mtu" => match value.parse() {
-                Ok(mtu @ 1..) => net.mtu = mtu,
+                Ok(mtu @ 68..=65535) => net.mtu = mtu,
                 _ => return fail(key, value, "68 to 65535"),
             },
             "id" => net.id = value.to_owned(),
@@ -264,6 +268,7 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
     };
     let mut device = VhostUserConfig::new();
     let mut kind_name = None;
+    let mut tag = None;
     let mut keys = Keys::default();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| {
@@ -309,6 +314,8 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
                     );
                 }
             },
+            "tag" if (1..=FILE_SYSTEM.1).contains(&value.len()) => tag = Some(value),
+            "tag" => return fail(key, value, "the name to mount it by, 1 to 36 bytes"),
             "server" => device.server = parse_switch(&option, key, value)?,
             "required" => device.optional = !parse_switch(&option, key, value)?,
             "id" => device.id = value.to_owned(),
@@ -328,11 +335,26 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
             net_kinds::names()
         ));
     }
+    if let Some(tag) = tag {
+        if device.device_id != FILE_SYSTEM.0 || !device.config.is_empty() {
+            return Err(format!("{option}: tag= goes with kind=fs, without config="));
+        }
+        device.config = file_system(tag, device.queues);
+    }
     if device.id.is_empty() {
         device.id = format!("{}{index}", kind_name.unwrap_or("vhost"));
     }
     check_id(&device.id).map_err(|e| format!("{option}: id={}: {e}", device.id))?;
     Ok(device)
+}
+
+/// The configuration space of a file system: its tag, and its request queues, which come after
+/// the one for urgent requests.
+fn file_system(tag: &str, queues: u32) -> Vec<u8> {
+    let mut space = tag.as_bytes().to_vec();
+    space.resize(FILE_SYSTEM.1, 0);
+    space.extend_from_slice(&queues.saturating_sub(1).max(1).to_le_bytes());
+    space
 }
 
 fn hex(text: &str) -> Option<Vec<u8>> {
@@ -359,6 +381,7 @@ mod tests {
 
     #[test]
     fn every_form_of_a_network_device_is_read() {
+        assert_eq!(MAX_QUEUE_PAIRS, 32, "the number in the line");
         let net = parse_net(
             "tap=tap7,queues=4,mac=52:54:00:12:34:56,mtu=9000,backend=user",
             2,
@@ -438,7 +461,10 @@ mod tests {
             ("tap=a,mac=01:00:5e:00:00:01", "multicast"),
             ("tap=a,mac=00:00:00:00:00:00", "zero"),
             ("tap=a,queues=0", "queues="),
+            ("tap=a,queues=33", "1 to 32"),
             ("tap=a,mtu=big", "mtu="),
+            ("tap=a,mtu=67", "68 to 65535"),
+            ("tap=a,mtu=65536", "68 to 65535"),
             ("tap=a,backend=kernel", "backend="),
             ("user,backend=user", "backend="),
             ("tap=a,server=on", "server="),
@@ -478,6 +504,15 @@ mod tests {
         .unwrap();
         assert_eq!((device.queues, device.queue_size), (3, 64));
         assert_eq!(device.config, [0, 0xff, 0xa0]);
+        let device = parse_vhost_user("socket=/s,kind=fs,tag=home,queues=4", 0).unwrap();
+        assert_eq!(device.config.len(), 40);
+        assert!(device.config.starts_with(b"home\0") && device.config.ends_with(&[3, 0, 0, 0]));
+        assert!(
+            parse_vhost_user("socket=/s,kind=fs,tag=home", 0)
+                .unwrap()
+                .config
+                .ends_with(&[1, 0, 0, 0])
+        );
         for bad in [
             "",
             "kind=fs",
@@ -492,6 +527,9 @@ mod tests {
             "socket=/s,kind=fs,config=xy",
             "socket=/s,kind=fs,config=",
             "socket=/s,kind=fs,wire=red",
+            "socket=/s,kind=fs,tag=",
+            "socket=/s,kind=rng,tag=x",
+            "socket=/s,kind=fs,tag=x,config=00",
             "socket=/s,kind=fs,socket=/t",
             "socket=/s,kind=fs,queues=1,queues=2",
         ] {

@@ -103,7 +103,9 @@ pub enum VirtioError {
     #[error("device {0}: its process does not offer VIRTIO_F_VERSION_1")]
     Legacy(String),
     /// Nobody serves a configuration space.
-    #[error("device {0}: its back-end serves no configuration space: give one")]
+    #[error(
+        "device {0}: its back-end serves no configuration space: give one by config=HEX, of a file system by tag=NAME"
+    )]
     NoConfig(String),
     /// The features of a device are known only by its back-end.
     #[error("device {0}: its back-end is not there: start it first")]

@@ -26,6 +26,7 @@ mod net_modes;
 mod recovery;
 mod resources;
 mod update;
+mod vhost_user;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
         tests.extend(net_bad::tests());
+        tests.extend(vhost_user::tests());
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(death::tests());

@@ -129,6 +129,33 @@ fn options() -> Verdict {
     refused(&host, "tap=tap0,backend=magic", &[], 2, &["magic"])?;
     refused(&host, "tap=tap0,queues=0", &[], 2, &["queues"])?;
     refused(&host, "tap=tap0,queues=100000", &[], 2, &["queues"])?;
+    refused(
+        &host,
+        "tap=tap0,mtu=1400,mtu=1500",
+        &[],
+        2,
+        &["mtu= is given twice"],
+    )?;
+    // More than one process serves, though there are vCPUs enough; and than the tap has.
+    refused(
+        &host,
+        "tap=tap0,queues=33",
+        &["--cpus", "64"],
+        2,
+        &["queues"],
+    )?;
+    host.sh("ip tuntap add tap1 mode tap vnet_hdr multi_queue; ip link set tap1 up")?;
+    let hold = "import fcntl, os, struct, time
+kept = []
+for n in range(240):
+    fd = os.open('/dev/net/tun', os.O_RDWR)
+    fcntl.ioctl(fd, 0x400454ca, struct.pack('16sH22x', b'tap1', 0x5102))
+    fcntl.ioctl(fd, 0x400454d9, struct.pack('16sH22x', b'tap1', 0x0400))
+    kept.append(fd)
+print('HELD', flush=True); time.sleep(600)";
+    let mut holder = host.spawn(&format!("python3 -c \"{hold}\""))?;
+    holder.wait_for("HELD", LIMIT)?;
+    refused(&host, "tap=tap1,queues=20", &["--cpus", "20"], 1, &["tap1"])?;
     let mut vmm = start(&host, "tap=tap0,queues=3", &["--cpus", "2"])?;
     let code = vmm.wait(LIMIT)?;
     let errors = vmm.errors();

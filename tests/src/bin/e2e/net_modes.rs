@@ -17,11 +17,11 @@ pub fn tests() -> Vec<Test> {
     };
     vec![
         test(
-            "user mode: an address by DHCP, a name by DNS, TCP and UDP out, a forwarded port in",
+            "user mode for an ordinary user: addresses by DHCP and router advertisement, a name by DNS, TCP and UDP out over both IP versions, forwarded ports in",
             user_mode,
         ),
         test(
-            "a DPDK switch (testpmd's vhost) answers the guest, also after it was killed and restarted",
+            "a DPDK switch (testpmd's vhost) serves two queue pairs, also after it was killed and restarted: the link goes down and up",
             || switch(false),
         ),
         test(
@@ -37,7 +37,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// A program that the harness's host script names.
-fn tool(variable: &str) -> Result<String, String> {
+pub fn tool(variable: &str) -> Result<String, String> {
     std::env::var(variable).map_err(|_| format!("{variable} is not set: run by tests/e2e"))
 }
 
@@ -51,7 +51,9 @@ fn user_mode() -> Verdict {
         "modprobe veth; ip -n {host} link add up0 type veth peer name down0 netns {outside}
 ip -n {host} addr add 192.0.2.2/24 dev up0; ip -n {host} link set up0 up
 ip -n {outside} addr add 192.0.2.1/24 dev down0; ip -n {outside} addr add 198.51.100.7/32 dev down0
-ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1",
+ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1
+ip -n {host} addr add 2001:db8:1::2/64 dev up0 nodad; ip -n {outside} addr add 2001:db8:1::1/64 dev down0 nodad
+ip -n {outside} addr add 2001:db8:7::7/128 dev down0 nodad; ip -n {host} route add default via 2001:db8:1::1",
         host = host.name(),
         outside = outside.name()
     ))?;
@@ -60,6 +62,12 @@ ip -n {outside} link set down0 up; ip -n {host} route add default via 192.0.2.1"
     )?;
     let file = scratch.disk("file", 1 << 20, 89)?;
     let _tcp = outside.spawn(&format!("socat -u FILE:{file} TCP-LISTEN:8000,reuseaddr"))?;
+    let _tcp6 = outside.spawn(&format!(
+        "socat -u FILE:{file} TCP6-LISTEN:8000,bind=[2001:db8:7::7],ipv6only=1,reuseaddr"
+    ))?;
+    let _udp6 = outside.spawn(
+        "socat -b 65536 UDP6-RECVFROM:8001,bind=[2001:db8:7::7],ipv6only=1,fork,reuseaddr SYSTEM:cat",
+    )?;
     let _udp = outside
         .spawn("socat -b 65536 UDP4-RECVFROM:8001,bind=198.51.100.7,fork,reuseaddr SYSTEM:cat")?;
     let resolv = scratch.file("resolv.conf", b"nameserver 192.0.2.1\n")?;
@@ -80,8 +88,15 @@ echo NAME=$name
 echo GOT=$(socat -u TCP:198.51.100.7:8000,retry=20,interval=0.3 - | sha256sum)
 n=0; until [ \"$(echo datagram | socat -T 2 - UDP4:198.51.100.7:8001 2>/dev/null)\" = datagram ] || [ $n -gt 30 ]; do n=$((n + 1)); done
 [ $n -le 30 ] && echo UDP=good
+until ip -6 addr show dev eth0 scope global | grep -q inet6 && ip -6 route | grep -q ^default; do sleep 0.2; done
+echo LEASE6 $(ip -6 addr show dev eth0 scope global | awk '/inet6/ { print $2; exit }')
+echo GOT6=$(socat -u TCP6:[2001:db8:7::7]:8000,retry=20,interval=0.3 - | sha256sum)
+n=0; until [ \"$(echo datagram | socat -T 2 - UDP6:[2001:db8:7::7]:8001 2>/dev/null)\" = datagram ] || [ $n -gt 30 ]; do n=$((n + 1)); done
+[ $n -le 30 ] && echo UDP6=good
+socat -b 65536 UDP4-RECVFROM:5301,fork,reuseaddr SYSTEM:cat 2>/dev/null &
+socat -u FILE:/bin/busybox TCP6-LISTEN:81,ipv6only=1,reuseaddr & SIX=$!; echo SIXSUM=$(sha256sum </bin/busybox)
 head -c 300000 /dev/urandom >/tmp/f; echo SUM=$(sha256sum </tmp/f | cut -d' ' -f1)
-socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
+socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait $! $SIX; read -r line; echo DONE";
     let root = bulkhead_tests::host::rootfs()?;
     let (root, script) = (
         format!("path={root},readonly=on,id=rootfs,queues=1"),
@@ -90,6 +105,11 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
             scratch.script("script", script)?
         ),
     );
+    // What an ordinary user may read, and nobody's process can be told apart from root's.
+    sh(&format!(
+        "chmod 755 {0}; chmod 644 {0}/*; chmod 666 /dev/kvm",
+        scratch.path("")
+    ))?;
     // `unshare --mount`: the host's resolver is the test's.
     let by = [
         "nsenter".to_string(),
@@ -98,7 +118,9 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
         "--mount".into(),
         "sh".into(),
         "-c".into(),
-        format!("mount --bind {resolv} /etc/resolv.conf && exec \"$@\""),
+        format!(
+            "mount --bind {resolv} /etc/resolv.conf && exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs \"$@\""
+        ),
         "sh".into(),
     ];
     let by: Vec<&str> = by.iter().map(String::as_str).collect();
@@ -111,7 +133,7 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
         "--memory",
         "384M",
         "--net",
-        "user,id=net0,forward=tcp:127.0.0.1:8080:80",
+        "user,id=net0,forward=tcp:127.0.0.1:8080:80,forward=udp:127.0.0.1:5300:5301,forward=tcp:[::1]:8081:81",
         "--passt",
         &passt,
     ];
@@ -124,6 +146,11 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
         LIMIT,
     )?;
     vmm.wait_for("UDP=good", LIMIT)?;
+    vmm.wait_for(
+        &format!("GOT6={}", expected.split_whitespace().next().unwrap_or("?")),
+        LIMIT,
+    )?;
+    vmm.wait_for("UDP6=good", LIMIT)?;
     vmm.wait_for("SERVING", LIMIT)?;
     let came = host.sh("socat -u TCP:127.0.0.1:8080,retry=20,interval=0.5 - | sha256sum")?;
     vmm.wait_for(
@@ -131,16 +158,29 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait; echo DONE";
         LIMIT,
     )
     .map_err(|e| format!("the forwarded port gave {came}: {e}"))?;
+    let came = host.sh("socat -u TCP6:[::1]:8081,retry=20,interval=0.5 - | sha256sum")?;
+    check(
+        vmm.output().contains(&format!(
+            "SIXSUM={}",
+            came.split_whitespace().next().unwrap_or("?")
+        )),
+        || vmm.story(&format!("the forwarded port of ::1 gave {came}")),
+    )?;
+    host.sh("for n in $(seq 60); do [ \"$(echo datagram | socat -T 2 - UDP4:127.0.0.1:5300 2>/dev/null)\" = datagram ] && exit; done; exit 1")
+        .map_err(|e| vmm.story(&format!("the forwarded UDP port: {e}")))?;
+    let owner = sh(&format!("stat -c %u /proc/{}", vmm.pid()))?;
+    check(owner.trim() == "65534", || format!("it runs as {owner}"))?;
+    vmm.type_text("\n")?;
     vmm.wait_for("DONE", LIMIT)?;
     vmm.ends_with(0, LIMIT)?;
     let output = vmm.output();
-    let lease = output.lines().find(|l| l.starts_with("LEASE"));
-    println!("[{}]", lease.unwrap_or_default().trim());
+    let leases: Vec<&str> = output.lines().filter(|l| l.starts_with("LEASE")).collect();
+    println!("[{}]", leases.join("; ").replace('\r', ""));
     bulkhead_tests::vmm::nothing_left(LIMIT)
 }
 
 /// testpmd that answers ARP and ICMP echo, as a switch with a host behind it would.
-fn testpmd(socket: &str, client: bool) -> Result<Vmm, String> {
+fn testpmd(socket: &str, client: bool, pairs: u32) -> Result<Vmm, String> {
     let client = u8::from(client);
     let mut command = std::process::Command::new(tool("TESTPMD")?);
     command
@@ -155,7 +195,7 @@ fn testpmd(socket: &str, client: bool) -> Result<Vmm, String> {
         ])
         .args(["--file-prefix=bhe2e", "--vdev"])
         .arg(format!(
-            "net_vhost0,iface={socket},queues=1,client={client}"
+            "net_vhost0,iface={socket},queues={pairs},client={client}"
         ))
         .args([
             "--",
@@ -163,6 +203,7 @@ fn testpmd(socket: &str, client: bool) -> Result<Vmm, String> {
             "--port-topology=loop",
             "--total-num-mbufs=4096",
         ])
+        .args([format!("--rxq={pairs}"), format!("--txq={pairs}")])
         .args(["--stats-period=5", "--no-lsc-interrupt", "--auto-start"]);
     let mut running = Vmm::spawn(command)?;
     running.wait_for("Port statistics", LIMIT)?;
@@ -173,20 +214,35 @@ fn testpmd(socket: &str, client: bool) -> Result<Vmm, String> {
 fn switch(ours: bool) -> Verdict {
     let scratch = Scratch::new("switch")?;
     let socket = scratch.path("switch");
+    // A frame leaves by the queue of the CPU that it was made on, and comes back by the same.
     let script = "ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
 ip neigh replace 10.5.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
-answered() { until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; ping -q -c 5 -i 0.2 -W 5 -s 1000 10.5.0.1 | grep -q ' 0% packet loss' && echo ANSWERED-$1; }
-answered first; read -r line; answered again
+queue() { awk -v n=-input.$1 'index($NF, n) { for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) s += $i } END { print s + 0 }' /proc/interrupts; }
+carrier() { until [ \"$(cat /sys/class/net/eth0/carrier)\" = $1 ]; do sleep 0.1; done; }
+answered() {
+  for cpu in $(seq 0 $(($(nproc) - 1))); do
+    before=$(queue $cpu)
+    until taskset -c $cpu ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done
+    taskset -c $cpu ping -q -c 5 -i 0.2 -W 5 -s 1000 10.5.0.1 | grep -q ' 0% packet loss' || return
+    [ $(queue $cpu) -gt $before ] && echo QUEUE-$cpu-$1
+  done
+  echo ANSWERED-$1
+}
+echo PAIRS=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
+carrier 1; answered first; carrier 0; echo LINK=down; carrier 1; echo LINK=up; read -r line; answered again
 echo DONE";
+    let pairs = if ours { 1 } else { 2 };
     let net = format!(
-        "vhost-user={socket},id=net0{}",
+        "vhost-user={socket},id=net0,queues={pairs}{}",
         if ours { ",server=on" } else { "" }
     );
     let mut first = None;
     if !ours {
-        first = Some(testpmd(&socket, false)?);
+        first = Some(testpmd(&socket, false, pairs)?);
     }
-    let mut vmm = debian(&scratch, script, &[] as &[&str], &["--net", &net])?;
+    let cpus = pairs.to_string();
+    let more = ["--net", &net, "--cpus", &cpus];
+    let mut vmm = debian(&scratch, script, &[] as &[&str], &more)?;
     if ours {
         let end = std::time::Instant::now() + patience(LIMIT);
         while !std::path::Path::new(&socket).exists() {
@@ -195,17 +251,30 @@ echo DONE";
             })?;
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
-        first = Some(testpmd(&socket, true)?);
+        first = Some(testpmd(&socket, true, pairs)?);
     }
     vmm.wait_for("ANSWERED-first", LIMIT)?;
     drop(first);
+    vmm.wait_for("LINK=down", LIMIT)?;
     if !ours {
         let _ = std::fs::remove_file(&socket);
     }
-    let _second = testpmd(&socket, ours)?;
+    let _second = testpmd(&socket, ours, pairs)?;
+    vmm.wait_for("LINK=up", LIMIT)?;
     vmm.type_text("\n")?;
     vmm.wait_for("ANSWERED-again", LIMIT)?;
-    vmm.ends_with(0, LIMIT)
+    vmm.ends_with(0, LIMIT)?;
+    let output = vmm.output();
+    for queue in 0..pairs {
+        for when in ["first", "again"] {
+            check(output.contains(&format!("QUEUE-{queue}-{when}")), || {
+                vmm.story(&format!("queue pair {queue} carried nothing, {when}"))
+            })?;
+        }
+    }
+    check(output.contains(&format!("PAIRS={pairs}")), || {
+        vmm.story("not as many queue pairs as asked for")
+    })
 }
 
 fn passt() -> Verdict {
@@ -215,7 +284,7 @@ fn passt() -> Verdict {
     host.sh("modprobe veth; ip link add up0 type veth peer name down0; ip link set down0 up; ip addr add 192.0.2.2/24 dev up0
 ip link set up0 up; ip route add default via 192.0.2.1")?;
     let start = || -> Result<Vmm, String> {
-        let mut passt = host.spawn(&format!(
+        let passt = host.spawn(&format!(
             "{} --vhost-user -s {socket} -f --runas 0",
             tool("PASST")?
         ))?;
@@ -224,7 +293,6 @@ ip link set up0 up; ip route add default via 192.0.2.1")?;
             check(std::time::Instant::now() < end, || {
                 passt.story("passt does not listen")
             })?;
-            let _ = passt.wait(std::time::Duration::ZERO).is_ok();
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
         Ok(passt)

@@ -398,7 +398,7 @@ fn back_ends_that_cannot_serve_are_refused_with_the_reason() {
     let text = refused(fs, &|r| r.protocol = Protocol::MQ);
     assert_eq!(
         text,
-        "device fs0: its back-end serves no configuration space: give one"
+        "device fs0: its back-end serves no configuration space: give one by config=HEX, of a file system by tag=NAME"
     );
     let decoder = BarDecoder::new(Arc::new(Bus::new()), WINDOWS);
     let hypervisor = Arc::new(MockHypervisor::default());
