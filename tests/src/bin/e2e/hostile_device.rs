@@ -46,6 +46,14 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// Nothing of any VM is left, where these tests have the host for themselves.
+fn left() -> Verdict {
+    match std::env::var_os("BULKHEAD_HOST") {
+        Some(_) => nothing_left(Duration::from_secs(5)),
+        None => Ok(()),
+    }
+}
+
 struct Bed {
     vmm: Vmm,
     socket: String,
@@ -158,7 +166,7 @@ impl Bed {
     fn end(mut self) -> Verdict {
         ctl(&self.socket, &["shutdown", "--force"])?;
         self.vmm.ends_with(0, LIMIT)?;
-        nothing_left(Duration::from_secs(5))
+        left()
     }
 }
 

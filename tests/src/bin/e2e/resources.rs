@@ -50,6 +50,14 @@ fn mount() -> Option<PathBuf> {
     line.split(' ').nth(4).map(PathBuf::from)
 }
 
+/// Nothing of any VM is left, where these tests have the host for themselves.
+fn left() -> Verdict {
+    match std::env::var_os("BULKHEAD_HOST") {
+        Some(_) => nothing_left(Duration::from_secs(5)),
+        None => Ok(()),
+    }
+}
+
 struct Served {
     vmm: Vmm,
     socket: String,
@@ -226,7 +234,7 @@ fn limits() -> Verdict {
     })?;
     // The VMM dies.
     served.vmm.kill();
-    nothing_left(Duration::from_secs(5))?;
+    left()?;
     gone(Path::new(&served.socket))?;
     gone(&group)
 }
@@ -364,7 +372,7 @@ fn delegated() -> Verdict {
     )?;
     ctl(&served.socket, &["shutdown", "--force"])?;
     drop(served);
-    nothing_left(Duration::from_secs(5))?;
+    left()?;
     let reaped = bulkhead(&["reap"])?;
     check(reaped.status.success(), || "reap fails".into())?;
     for controller in ["cpu", "memory", "io", "pids"] {
@@ -391,7 +399,7 @@ fn delegated() -> Verdict {
     check(note.contains("holds other processes"), || note.clone())?;
     ctl(&served.socket, &["shutdown", "--force"])?;
     drop(served);
-    nothing_left(Duration::from_secs(5))?;
+    left()?;
     // A user to whom it is delegated.
     for file in [
         "",
@@ -442,7 +450,7 @@ fn delegated() -> Verdict {
     let usage = ctl(&socket, &["stats", "d0"])?["usage"].clone();
     check(usage["pids"].as_u64() > Some(0), || usage.to_string())?;
     vmm.kill();
-    nothing_left(Duration::from_secs(5))?;
+    left()?;
     let _ = bulkhead(&["reap"])?;
     let _ = fs::remove_dir_all(&scratch);
     fs::remove_dir(&place).map_err(|e| format!("{name}: {e}"))
