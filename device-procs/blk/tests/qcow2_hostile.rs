@@ -7,8 +7,8 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_blk::image::Image;
@@ -18,7 +18,10 @@ use bulkhead_blk::transfer::{Direction, Transfer};
 
 const MIB: u64 = 1 << 20;
 /// A case that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What a test measures of this process is its own: they run one after another.
+static ALONE: Mutex<()> = Mutex::new(());
 
 struct Scratch(PathBuf);
 
@@ -293,6 +296,7 @@ fn specimens(scratch: &Scratch) -> Vec<(Vec<u8>, Vec<PathBuf>)> {
 
 #[test]
 fn lying_tables_cost_an_error_at_most() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let scratch = Scratch::new("tables");
     let specimens = specimens(&scratch);
     let path = scratch.path("spoilt.qcow2");
@@ -325,6 +329,7 @@ fn lying_tables_cost_an_error_at_most() {
 
 #[test]
 fn random_bytes_in_the_header_cost_a_refusal_at_most() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let scratch = Scratch::new("header");
     let specimens = specimens(&scratch);
     let path = scratch.path("spoilt.qcow2");
@@ -349,6 +354,7 @@ fn random_bytes_in_the_header_cost_a_refusal_at_most() {
 /// Shapes that a fuzzer does not find.
 #[test]
 fn absurd_images_are_bounded() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let scratch = Scratch::new("absurd");
     let path = scratch.path("a.qcow2");
     let name = path.to_str().unwrap();

@@ -36,7 +36,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Long enough for a busy machine; a test never waits that long when all is well.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Guest memory: 2 MiB at 1 MiB.
 pub const GPA: u64 = 0x10_0000;
