@@ -49,15 +49,20 @@ fn main() {
         }
         ("vcpu", call) => {
             // Stacked, as in the VMM.
-            let _confined = lock_down().seal(&policy::BULKHEAD_VMM).unwrap();
-            filter::apply_filter_this_thread(&policy::BULKHEAD_VCPU).unwrap();
-            call_by_name(call).to_string()
+            let _confined = lock_down().seal_for_setup(&policy::BULKHEAD_VMM).unwrap();
+            let call = call.to_owned();
+            let vcpu = move || {
+                filter::apply_filter_this_thread(&policy::BULKHEAD_VCPU).unwrap();
+                call_by_name(&call).to_string()
+            };
+            std::thread::spawn(vcpu).join().unwrap()
         }
         ("vmm-threads", count) => threads_that_allocate(count.parse().unwrap()),
         ("other-thread", call) => call_on_another_thread(call),
         ("landlock", "paths") => landlock_paths(),
         ("landlock", "network") => landlock_network(),
         ("landlock", "threads") => landlock_threads(),
+        ("landlock-level", level) => landlock_level(level.parse().unwrap()),
         ("privileges", "status") => dropped_status(),
         ("privileges", "limits") => limits(),
         _ => panic!("unknown attempt {kind} {what}"),
@@ -165,6 +170,11 @@ fn call_by_name(name: &str) -> i64 {
         "ioctl KVM_RUN" => (libc::SYS_ioctl, [0, 0xae80, 0, 0, 0, 0]),
         "fcntl F_SETFL" => (libc::SYS_fcntl, [0, 4, 0, 0, 0, 0]),
         "accept4" => (libc::SYS_accept4, [0, 0, 0, 0o2_000_000, 0, 0]),
+        "read" => (libc::SYS_read, [0, 0, 0, 0, 0, 0]),
+        "sendmsg" => (libc::SYS_sendmsg, [-1, 0, 0, 0, 0, 0]),
+        "recvmsg" => (libc::SYS_recvmsg, [-1, 0, 0, 0, 0, 0]),
+        "ppoll" => (libc::SYS_ppoll, [0; 6]),
+        "eventfd2" => (libc::SYS_eventfd2, [0; 6]),
         "socketpair" => (libc::SYS_socketpair, [1, 1, 0, 0, 0, 0]),
         "x32 read" => (0x4000_0000, [0; 6]),
         "restart_syscall" => (libc::SYS_restart_syscall, [0; 6]),
@@ -244,6 +254,32 @@ fn landlock_paths() -> String {
         [i64::from(open.as_raw_fd()), 0, 0, 0, 0, 0],
     );
     format!("{} {} {kept}", status.abi, tried.join(", "))
+}
+
+/// What a kernel whose Landlock ends at that level leaves open.
+fn landlock_level(level: u32) -> String {
+    use std::net::TcpListener;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+    let file = std::env::temp_dir().join(format!("bulkhead-level-{}", std::process::id()));
+    std::fs::write(&file, "text").unwrap();
+    let path = std::ffi::CString::new(file.as_os_str().as_encoded_bytes()).unwrap();
+    let name = SocketAddr::from_abstract_name(format!("bh-level-{}", std::process::id())).unwrap();
+    // A socket of one's own domain can be reached: this one is made before.
+    let _listener = UnixListener::bind_addr(&name).unwrap();
+    let status = landlock_empty::deny_what_is_known_to(level).unwrap();
+    // SAFETY: the path is a C string that lives across the call.
+    let truncated = unsafe { libc::truncate(path.as_ptr(), 1) };
+    // SAFETY: it takes nothing and cannot fail.
+    let parent = i64::from(unsafe { libc::getppid() });
+    format!(
+        "{} open:{} truncate:{truncated} bind:{} abstract:{} signal:{}",
+        status.abi,
+        errno(std::fs::File::open(&file)),
+        errno(TcpListener::bind("127.0.0.1:0")),
+        errno(UnixStream::connect_addr(&name)),
+        call(libc::SYS_kill, [parent, 0, 0, 0, 0, 0]),
+    )
 }
 
 fn landlock_network() -> String {

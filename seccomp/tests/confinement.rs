@@ -124,6 +124,13 @@ fn the_vmm_and_its_vcpu_threads_are_killed_for_what_the_launcher_does_for_them()
         "vmm-narrowed memfd_create",
         "vmm-narrowed ioctl KVM_CREATE_VM",
         "vcpu socketpair",
+        "vcpu read",
+        "vcpu sendmsg",
+        "vcpu recvmsg",
+        "vcpu ppoll",
+        "vcpu eventfd2",
+        "vcpu openat",
+        "vcpu mmap exec",
         "vcpu accept4",
         "vcpu ioctl KVM_CREATE_VM",
         "vcpu ioctl tty",
@@ -194,6 +201,34 @@ fn under_landlock_no_path_opens_and_open_files_stay() {
     };
     // A kernel without Landlock: reported as such, and nothing pretended.
     assert!(rest.starts_with("done"), "{said}");
+}
+
+/// Each older kernel's Landlock, by asking for no more than it has: what it stops is stopped, what
+/// it does not is reported.
+#[test]
+fn each_level_of_landlock_stops_what_it_knows_and_says_what_it_does_not() {
+    use bulkhead_seccomp::landlock_empty::{self, LandlockStatus};
+    let newest = landlock_empty::of_this_kernel().abi;
+    for level in 0..=landlock_empty::NEWEST {
+        let said = said(&attempt(&format!("landlock-level {level}")));
+        let abi = level.min(newest);
+        let stopped = |from: u32, word: &str| {
+            let answer = said.split(' ').find_map(|w| w.strip_prefix(word)).unwrap();
+            let denied = ["permission", "-1"].iter().any(|d| answer.starts_with(d));
+            assert_eq!(denied, abi >= from, "level {level}: {said}");
+        };
+        assert!(said.starts_with(&format!("{abi} ")), "{said}");
+        stopped(1, "open:");
+        stopped(3, "truncate:");
+        stopped(4, "bind:");
+        stopped(6, "abstract:");
+        stopped(6, "signal:");
+        let missing = LandlockStatus { abi }.missing();
+        assert_eq!(missing.contains("truncation"), (1..3).contains(&abi));
+        assert_eq!(missing.contains("TCP"), (1..4).contains(&abi));
+        assert_eq!(missing.contains("signals"), (1..6).contains(&abi));
+        assert_eq!(missing.is_empty(), abi >= 6);
+    }
 }
 
 #[test]

@@ -19,8 +19,8 @@ const OPCODES: &[u8] = &[
     opcode::PollAdd::CODE,
 ];
 
-/// Highest opcode tried; Linux 6.18 ends at 64.
-const LAST_TRIED: u8 = 127;
+/// Highest opcode tried: an entry has a byte for it.
+const LAST_TRIED: u8 = u8::MAX;
 
 fn file(text: &str) -> File {
     // SAFETY: the name is a string that lives forever; the answer is a new descriptor or -1.
@@ -195,6 +195,71 @@ fn other_registrations_are_refused() {
         opcode::OpenAt::CODE,
     )];
     assert!(submitter.register_restrictions(&mut more).is_err());
+}
+
+/// io_uring_register(2), bare; minus the errno.
+fn register(ring: &io_uring::IoUring, code: u32) -> i32 {
+    let zeroes = [0_u64; 64];
+    // SAFETY: an operation that is carried out reads the structure it asks for, all of whose bytes
+    // are zero, from `zeroes`, which is larger than any of them and outlives the call.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            ring.as_raw_fd(),
+            code,
+            zeroes.as_ptr(),
+            1,
+        )
+    };
+    if answer < 0 {
+        -std::io::Error::last_os_error().raw_os_error().unwrap()
+    } else {
+        0
+    }
+}
+
+#[test]
+fn every_registration_but_that_of_files_is_refused() {
+    const FILES_UPDATE: u32 = 6;
+    const USE_REGISTERED_RING: u32 = 1 << 31;
+    let disk = file("sector");
+    let Some(ring) = ring(&[&disk], 1) else {
+        return;
+    };
+    for code in (0..256).filter(|code| *code != FILES_UPDATE) {
+        let answer = register(&ring.ring, code);
+        // Codes that this kernel lacks are refused as such; some are for no ring in particular.
+        let refused = [-libc::EACCES, -libc::EINVAL, -libc::EBADFD];
+        assert!(refused.contains(&answer), "{code}: {answer}");
+        if code <= 12 {
+            assert_eq!(answer, -libc::EACCES, "{code}");
+        }
+        assert!(
+            register(&ring.ring, code | USE_REGISTERED_RING) < 0,
+            "{code}"
+        );
+    }
+}
+
+/// The ring by which a main thread waits: it can wait and nothing else.
+#[test]
+fn a_ring_for_waiting_does_nothing_else() {
+    if uring::available().is_err() {
+        return;
+    }
+    let mut ring = uring::polling(8).unwrap();
+    let waits = [opcode::PollAdd::CODE, opcode::PollRemove::CODE];
+    for code in (0..=LAST_TRIED).filter(|code| !waits.contains(code)) {
+        // SAFETY: the entry names no buffer.
+        unsafe { ring.submission().push(&bare(code, 0)) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        let result = ring.completion().next().unwrap().result();
+        let refused = [-libc::EACCES, -libc::EINVAL];
+        assert!(refused.contains(&result), "opcode {code}: {result}");
+    }
+    for code in 0..=12 {
+        assert_eq!(register(&ring, code), -libc::EACCES, "registration {code}");
+    }
 }
 
 #[test]

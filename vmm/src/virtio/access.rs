@@ -3,7 +3,10 @@
 //!
 //! vCPU threads enter here. An access waits for the device process only where the driver
 //! asks something of it (DRIVER_OK, reset, a vector, a change of configuration), and never
-//! past the deadline; while the process is gone nothing is waited for at all.
+//! past the deadline; while the process is gone nothing is waited for at all. Such an access
+//! is made by the function's own thread ([`Service::make`](super::service::Service::make)):
+//! vCPU threads have no system calls for it. Which it is, is decided under the function's
+//! lock, under which alone a process can come to serve.
 
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
@@ -14,16 +17,70 @@ use super::common::Effect;
 use super::events::FailReason;
 use super::function::{Config, Device, VirtioPciFunction};
 use super::registers::{NOTIFY_MULTIPLIER, bar, common};
+use super::service::{Access, WIDEST};
 use crate::bus::BusDevice;
 use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, reg};
 use crate::vhost_user::VhostUserError;
 
+/// Whose thread makes an access.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// A vCPU's: it asks the device process nothing.
+    Vcpu,
+    /// The function's own.
+    Service,
+}
+
+/// The access is not made: it is one for the function's own thread.
+struct NotHere;
+
 impl VirtioPciFunction {
-    fn write_common(&self, offset: u64, data: &[u8]) {
+    /// Makes an access that a vCPU thread has handed over. On the function's own thread.
+    pub(super) fn make(&self, access: Access) -> [u8; WIDEST] {
+        let mut bytes = [0; WIDEST];
+        match access {
+            Access::Read(offset, len) => {
+                if let Some(data) = bytes.get_mut(..len) {
+                    let _ = self.read_bar(By::Service, offset, data);
+                }
+            }
+            Access::Write(offset, len, data) => {
+                if let Some(data) = data.get(..len) {
+                    let _ = self.write_bar(By::Service, offset, data);
+                }
+            }
+            Access::BusReset => self.reset_device(&mut self.lock_device()),
+        }
+        bytes
+    }
+
+    /// A guest reads BAR 0.
+    fn guest_reads(&self, offset: u64, data: &mut [u8]) {
+        if self.read_bar(By::Vcpu, offset, data).is_err() && data.len() <= WIDEST {
+            let bytes = self.service.make(Access::Read(offset, data.len()));
+            data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        }
+    }
+
+    /// A guest writes BAR 0.
+    fn guest_writes(&self, offset: u64, data: &[u8]) {
+        if self.write_bar(By::Vcpu, offset, data).is_err() && data.len() <= WIDEST {
+            let mut bytes = [0; WIDEST];
+            bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+            self.service.make(Access::Write(offset, data.len(), bytes));
+        }
+    }
+
+    fn write_common(&self, by: By, offset: u64, data: &[u8]) -> Result<(), NotHere> {
         let mut device = self.lock_device();
         if self.resetting(&mut device).is_some() {
             // Nothing may be set up before the status reads as zero.
-            return;
+            return Ok(());
+        }
+        // Of the registers, these may have the process asked.
+        let asks = matches!(offset, common::DEVICE_STATUS | common::QUEUE_VECTOR);
+        if asks && by == By::Vcpu && self.link.serving() {
+            return Err(NotHere);
         }
         // A process that is only being replaced will be there again.
         device.common.set_usable(!self.link.failed());
@@ -47,6 +104,7 @@ impl VirtioPciFunction {
             Effect::QueueVector { .. } => {}
         }
         self.publish(&device);
+        Ok(())
     }
 
     /// What the status register shows while a reset waits for the I/O of a lost process.
@@ -81,9 +139,7 @@ impl VirtioPciFunction {
             && let Some(control) = &mut device.control
         {
             control.start(&device.common);
-            if let Some(service) = &self.service {
-                service.wake();
-            }
+            self.service.wake();
         }
         let shape = device.shape();
         let started = match checked {
@@ -113,6 +169,16 @@ impl VirtioPciFunction {
                 log::warn!("device {id}: {error}: it needs a reset by its driver");
                 self.require_reset();
             }
+        }
+    }
+
+    fn reset_by_bus(&self) {
+        let mut device = self.lock_device();
+        if self.link.serving() {
+            drop(device);
+            self.service.make(Access::BusReset);
+        } else {
+            self.reset_device(&mut device);
         }
     }
 
@@ -151,12 +217,16 @@ impl VirtioPciFunction {
         self.signals.broken.store(false, Ordering::Release);
     }
 
-    fn read_device_config(&self, offset: u64, data: &mut [u8]) {
+    fn read_device_config(&self, by: By, offset: u64, data: &mut [u8]) -> Result<(), NotHere> {
         if self.link.serving() && self.signals.stale.load(Ordering::Acquire) {
+            if by == By::Vcpu {
+                return Err(NotHere);
+            }
             let mut device = self.lock_device();
             self.refresh_config(&mut device);
         }
         self.lock_space().read(offset, data);
+        Ok(())
     }
 
     /// Fetches the configuration anew where it is out of date.
@@ -179,14 +249,17 @@ impl VirtioPciFunction {
         }
     }
 
-    fn write_device_config(&self, offset: u64, data: &[u8]) {
+    fn write_device_config(&self, by: By, offset: u64, data: &[u8]) -> Result<(), NotHere> {
         let (false, Ok(offset)) = (self.link.failed(), usize::try_from(offset)) else {
-            return;
+            return Ok(());
         };
         let mut device = self.lock_device();
+        if by == By::Vcpu && self.link.serving() {
+            return Err(NotHere);
+        }
         // Kept first: a process that is lost over it has a successor that is told.
         if !self.lock_space().write(offset, data) || !self.link.serving() {
-            return;
+            return Ok(());
         }
         let deadline = self.deadline();
         let written = device.backend.frontend().and_then(|frontend| {
@@ -202,9 +275,10 @@ impl VirtioPciFunction {
                 self.refresh_config(&mut device);
             }
         }
+        Ok(())
     }
 
-    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+    fn read_bar(&self, by: By, offset: u64, data: &mut [u8]) -> Result<(), NotHere> {
         data.fill(0);
         let inside = offset % bar::STEP;
         match offset - inside {
@@ -225,18 +299,21 @@ impl VirtioPciFunction {
                     *first = self.signals.isr.swap(0, Ordering::AcqRel);
                 }
             }
-            bar::DEVICE => self.read_device_config(inside, data),
+            bar::DEVICE => return self.read_device_config(by, inside, data),
             bar::MSIX_TABLE => self.msix.read_table(inside, data),
+            // The pending bits are in eventfds, which are polled.
+            bar::MSIX_PBA if by == By::Vcpu => return Err(NotHere),
             bar::MSIX_PBA => self.msix.read_pba(inside, data),
             _ => {}
         }
+        Ok(())
     }
 
-    fn write_bar(&self, offset: u64, data: &[u8]) {
+    fn write_bar(&self, by: By, offset: u64, data: &[u8]) -> Result<(), NotHere> {
         let inside = offset % bar::STEP;
         match offset - inside {
-            bar::COMMON => self.write_common(inside, data),
-            bar::DEVICE => self.write_device_config(inside, data),
+            bar::COMMON => return self.write_common(by, inside, data),
+            bar::DEVICE => return self.write_device_config(by, inside, data),
             bar::MSIX_TABLE => self.msix.write_table(inside, data),
             bar::NOTIFY if inside.is_multiple_of(NOTIFY_MULTIPLIER.into()) => {
                 let queue = inside / u64::from(NOTIFY_MULTIPLIER);
@@ -245,6 +322,7 @@ impl VirtioPciFunction {
             }
             _ => {}
         }
+        Ok(())
     }
 
     /// BAR 0 follows its register and the command register.
@@ -287,7 +365,7 @@ impl PciFunction for VirtioPciFunction {
         if let Some((at, width)) = target
             && let Some(value) = value.get_mut(..width)
         {
-            self.read_bar(at, value);
+            self.guest_reads(at, value);
             self.lock_config()
                 .space
                 .set(self.places.window + window::DATA, value);
@@ -313,7 +391,7 @@ impl PciFunction for VirtioPciFunction {
         if let Some((at, width)) = target
             && let Some(value) = value.get(..width)
         {
-            self.write_bar(at, value);
+            self.guest_writes(at, value);
         }
     }
 
@@ -325,7 +403,7 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn bus_reset(&self) {
-        self.reset_device(&mut self.lock_device());
+        self.reset_by_bus();
         let mut config = self.lock_config();
         config.space.set(reg::COMMAND, &[0; 2]);
         config.space.set(reg::BAR0, &[0; 4]);
@@ -354,13 +432,13 @@ pub(super) struct Bar0(pub(super) Weak<VirtioPciFunction>);
 impl BusDevice for Bar0 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(function) = self.0.upgrade() {
-            function.read_bar(offset, data);
+            function.guest_reads(offset, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some(function) = self.0.upgrade() {
-            function.write_bar(offset, data);
+            function.guest_writes(offset, data);
         }
     }
 }

@@ -113,7 +113,7 @@ pub struct VirtioPciFunction {
     errors: Arc<[Arc<OwnedFd>]>,
     pub(super) signals: Signals,
     pub(super) link: Link,
-    pub(super) service: Option<Service>,
+    pub(super) service: Service,
 }
 
 impl VirtioPciFunction {
@@ -187,10 +187,7 @@ impl VirtioPciFunction {
         let backend = Backend::new(frontend, parts).map_err(io)?;
         let common = CommonConfig::new(offered, options.queues, options.queue_size, vectors);
         let control = options.net_control.map(NetControl::new);
-        let service = (options.successor || control.is_some())
-            .then(Service::new)
-            .transpose()
-            .map_err(io)?;
+        let service = Service::new().map_err(io)?;
         let listener = Arc::clone(&doorbells);
         let function = Arc::new(Self {
             options,
@@ -215,9 +212,7 @@ impl VirtioPciFunction {
             service,
         });
         function.follow_link();
-        if let Some(service) = &function.service {
-            service.start(&function).map_err(io)?;
-        }
+        function.service.start(&function).map_err(io)?;
         let registers = Arc::new(Bar0(Arc::downgrade(&function)));
         function
             .bar
@@ -237,9 +232,9 @@ impl VirtioPciFunction {
                 events: readable | EDGE,
             })
             .collect();
-        if let Some(service) = &self.service {
+        if self.options.successor {
             fds.push(PollFd {
-                fd: service.done(),
+                fd: self.service.done(),
                 source: EventSource::Successor,
                 events: readable | EDGE,
             });
@@ -272,7 +267,7 @@ impl VirtioPciFunction {
             EventSource::Hangup if self.link.hung_up() => self.lose(FailReason::Hangup),
             EventSource::Hangup => {}
             EventSource::Backend => self.on_backend_request(),
-            EventSource::Successor => match self.service.as_ref().and_then(Service::take) {
+            EventSource::Successor => match self.service.take() {
                 Some(Ok(reconnected)) => return Outcome::Reconnected(reconnected),
                 Some(Err(error)) => return Outcome::NotReconnected(error),
                 None => return Outcome::Handled,

@@ -1,6 +1,6 @@
-//! The function's own thread: brings successors of the back-end in, and serves the control
-//! queue of a network device whose back-end does not. It may wait for the back-end, within
-//! deadlines; neither the manager nor a vCPU waits for it but by the function's lock.
+//! The function's own thread: makes the register accesses for which the back-end is asked,
+//! brings successors of the back-end in, and serves the control queue of a network device
+//! whose back-end does not. It may wait for the back-end, within deadlines.
 //!
 //! A vCPU thread never speaks to a back-end: its filter has no call for it. It hands such an
 //! access over ([`Service::make`]), holding no lock, and waits until it is made.
@@ -10,7 +10,8 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -26,8 +27,51 @@ type Finished = Result<Reconnected, ReconnectError>;
 const WAKE: u64 = 0;
 const CONTROL: u64 = 1;
 
+/// Widest access of a guest, in bytes.
+pub const WIDEST: usize = 8;
+
+/// A register access that a vCPU thread hands over.
+#[derive(Clone, Copy, Debug)]
+pub enum Access {
+    /// Of so many bytes at this offset of BAR 0.
+    Read(u64, usize),
+    /// Of the first so many bytes.
+    Write(u64, usize, [u8; WIDEST]),
+    /// The bus is reset.
+    BusReset,
+}
+
+/// An access that waits, and its answer.
+struct Errand {
+    access: Access,
+    answer: Mutex<Option<[u8; WIDEST]>>,
+    made: Condvar,
+}
+
+impl Errand {
+    fn answer(&self, bytes: [u8; WIDEST]) {
+        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes);
+        self.made.notify_one();
+    }
+
+    fn wait(&self) -> [u8; WIDEST] {
+        let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(bytes) = *answer {
+                return bytes;
+            }
+            answer = self
+                .made
+                .wait(answer)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
 #[derive(Default)]
 struct Desk {
+    /// At most one of each vCPU.
+    errands: VecDeque<Arc<Errand>>,
     /// A successor that waits to be brought in.
     next: Option<UnixStream>,
     /// One is being brought in, or its end has not been taken note of.
@@ -79,6 +123,25 @@ impl Service {
     /// Signalled when [`take`](Self::take) has something.
     pub fn done(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.shared.done)
+    }
+
+    /// Has the thread make an access, and waits for it: the back-end has until the function's
+    /// deadline. Zeroes once the thread has ended.
+    pub fn make(&self, access: Access) -> [u8; WIDEST] {
+        let errand = Arc::new(Errand {
+            access,
+            answer: Mutex::default(),
+            made: Condvar::new(),
+        });
+        {
+            let mut desk = self.shared.lock();
+            if desk.closed {
+                return [0; WIDEST];
+            }
+            desk.errands.push_back(Arc::clone(&errand));
+        }
+        self.wake();
+        errand.wait()
     }
 
     /// Hands a successor in; false while another one is being brought in.
@@ -133,6 +196,16 @@ struct Worker {
 }
 
 impl Worker {
+    /// Makes the accesses that wait.
+    fn make_accesses(&self, function: &VirtioPciFunction) {
+        loop {
+            let Some(errand) = self.shared.lock().errands.pop_front() else {
+                return;
+            };
+            errand.answer(function.make(errand.access));
+        }
+    }
+
     fn run(mut self) {
         let mut ready = [EpollEvent::default(); 2];
         loop {
@@ -155,6 +228,7 @@ impl Worker {
             let Some(function) = self.function.upgrade() else {
                 return;
             };
+            self.make_accesses(&function);
             if let Some(socket) = next {
                 let finished = bring_in(&function, socket);
                 self.shared.lock().finished = Some(finished);
@@ -189,6 +263,20 @@ impl Worker {
             log::error!("a control queue is not served: {error}");
         }
         self.control = wanted;
+    }
+}
+
+impl Drop for Worker {
+    /// Nobody waits for a thread that has ended.
+    fn drop(&mut self) {
+        let left = {
+            let mut desk = self.shared.lock();
+            desk.closed = true;
+            std::mem::take(&mut desk.errands)
+        };
+        for errand in left {
+            errand.answer([0; WIDEST]);
+        }
     }
 }
 

@@ -85,8 +85,7 @@ impl VirtioPciFunction {
     /// # Errors
     /// When another one is just being brought in.
     pub fn adopt(&self, socket: UnixStream) -> Result<(), ReconnectError> {
-        let taken = self.service.as_ref().is_some_and(|s| s.submit(socket));
-        if taken {
+        if self.service.submit(socket) {
             Ok(())
         } else {
             Err(ReconnectError::Busy(self.options.id.clone()))
