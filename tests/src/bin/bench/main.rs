@@ -2,7 +2,7 @@
 //! never fails because something is slow, only because something does not work.
 //! `tests/bench/run` starts it: `boot`, `pss` and `guestnet` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, blk, net, guestnet)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, stall, blk, net, guestnet)
 
 use std::process::ExitCode;
 
@@ -16,6 +16,7 @@ mod net;
 mod process;
 mod pss;
 mod spawn;
+mod stall;
 mod table;
 mod tap;
 
@@ -71,7 +72,7 @@ fn parse() -> Result<(Vec<String>, Options), String> {
         }
     }
     if subjects.is_empty() {
-        return Err("no subject: give boot, pss, spawn, blk, net or guestnet".into());
+        return Err("no subject: give boot, pss, spawn, stall, blk, net or guestnet".into());
     }
     Ok((subjects, options))
 }
@@ -113,10 +114,11 @@ fn main() -> ExitCode {
             "boot" => boot::measure(runs.unwrap_or(10)),
             "pss" => pss::measure(runs.unwrap_or(2)),
             "spawn" => spawn::measure(runs.unwrap_or(20)),
+            "stall" => stall::measure(runs.unwrap_or(100)),
             "blk" => blk::measure(&options),
             "net" => net::measure(&options),
             "guestnet" => guestnet::measure(&options),
-            _ => Err("no such subject: give boot, pss, spawn, blk, net or guestnet".into()),
+            _ => Err("no such subject: give boot, pss, spawn, stall, blk, net or guestnet".into()),
         };
         match report {
             Ok(text) => println!("{text}"),

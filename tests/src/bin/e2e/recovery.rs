@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{debian, sh};
+use bulkhead_tests::host::{Undo, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, ctl, nothing_left};
+use bulkhead_tests::vmm::{Scratch, bulkhead, ctl, nothing_left};
 
 use crate::disk::{LIMIT, sparse};
 
@@ -31,8 +31,8 @@ pub fn tests() -> Vec<Test> {
             || killed_under_fio(8, "raw"),
         ),
         long(
-            "a disk's process is killed 100 times while fio verifies: no error, nothing lost",
-            || killed_under_fio(100, "raw"),
+            "a disk's process is killed 100 times (BULKHEAD_KILLS) while fio verifies: no error, nothing lost",
+            || killed_under_fio(kills(100), "raw"),
         ),
         test(
             "the same on a qcow2 image, which qemu-img finds sound",
@@ -43,10 +43,26 @@ pub fn tests() -> Vec<Test> {
             quarantined,
         ),
         test(
+            "a process that is stopped under load is replaced, a disk that is merely slow is left alone",
+            hung,
+        ),
+        test(
             "limits and a drain outlive the process they were told",
             remembered,
         ),
     ]
+}
+
+/// How often, unless BULKHEAD_KILLS says otherwise.
+fn kills(default: u32) -> u32 {
+    let given = std::env::var("BULKHEAD_KILLS").ok();
+    given.and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+/// BULKHEAD_SEED: other moments.
+fn seed() -> u64 {
+    let given = std::env::var("BULKHEAD_SEED").ok();
+    given.and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
@@ -125,7 +141,11 @@ echo OVER";
     vmm.type_text("go\n")?;
     for round in 0..u64::from(kills) {
         // At moments that differ: 0 to 1 s after the last one serves.
-        std::thread::sleep(Duration::from_millis(round * 373 % 1000));
+        let pause = (round + seed()) * 373 % 1000;
+        if std::env::var_os("BULKHEAD_KILLS").is_some() {
+            println!("kill {round} after {pause} ms");
+        }
+        std::thread::sleep(Duration::from_millis(pause));
         kill(&socket, "data")?;
         let wanted = round + 2;
         let end = Instant::now() + LIMIT;
@@ -203,6 +223,70 @@ fn quarantined() -> Verdict {
     }
     vmm.type_text("go\n")?;
     vmm.wait_for("BACK", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
+
+fn hung() -> Verdict {
+    let scratch = Scratch::new("hung")?;
+    let (stopped, beneath) = (
+        sparse(&scratch, "stopped", 8 * MIB)?,
+        sparse(&scratch, "beneath", 8 * MIB)?,
+    );
+    let name = format!("bh-slow-{}", std::process::id());
+    let device = sh(&format!(
+        "device=$(losetup --find --show {beneath})
+printf '0 16384 linear %s 0\\n' $device | dmsetup create {name}
+dmsetup mknodes {name} >/dev/null; echo $device"
+    ))?;
+    let _undo = Undo::new(format!(
+        "dmsetup resume {name}; dmsetup remove --force {name}; losetup --detach {}",
+        device.trim()
+    ));
+    let socket = scratch.path("api");
+    let script = "echo READY; read -r line
+(dd if=/dev/vdc of=/dev/null bs=64k iflag=direct status=none && echo SLOW-OK) &
+i=0; while [ $i -lt 400 ]; do dd if=/dev/vdb of=/dev/null bs=64k iflag=direct status=none || echo BAD; i=$((i + 1)); read -r -t 0.01 line && break; done
+echo STOPPED-OK; wait";
+    let mut vmm = debian(
+        &scratch,
+        script,
+        &[
+            format!("path={stopped},id=stopped"),
+            format!("path=/dev/mapper/{name},id=slow,lock=off"),
+        ],
+        &["--cpus", "2", "--api-socket", &socket],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    let slow = pid_of(&socket, "slow")?;
+    sh(&format!("dmsetup suspend --nolockfs --noflush {name}"))?;
+    let begun = Instant::now();
+    vmm.type_text("go\n")?;
+    sh(&format!("kill -STOP {}", pid_of(&socket, "stopped")?))?;
+    let end = Instant::now() + LIMIT;
+    while field(&socket, "stopped", "incarnation")? != 2 {
+        check(Instant::now() < end, || vmm.story("it is not replaced"))?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let events = bulkhead(&["ctl", "--socket", &socket, "--json", "events"])?;
+    let events = String::from_utf8_lossy(&events.stdout).into_owned();
+    check(events.contains("no answer within"), || events.clone())?;
+    // Longer than a ring without an excuse has.
+    std::thread::sleep(Duration::from_secs(14).saturating_sub(begun.elapsed()));
+    check(pid_of(&socket, "slow")? == slow, || {
+        vmm.story("slow was killed")
+    })?;
+    check(!vmm.output().contains("SLOW-OK"), || {
+        vmm.story("the slow disk was not slow")
+    })?;
+    sh(&format!("dmsetup resume {name}"))?;
+    vmm.type_text("stop\n")?;
+    vmm.wait_for("STOPPED-OK", LIMIT)?;
+    vmm.wait_for("SLOW-OK", LIMIT)?;
+    check(!vmm.output().contains("BAD"), || vmm.story("an error"))?;
+    check(field(&socket, "slow", "incarnation")? == 1, || {
+        "slow was replaced".into()
+    })?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))
 }
