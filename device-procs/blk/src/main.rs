@@ -46,6 +46,10 @@ enum MainError {
 }
 
 fn main() -> ExitCode {
+    #[cfg(feature = "hostile")]
+    if bulkhead_runtime::hostile::listed() {
+        return ExitCode::SUCCESS;
+    }
     sys::frugal_malloc();
     let options = match cli::parse(std::env::args_os().skip(1)) {
         Ok(Command::Serve(options)) => options,

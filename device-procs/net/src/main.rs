@@ -42,6 +42,10 @@ enum MainError {
 }
 
 fn main() -> ExitCode {
+    #[cfg(feature = "hostile")]
+    if bulkhead_runtime::hostile::listed() {
+        return ExitCode::SUCCESS;
+    }
     sys::fixed_heap(HEAP);
     let options = match cli::parse(std::env::args_os().skip(1)) {
         Ok(Command::Serve(options)) => options,

@@ -124,6 +124,8 @@ impl Service {
             }
             (DEVICE_SERVICE, "Stats") => {
                 decode::<StatsRequest>(body)?;
+                #[cfg(feature = "hostile")]
+                crate::hostile::strike();
                 encode(&self.stats())
             }
             (DEVICE_SERVICE, "Update") => {

@@ -26,6 +26,8 @@ mod crash;
 pub mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
+#[cfg(feature = "hostile")]
+pub mod hostile;
 pub mod inflight;
 pub mod limit;
 mod link;

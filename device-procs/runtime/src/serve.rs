@@ -85,6 +85,8 @@ pub struct ServeOptions {
 /// Serves `device` until its channels close, then returns; the process should exit then.
 /// Nothing is read from any channel before the process is confined.
 pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), ServeError> {
+    #[cfg(feature = "hostile")]
+    crate::hostile::choose();
     // Before the limit on file sizes, which is the disk's and not this file's.
     let inflight = InflightFile::new(Capacity {
         queues: device.queues(),
