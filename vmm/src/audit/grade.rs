@@ -5,6 +5,7 @@ use super::Role;
 use super::fds::{Fd, Kind};
 use super::limits::Limits;
 use super::process::{Namespace, Process, Thread};
+use super::trace::Filters;
 
 /// Deviations, and weaknesses that are allowed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,17 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
     {
         judgement.note_once(&note);
     }
+    if let Some(mappings) = &process.mappings
+        && let Some(line) = mappings.writable_and_executable.first()
+    {
+        judgement.deviation(format!("has memory that it can write and execute: {line}"));
+    }
+    if process.dumpable == Some(true) {
+        judgement.deviation("is dumpable: others of its user may trace it");
+    }
+    if process.limits.as_ref().is_some_and(Limits::leaves_a_core) {
+        judgement.deviation("may leave a core file");
+    }
     match role {
         Role::Vmm => {}
         Role::Launcher => judgement.launcher(process),
@@ -42,6 +54,77 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
         Role::Helper => judgement.helper(process),
     }
     judgement
+}
+
+/// What is missing among a thread's filters, or is there and should not be.
+fn unexpected(role: Role, thread: &str, filters: &Filters) -> Vec<String> {
+    let has = |name: &str| filters.policies.iter().any(|p| p == name);
+    let count = |wanted: &dyn Fn(&str) -> bool| {
+        let known = filters.policies.iter().filter(|p| wanted(p));
+        known.count()
+    };
+    let of_device = |name: &str| {
+        let others = ["bulkhead-vmm", "bulkhead-vcpu", "bulkhead-launcher"];
+        name.starts_with("bulkhead-")
+            && !name.ends_with(":setup")
+            && others.iter().all(|other| !name.starts_with(other))
+    };
+    let launcher = has("bulkhead-launcher") || has("bulkhead-launcher-helpers");
+    let mut wrong = Vec::new();
+    let mut expect = |there: bool, what: &str| {
+        if !there {
+            let found = filters.policies.join(", ");
+            wrong.push(format!("its seccomp filters lack {what}; they are {found}"));
+        }
+    };
+    match role {
+        Role::Vmm => {
+            let vmm = has("bulkhead-vmm") || has("bulkhead-vmm:setup");
+            expect(vmm, "the policy bulkhead-vmm");
+            if thread.starts_with("vp-") {
+                expect(has("bulkhead-vcpu"), "the policy bulkhead-vcpu");
+            }
+        }
+        Role::Launcher => expect(launcher, "the launcher's policy"),
+        Role::Device => {
+            expect(launcher, "the launcher's policy");
+            expect(
+                count(&of_device) >= 2,
+                "the device's policy, once of the launcher and once of its own",
+            );
+        }
+        Role::Helper => {
+            expect(has("bulkhead-launcher-helpers"), "the launcher's policy");
+            expect(has("passt"), "the policy passt");
+        }
+    }
+    // An external helper has brought its own.
+    if role != Role::Helper && has("?") {
+        wrong.push("has a seccomp filter that is none of this program's policies".to_owned());
+    }
+    wrong
+}
+
+/// Namespaces that two devices share, though each should have its own.
+pub fn siblings<'a>(devices: impl Iterator<Item = (&'a str, &'a Process)>) -> Vec<String> {
+    let mut seen: Vec<(&str, &str)> = Vec::new();
+    let mut shared = Vec::new();
+    for (name, process) in devices {
+        for namespace in &process.namespaces {
+            let own = DEVICE_NAMESPACES.contains(&namespace.kind.as_str());
+            // One of the host's is a deviation of that process already.
+            if !own || namespace.shared {
+                continue;
+            }
+            match seen.iter().find(|(id, _)| *id == namespace.id) {
+                Some((id, other)) => {
+                    shared.push(format!("devices {other} and {name} share namespace {id}"));
+                }
+                None => seen.push((&namespace.id, name)),
+            }
+        }
+    }
+    shared
 }
 
 /// A set as /proc shows it; what cannot be read counts as full.
@@ -98,6 +181,15 @@ impl Judgement {
         }
         if thread.seccomp_mode != FILTER {
             self.deviation(format!("{who}has no seccomp filter"));
+        }
+        if let Some(filters) = &thread.filters {
+            for line in unexpected(role, &thread.name, filters) {
+                self.deviation(format!("{who}{line}"));
+            }
+        } else if thread.seccomp_mode == FILTER {
+            self.note_once(
+                "its seccomp filters are counted, not read: the kernel shows them all to root alone, and not every kernel does",
+            );
         }
         // The launcher's, what it sets around a device, and the device's own.
         if matches!(role, Role::Device | Role::Helper)
@@ -334,6 +426,7 @@ pub fn strongest(process: &Process) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::mappings::Mappings;
     use crate::audit::process::{Capabilities, Root};
 
     fn fd(number: i32, kind: Kind) -> Fd {
@@ -370,7 +463,19 @@ mod tests {
                 no_new_privs: true,
                 seccomp_mode: 2,
                 seccomp_filters: Some(3),
+                filters: Some(Filters {
+                    policies: ["bulkhead-blk", "bulkhead-blk", "bulkhead-launcher"]
+                        .map(str::to_owned)
+                        .into(),
+                    syscalls: vec!["read".into()],
+                }),
             }],
+            mappings: Some(Mappings {
+                total: 2,
+                executable: 1,
+                ..Mappings::default()
+            }),
+            dumpable: Some(false),
             namespaces: namespaces.into(),
             root: Some(Root {
                 shared: false,
@@ -407,7 +512,7 @@ mod tests {
     #[test]
     fn every_single_deviation_is_found() {
         type Change = fn(&mut Process);
-        let changes: [(&str, Change); 19] = [
+        let changes: [(&str, Change); 25] = [
             ("effective", |p| {
                 p.threads[0].capabilities.effective = "1".into()
             }),
@@ -429,6 +534,32 @@ mod tests {
             ("no_new_privs", |p| p.threads[0].no_new_privs = false),
             ("seccomp", |p| p.threads[0].seccomp_mode = 0),
             ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
+            ("filter of nobody's", |p| {
+                p.threads[0]
+                    .filters
+                    .as_mut()
+                    .unwrap()
+                    .policies
+                    .push("?".into())
+            }),
+            ("device's filter once", |p| {
+                p.threads[0].filters.as_mut().unwrap().policies.remove(0);
+            }),
+            ("no filter of the launcher's", |p| {
+                p.threads[0].filters.as_mut().unwrap().policies.pop();
+            }),
+            ("writable code", |p| {
+                let mappings = p.mappings.as_mut().unwrap();
+                mappings.writable_and_executable.push("0-1 rwxp".into());
+            }),
+            ("dumpable", |p| p.dumpable = Some(true)),
+            ("core", |p| {
+                p.limits = Some(Limits {
+                    own_leaf: true,
+                    rlimits: vec![("CORE".into(), "unlimited".into())],
+                    ..Limits::default()
+                });
+            }),
             ("second thread", |p| {
                 let mut thread = p.threads[0].clone();
                 thread.seccomp_mode = 0;
@@ -460,6 +591,34 @@ mod tests {
     }
 
     #[test]
+    fn two_devices_in_one_namespace_are_found() {
+        let (one, mut other) = (device(), device());
+        for namespace in &mut other.namespaces {
+            namespace.id = format!("{}:[2]", namespace.kind);
+        }
+        assert_eq!(
+            siblings([("a", &one), ("b", &other)].into_iter()),
+            Vec::<String>::new()
+        );
+        other.namespaces[3].id = one.namespaces[3].id.clone();
+        let shared = siblings([("a", &one), ("b", &other)].into_iter());
+        assert_eq!(shared, ["devices a and b share namespace net:[1]"]);
+    }
+
+    #[test]
+    fn a_vcpu_thread_has_a_filter_of_its_own() {
+        let filters = |names: &[&str]| Filters {
+            policies: names.iter().map(|n| (*n).to_owned()).collect(),
+            syscalls: Vec::new(),
+        };
+        let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names)).len();
+        assert_eq!(of("vp-0", &["bulkhead-vcpu", "bulkhead-vmm:setup"]), 0);
+        assert_eq!(of("vp-0", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 1);
+        assert_eq!(of("bulkhead", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 0);
+        assert_eq!(of("bulkhead", &[]), 1);
+    }
+
+    #[test]
     fn a_host_without_user_namespaces_is_noted_and_allowed() {
         let mut process = device();
         process.namespaces[0].shared = true;
@@ -473,6 +632,10 @@ mod tests {
             let mut process = device();
             process.namespaces[3].shared = true;
             process.threads[0].capabilities.bounding = "1ffffffffff".into();
+            let filters = process.threads[0].filters.as_mut().unwrap();
+            filters.policies = ["?", "passt", "bulkhead-launcher-helpers"]
+                .map(str::to_owned)
+                .into();
             process.fds.extend((20..90).map(|n| fd(n, Kind::Socket)));
             process
                 .fds

@@ -13,7 +13,8 @@ use crate::launcher::{CONTROLLERS, LEAF_PREFIX, printable};
 /// Files of a cgroup that hold limits.
 const FILES: [&str; 4] = ["cpu.max", "memory.max", "pids.max", "io.max"];
 /// Resource limits that a device's start sets.
-const RLIMITS: [(&str, &str); 4] = [
+const RLIMITS: [(&str, &str); 5] = [
+    ("Max core file size", "CORE"),
     ("Max open files", "NOFILE"),
     ("Max processes", "NPROC"),
     ("Max data size", "DATA"),
@@ -104,6 +105,13 @@ impl Limits {
                 self.missing.join(", ")
             )
         })
+    }
+
+    /// It may leave a core file, with guest memory in it.
+    pub fn leaves_a_core(&self) -> bool {
+        self.rlimits
+            .iter()
+            .any(|(name, soft)| name == "CORE" && soft != "0")
     }
 
     /// Names and values in one line.

@@ -6,14 +6,17 @@
 //! held against the kernel's own parentage) or from a pid. Nothing that a process can choose
 //! itself (its name, names of its files) decides a grade, and all of it is escaped.
 //!
-//! `process` reads one process, `fds` its descriptors, `limits` what bounds it, `grade` judges, `table` prints.
+//! `process` reads one process, `fds` its descriptors, `mappings` its memory, `trace` its seccomp
+//! filters, `limits` what bounds it; `grade` judges, `table` prints.
 
 mod fds;
 mod grade;
 mod limits;
+mod mappings;
 mod policies;
 mod process;
 mod table;
+mod trace;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -23,6 +26,7 @@ use std::time::Duration;
 use bulkhead_proto::{
     BlockingClient, ClientError, MACHINE_SERVICE, machine, sys::peer_credentials,
 };
+use bulkhead_seccomp::landlock_empty;
 use serde::Serialize;
 
 use crate::launcher::{self, printable};
@@ -105,11 +109,32 @@ struct Report {
     process: Option<Process>,
 }
 
+/// Landlock, of which the kernel shows nothing for a process: what this kernel has, all of which
+/// every process but the launcher uses.
+#[derive(Debug, Serialize)]
+struct Landlock {
+    /// The newest ABI; 0: none.
+    abi: u32,
+    /// What that does not stop yet, in words.
+    missing: &'static str,
+}
+
+impl Landlock {
+    fn of_this_kernel() -> Self {
+        let status = landlock_empty::of_this_kernel();
+        Self {
+            abi: status.abi,
+            missing: status.missing(),
+        }
+    }
+}
+
 /// The whole audit.
 #[derive(Debug, Serialize)]
 struct Audit {
     verdict: Verdict,
     processes: Vec<Report>,
+    landlock: Landlock,
     /// Deviations of the VM as a whole.
     deviations: Vec<String>,
 }
@@ -144,6 +169,13 @@ pub fn run(args: &AuditArgs) -> i32 {
         .map(|p| p.verdict)
         .max()
         .unwrap_or(Verdict::Unknown);
+    let mut deviations = deviations;
+    deviations.extend(grade::siblings(
+        processes
+            .iter()
+            .filter(|report| report.role == Role::Device)
+            .filter_map(|report| Some((report.name.as_str(), report.process.as_ref()?))),
+    ));
     let verdict = if deviations.is_empty() {
         worst
     } else {
@@ -152,6 +184,7 @@ pub fn run(args: &AuditArgs) -> i32 {
     let audit = Audit {
         verdict,
         processes,
+        landlock: Landlock::of_this_kernel(),
         deviations,
     };
     let text = if args.json {

@@ -12,6 +12,8 @@ use serde::Serialize;
 
 use super::fds::{self, Fd};
 use super::limits::{self, Limits};
+use super::mappings::{self, Mappings};
+use super::trace::{self, Filters};
 use crate::launcher::printable;
 
 /// Most threads, root entries and descriptors that are read of one process.
@@ -121,6 +123,8 @@ pub struct Thread {
     pub seccomp_mode: u32,
     /// How many filters lie on each other; old kernels do not say.
     pub seccomp_filters: Option<u32>,
+    /// What they are, read from the kernel; `None` where it does not show them all to us.
+    pub filters: Option<Filters>,
 }
 
 /// One namespace of a process.
@@ -172,6 +176,11 @@ pub struct Process {
     pub cwd: Option<String>,
     /// Its open descriptors.
     pub fds: Vec<Fd>,
+    /// What it has mapped.
+    pub mappings: Option<Mappings>,
+    /// Others of its user may trace it, and it may leave a core: for a process of root's, which
+    /// the kernel shows no otherwise, nothing is known.
+    pub dumpable: Option<bool>,
     /// What bounds its use of the host.
     pub limits: Option<Limits>,
     /// What may not be read, one line each.
@@ -215,7 +224,17 @@ pub fn read(pid: i32) -> Result<Process, String> {
         Ok(fds) => process.fds = fds,
         Err(error) => denied.push(("its descriptors", error)),
     }
+    match mappings::read(pid) {
+        Ok(mappings) => process.mappings = Some(mappings),
+        Err(error) => denied.push(("its mappings", error)),
+    }
+    process.dumpable = dumpable(pid, &process.uid);
     process.limits = Some(limits::read(pid));
+    for thread in &mut process.threads {
+        // Some kernels show the oldest alone: part of them says nothing.
+        let all = thread.seccomp_filters.and_then(|n| usize::try_from(n).ok());
+        thread.filters = trace::read(thread.tid).filter(|f| Some(f.policies.len()) == all);
+    }
     if stat_field(pid, START_TIME).as_ref() != Some(&began) || status.text("State").starts_with('Z')
     {
         return Err(ended());
@@ -232,6 +251,14 @@ pub fn read(pid: i32) -> Result<Process, String> {
         ));
     }
     Ok(process)
+}
+
+/// What is dumpable belongs to its user in /proc, what is not to root (proc(5)).
+fn dumpable(pid: i32, uid: &[u32]) -> Option<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let effective = *uid.get(1)?;
+    let owner = fs::metadata(format!("/proc/{pid}/environ")).ok()?.uid();
+    (effective != 0).then_some(owner == effective)
 }
 
 fn threads(pid: i32) -> io::Result<Vec<Thread>> {
@@ -261,6 +288,7 @@ fn threads(pid: i32) -> io::Result<Vec<Thread>> {
             no_new_privs: status.text("NoNewPrivs") == "1",
             seccomp_mode: status.text("Seccomp").parse().unwrap_or(0),
             seccomp_filters: status.text("Seccomp_filters").parse().ok(),
+            filters: None,
         });
     }
     threads.sort_by_key(|thread| thread.tid);

@@ -57,6 +57,24 @@ pub fn render(audit: &Audit) -> String {
             })
             .collect();
         columns(&mut out, "  ", &rows);
+        if let Some(filters) = process.threads.first().and_then(|t| t.filters.as_ref()) {
+            let _ = writeln!(
+                out,
+                "  system calls, read from the kernel: {}: {}; by policy {}",
+                filters.syscalls.len(),
+                filters.syscalls.join(" "),
+                filters.policies.join(", ")
+            );
+        }
+        if let Some(mappings) = &process.mappings {
+            let _ = writeln!(
+                out,
+                "  mappings: {}, of which {} can be executed, {} of them written to",
+                mappings.total,
+                mappings.executable,
+                mappings.writable_and_executable.len()
+            );
+        }
         if let Some(limits) = &process.limits {
             let _ = writeln!(
                 out,
@@ -84,6 +102,11 @@ pub fn render(audit: &Audit) -> String {
     for line in &audit.deviations {
         let _ = writeln!(out, "deviation: {line}");
     }
+    let _ = match (audit.landlock.abi, audit.landlock.missing) {
+        (0, _) => writeln!(out, "note: Landlock: this kernel has none"),
+        (abi, "") => writeln!(out, "Landlock: ABI {abi}, all of it"),
+        (abi, missing) => writeln!(out, "note: Landlock: ABI {abi}, without {missing}"),
+    };
     let count = audit.processes.len();
     let _ = match audit.verdict {
         Verdict::Ok => writeln!(out, "verdict: ok, {count} processes are as they should be"),
