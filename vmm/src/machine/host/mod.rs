@@ -264,6 +264,8 @@ impl Host {
         if let Some(config) = first {
             self.create(config).map_err(|s| s.message)?;
             self.boot().map_err(|s| s.message)?;
+            // Sets the heartbeat going: an idle machine may never wake this thread otherwise.
+            self.on_device_timers(Instant::now());
         }
         let mut ready = [EpollEvent::default(); 32];
         while self.stop.is_none() {
