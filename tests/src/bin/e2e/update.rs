@@ -422,11 +422,12 @@ fn under_flow(datapath: &str) -> Verdict {
     let host = Namespace::new("updnet")?;
     host.tap("tap0", "10.5.0.1/24", "")?;
     let socket = scratch.path("api");
-    // A checksummed stream each way: a flow that stalls for good ends the test by its limit.
+    // One connection that carries data both ways until it is ended: an error would end it.
     let script = "ip link set lo up; ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
 echo READY; read -r line
-iperf3 -s -1 >/tmp/server 2>&1; echo SERVED $?
-iperf3 -c 10.5.0.1 -t 5 >/tmp/client 2>&1; echo SENT $?";
+iperf3 -c 10.5.0.1 --bidir -t 3600 >/tmp/client 2>&1 & client=$!
+echo BEGUN; read -r line
+kill -0 $client && echo ALIVE; tail -3 /tmp/client; kill $client";
     let mut vmm = host.debian(
         &scratch,
         script,
@@ -440,22 +441,44 @@ iperf3 -c 10.5.0.1 -t 5 >/tmp/client 2>&1; echo SENT $?";
         ],
     )?;
     vmm.wait_for("READY", LIMIT)?;
-    vmm.type_text("go\n")?;
     let server = host.spawn("iperf3 -s -1")?;
-    // The guest's server may take a moment to listen.
-    let client = host.spawn("bash -c 'until iperf3 -c 10.5.0.2 -t 5; do sleep 0.2; done'")?;
-    for round in 0..4 {
-        std::thread::sleep(Duration::from_millis(1500));
+    vmm.type_text("go\n")?;
+    vmm.wait_for("BEGUN", LIMIT)?;
+    let flows = |vmm: &Vmm, when: &str| -> Verdict {
+        let carried = || -> Result<(u64, u64), String> {
+            let of = |what: &str| {
+                host.sh(&format!("cat /sys/class/net/tap0/statistics/{what}_bytes"))
+                    .and_then(|n| n.trim().parse::<u64>().map_err(|e| e.to_string()))
+            };
+            Ok((of("rx")?, of("tx")?))
+        };
+        let (before, end) = (carried()?, Instant::now() + LIMIT);
+        loop {
+            let now = carried()?;
+            if now.0 > before.0 + MIB && now.1 > before.1 + MIB {
+                return Ok(());
+            }
+            check(Instant::now() < end, || {
+                vmm.story(&format!("nothing flows {when}: {before:?}, {now:?}"))
+            })?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    flows(&vmm, "at first")?;
+    let exits = binaries.fault("exit")?;
+    for round in 0..3 {
         let good = binaries.good("bulkhead-net", &format!("net{round}"))?;
         update(&socket, "net", &good).map_err(|e| vmm.story(&e))?;
         check(program(&socket, "net")? == good, || good.clone())?;
-        let exits = binaries.fault("exit")?;
+        flows(&vmm, "after an update")?;
         refused(&socket, "net", &exits, "goes on")?;
+        flows(&vmm, "after an update in vain")?;
     }
-    for word in ["SERVED 0", "SENT 0"] {
-        vmm.wait_for(word, LIMIT)?;
-    }
+    sh(&format!("kill -9 {}", pid_of(&socket, "net")?))?;
+    flows(&vmm, "after its process was killed")?;
+    vmm.type_text("stop\n")?;
+    vmm.wait_for("ALIVE", LIMIT)?;
     vmm.ends_with(0, LIMIT)?;
-    drop((server, client));
+    drop(server);
     nothing_left(Duration::from_secs(5))
 }
