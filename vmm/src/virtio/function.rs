@@ -232,7 +232,7 @@ impl VirtioPciFunction {
                 events: readable | EDGE,
             })
             .collect();
-        if self.options.successor {
+        if self.has_successors() {
             fds.push(PollFd {
                 fd: self.service.done(),
                 source: EventSource::Successor,
@@ -431,6 +431,11 @@ impl VirtioPciFunction {
         if changed {
             self.config_changed();
         }
+    }
+
+    /// Its own thread brings successors in.
+    pub(super) fn has_successors(&self) -> bool {
+        self.options.successor || self.options.net_control.is_some()
     }
 
     pub(super) fn in_use(&self) -> bool {

@@ -85,7 +85,7 @@ impl VirtioPciFunction {
     /// # Errors
     /// When another one is just being brought in.
     pub fn adopt(&self, socket: UnixStream) -> Result<(), ReconnectError> {
-        if self.service.submit(socket) {
+        if self.has_successors() && self.service.submit(socket) {
             Ok(())
         } else {
             Err(ReconnectError::Busy(self.options.id.clone()))
