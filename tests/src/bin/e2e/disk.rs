@@ -8,7 +8,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl};
 
 /// Nothing fails by slowness: emulated guests on a busy machine take their time.
-pub const LIMIT: Duration = Duration::from_secs(600);
+pub const LIMIT: Duration = Duration::from_secs(240);
 const MIB: u64 = 1 << 20;
 /// The cache modes of `--disk`.
 const MODES: [&str; 4] = ["none", "writeback", "writethrough", "unsafe"];

@@ -8,7 +8,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl};
 
 /// Nothing fails by slowness.
-pub const LIMIT: Duration = Duration::from_secs(600);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
