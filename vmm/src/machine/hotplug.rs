@@ -182,6 +182,7 @@ pub fn begin(
         move || {
             let mut addition = addition;
             let made = make(&mut addition, &port, &workshop).map(Box::new);
+            workshop.launcher.settle(addition.id(), made.is_ok());
             post.send(News::Made(operation, Box::new(addition), made));
         },
     )?;

@@ -118,6 +118,11 @@ impl Life {
         self.phase == Phase::Serving
     }
 
+    /// The launcher has told the end of the last process that was started.
+    pub fn has_exited(&self) -> bool {
+        self.exited
+    }
+
     /// A new process is on its way in and may be spoken to.
     pub fn starting(&self) -> bool {
         matches!(self.phase, Phase::Starting { .. })

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::{Namespace, debian_by, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left, patience};
 
 use super::disk::{LIMIT, sparse};
 
@@ -72,7 +72,7 @@ impl Shell {
         self.vmm.type_text(&format!(
             "{{ {command}; }} && echo STEP-'{step}'-DONE || echo STEP-'{step}'-BAD\n"
         ))?;
-        let end = Instant::now() + LIMIT;
+        let end = Instant::now() + patience(LIMIT);
         loop {
             let output = self.vmm.output();
             if output.contains(&format!("STEP-{step}-DONE")) {

@@ -2,7 +2,7 @@
 //! without the lock, so that the manager's own requests, which never wait, go on meanwhile. The
 //! manager finds the answer when it takes the events and passes it on.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -17,6 +17,10 @@ use crate::launcher::sys::ExitOutcome;
 
 /// Ends that are remembered for whoever asks how a process ended.
 const MAX_ENDS: usize = 64;
+/// Number of a device's first process.
+const FIRST: u64 = 1;
+/// How long a process that was given up has to end.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 /// Pause before the next look.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -32,6 +36,8 @@ struct End {
 #[derive(Default)]
 pub(super) struct Beside {
     waiters: BTreeMap<u64, Sender<Answer>>,
+    /// Devices whose first process was started from here, until they are settled.
+    started: BTreeSet<String>,
     ends: VecDeque<End>,
 }
 
@@ -148,12 +154,32 @@ impl Launcher {
             Ok((reply, ..)) if !reply.error.is_empty() => {
                 Err(LauncherError::Refused(printable(&reply.error)))
             }
-            Ok(answer) => Ok(answer),
+            Ok(answer) => {
+                let started = match request.op {
+                    Some(wire::request::Op::Spawn(op)) => Some(op.device_id),
+                    Some(wire::request::Op::SpawnHelper(op)) => Some(op.id),
+                    _ => None,
+                };
+                self.lock().inbox.beside.started.extend(started);
+                Ok(answer)
+            }
             Err(RecvTimeoutError::Timeout) => {
                 self.lock().inbox.beside.waiters.remove(&request.id);
                 Err(LauncherError::Deadline(what))
             }
             Err(RecvTimeoutError::Disconnected) => Err(LauncherError::Gone),
+        }
+    }
+
+    /// A device was made, or could not be: then its first process, if it had one, has ended when
+    /// this returns, so that its end is not taken for that of another of the same name.
+    pub fn settle(&self, device_id: &str, made: bool) {
+        let started = self.lock().inbox.beside.started.remove(device_id);
+        if started && !made {
+            let told = self.end_of_beside(device_id, FIRST, SETTLE_LIMIT);
+            if told.is_none() {
+                log::warn!("device {device_id}: the process that was given up has not ended");
+            }
         }
     }
 

@@ -67,6 +67,8 @@ enum Step {
         /// Its memory and descriptors go when all of it has ended.
         _device: Box<Device>,
         incarnation: u64,
+        /// The launcher has told its end: what comes later is another's of the same name.
+        exited: bool,
         /// Readable when the process has ended; `None`: it has.
         pidfd: Option<OwnedFd>,
         /// Hangs up when its I/O has ended; `None`: it has.
@@ -241,6 +243,8 @@ impl Host {
 
     /// News of threads that make devices, and of drains.
     pub(super) fn on_hotplug_news(&mut self) {
+        // An end that was told before is older than the news.
+        self.on_launcher();
         for news in self.hotplug.mail.take() {
             match news {
                 News::Made(operation, addition, made) => self.on_made(operation, &addition, made),
@@ -511,8 +515,10 @@ impl Host {
         self.hotplug.unused.retain(|(unused, _)| *unused != id);
         let why = "it was removed";
         let mut ending = (0, None, None);
+        let mut exited = true;
         if let Some(process) = &mut device.process {
             process.control.give_up(why);
+            exited = process.newcomer.is_none() && process.life.has_exited();
             ending = match process.newcomer.take() {
                 // Should it not be started yet, its start comes before its end.
                 Some(newcomer) => {
@@ -527,6 +533,7 @@ impl Host {
         }
         if let Special::Foreign(switch) = &mut device.special {
             let (incarnation, pidfd, path) = switch.dismiss();
+            exited = pidfd.is_none();
             ending = (incarnation, pidfd, None);
             if let Some(path) = path
                 && let Err(e) = self.launcher.begin_forget_path(&path)
@@ -558,6 +565,7 @@ impl Host {
             leaving.step = Step::Ending {
                 _device: Box::new(device),
                 incarnation,
+                exited,
                 pidfd,
                 fence,
                 until: Instant::now() + END_LIMIT,
@@ -626,6 +634,7 @@ impl Host {
                 && matches!(
                     l.step,
                     Step::Ending {
+                        exited: true,
                         pidfd: None,
                         fence: None,
                         ..
@@ -660,11 +669,23 @@ impl Host {
             adding.exits.push(exit);
             return true;
         }
-        let leaving = self.hotplug.leaving.iter();
-        leaving.into_iter().any(|l| {
-            l.id == id
-                && matches!(l.step, Step::Ending { incarnation: of, .. } if of == incarnation)
-        })
+        let mut leaving = self.hotplug.leaving.iter_mut();
+        let ended = leaving.find_map(|leaver| match &mut leaver.step {
+            Step::Ending {
+                incarnation: of,
+                exited,
+                ..
+            } if leaver.id == id && *of == incarnation => {
+                *exited = true;
+                Some(leaver.operation)
+            }
+            _ => None,
+        });
+        if let Some(operation) = ended {
+            self.look_whether_gone(operation);
+            self.next_in_turn();
+        }
+        ended.is_some()
     }
 
     /// Begins what waited for its turn.
