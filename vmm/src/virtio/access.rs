@@ -66,7 +66,10 @@ impl VirtioPciFunction {
     fn guest_writes(&self, offset: u64, data: &[u8]) {
         if self.write_bar(By::Vcpu, offset, data).is_err() && data.len() <= WIDEST {
             let mut bytes = [0; WIDEST];
-            bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+            bytes
+                .iter_mut()
+                .zip(data)
+                .for_each(|(to, from)| *to = *from);
             self.service.make(Access::Write(offset, data.len(), bytes));
         }
     }
