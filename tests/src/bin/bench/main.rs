@@ -1,8 +1,8 @@
 //! The benchmarks: measures Bulkhead beside its peers and prints tables (Markdown). It
 //! never fails because something is slow, only because something does not work.
-//! `tests/bench/run` starts it: `boot`, `pss` and `guestnet` where KVM runs guests, the others here.
+//! `tests/bench/run` starts it: `boot`, `pss`, `hotplug` and `guestnet` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, stall, blk, net, guestnet)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, stall, blk, net, guestnet, hotplug)
 
 use std::process::ExitCode;
 
@@ -11,6 +11,7 @@ mod blk_backend;
 mod boot;
 mod guest;
 mod guestnet;
+mod hotplug;
 mod kvm;
 mod net;
 mod process;
@@ -72,7 +73,9 @@ fn parse() -> Result<(Vec<String>, Options), String> {
         }
     }
     if subjects.is_empty() {
-        return Err("no subject: give boot, pss, spawn, stall, blk, net or guestnet".into());
+        return Err(
+            "no subject: give boot, pss, spawn, stall, blk, net, guestnet or hotplug".into(),
+        );
     }
     Ok((subjects, options))
 }
@@ -118,7 +121,11 @@ fn main() -> ExitCode {
             "blk" => blk::measure(&options),
             "net" => net::measure(&options),
             "guestnet" => guestnet::measure(&options),
-            _ => Err("no such subject: give boot, pss, spawn, stall, blk, net or guestnet".into()),
+            "hotplug" => hotplug::measure(runs.unwrap_or(20)),
+            _ => Err(
+                "no such subject: give boot, pss, spawn, stall, blk, net, guestnet or hotplug"
+                    .into(),
+            ),
         };
         match report {
             Ok(text) => println!("{text}"),
