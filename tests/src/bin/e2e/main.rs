@@ -22,6 +22,7 @@ mod hostile_guest;
 mod hotplug;
 mod net;
 mod net_bad;
+mod net_handed;
 mod net_modes;
 mod recovery;
 mod resources;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
         tests.extend(net_bad::tests());
+        tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());
         tests.extend(api::tests());
         tests.extend(audit::tests());
