@@ -446,9 +446,12 @@ kill -0 $client && echo ALIVE; tail -3 /tmp/client; kill $client";
     vmm.wait_for("BEGUN", LIMIT)?;
     let flows = |vmm: &Vmm, when: &str| -> Verdict {
         let carried = || -> Result<(u64, u64), String> {
-            let of = |what: &str| {
-                host.sh(&format!("cat /sys/class/net/tap0/statistics/{what}_bytes"))
-                    .and_then(|n| n.trim().parse::<u64>().map_err(|e| e.to_string()))
+            let text = host.sh("ip -j -s link show tap0")?;
+            let link: serde_json::Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+            let of = |way: &str| {
+                link[0]["stats64"][way]["bytes"]
+                    .as_u64()
+                    .ok_or(text.clone())
             };
             Ok((of("rx")?, of("tx")?))
         };
