@@ -61,10 +61,13 @@ pub(super) fn slots(ports: &[u8]) -> Vec<u8> {
         let port = port_name(*device);
         aml.extend(bytes_of(&Device::new(name(&port), vec![&address, &slot])));
         let slot = name(&format!("\\_SB_.PCI0.{port}.SLOT"));
-        for (local, value) in [(0, DEVICE_CHECK), (1, EJECT_REQUEST)] {
+        // The port is to be looked at, not its slot: Linux looks at a slot for what is new only,
+        // and at a port for what is gone, too.
+        let port = name(&format!("\\_SB_.PCI0.{port}"));
+        for (local, object, value) in [(0, &port, DEVICE_CHECK), (1, &slot, EJECT_REQUEST)] {
             notify.extend(bytes_of(&If::new(
                 &And::new(&ZERO, &Local(local), &bit),
-                vec![&Notify::new(&slot, &value)],
+                vec![&Notify::new(object, &value)],
             )));
         }
     }
