@@ -103,7 +103,7 @@ fn in_a_guest() -> Verdict {
     let socket = scratch.path("api");
     let data = format!("path={disk},id=data");
     let network = Namespace::new("hotplug")?;
-    network.tap("hot0", "10.1.0.1/24", "")?;
+    network.tap("hot0", "10.1.0.1/24", "user root")?;
     let enter = network.enter();
     let by: Vec<&str> = enter.iter().map(String::as_str).collect();
     let script = "echo GUEST-IS-'READY'
@@ -174,7 +174,7 @@ while read -r line; do eval \"$line\"; done";
     check(loser.is_none(), || format!("the loser is there: {loser:?}"))?;
     guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done")?;
     // The guest ejects by itself, too.
-    guest.run("s=$(grep -l 1 /sys/bus/pci/slots/*/adapter 2>/dev/null | wc -l); for s in /sys/bus/pci/slots/*; do case $(cat $s/address) in 0000:$(basename $(dirname $(dirname $(dirname $(readlink -f /sys/block/vdc/device)))) | cut -d: -f2):*) echo 0 >$s/power;; esac; done; until [ ! -b /dev/vdc ]; do sleep 0.1; done")?;
+    guest.run("a=$(basename $(dirname $(readlink -f /sys/block/vdc/device))); for s in /sys/bus/pci/slots/*; do if [ $(cat $s/address) = ${a%.*} ]; then echo 0 >$s/power; fi; done; until [ ! -b /dev/vdc ]; do sleep 0.1; done")?;
     let end = Instant::now() + LIMIT;
     while device(&socket, winner)?.is_some() {
         check(Instant::now() < end, || "an ejected device stays".into())?;
@@ -202,7 +202,7 @@ while read -r line; do eval \"$line\"; done";
             .is_err_and(|line| line.contains("more than the 4")),
         || format!("{beyond:?}"),
     )?;
-    guest.run("! dmesg | grep -E 'BUG|Oops|WARNING:|Call Trace'")?;
+    guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
     guest.vmm.type_text("poweroff -f\n")?;
     guest.vmm.ends_with(0, LIMIT)
 }
