@@ -203,7 +203,7 @@ while read -r line; do eval \"$line\"; done";
         || format!("{beyond:?}"),
     )?;
     guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
-    guest.vmm.type_text("poweroff -f\n")?;
+    guest.vmm.type_text("exit\n")?;
     guest.vmm.ends_with(0, LIMIT)
 }
 
