@@ -145,7 +145,8 @@ fn check_tap(
     }
     match (tap.name.is_empty(), tap.fds.as_slice()) {
         (true, []) => Err(format!("{name}.tap: give a name or fds")),
-        (false, []) => check_interface_name(&format!("{name}.tap.name"), &tap.name),
+        (false, []) => check_interface_name(&tap.name)
+            .map_err(|e| format!("{name}.tap.name is {:?}: {e}", tap.name)),
         (false, _) => Err(format!("{name}.tap has a name and fds: give one of them")),
         (true, fds) => {
             if let Some(fd) = fds.iter().find(|fd| **fd < 3) {
@@ -172,7 +173,10 @@ fn check_tap(
 
 /// A name that an interface can have: the kernel takes no other, and makes one of its own
 /// from a '%'.
-fn check_interface_name(field: &str, name: &str) -> Result<(), String> {
+///
+/// # Errors
+/// What to give instead.
+pub(crate) fn check_interface_name(name: &str) -> Result<(), String> {
     let fits = name.len() <= MAX_INTERFACE_NAME
         && name != "."
         && name != ".."
@@ -183,7 +187,7 @@ fn check_interface_name(field: &str, name: &str) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "{field} is {name:?}: give the name of an interface, 1 to {MAX_INTERFACE_NAME} characters without blanks, '/', ':' and '%'"
+        "give the name of an interface, 1 to {MAX_INTERFACE_NAME} characters without blanks, '/', ':' and '%'"
     ))
 }
 

@@ -26,6 +26,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use config_net::check_interface_name;
 pub use events::EventLog;
 pub use reply::{ApiResponse, ReplyHandle};
 pub use request::ApiRequest;

@@ -13,6 +13,7 @@ use bulkhead_proto::machine::{
 
 use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch};
 use super::resource_args;
+use crate::api::check_interface_name;
 use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
@@ -61,6 +62,7 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
         }
         match key {
             "tap" => {
+                check_interface_name(value).map_err(|e| format!("{option}: tap={value}: {e}"))?;
                 let mut tap = TapBackend::new();
                 tap.name = value.to_owned();
                 set_backend(&option, &mut net, net_config::Backend::Tap(tap))?;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
-use super::device::{self, Device, Site};
+use super::device::{self, Device, END_LIMIT, Site};
 use super::device_table::DeviceTable;
 use super::disk;
 use super::net;
@@ -221,6 +221,11 @@ impl Drop for Undo<'_> {
             // The launcher ends what is left when the VMM ends, at the latest.
             if let Err(e) = device.forget(self.launcher) {
                 log::warn!("device {}: {e}", device.id);
+                continue;
+            }
+            if let Some(process) = &device.process {
+                let incarnation = process.incarnation;
+                self.launcher.take_end(&device.id, incarnation, END_LIMIT);
             }
         }
     }

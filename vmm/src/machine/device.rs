@@ -43,6 +43,8 @@ pub const DEVICE_PROTOCOL: u32 = 1;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for the end of one that hung up, to say how it ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long a killed process may take to end.
+pub const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long one vhost-user message may take.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// fd of a device process's first own descriptor.
@@ -396,8 +398,9 @@ pub fn place(
 
 /// Ends a process that cannot be used after all, and says why.
 pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
-    if let Err(e) = launcher.kill_and_forget(id, incarnation) {
-        log::warn!("device {id}: {e}");
+    match launcher.kill_and_forget(id, incarnation) {
+        Ok(()) => launcher.take_end(id, incarnation, END_LIMIT),
+        Err(e) => log::warn!("device {id}: {e}"),
     }
     format!("device {id}: {why}")
 }

@@ -345,4 +345,14 @@ fn collect(ends: &mut BTreeMap<usize, End>, attempts: &[Attempt], events: &[Valu
         };
         ends.entry(attempt.number).or_insert(end);
     }
+    // Whoever floods the VMM is ended by it, before its last word is out at times.
+    for event in events.iter().filter(|e| e["kind"] == "device.crashed") {
+        let flooder = attempts
+            .iter()
+            .find(|a| a.call == "sendmsg" && event["subject"] == format!("a{}", a.number));
+        if let Some(attempt) = flooder {
+            let why = format!("the VMM ended it: {}", event["detail"]);
+            ends.entry(attempt.number).or_insert(End::Borne(why));
+        }
+    }
 }

@@ -145,7 +145,8 @@ fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
 /// The program that a device's process executes.
 fn program(socket: &str, device: &str) -> Result<String, String> {
     let exe = format!("/proc/{}/exe", pid_of(socket, device)?);
-    let path = std::fs::read_link(&exe).map_err(|e| format!("{exe}: {e}"))?;
+    let path = std::fs::read_link(&exe)
+        .map_err(|e| format!("{exe}: {e}: {}", ctl_events(socket).unwrap_or_default()))?;
     Ok(path.to_string_lossy().into_owned())
 }
 
@@ -288,7 +289,7 @@ fn false_ones() -> Verdict {
     check(told == 5, || events.clone())?;
     check(!events.contains("crashed"), || events)?;
     // And a good one after all of these, which outlives its predecessor's numbers.
-    let good = binaries.good("bulkhead-blk", "good")?;
+    let good = binaries.good("bulkhead-blk", "bulkhead-good")?;
     update(&socket, "d", &good)?;
     check(program(&socket, "d")? == good, || "not the good one".into())?;
     processes(1)
@@ -387,7 +388,7 @@ echo OVER";
         match bad.get(usize::try_from(round / 2).unwrap_or(0)) {
             Some(bad) if round % 2 == 1 => refused(&socket, "data", bad, "goes on")?,
             _ => {
-                let good = binaries.good("bulkhead-blk", &format!("blk{round}"))?;
+                let good = binaries.good("bulkhead-blk", &format!("bulkhead-blk{round}"))?;
                 let done = update(&socket, "data", &good).map_err(|e| vmm.story(&e))?;
                 check(done["stall_us"].as_u64().is_some_and(|us| us > 0), || {
                     done.to_string()
@@ -470,7 +471,7 @@ kill -0 $client && echo ALIVE; tail -3 /tmp/client; kill $client";
     flows(&vmm, "at first")?;
     let exits = binaries.fault("exit")?;
     for round in 0..3 {
-        let good = binaries.good("bulkhead-net", &format!("net{round}"))?;
+        let good = binaries.good("bulkhead-net", &format!("bulkhead-net{round}"))?;
         update(&socket, "net", &good).map_err(|e| vmm.story(&e))?;
         check(program(&socket, "net")? == good, || good.clone())?;
         flows(&vmm, "after an update")?;

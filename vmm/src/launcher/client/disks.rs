@@ -186,6 +186,22 @@ impl Launcher {
         outcome
     }
 
+    /// Waits, at most `limit`, for the end of a process that was killed, and takes what is told
+    /// of it: a later process of the same id and incarnation must not be taken for it.
+    pub fn take_end(&self, device_id: &str, incarnation: u64, limit: Duration) {
+        if self.is_beside() {
+            // Whoever attends takes the event.
+            return;
+        }
+        if self.end_of(device_id, incarnation, limit).is_none() {
+            log::warn!("device {device_id}: its process has not ended");
+        }
+        self.lock().inbox.events.retain(|event| {
+            !matches!(event, LauncherEvent::Exited { device_id: id, incarnation: of, .. }
+                if id == device_id && *of == incarnation)
+        });
+    }
+
     /// The same, and closes what the launcher keeps of the device: its descriptors, and with
     /// them locks.
     pub fn begin_forget(&self, device_id: &str, incarnation: u64) -> Result<(), LauncherError> {
