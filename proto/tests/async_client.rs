@@ -352,6 +352,24 @@ fn the_peers_end_is_noticed_and_who_waits_is_named() {
     assert!(bed.client.give_up().is_empty());
 }
 
+#[test]
+fn half_a_socket_that_is_closed_is_as_good_as_a_hang_up() {
+    // It reads on, but will never answer.
+    let mut bed = bed();
+    bed.ask(4).unwrap();
+    bed.peer.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(matches!(bed.readable(), Err(ClientError::Closed)));
+    assert_eq!(bed.client.give_up(), [4]);
+    // It answers what it was asked, but will never hear of anything again.
+    let mut bed = bed_with(AsyncLimits::default());
+    bed.ask(4).unwrap();
+    bed.peer.shutdown(std::net::Shutdown::Read).unwrap();
+    bed.send(&response(1, Ok(&[])));
+    bed.readable().unwrap();
+    assert_eq!(bed.tokens(), [4]);
+    assert!(bed.ask(5).is_err() && bed.client.is_broken());
+}
+
 /// Fills the socket, so that nothing more can be sent.
 fn fill(bed: &mut Bed) {
     while !bed.client.wants_write() {

@@ -20,6 +20,7 @@ use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
 
 const CONTROL: RawFd = 3;
+const VHOST: RawFd = 4;
 /// How long it behaves.
 const PATIENCE: Duration = Duration::from_millis(300);
 
@@ -32,6 +33,9 @@ fn main() -> ExitCode {
         // Before anybody has asked for anything.
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
         Some("early-end") => return ExitCode::from(7),
+        // It reads on and will never answer.
+        Some("early-half-control") => half_close(CONTROL),
+        Some("early-half-vhost") => half_close(VHOST),
         Some("early-silence") => loop {
             std::thread::park_timeout(Duration::from_secs(60));
         },
@@ -136,6 +140,11 @@ fn attack(name: &str) {
     loop {
         std::thread::park_timeout(Duration::from_secs(60));
     }
+}
+
+fn half_close(fd: RawFd) {
+    // SAFETY: the call takes two integers; the socket stays open, with its writing half closed.
+    unsafe { libc::shutdown(fd, libc::SHUT_WR) };
 }
 
 /// Sends on every socket but the channels: one of them is for requests of back-ends.

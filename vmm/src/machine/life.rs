@@ -35,6 +35,8 @@ const TAKEOVER_LIMIT: Duration = Duration::from_secs(15);
 pub enum Action {
     /// Take the function from the process: a successor will come.
     Suspend(String),
+    /// Listen no more to the process that was to take the rings over: it will not.
+    HangUp(String),
     /// Tell the driver that the device needs a reset; nobody serves it.
     Fail(String),
     /// End the process that serves, or that is being started.
@@ -312,6 +314,7 @@ impl Life {
         actions: &mut Vec<Action>,
     ) {
         let served = self.phase == Phase::Serving;
+        let took_over = matches!(self.phase, Phase::TakingOver { .. });
         let known = reason.is_some();
         let since = self.outage.as_ref().map_or(now, |outage| outage.since);
         self.outage = Some(Outage {
@@ -319,11 +322,15 @@ impl Life {
             reason: None,
             told: false,
         });
+        let why = || {
+            let told = reason.as_ref().map(ToString::to_string);
+            told.unwrap_or_else(|| "its process hung up".to_owned())
+        };
         if served {
-            let why = reason
-                .as_ref()
-                .map_or_else(|| "its process hung up".to_owned(), ToString::to_string);
-            actions.push(Action::Suspend(why));
+            actions.push(Action::Suspend(why()));
+        } else if took_over {
+            // Its channel is the device's already.
+            actions.push(Action::HangUp(why()));
         }
         self.learn(reason, actions);
         if known {

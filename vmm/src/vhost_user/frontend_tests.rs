@@ -328,6 +328,28 @@ fn a_hang_up_is_noticed_at_once() {
 }
 
 #[test]
+fn half_a_socket_that_is_closed_is_as_good_as_a_hang_up() {
+    // It reads on, but will never answer.
+    let error = fails(|socket| {
+        socket.shutdown(Shutdown::Write).unwrap();
+        linger(socket);
+    });
+    assert!(matches!(error, VhostUserError::Closed), "{error}");
+    // It answers, but will never hear of anything again.
+    let (mut frontend, thread) = hostile(|socket| {
+        socket.shutdown(Shutdown::Read).unwrap();
+        socket
+            .write_all(&reply(GET_VRING_BASE, &[3, 0, 0, 0, 9, 0, 0, 0]))
+            .unwrap();
+    });
+    assert_eq!(frontend.get_vring_base(3, soon()).unwrap(), 9);
+    let error = frontend.get_vring_base(3, soon()).unwrap_err();
+    assert!(error.is_fatal(), "{error}");
+    drop(frontend);
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_silent_back_end_cannot_be_connected() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let error = Frontend::connect(ours, HASTY).err().unwrap();

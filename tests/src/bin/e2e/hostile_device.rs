@@ -22,7 +22,9 @@ const ATTACKS: [(&str, &str); 6] = [
     ("be-fds", "protocol"),
 ];
 /// Attacks before the first answer, and what `create` says of them.
-const EARLY: [(&str, &str); 3] = [
+const EARLY: [(&str, &str); 5] = [
+    ("early-half-control", "closed"),
+    ("early-half-vhost", "closed"),
     ("early-oversize", "evil"),
     ("early-end", "exit status 7"),
     ("early-silence", "within 5"),

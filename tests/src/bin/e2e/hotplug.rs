@@ -58,14 +58,14 @@ pub fn native() -> Vec<Test> {
 }
 
 /// A guest that carries out what is typed.
-struct Shell {
-    vmm: Vmm,
-    steps: u32,
+pub struct Shell {
+    pub vmm: Vmm,
+    pub steps: u32,
 }
 
 impl Shell {
     /// Runs a command in the guest, which must succeed.
-    fn run(&mut self, command: &str) -> Verdict {
+    pub fn run(&mut self, command: &str) -> Verdict {
         self.steps += 1;
         let step = self.steps;
         // What is typed is echoed: the mark must not be in it.
@@ -86,7 +86,8 @@ impl Shell {
     }
 }
 
-fn device(socket: &str, id: &str) -> Result<Option<serde_json::Value>, String> {
+/// What the API says of a device, if it is there.
+pub fn device(socket: &str, id: &str) -> Result<Option<serde_json::Value>, String> {
     let devices = ctl(socket, &["devices"])?;
     let devices = devices
         .as_array()

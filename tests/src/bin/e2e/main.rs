@@ -20,6 +20,7 @@ mod disk_formats;
 mod hostile_device;
 mod hostile_guest;
 mod hotplug;
+mod hotplug_beside;
 mod net;
 mod net_bad;
 mod net_handed;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         tests.extend(hostile_device::tests());
         tests.extend(hostile_guest::tests());
         tests.extend(hotplug::tests());
+        tests.extend(hotplug_beside::tests());
         tests.extend(bad_input::tests());
     }
     runner::run(&tests, filter.as_deref(), long)

@@ -39,7 +39,7 @@ pub fn tests() -> Vec<Test> {
             || killed_under_fio(8, "qcow2"),
         ),
         test(
-            "a process that dies too often is quarantined, another disk works on, and it can be brought back",
+            "a process that dies too often is quarantined, another disk works on, and the operator or the guest's reset brings it back",
             quarantined,
         ),
         test(
@@ -190,10 +190,14 @@ fn quarantined() -> Verdict {
     let script = format!(
         "{} && {} && echo READY; read -r line
 {} && echo GOOD; read -r line
-{} && echo BACK",
+{} && echo BACK; read -r line
+device=$(basename $(readlink -f /sys/block/vdb/device)); cd /sys/bus/virtio/drivers/virtio_blk
+echo $device >unbind; echo $device >bind; cd /; while ! [ -b /dev/vdb ]; do sleep 0.1; done
+{} && echo RESET-BACK",
         read("vdb"),
         read("vdc"),
         read("vdc"),
+        read("vdb"),
         read("vdb")
     );
     let mut vmm = debian(
@@ -223,6 +227,27 @@ fn quarantined() -> Verdict {
     }
     vmm.type_text("go\n")?;
     vmm.wait_for("BACK", LIMIT)?;
+    // Once more, and this time the guest's driver resets it.
+    for incarnation in 4_u64.. {
+        check(incarnation < 12, || "it is never quarantined again".into())?;
+        kill(&socket, "bad")?;
+        std::thread::sleep(Duration::from_millis(300));
+        let end = Instant::now() + LIMIT;
+        let now = loop {
+            let now = field(&socket, "bad", "state")?;
+            if now == "running" || now == "quarantined" {
+                break now;
+            }
+            check(Instant::now() < end, || format!("it stays {now}"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        if now == "quarantined" {
+            break;
+        }
+    }
+    vmm.type_text("go\n")?;
+    vmm.wait_for("RESET-BACK", LIMIT)?;
+    state(&socket, "bad", "running")?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))
 }

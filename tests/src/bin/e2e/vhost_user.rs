@@ -26,7 +26,9 @@ fn start(command: &mut Command, socket: &str) -> Result<Vmm, String> {
     let _ = std::fs::remove_file(socket);
     let running = Vmm::spawn(std::mem::replace(command, Command::new("true")))?;
     let end = Instant::now() + patience(LIMIT);
-    while !std::path::Path::new(socket).exists() {
+    // virtiofsd takes its socket away once somebody is connected, who may be quick.
+    let listens = || std::path::Path::new(socket).exists();
+    while !listens() && !running.errors().contains("Client connected") {
         check(Instant::now() < end, || running.story("it does not listen"))?;
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -99,6 +99,16 @@ impl Host {
                 }
                 self.unwatch_link(index);
             }
+            Action::HangUp(why) => {
+                let Some(process) = self.process(index) else {
+                    return;
+                };
+                let why = format!("{why}; its process is being replaced: retry");
+                process.control.give_up(&why);
+                process.interest = EventSet::empty();
+                let fd = process.control.as_fd().as_raw_fd();
+                self.forget_fd(fd);
+            }
             Action::Fail(why) => {
                 let Some(device) = self.device(index) else {
                     return;

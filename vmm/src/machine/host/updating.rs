@@ -24,7 +24,7 @@ impl Host {
         self.process(index)?.trial.as_mut()
     }
 
-    fn forget_fd(&self, fd: RawFd) {
+    pub(super) fn forget_fd(&self, fd: RawFd) {
         // What has left already does not matter.
         let gone = EpollEvent::default();
         let _ = self.epoll.ctl(ControlOperation::Delete, fd, gone);
