@@ -34,8 +34,8 @@ fn main() -> ExitCode {
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
         Some("early-end") => return ExitCode::from(7),
         // It reads on and will never answer.
-        Some("early-half-control") => half_close(CONTROL),
-        Some("early-half-vhost") => half_close(VHOST),
+        Some("early-half-ctl") => half_close(CONTROL),
+        Some("early-half-vu") => half_close(VHOST),
         Some("early-silence") => loop {
             std::thread::park_timeout(Duration::from_secs(60));
         },

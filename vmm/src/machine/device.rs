@@ -106,8 +106,6 @@ pub struct Process {
     pub fence: Option<OwnedFd>,
     /// Of each queue, whether it makes progress.
     pub detectors: Vec<HangDetector>,
-    /// The driver has used the device since it was quarantined, so that its reset can be seen.
-    pub used_since_quarantine: bool,
     /// Counts the processes that have served the device.
     pub incarnation: u64,
     /// Host pid.
@@ -357,7 +355,6 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         changes: Changes::default(),
         fence: spawned.fence,
         detectors: Vec::new(),
-        used_since_quarantine: false,
         incarnation,
         pid: spawned.pid,
         pidfd: spawned.pidfd,

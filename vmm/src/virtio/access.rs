@@ -201,6 +201,12 @@ impl VirtioPciFunction {
         }
         device.backend.forget();
         device.common.reset();
+        if shown != 0 && self.options.fenced && self.link.await_again() {
+            // What the driver sets up from here on is kept, should there be another process.
+            self.signals
+                .reset_after_failure
+                .store(true, Ordering::Release);
+        }
         if shown != 0 && self.signals.unquiet.load(Ordering::Acquire) {
             device.resetting = Some(shown);
         }

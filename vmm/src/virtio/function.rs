@@ -92,6 +92,8 @@ pub(super) struct Signals {
     pub(super) broken: AtomicBool,
     /// What the last process had in flight may still write to guest memory.
     pub(super) unquiet: AtomicBool,
+    /// The driver has reset the function after its process was given up.
+    pub(super) reset_after_failure: AtomicBool,
     /// What the API wants of a network device's link.
     pub(super) link_down: AtomicBool,
     /// Copies for `status()`.
@@ -324,6 +326,14 @@ impl VirtioPciFunction {
     /// for this is complete. For functions whose options say `fenced`.
     pub fn quiesced(&self) {
         self.signals.unquiet.store(false, Ordering::Release);
+    }
+
+    /// Whether the driver has reset the function after its process was given up: it sets it up
+    /// again, and a successor may find everything. Once for each time. Never blocks.
+    pub fn take_reset(&self) -> bool {
+        self.signals
+            .reset_after_failure
+            .swap(false, Ordering::AcqRel)
     }
 
     /// A process that serves is about to be lost.

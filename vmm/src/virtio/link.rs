@@ -188,6 +188,19 @@ impl Link {
         true
     }
 
+    /// The back-end was given up, and the driver begins anew: a successor may come. False when
+    /// it was not given up.
+    pub fn await_again(&self) -> bool {
+        let mut state = self.lock();
+        let Presence::Failed(reason) = &state.presence else {
+            return false;
+        };
+        state.presence = Presence::Awaiting(reason.clone());
+        state.untold = false;
+        self.mirror.store(AWAITING, Ordering::Release);
+        true
+    }
+
     /// A successor is being brought in; `None` while another one is.
     pub fn begin(&self, ends: &Ends) -> Option<Ticket> {
         let mut state = self.lock();

@@ -23,8 +23,8 @@ const ATTACKS: [(&str, &str); 6] = [
 ];
 /// Attacks before the first answer, and what `create` says of them.
 const EARLY: [(&str, &str); 5] = [
-    ("early-half-control", "closed"),
-    ("early-half-vhost", "closed"),
+    ("early-half-ctl", "closed"),
+    ("early-half-vu", "closed"),
     ("early-oversize", "evil"),
     ("early-end", "exit status 7"),
     ("early-silence", "within 5"),

@@ -73,7 +73,7 @@ fn beside() -> Verdict {
     let scratch = Scratch::new("beside")?;
     let network = Namespace::new("beside")?;
     network.tap("tap0", "10.6.0.1/24", "")?;
-    network.tap("hot0", "10.7.0.1/24", "")?;
+    network.tap("hot0", "10.7.0.1/24", "user root")?;
     let server = network.spawn("iperf3 -s -1")?;
     let disk = |name: &str| -> Result<String, String> {
         Ok(format!(
@@ -183,7 +183,7 @@ fn stressed() -> Verdict {
         "1",
     ];
     let mut guest = guest(&[], &scratch, &[], &args)?;
-    guest.run("stress-ng --quiet --cpu 2 --switch 2 --vm 1 --vm-bytes 32M --timeout 3600 & sleep 1; kill -0 $!")?;
+    guest.run("cd /tmp; stress-ng --quiet --cpu 2 --switch 2 --vm 1 --vm-bytes 32M --timeout 3600 & sleep 1; kill -0 $!")?;
     for (count, online) in [("3", 3), ("1", 1), ("2", 2)] {
         ctl(&socket, &["resize-cpus", count, "--timeout", "300"])?;
         guest.run(&format!(

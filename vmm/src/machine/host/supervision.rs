@@ -501,17 +501,10 @@ impl Host {
             let Some(device) = self.device(index) else {
                 continue;
             };
-            let status = device.function.status().device_status;
-            let Some(process) = &mut device.process else {
-                continue;
-            };
-            if process.life.state() != Some("quarantined") {
-                process.used_since_quarantine = false;
-                continue;
-            }
-            if status != 0 {
-                process.used_since_quarantine = true;
-            } else if std::mem::take(&mut process.used_since_quarantine) {
+            // One of an earlier time is of no interest.
+            let reset = device.function.take_reset();
+            let life = device.process.as_ref().map(|process| &process.life);
+            if reset && life.is_some_and(|life| life.state() == Some("quarantined")) {
                 self.revive(index);
             }
         }

@@ -53,6 +53,27 @@ fn a_reset_waits_for_the_io_of_a_lost_process_where_it_can_outlive_it() {
 }
 
 #[test]
+fn a_driver_may_begin_anew_with_a_device_that_was_given_up() {
+    let fenced = VirtioPciOptions {
+        fenced: true,
+        ..patient()
+    };
+    let mut guest = guest_with(fenced);
+    guest.bring_up();
+    guest.backend.die();
+    lost(&guest);
+    guest.function.fail(FailReason::Stopped("too often".into()));
+    guest.function.quiesced();
+    assert!(!guest.function.take_reset());
+    // What it sets up is kept for a process that may come.
+    guest.bring_up();
+    assert_eq!(guest.device_status(), 15);
+    assert!(guest.function.take_reset() && !guest.function.take_reset());
+    succeed(&mut guest, |_| {}).unwrap();
+    works(&guest);
+}
+
+#[test]
 fn the_manager_never_waits_for_a_vcpu_that_waits_for_the_process() {
     let guest = patient_guest();
     guest.bring_up();
