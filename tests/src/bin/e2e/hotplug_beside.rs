@@ -198,7 +198,7 @@ fn stressed() -> Verdict {
     ctl(&socket, &["pause"])?;
     let late = ctl(&socket, &["remove-device", "late", "--timeout", "1"]);
     check(
-        late.as_ref().is_err_and(|line| line.contains("the guest")),
+        late.as_ref().is_err_and(|line| line.contains("paused")),
         || format!("{late:?}"),
     )?;
     check(device(&socket, "late")?.is_some(), || "it is gone".into())?;
