@@ -12,19 +12,21 @@ use crate::net::LIMIT;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
+    let test = |name, long, run| Test {
         subject: "net",
         name,
-        long: false,
+        long,
         run,
     };
     vec![
         test(
             "a tap handed in by descriptors: TSO and USO on and off, packet limits, drain, a killed process (user space)",
+            false,
             || handed("user"),
         ),
         test(
             "a tap handed in by descriptors: TSO and USO on and off, drain, a killed process (vhost-net)",
+            true,
             || handed("vhost-net"),
         ),
     ]

@@ -26,10 +26,12 @@ pub fn tests() -> Vec<Test> {
             "a disk is updated 6 times while fio verifies, two of them in vain: no error, nothing lost",
             || under_fio("raw"),
         ),
-        test(
-            "the same on a qcow2 image, which qemu-img finds sound",
-            || under_fio("qcow2"),
-        ),
+        Test {
+            subject: "update",
+            name: "the same on a qcow2 image, which qemu-img finds sound",
+            long: true,
+            run: || under_fio("qcow2"),
+        },
         test(
             "a network device is updated under a flow, which goes on (user space)",
             || under_flow("user"),
