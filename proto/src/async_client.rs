@@ -32,6 +32,8 @@ use crate::sys;
 const CHUNK: usize = 8192;
 /// Reads in one go before the caller's loop has its turn again.
 const READS_PER_TURN: usize = 16;
+/// Wake-ups that a call of ours is the cause of, and no fault of the peer's.
+const WAKEUPS_PER_CALL: u32 = 4;
 /// Over how long the peer's wake-ups are counted.
 const WINDOW: Duration = Duration::from_secs(1);
 
@@ -149,6 +151,7 @@ impl AsyncClient {
             span: timeout,
         };
         self.waiting.insert(stream_id, waiting);
+        self.window.1 = self.window.1.saturating_sub(WAKEUPS_PER_CALL);
         self.guarded(|this| this.flush())
     }
 

@@ -259,6 +259,22 @@ fn a_peer_that_wakes_us_too_often_has_failed() {
 }
 
 #[test]
+fn a_peer_that_is_asked_often_is_not_to_blame_for_its_answers() {
+    let limits = AsyncLimits {
+        wakeups_per_second: 20,
+        ..AsyncLimits::default()
+    };
+    let mut bed = bed_with(limits);
+    for call in 0..200_u32 {
+        bed.ask(u64::from(call)).unwrap();
+        bed.client.on_writable(bed.now).unwrap();
+        bed.send(&response(1 + 2 * call, Ok(&[])));
+        bed.readable().unwrap();
+    }
+    assert_eq!(bed.tokens().len(), 200);
+}
+
+#[test]
 fn wake_ups_are_counted_by_the_second() {
     let limits = AsyncLimits {
         wakeups_per_second: 20,

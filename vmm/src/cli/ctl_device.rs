@@ -324,7 +324,10 @@ impl UpdateDeviceArgs {
         let ours: Vec<_> = devices
             .devices
             .iter()
-            .filter(|device| device.pid != 0 && device.helper.is_empty())
+            .filter(|device| {
+                let between = device.state == "quarantined" || device.state == "restarting";
+                (device.pid != 0 || between) && device.helper.is_empty()
+            })
             .collect();
         let mut failed = Vec::new();
         for device in &ours {

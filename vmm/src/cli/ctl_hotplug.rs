@@ -85,7 +85,8 @@ impl AddArgs {
     pub(super) fn request(&self, kind: Kind) -> Result<AddDeviceRequest, Failure> {
         let text = self.device.as_str();
         // A number would be another device's before long.
-        if !text.split(',').any(|part| part.starts_with("id=")) {
+        let named = |part: &str| part.strip_prefix("id=").is_some_and(|id| !id.is_empty());
+        if !text.split(',').any(named) {
             return Err(usage(format!(
                 "{text}: id=NAME is missing: the device needs one to be removed by"
             )));

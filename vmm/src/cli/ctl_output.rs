@@ -235,7 +235,10 @@ fn device_row(device: &DeviceInfo) -> [String; 10] {
         clean(&device.id),
         clean(&device.kind),
         clean(&device.state),
-        device.pid.to_string(),
+        match device.pid {
+            0 => "-".to_owned(),
+            pid => pid.to_string(),
+        },
         device.incarnation.to_string(),
         clean(&device.pci_address),
         clean(&device.port),

@@ -76,7 +76,7 @@ pub struct HostArgs {
     /// not writable by others; may be repeated
     #[arg(long, value_name = "DIR")]
     pub device_dir: Vec<PathBuf>,
-    /// What to log on standard error: error, warn, info or debug
+    /// What to log on standard error: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
     pub log: log::LevelFilter,
 }

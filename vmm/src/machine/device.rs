@@ -157,7 +157,12 @@ impl Device {
         }
         .to_string();
         if let Some(process) = &self.process {
-            info.pid = process.pid;
+            // One that has ended has none: its number may be another's by now.
+            info.pid = if process.life.has_exited() {
+                0
+            } else {
+                process.pid
+            };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
             info.spawn_us = process.ready_us;

@@ -370,8 +370,8 @@ impl Life {
 
     fn quarantine(&mut self, why: &str, actions: &mut Vec<Action>) {
         self.phase = Phase::Quarantined;
-        actions.push(Action::Fail(format!("quarantined: {why}")));
         let detail = format!("{why}; resume-device, or a reset by the guest, brings it back");
+        actions.push(Action::Fail(format!("quarantined: {detail}")));
         actions.push(Action::Tell("device.quarantined", detail));
     }
 

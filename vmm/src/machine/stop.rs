@@ -50,7 +50,10 @@ impl std::fmt::Display for StopReason {
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::TripleFault => f.write_str("the guest triple-faulted"),
             Self::HostError(what) => f.write_str(what),
-            Self::LauncherDied(how) => write!(f, "the launcher died ({how})"),
+            Self::LauncherDied(how) => write!(
+                f,
+                "the launcher died ({how}): run `bulkhead reap` for sockets and cgroups that stay"
+            ),
             Self::Forced => f.write_str("ended by force"),
             Self::Signal(n) => write!(f, "signal {n}"),
         }
