@@ -187,7 +187,7 @@ fn stressed() -> Verdict {
     for (count, online) in [("3", 3), ("1", 1), ("2", 2)] {
         ctl(&socket, &["resize-cpus", count, "--timeout", "300"])?;
         guest.run(&format!(
-            "for f in /sys/devices/system/cpu/cpu[1-9]/online; do [ ! -e $f ] || [ $(cat $f) = 1 ] || echo 1 >$f; done; [ $(nproc) = {online} ]"
+            "until for f in /sys/devices/system/cpu/cpu[1-9]/online; do [ ! -e $f ] || [ $(cat $f) = 1 ] || echo 1 >$f; done; [ $(nproc) = {online} ]; do sleep 0.1; done"
         ))?;
     }
     guest.run("kill -0 %1 && ! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
