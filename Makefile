@@ -10,7 +10,7 @@ T       ?=
 N       ?=
 export BULKHEAD_BIN := $(CURDIR)/$(BIN)
 
-.PHONY: help setup build demo test lint deny unit native e2e chaos bench fuzz guest nested clean
+.PHONY: help setup build demo test lint deny unit native e2e rules chaos bench fuzz guest nested clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9_-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -50,6 +50,9 @@ native: setup build guest ## device processes under third-party front-ends, no K
 
 e2e: setup build guest nested ## end-to-end tests in real KVM guests
 	@tests/e2e $(T)
+
+rules: setup build guest nested ## every seccomp rule is used by some test, and none is missing (half an hour)
+	@tests/rules
 
 chaos: setup build guest nested ## kill processes and attack from the guest, N=500 kills, SEED=1
 	@tests/chaos

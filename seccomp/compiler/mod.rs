@@ -79,8 +79,12 @@ pub struct Rule {
     pub errno: Option<u32>,
     /// The reason.
     pub why: String,
+    /// Why no test uses it; `None`: one must.
+    pub unused: Option<String>,
     /// The arguments as the file has them, for people.
     pub shown: String,
+    /// The file that it stands in, without `.toml`: another one's where policies are extended.
+    pub file: String,
 }
 
 /// A checked policy.
@@ -272,8 +276,8 @@ pub fn generate(policies: &[Policy], arch: &str) -> Result<String, Error> {
         let _ = writeln!(out, "pub static {constant}: Policy = Policy {{");
         let _ = writeln!(
             out,
-            "    name: {:?},\n    about: {:?},",
-            policy.name, policy.about
+            "    name: {:?},\n    about: {:?},\n    outer: {:?},",
+            policy.name, policy.about, policy.outer
         );
         let _ = writeln!(out, "    steady: &{},", instructions(&steady));
         let _ = writeln!(out, "    setup: &{},", instructions(&setup));
@@ -281,8 +285,16 @@ pub fn generate(policies: &[Policy], arch: &str) -> Result<String, Error> {
         for rule in &policy.rules {
             let _ = writeln!(
                 out,
-                "        RuleInfo {{ syscall: {:?}, nr: {}, args: {:?}, stage: Stage::{:?}, errno: {:?}, why: {:?} }},",
-                rule.syscall, rule.nr, rule.shown, rule.stage, rule.errno, rule.why
+                "        RuleInfo {{ syscall: {:?}, nr: {}, args: {:?}, tests: {}, stage: Stage::{:?}, errno: {:?}, why: {:?}, unused: {:?}, file: {:?} }},",
+                rule.syscall,
+                rule.nr,
+                rule.shown,
+                tests(&rule.tests),
+                rule.stage,
+                rule.errno,
+                rule.why,
+                rule.unused,
+                rule.file
             );
         }
         let _ = writeln!(out, "    ],\n}};\n");
@@ -298,6 +310,23 @@ pub fn generate(policies: &[Policy], arch: &str) -> Result<String, Error> {
     }
     let _ = writeln!(out, "];");
     Ok(out)
+}
+
+fn tests(tests: &[Test]) -> String {
+    let mut out = String::from("&[");
+    for test in tests {
+        let _ = write!(
+            out,
+            "ArgumentTest {{ index: {}, alternatives: &[",
+            test.index
+        );
+        for one in &test.alternatives {
+            let _ = write!(out, "({:#x},{:#x}),", one.mask, one.value);
+        }
+        out.push_str("] },");
+    }
+    out.push(']');
+    out
 }
 
 fn instructions(program: &[sock_filter]) -> String {

@@ -29,6 +29,7 @@ struct RawRule {
     stage: RawStage,
     errno: Option<String>,
     why: Option<String>,
+    unused: Option<String>,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -93,8 +94,8 @@ pub(super) fn parse(name: &str, text: &str, arch: &str) -> Result<Policy, String
     })?;
     let mut rules = Vec::with_capacity(raw.rule.len());
     for (at, rule) in raw.rule.iter().enumerate() {
-        let rule =
-            check(rule, table).map_err(|e| format!("rule {} (`{}`): {e}", at + 1, rule.syscall))?;
+        let rule = check(name, rule, table)
+            .map_err(|e| format!("rule {} (`{}`): {e}", at + 1, rule.syscall))?;
         rules.push(rule);
     }
     if rules.is_empty() {
@@ -110,7 +111,7 @@ pub(super) fn parse(name: &str, text: &str, arch: &str) -> Result<Policy, String
     })
 }
 
-fn check(raw: &RawRule, table: &[(u32, &str)]) -> Result<Rule, String> {
+fn check(file: &str, raw: &RawRule, table: &[(u32, &str)]) -> Result<Rule, String> {
     let nr = table
         .iter()
         .find(|(_, n)| *n == raw.syscall)
@@ -121,6 +122,9 @@ fn check(raw: &RawRule, table: &[(u32, &str)]) -> Result<Rule, String> {
         .as_deref()
         .ok_or("`why` is missing: say in one line what the process needs it for")?;
     one_line("why", why)?;
+    if let Some(unused) = &raw.unused {
+        one_line("unused", unused)?;
+    }
     let mut tests = Vec::with_capacity(raw.args.len());
     let mut shown = Vec::with_capacity(raw.args.len());
     for (argument, test) in &raw.args {
@@ -146,6 +150,8 @@ fn check(raw: &RawRule, table: &[(u32, &str)]) -> Result<Rule, String> {
         },
         errno,
         why: why.to_owned(),
+        unused: raw.unused.clone(),
+        file: file.to_owned(),
         shown: shown.join(", "),
     })
 }

@@ -3,8 +3,12 @@
 //! Called last of all confinement, by a process's main thread for all its threads
 //! ([`apply_filter_all_threads`]) or by a vCPU thread for itself on top of the process's
 //! filter ([`apply_filter_this_thread`]); by the launcher between clone and exec.
+//!
+//! seccomp(2) has three arguments. The register of a fourth one holds [`Policy::mark`], which the
+//! kernel does not read: who traces a process (`tests/rules`) learns from it which filter that was.
 #![allow(unsafe_code)] // seccomp(2), which libc does not wrap, and _exit(2).
 
+use crate::confine::UNCONFINED;
 use crate::policy::{Policy, Stage, sock_filter};
 use std::io;
 use thiserror::Error;
@@ -91,7 +95,7 @@ fn apply(policy: &Policy, stage: Stage, flags: libc::c_ulong) -> Result<(), Filt
         Stage::Setup => policy.setup,
         Stage::Steady => policy.steady,
     };
-    match install(filter, flags) {
+    match install(filter, flags, policy.mark(stage)) {
         Ok(0) => Ok(()),
         Ok(thread) => Err(FilterError::Thread {
             policy: policy.name,
@@ -104,19 +108,34 @@ fn apply(policy: &Policy, stage: Stage, flags: libc::c_ulong) -> Result<(), Filt
 /// The bare call. It allocates nothing and takes no lock, so that the launcher's child may
 /// make it between clone and exec. The number of a thread that could not follow, a listener's
 /// descriptor where one was asked for, or 0.
-pub(crate) fn install(filter: &[sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_long> {
+pub(crate) fn install(
+    filter: &[sock_filter],
+    flags: libc::c_ulong,
+    mark: u64,
+) -> io::Result<libc::c_long> {
+    if UNCONFINED {
+        let listens = flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER != 0;
+        // SAFETY: it takes integers. As a listener it has nothing to tell.
+        return Ok(if listens {
+            unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) }.into()
+        } else {
+            0
+        });
+    }
     let program = libc::sock_fprog {
         len: u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,
         filter: filter.as_ptr().cast_mut(),
     };
     // SAFETY: the operation reads `len` instructions from `filter`, both of the slice above,
-    // which outlives the call, and writes nothing.
+    // which outlives the call, and writes nothing. It does not read the
+    // integer behind them.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
             flags,
             std::ptr::from_ref(&program),
+            mark,
         )
     };
     if answer < 0 {

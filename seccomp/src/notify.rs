@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::filter::{self, FilterError, install};
-use crate::policy::{Policy, evaluate, sock_filter};
+use crate::policy::{Policy, Stage, evaluate, sock_filter};
 
 /// BPF_RET | BPF_K: the instruction that ends a filter with a fixed action.
 const RETURN: u16 = 0x06;
@@ -155,6 +155,10 @@ fn with_default(filter: &[sock_filter], action: u32) -> Vec<sock_filter> {
     filter.iter().map(change).collect()
 }
 
+fn mark(policy: &Policy) -> u64 {
+    policy.mark(Stage::Steady)
+}
+
 fn failed(policy: &Policy) -> impl FnOnce(io::Error) -> FilterError {
     let policy = policy.name;
     move |source| FilterError::Seccomp { policy, source }
@@ -167,7 +171,12 @@ fn failed(policy: &Policy) -> impl FnOnce(io::Error) -> FilterError {
 /// The kernel refused (it is older than 5.5, or there is a listener already).
 pub fn apply_filter_with_listener(policy: &Policy) -> Result<OwnedFd, FilterError> {
     let filter = with_default(policy.steady, libc::SECCOMP_RET_USER_NOTIF);
-    let fd = install(&filter, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER).map_err(failed(policy))?;
+    let fd = install(
+        &filter,
+        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+        mark(policy),
+    )
+    .map_err(failed(policy))?;
     let fd = RawFd::try_from(fd)
         .map_err(|_| failed(policy)(io::Error::from_raw_os_error(libc::EBADF)))?;
     // SAFETY: with NEW_LISTENER the call answers with a new descriptor, which nothing else owns.
@@ -181,7 +190,9 @@ pub fn apply_filter_with_listener(policy: &Policy) -> Result<OwnedFd, FilterErro
 /// The kernel refused.
 pub fn apply_mild_filter_this_thread(policy: &Policy) -> Result<(), FilterError> {
     let filter = with_default(policy.steady, libc::SECCOMP_RET_TRACE);
-    install(&filter, 0).map(drop).map_err(failed(policy))
+    install(&filter, 0, mark(policy))
+        .map(drop)
+        .map_err(failed(policy))
 }
 
 /// Installs the policy's steady filter on every thread of a device whose launcher holds a
@@ -192,7 +203,7 @@ pub fn apply_mild_filter_this_thread(policy: &Policy) -> Result<(), FilterError>
 /// The kernel refused; no thread is filtered then.
 pub fn apply_inner_filter_all_threads(policy: &Policy) -> Result<(), FilterError> {
     let filter = with_default(policy.steady, libc::SECCOMP_RET_TRACE);
-    match install(&filter, libc::SECCOMP_FILTER_FLAG_TSYNC).map_err(failed(policy))? {
+    match install(&filter, libc::SECCOMP_FILTER_FLAG_TSYNC, mark(policy)).map_err(failed(policy))? {
         0 => Ok(()),
         thread => Err(FilterError::Thread {
             policy: policy.name,

@@ -129,12 +129,7 @@ pub fn restricted(spec: &RingSpec<'_>) -> Result<RestrictedRing, UringError> {
     restrictions.push(Restriction::sqe_flags_allowed(fixed | skip));
     restrictions.push(Restriction::sqe_flags_required(fixed));
     restrictions.push(Restriction::register_op(REGISTER_FILES_UPDATE));
-    submitter
-        .register_restrictions(&mut restrictions)
-        .map_err(|source| UringError {
-            what: "registering restrictions (Linux 5.10 or later)",
-            source,
-        })?;
+    restrict(&submitter, &mut restrictions)?;
     submitter
         .register_enable_rings()
         .map_err(|source| UringError {
@@ -161,12 +156,7 @@ pub fn polling(entries: u32) -> Result<IoUring, UringError> {
         Restriction::sqe_op(io_uring::opcode::PollRemove::CODE),
     ];
     let submitter = ring.submitter();
-    submitter
-        .register_restrictions(&mut restrictions)
-        .map_err(|source| UringError {
-            what: "registering restrictions (Linux 5.10 or later)",
-            source,
-        })?;
+    restrict(&submitter, &mut restrictions)?;
     submitter
         .register_enable_rings()
         .map_err(|source| UringError {
@@ -174,6 +164,21 @@ pub fn polling(entries: u32) -> Result<IoUring, UringError> {
             source,
         })?;
     Ok(ring)
+}
+
+fn restrict(
+    submitter: &io_uring::Submitter<'_>,
+    restrictions: &mut [Restriction],
+) -> Result<(), UringError> {
+    if crate::confine::UNCONFINED {
+        return Ok(());
+    }
+    submitter
+        .register_restrictions(restrictions)
+        .map_err(|source| UringError {
+            what: "registering restrictions (Linux 5.10 or later)",
+            source,
+        })
 }
 
 /// Newest set of features first; an older kernel says EINVAL to a flag that it does not know.

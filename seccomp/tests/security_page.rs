@@ -59,6 +59,12 @@ fn missing(named: &str, subjects: &str) -> Option<String> {
             (!there).then(|| format!("no {path}"))
         }
         ["bulkhead", "audit", ..] => None,
+        ["make", target] => {
+            let makefile = std::fs::read_to_string(root().join("Makefile")).unwrap_or_default();
+            let target = format!("{target}:");
+            let known = makefile.lines().any(|line| line.starts_with(&target));
+            (!known).then(|| format!("no target {target}"))
+        }
         [test] => {
             let file = root().join("seccomp/tests").join(format!("{test}.rs"));
             (!file.exists()).then(|| format!("no test {test}"))
@@ -92,6 +98,7 @@ fn what_shows_each_promise_exists() {
 fn what_is_not_there_is_missed() {
     for named in [
         "make e2e T=absent",
+        "make absent",
         "cargo test -p bulkhead-absent",
         "cargo test -p bulkhead-seccomp --test absent",
         "vmm/src/absent",

@@ -20,7 +20,16 @@ pub enum Stage {
     Steady,
 }
 
-/// One rule of a policy's source, for people.
+/// What a rule asks of one argument.
+#[derive(Clone, Copy, Debug)]
+pub struct ArgumentTest {
+    /// Position, from 0.
+    pub index: usize,
+    /// Masks and values, any one of which it must have: `argument & mask == value`.
+    pub alternatives: &'static [(u64, u64)],
+}
+
+/// One rule of a policy's source, for people and tests.
 #[derive(Clone, Copy, Debug)]
 pub struct RuleInfo {
     /// Name of the system call.
@@ -29,12 +38,41 @@ pub struct RuleInfo {
     pub nr: u32,
     /// What is asked of the arguments; empty when nothing is.
     pub args: &'static str,
+    /// The same for programs: all must hold.
+    pub tests: &'static [ArgumentTest],
     /// When it is in force.
     pub stage: Stage,
     /// `None` when the call is allowed, else the errno it fails with.
     pub errno: Option<u32>,
     /// The reason.
     pub why: &'static str,
+    /// Why no test uses it; `None`: one must (`tests/rules`).
+    pub unused: Option<&'static str>,
+    /// The policy in whose file it stands: another one's where policies are extended.
+    pub file: &'static str,
+}
+
+impl ArgumentTest {
+    /// Which of the alternatives this argument has.
+    #[must_use]
+    pub fn alternative(&self, args: &[u64; 6]) -> Option<usize> {
+        let argument = args.get(self.index)?;
+        self.alternatives
+            .iter()
+            .position(|(mask, value)| argument & mask == *value)
+    }
+}
+
+impl RuleInfo {
+    /// Whether it speaks of this call, arguments and all.
+    #[must_use]
+    pub fn matches(&self, nr: u32, args: &[u64; 6]) -> bool {
+        self.nr == nr
+            && self
+                .tests
+                .iter()
+                .all(|test| test.alternative(args).is_some())
+    }
 }
 
 /// A compiled policy.
@@ -44,6 +82,8 @@ pub struct Policy {
     pub name: &'static str,
     /// Whom it confines, in one line.
     pub about: &'static str,
+    /// The policy beneath it in the same process.
+    pub outer: Option<&'static str>,
     /// The filter for the steady state.
     pub steady: &'static [sock_filter],
     /// The filter with the set-up rules too.
@@ -53,6 +93,21 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// What tells this policy's filter of a stage from others in a trace of seccomp(2), whose
+    /// fourth argument it is: see [`crate::filter`].
+    #[must_use]
+    pub fn mark(&self, stage: Stage) -> u64 {
+        // FNV-1a.
+        let name = self.name.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+        let stage = match stage {
+            Stage::Setup => 1,
+            Stage::Steady => 2,
+        };
+        stage << 32 | u64::from(name)
+    }
+
     /// Numbers of the system calls that the compiled filter of `stage` lets through, ascending.
     ///
     /// # Errors
@@ -120,6 +175,38 @@ mod tests {
             for (nr, _) in crate::syscalls::X86_64 {
                 let verdict = verdict(policy.setup, AUDIT_ARCH_I386, *nr).unwrap();
                 assert_eq!(verdict.actions(), [libc::SECCOMP_RET_KILL_PROCESS]);
+            }
+        }
+    }
+
+    #[test]
+    fn marks_tell_policies_and_stages_apart() {
+        let marks: BTreeSet<u64> = all()
+            .iter()
+            .flat_map(|policy| [Stage::Setup, Stage::Steady].map(|stage| policy.mark(stage)))
+            .collect();
+        assert_eq!(marks.len(), all().len() * 2);
+    }
+
+    #[test]
+    fn a_rule_matches_what_its_policy_lets_through() {
+        let arch = crate::filter::AUDIT_ARCH.unwrap();
+        for policy in all() {
+            for nr in 0..600 {
+                for arg in [0, 1, 2, 3, 5, 8, 0x5411, 0xae80, 1 << 32, u64::MAX] {
+                    let args = [arg; 6];
+                    let data = crate::notify::Data {
+                        nr,
+                        arch,
+                        instruction_pointer: 0,
+                        args,
+                    };
+                    let mut rules = policy.rules.iter().filter(|r| r.stage == Stage::Steady);
+                    let matched = rules.any(|r| r.matches(nr, &args));
+                    let forbidden =
+                        evaluate(policy.steady, &data) == libc::SECCOMP_RET_KILL_PROCESS;
+                    assert_eq!(matched, !forbidden, "{} {nr} {arg:#x}", policy.name);
+                }
             }
         }
     }

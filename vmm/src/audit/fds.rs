@@ -70,6 +70,45 @@ pub struct Fd {
     pub access: String,
     /// The kernel's name of it, escaped.
     pub target: String,
+    /// What the kernel says of it, if it is an io_uring.
+    pub ring: Option<Ring>,
+}
+
+/// An io_uring, as its fdinfo shows it. The kernel shows no restrictions: what they do is tried by
+/// `cargo test -p bulkhead-seccomp --test uring`, and a device makes no ring without them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Ring {
+    /// What its registered files are, escaped; "none" for an empty place that older kernels show.
+    pub files: Vec<String>,
+    /// Registered buffers: guest memory would stay pinned, and reachable when it was taken back.
+    pub buffers: u32,
+    /// It has a thread of the kernel's that submits.
+    pub polled: bool,
+}
+
+impl Ring {
+    fn parse(info: &str) -> Self {
+        let number = |key: &str| {
+            info.lines()
+                .find_map(|line| line.strip_prefix(key)?.trim().parse::<i64>().ok())
+        };
+        let mut files = Vec::new();
+        let listed = info
+            .lines()
+            .skip_while(|line| !line.starts_with("UserFiles:"))
+            .skip(1)
+            .take_while(|line| line.starts_with(' '));
+        for line in listed {
+            if let Some((_, name)) = line.split_once(": ") {
+                files.push(printable(name.trim()));
+            }
+        }
+        Self {
+            files,
+            buffers: u32::try_from(number("UserBufs:").unwrap_or(0)).unwrap_or(u32::MAX),
+            polled: number("SqThread:").is_some_and(|thread| thread > 0),
+        }
+    }
 }
 
 /// Reads them all.
@@ -91,9 +130,11 @@ pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
         };
         let kind = fs::metadata(entry.path()).map_or(Kind::Other, |m| kind_of(&m, &target));
         let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+        let is_ring = kind == Kind::Anonymous("io_uring".into());
         fds.push(Fd {
             number,
             kind,
+            ring: is_ring.then(|| Ring::parse(&info)),
             access: access(&info),
             target: printable(&target),
         });
@@ -184,6 +225,32 @@ mod tests {
             of(event.as_raw_fd()).kind,
             Kind::Anonymous("eventfd".into())
         );
+    }
+
+    #[test]
+    fn a_ring_is_what_its_fdinfo_says() {
+        let info = "pos:\t0\nflags:\t02000002\nSqThread:\t-1\nSqThreadCpu:\t-1\nUserFiles:\t3\n    0: /dev/net/tun\n    1: anon_inode:[eventfd]\nUserBufs:\t0\nPollList:\n  op=22, task_works=0\n";
+        assert_eq!(
+            Ring::parse(info),
+            Ring {
+                files: vec!["/dev/net/tun".into(), "anon_inode:[eventfd]".into()],
+                buffers: 0,
+                polled: false,
+            }
+        );
+        let bad = Ring::parse("SqThread:\t77\nUserBufs:\t2\n");
+        assert!(bad.polled && bad.buffers == 2 && bad.files.is_empty());
+    }
+
+    #[test]
+    fn a_ring_of_this_process_is_read() {
+        let Ok(ring) = bulkhead_seccomp::uring::polling(2) else {
+            return;
+        };
+        let fds = read(i32::try_from(std::process::id()).unwrap()).unwrap();
+        let number = ring.as_raw_fd();
+        let own = fds.iter().find(|fd| fd.number == number).unwrap();
+        assert_eq!(own.ring, Some(Ring::default()));
     }
 
     #[test]

@@ -42,10 +42,14 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
         judgement.deviation(format!("has memory that it can write and execute: {line}"));
     }
     if process.dumpable == Some(true) {
-        judgement.deviation("is dumpable: others of its user may trace it");
+        judgement
+            .deviation("is dumpable: others of its user may trace it, and it may leave a core");
     }
     if process.limits.as_ref().is_some_and(Limits::leaves_a_core) {
         judgement.deviation("may leave a core file");
+    }
+    for fd in &process.fds {
+        judgement.ring(role, fd);
     }
     match role {
         Role::Vmm => {}
@@ -283,6 +287,26 @@ impl Judgement {
         }
     }
 
+    /// A device's rings work on files that it registered, and on no memory that it did.
+    fn ring(&mut self, role: Role, fd: &Fd) {
+        let Some(ring) = &fd.ring else { return };
+        let number = fd.number;
+        if role != Role::Device {
+            self.deviation(format!("holds an io_uring, descriptor {number}"));
+        }
+        if ring.buffers > 0 {
+            self.deviation(format!(
+                "its io_uring {number} has {} registered buffers",
+                ring.buffers
+            ));
+        }
+        if ring.polled {
+            self.deviation(format!(
+                "its io_uring {number} is submitted to by a thread of the kernel's"
+            ));
+        }
+    }
+
     fn surplus(&mut self, fd: &Fd) {
         self.deviation(format!(
             "holds descriptor {} ({} {}), which it was not given",
@@ -426,6 +450,7 @@ pub fn strongest(process: &Process) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::fds::Ring;
     use crate::audit::mappings::Mappings;
     use crate::audit::process::{Capabilities, Root};
 
@@ -435,6 +460,7 @@ mod tests {
             kind,
             access: "rw".into(),
             target: "x".into(),
+            ring: None,
         }
     }
 
@@ -512,7 +538,7 @@ mod tests {
     #[test]
     fn every_single_deviation_is_found() {
         type Change = fn(&mut Process);
-        let changes: [(&str, Change); 25] = [
+        let changes: [(&str, Change); 27] = [
             ("effective", |p| {
                 p.threads[0].capabilities.effective = "1".into()
             }),
@@ -551,6 +577,18 @@ mod tests {
             ("writable code", |p| {
                 let mappings = p.mappings.as_mut().unwrap();
                 mappings.writable_and_executable.push("0-1 rwxp".into());
+            }),
+            ("pinned memory", |p| {
+                p.fds[7].ring = Some(Ring {
+                    buffers: 1,
+                    ..Ring::default()
+                });
+            }),
+            ("polled ring", |p| {
+                p.fds[7].ring = Some(Ring {
+                    polled: true,
+                    ..Ring::default()
+                });
             }),
             ("dumpable", |p| p.dumpable = Some(true)),
             ("core", |p| {

@@ -119,6 +119,33 @@ struct Landlock {
     missing: &'static str,
 }
 
+/// What the host does with a core. RLIMIT_CORE does not hold back a pattern that is a pipe; that
+/// a process is not dumpable does, so it is that which is graded.
+#[derive(Debug, Serialize)]
+struct Cores {
+    /// kernel.core_pattern, escaped; `None`: it cannot be read.
+    pattern: Option<String>,
+    /// It hands cores to a program.
+    piped: bool,
+}
+
+impl Cores {
+    fn read() -> Self {
+        Self::of(std::fs::read_to_string("/proc/sys/kernel/core_pattern").ok())
+    }
+
+    fn of(pattern: Option<String>) -> Self {
+        let pattern = pattern.map(|text| printable(text.trim()));
+        Self {
+            piped: pattern.as_ref().is_some_and(|text| text.starts_with('|')),
+            pattern,
+        }
+    }
+}
+
+/// No kernel shows a process's securebits to another one.
+const SECUREBITS: &str = "not shown by the kernel; the launcher locks them before exec, and executes nothing where it cannot";
+
 impl Landlock {
     fn of_this_kernel() -> Self {
         let status = landlock_empty::of_this_kernel();
@@ -135,6 +162,8 @@ struct Audit {
     verdict: Verdict,
     processes: Vec<Report>,
     landlock: Landlock,
+    cores: Cores,
+    securebits: &'static str,
     /// Deviations of the VM as a whole.
     deviations: Vec<String>,
 }
@@ -176,6 +205,7 @@ pub fn run(args: &AuditArgs) -> i32 {
             .filter(|report| report.role == Role::Device)
             .filter_map(|report| Some((report.name.as_str(), report.process.as_ref()?))),
     ));
+    let cores = Cores::read();
     let verdict = if deviations.is_empty() {
         worst
     } else {
@@ -185,6 +215,8 @@ pub fn run(args: &AuditArgs) -> i32 {
         verdict,
         processes,
         landlock: Landlock::of_this_kernel(),
+        cores,
+        securebits: SECUREBITS,
         deviations,
     };
     let text = if args.json {
@@ -437,6 +469,14 @@ mod tests {
         pids.iter()
             .map(|pid| (format!("d{pid}"), *pid, 3))
             .collect()
+    }
+
+    #[test]
+    fn a_core_pattern_that_is_a_pipe_is_known() {
+        let piped = Cores::of(Some("|/usr/lib/dump %p\n".into()));
+        assert!(piped.piped && piped.pattern.as_deref() == Some("|/usr/lib/dump %p"));
+        assert!(!Cores::of(Some("core\n".into())).piped);
+        assert!(!Cores::of(None).piped);
     }
 
     #[test]

@@ -66,6 +66,17 @@ pub fn render(audit: &Audit) -> String {
                 filters.policies.join(", ")
             );
         }
+        for fd in &process.fds {
+            if let Some(ring) = &fd.ring {
+                let _ = writeln!(
+                    out,
+                    "  io_uring {}: files {}; {} buffers",
+                    fd.number,
+                    ring.files.join(" "),
+                    ring.buffers
+                );
+            }
+        }
         if let Some(mappings) = &process.mappings {
             let _ = writeln!(
                 out,
@@ -107,6 +118,15 @@ pub fn render(audit: &Audit) -> String {
         (abi, "") => writeln!(out, "Landlock: ABI {abi}, all of it"),
         (abi, missing) => writeln!(out, "note: Landlock: ABI {abi}, without {missing}"),
     };
+    let cores = match (&audit.cores.pattern, audit.cores.piped) {
+        (None, _) => "core pattern: unknown".to_owned(),
+        (Some(pattern), true) => format!(
+            "core pattern: {pattern}: a pipe, which RLIMIT_CORE does not hold; no process is dumpable"
+        ),
+        (Some(pattern), false) => format!("core pattern: {pattern}"),
+    };
+    let _ = writeln!(out, "{cores}");
+    let _ = writeln!(out, "securebits: {}", audit.securebits);
     let count = audit.processes.len();
     let _ = match audit.verdict {
         Verdict::Ok => writeln!(out, "verdict: ok, {count} processes are as they should be"),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::launcher::CgroupChoice;
+use crate::launcher::{CgroupChoice, IdRange};
 use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
@@ -76,6 +76,14 @@ pub struct HostArgs {
     /// not writable by others; may be repeated
     #[arg(long, value_name = "DIR")]
     pub device_dir: Vec<PathBuf>,
+    /// A file, or a directory above all files, that the launcher may open, bind or connect for the
+    /// command line and the API; may be repeated [default: whatever the user may]
+    #[arg(long, value_name = "PATH")]
+    pub allow_path: Vec<PathBuf>,
+    /// Host uids and gids for device processes, as root: each VM takes 64 of them that no other
+    /// has [default: 64 from 0x70000000 on, by the VMM's pid]
+    #[arg(long, value_name = "FIRST:COUNT")]
+    pub uid_range: Option<IdRange>,
     /// What to log on standard error: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_level)]
     pub log: log::LevelFilter,

@@ -21,6 +21,8 @@ pub fn run(args: RunArgs) -> ExitCode {
         first: Some(config),
         restarts: args.host.restarts,
         device_dirs: args.host.device_dir,
+        allow_paths: args.host.allow_path,
+        ids: args.host.uid_range,
     }))
 }
 
@@ -35,6 +37,8 @@ pub fn serve(args: ServeArgs) -> ExitCode {
         first: None,
         restarts: args.host.restarts,
         device_dirs: args.host.device_dir,
+        allow_paths: args.host.allow_path,
+        ids: args.host.uid_range,
     }))
 }
 

@@ -22,6 +22,8 @@ pub struct Args {
     pub rights: Rights,
     /// First host id of its devices, where they have ids of their own.
     pub host_ids: Option<u32>,
+    /// Whether what holds those ids follows everything else.
+    pub ids_held: bool,
     /// Names of the device binaries, at FIRST_BINARY_FD and on.
     pub binaries: Vec<String>,
     /// Prefixes that every path of a request must lie under; none: no restriction.
@@ -62,6 +64,9 @@ impl Args {
         if let Some(ids) = self.host_ids {
             push("--host-ids", ids.to_string().as_bytes())?;
         }
+        if self.ids_held {
+            push("--ids-held", b"")?;
+        }
         for binary in &self.binaries {
             push("--binary", binary.as_bytes())?;
         }
@@ -95,7 +100,7 @@ impl Args {
 
     /// Reads the arguments after argv[0].
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self, String> {
-        let (mut rights, mut host_ids) = (None, None);
+        let (mut rights, mut host_ids, mut ids_held) = (None, None, false);
         let (mut binaries, mut allow_paths) = (Vec::new(), Vec::new());
         let (mut helpers, mut helper_libraries) = (Vec::new(), Vec::new());
         let mut device_dirs = Vec::new();
@@ -119,6 +124,7 @@ impl Args {
                 b"--host-ids" => {
                     host_ids = Some(text.ok().and_then(|t| t.parse().ok()).ok_or_else(bad)?);
                 }
+                b"--ids-held" => ids_held = true,
                 b"--binary" => binaries.push(text.map_err(|_| bad())?.to_owned()),
                 b"--helper" => helpers.push(text.map_err(|_| bad())?.to_owned()),
                 b"--helper-libraries" => {
@@ -150,6 +156,7 @@ impl Args {
         Ok(Self {
             rights,
             host_ids,
+            ids_held,
             binaries,
             allow_paths,
             helpers,
@@ -171,6 +178,7 @@ mod tests {
         let args = Args {
             rights: Rights::User,
             host_ids: Some(0x7000_0040),
+            ids_held: true,
             binaries: vec!["bulkhead-blk".into(), "bulkhead-net".into()],
             allow_paths: vec!["/srv/a=b".into(), "".into()],
             helpers: vec!["passt".into()],

@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
+use bulkhead_seccomp::confine::UNCONFINED;
 use bulkhead_seccomp::policy::Policy;
 use bulkhead_seccomp::{filter, notify, policy};
 
@@ -80,22 +81,9 @@ impl Child<'_> {
         if step("waiting for the launcher", sys::read(self.sync, &mut go))? != 1 {
             return Err("the launcher has ended".into());
         }
-        step("dumpable", isolate::dumpable(false))?;
         step("signals", sys::reset_signals())?;
-        step("a new session", isolate::setsid())?;
-        isolate::umask(0o077);
-        step("host name", isolate::set_host_name("device"))?;
-        // In its own user namespace it becomes 1000 first, so that the mounts are 1000's, and
-        // loses no capability by it; without one, capabilities for the mounts go with uid 0.
-        if self.rights != Rights::Root {
-            self.become_ids()?;
-        }
-        match self.sandbox {
-            Sandbox::Device(_) => self.enter_empty_root()?,
-            Sandbox::Helper(root) => root.enter()?,
-        }
-        if self.rights == Rights::Root {
-            self.become_ids()?;
+        if !UNCONFINED {
+            self.leave_the_host()?;
         }
         let kept = step(
             "descriptors",
@@ -105,14 +93,9 @@ impl Child<'_> {
             return Err("descriptors: lost".into());
         };
         *report = *sync;
-        let limits = match self.sandbox {
-            Sandbox::Device(_) => confine::device_limits(self.fallback),
-            Sandbox::Helper(_) => confine::helper_limits(self.fallback),
-        };
-        step("limits", limits)?;
-        step("bounding set", isolate::bar_capabilities())?;
-        step("capabilities", isolate::keep_capabilities(&[]))?;
-        step("no_new_privs", isolate::no_new_privs())?;
+        if !UNCONFINED {
+            self.give_up_rights()?;
+        }
         match self.sandbox {
             Sandbox::Device(policy) => {
                 let listener = notify::apply_filter_with_listener(policy)
@@ -137,6 +120,38 @@ impl Child<'_> {
             _ => "",
         };
         Err(format!("exec: {error}{remedy}"))
+    }
+
+    /// Its namespaces, ids and root.
+    fn leave_the_host(&self) -> Step<()> {
+        step("dumpable", isolate::dumpable(false))?;
+        step("a new session", isolate::setsid())?;
+        isolate::umask(0o077);
+        step("host name", isolate::set_host_name("device"))?;
+        // In its own user namespace it becomes 1000 first, so that the mounts are 1000's, and
+        // loses no capability by it; without one, capabilities for the mounts go with uid 0.
+        if self.rights != Rights::Root {
+            self.become_ids()?;
+        }
+        match self.sandbox {
+            Sandbox::Device(_) => self.enter_empty_root()?,
+            Sandbox::Helper(root) => root.enter()?,
+        }
+        if self.rights == Rights::Root {
+            self.become_ids()?;
+        }
+        Ok(())
+    }
+
+    fn give_up_rights(&self) -> Step<()> {
+        let limits = match self.sandbox {
+            Sandbox::Device(_) => confine::device_limits(self.fallback),
+            Sandbox::Helper(_) => confine::helper_limits(self.fallback),
+        };
+        step("limits", limits)?;
+        step("bounding set", isolate::bar_capabilities())?;
+        step("capabilities", isolate::keep_capabilities(&[]))?;
+        step("no_new_privs", isolate::no_new_privs())
     }
 
     fn become_ids(&self) -> Step<()> {

@@ -53,6 +53,8 @@ pub struct LauncherConfig {
     pub helpers: Vec<Program>,
     /// Directories under which programs for live updates may lie.
     pub device_dirs: Vec<PathBuf>,
+    /// Where the devices' host ids are taken from; `None`: by the VMM's pid.
+    pub ids: Option<super::IdRange>,
     /// Where the VM's cgroup is to be.
     pub cgroup: super::CgroupChoice,
 }
@@ -68,6 +70,7 @@ impl LauncherConfig {
             allow_paths: Vec::new(),
             helpers: Vec::new(),
             device_dirs: Vec::new(),
+            ids: None,
             cgroup: super::CgroupChoice::default(),
         })
     }

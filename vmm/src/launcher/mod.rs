@@ -32,6 +32,7 @@ mod connect;
 mod device;
 pub(crate) mod helper;
 mod identity;
+mod ids;
 mod isolate;
 mod kept;
 pub(crate) mod leftovers;
@@ -54,6 +55,7 @@ pub use client::{
     SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
 pub use helper::Program;
+pub use ids::IdRange;
 pub use server::main as launcher_main;
 pub use sys::ExitOutcome;
 

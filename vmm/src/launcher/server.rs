@@ -79,6 +79,8 @@ struct Server {
     device_dirs: Vec<Directory>,
     devices: Vec<Device>,
     kept: Kept,
+    /// The lock on the devices' host ids, which ends with this process.
+    _ids: Option<OwnedFd>,
     cgroups: Cgroups,
     paths: Paths,
     sink: Sink,
@@ -121,7 +123,8 @@ impl Server {
         let count = programs
             .saturating_add(args.device_dirs.len())
             .saturating_add(usize::from(args.cgroup.is_some()))
-            .saturating_add(usize::from(args.note.is_some()));
+            .saturating_add(usize::from(args.note.is_some()))
+            .saturating_add(usize::from(args.ids_held));
         let mut binaries = device::inherited_binaries(count, FIRST_BINARY_FD)
             .map_err(|error| format!("device binaries: {error}"))?;
         let mut others = binaries.split_off(programs).into_iter();
@@ -142,6 +145,7 @@ impl Server {
             file: file.into(),
             path,
         });
+        let ids = if args.ids_held { others.next() } else { None };
         let sink = Sink::stderr();
         let children = sys::child_signals().map_err(|error| format!("signalfd: {error}"))?;
         let confined = confine::launcher(&args);
@@ -164,6 +168,7 @@ impl Server {
             device_dirs,
             devices: Vec::new(),
             kept: Kept::default(),
+            _ids: ids,
             sink,
             outgoing: VecDeque::from([hello]),
         };

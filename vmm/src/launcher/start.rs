@@ -14,7 +14,7 @@ use super::args::{Args, CgroupArgs, FIRST_BINARY_FD};
 use super::cgroup_parent;
 use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
-use super::leftovers::Note;
+use super::leftovers::{self, Note};
 use super::packet::PacketSocket;
 use super::programs;
 use super::{MAX_DEVICES, PROGRAM, isolate, printable, sys};
@@ -125,8 +125,29 @@ fn start_with(
         |file| IdMap::own(file).map_err(|e| failed(format!("/proc/self/{file}: {e}; mount /proc")));
     let (uids, gids) = (id_map("uid_map")?, id_map("gid_map")?);
     let slots = u32::try_from(MAX_DEVICES).unwrap_or(u32::MAX);
-    let host_ids = identity::host_id_base(vmm_pid)
-        .filter(|base| uid == 0 && uids.covers(*base, slots) && gids.covers(*base, slots));
+    let exist = |base: u32| uids.covers(base, slots) && gids.covers(base, slots);
+    let reserved = match config.ids {
+        None => None,
+        Some(_) if uid != 0 => {
+            return Err(failed(
+                "--uid-range: only root may give device processes ids: leave it out, or run as root",
+            ));
+        }
+        Some(range) => {
+            let directory = leftovers::directory().unwrap_or_default();
+            Some(range.reserve(&directory).map_err(failed)?)
+        }
+    };
+    let host_ids = match &reserved {
+        Some(reserved) if exist(reserved.first) => Some(reserved.first),
+        Some(reserved) => {
+            return Err(failed(format!(
+                "--uid-range: ids {} and on do not exist in this user namespace: name those of /proc/self/uid_map and gid_map",
+                reserved.first
+            )));
+        }
+        None => identity::host_id_base(vmm_pid).filter(|base| uid == 0 && exist(*base)),
+    };
 
     let ways: &[Rights] = match (uid, host_ids) {
         (0, Some(_)) => &[Rights::RootNamespace, Rights::Root],
@@ -147,6 +168,7 @@ fn start_with(
         let args = Args {
             rights: *rights,
             host_ids,
+            ids_held: reserved.is_some(),
             binaries: config.devices.clone(),
             allow_paths: allow_paths.clone(),
             helpers: config.helpers.iter().map(|h| h.kind.to_owned()).collect(),
@@ -168,6 +190,7 @@ fn start_with(
             .chain(device_dirs.iter().map(|directory| &directory.file))
             .chain(cgroup.group.as_ref().map(|group| &group.directory))
             .chain(note.map(|note| &note.file))
+            .chain(reserved.as_ref().map(|reserved| &reserved.lock))
             .collect();
         match attempt(&program, &programs, &args, maps.as_ref()) {
             Ok(started) => return Ok(started),

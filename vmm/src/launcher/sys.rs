@@ -519,22 +519,31 @@ pub fn poll(fds: &[(BorrowedFd<'_>, i16)], deadline: Option<Instant>) -> io::Res
 /// Tries to lock the whole of a file for its open file description; false when another one
 /// holds a lock that conflicts.
 pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<bool> {
+    // To the end, wherever that will be.
+    lock_part(fd, exclusive, 0, 0)
+}
+
+/// The same, exclusively, for a part of it, which need not be there.
+pub fn try_lock_range(fd: BorrowedFd<'_>, start: i64, length: i64) -> io::Result<bool> {
+    lock_part(fd, true, start, length)
+}
+
+fn lock_part(fd: BorrowedFd<'_>, exclusive: bool, start: i64, length: i64) -> io::Result<bool> {
     let kind = if exclusive {
         libc::F_WRLCK
     } else {
         libc::F_RDLCK
     };
-    let whole = libc::flock {
+    let part = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        // To the end, wherever that will be.
-        l_len: 0,
+        l_start: start,
+        l_len: length,
         // Must be 0 for a lock of an open file description.
         l_pid: 0,
     };
     // SAFETY: F_OFD_SETLK reads the one flock that it is given a pointer to, which lives.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const part) } {
         0 => Ok(true),
         _ => match io::Error::last_os_error() {
             error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),

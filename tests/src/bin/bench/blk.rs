@@ -63,7 +63,7 @@ fn loads() -> Vec<Load> {
 }
 
 /// A file without holes; says whether it takes O_DIRECT.
-fn prepare(file: &str) -> Result<bool, String> {
+pub fn prepare(file: &str) -> Result<bool, String> {
     let fail = |e: std::io::Error| format!("{file}: {e}");
     let out = OpenOptions::new()
         .write(true)

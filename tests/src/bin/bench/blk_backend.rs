@@ -74,7 +74,11 @@ impl Backend {
         Ok(backend)
     }
 
-    fn bulkhead(
+    /// One of ours, by its program.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn bulkhead(
         name: &str,
         program: &str,
         engine: &str,

@@ -2,13 +2,14 @@
 //! never fails because something is slow, only because something does not work.
 //! `tests/bench/run` starts it: `boot`, `pss`, `hotplug` and `guestnet` where KVM runs guests, the others here.
 //!
-//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, stall, blk, net, guestnet, hotplug)
+//! usage: bench [--runs N] [--seconds N] [--only TEXT]… SUBJECT…     (boot, pss, spawn, confinement, stall, blk, net, guestnet, hotplug)
 
 use std::process::ExitCode;
 
 mod blk;
 mod blk_backend;
 mod boot;
+mod confinement;
 mod guest;
 mod guestnet;
 mod hotplug;
@@ -74,7 +75,8 @@ fn parse() -> Result<(Vec<String>, Options), String> {
     }
     if subjects.is_empty() {
         return Err(
-            "no subject: give boot, pss, spawn, stall, blk, net, guestnet or hotplug".into(),
+            "no subject: give boot, pss, spawn, confinement, stall, blk, net, guestnet or hotplug"
+                .into(),
         );
     }
     Ok((subjects, options))
@@ -117,13 +119,14 @@ fn main() -> ExitCode {
             "boot" => boot::measure(runs.unwrap_or(10)),
             "pss" => pss::measure(runs.unwrap_or(2)),
             "spawn" => spawn::measure(runs.unwrap_or(20)),
+            "confinement" => confinement::measure(&options),
             "stall" => stall::measure(runs.unwrap_or(100)),
             "blk" => blk::measure(&options),
             "net" => net::measure(&options),
             "guestnet" => guestnet::measure(&options),
             "hotplug" => hotplug::measure(runs.unwrap_or(20)),
             _ => Err(
-                "no such subject: give boot, pss, spawn, stall, blk, net, guestnet or hotplug"
+                "no such subject: give boot, pss, spawn, confinement, stall, blk, net, guestnet or hotplug"
                     .into(),
             ),
         };

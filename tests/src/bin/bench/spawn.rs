@@ -1,6 +1,7 @@
 //! Spawn of a device process to ready, as the VMM reports it, and the size of the process.
 //! No guest runs: a machine is created, looked at and ended.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,8 @@ use crate::process;
 use crate::table::{Table, spread};
 
 /// What one device process looked like.
-struct Seen {
-    spawn_ms: f64,
+pub struct Seen {
+    pub spawn_ms: f64,
     rss_mib: f64,
     anonymous_mib: f64,
     pss_mib: f64,
@@ -24,7 +25,7 @@ pub fn measure(runs: usize) -> crate::Report {
     let mut all = Vec::new();
     // The first is a warm-up.
     for run in 0..=runs {
-        let seen = once(&scratch, &disk)?;
+        let seen = once(&bin("bulkhead"), &scratch, &disk)?;
         if run > 0 {
             all.push(seen);
         }
@@ -44,9 +45,10 @@ pub fn measure(runs: usize) -> crate::Report {
     ))
 }
 
-fn once(scratch: &Scratch, disk: &str) -> Result<Seen, String> {
+/// One machine of this VMM's, made and ended.
+pub fn once(vmm: &Path, scratch: &Scratch, disk: &str) -> Result<Seen, String> {
     let socket = scratch.path("api");
-    let mut child = Command::new(bin("bulkhead"))
+    let mut child = Command::new(vmm)
         .args(["serve", "--api-socket", &socket])
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, bin, bulkhead, guest_file, nothing_left};
+use bulkhead_tests::vmm::{Scratch, bin, bulkhead, ctl, guest_file, nothing_left};
 
 /// Those that need a KVM that can run guests, or to be inside the nested host.
 pub fn tests() -> Vec<Test> {
@@ -43,8 +43,107 @@ pub fn native() -> Vec<Test> {
         test("options that are wrong", bad_options),
         test("more memory or CPUs than the host has", too_much_memory),
         test("a serial file and sockets in the wrong place", bad_places),
+        test(
+            "a path that --allow-path does not name is refused, ids come out of --uid-range",
+            ranges,
+        ),
         test("help and version go to standard output", help),
     ]
+}
+
+fn ranges() -> Verdict {
+    let scratch = Scratch::new("ranges")?;
+    let (inside, kernel) = (scratch.path("inside"), guest_file("vmlinux"));
+    std::fs::create_dir(&inside).map_err(|e| e.to_string())?;
+    let disk = scratch.disk("outside", 1 << 20, 1)?;
+    let disk = format!("path={disk}");
+    let line = [
+        "--kernel",
+        &kernel,
+        "--disk",
+        &disk,
+        "--allow-path",
+        &inside,
+        "--allow-path",
+        &kernel,
+    ];
+    run(&line, 1, &["outside", "--allow-path"])?;
+    run(
+        &["--kernel", &kernel, "--allow-path", "/no/such/place"],
+        1,
+        &["/no/such/place"],
+    )?;
+    for wrong in ["0:64", "1000:1", "1000", "2000000000:64"] {
+        let line = ["--kernel", &kernel, "--uid-range", wrong];
+        run(&line, 2, &["--uid-range"])?;
+    }
+    // Two VMs have all of a range; a third has no place in it.
+    let serve = |name: &str| {
+        let socket = scratch.path(name);
+        let child = Command::new(bin("bulkhead"))
+            .args(["serve", "--api-socket", &socket])
+            .args(["--uid-range", "200000:128"])
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        Ok::<_, String>((socket, child))
+    };
+    let mut vms = [serve("one")?, serve("two")?];
+    let verdict = (|| -> Verdict {
+        let mut ids = Vec::new();
+        for (socket, _) in &vms {
+            appears(socket)?;
+            let create = ["create", "--kernel", &kernel, "--memory", "64M"];
+            let shared = format!("{disk},readonly=on");
+            let more = ["--serial", "none", "--disk", &shared];
+            ctl(socket, &[create.as_slice(), more.as_slice()].concat())?;
+            let devices = ctl(socket, &["devices"])?;
+            let pid = devices
+                .pointer("/devices/0/pid")
+                .or(devices.pointer("/0/pid"));
+            let pid = pid.and_then(serde_json::Value::as_i64).unwrap_or(0);
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+                .map_err(|e| format!("{devices}: {e}"))?;
+            for key in ["Uid:", "Gid:"] {
+                let line = status.lines().find_map(|l| l.strip_prefix(key));
+                ids.push(line.unwrap_or_default().trim().replace('\t', " "));
+            }
+        }
+        let mut wanted: Vec<String> = ["200000", "200000", "200064", "200064"]
+            .map(|id| [id; 4].join(" "))
+            .into();
+        ids.sort();
+        wanted.sort();
+        check(ids == wanted, || format!("{ids:?}, not {wanted:?}"))?;
+        let third = bulkhead(&[
+            "serve",
+            "--api-socket",
+            &scratch.path("three"),
+            "--uid-range",
+            "200000:128",
+        ])?;
+        let errors = String::from_utf8_lossy(&third.stderr).into_owned();
+        check(
+            third.status.code() == Some(1) && errors.contains("2 fit"),
+            || errors,
+        )
+    })();
+    for (socket, child) in &mut vms {
+        let _ = ctl(socket, &["shutdown", "--force"]);
+        let _ = child.wait();
+    }
+    verdict?;
+    nothing_left(Duration::from_secs(5))
+}
+
+fn appears(socket: &str) -> Verdict {
+    let limit = std::time::Instant::now() + Duration::from_secs(10);
+    while ctl(socket, &["info"]).is_err() {
+        check(std::time::Instant::now() < limit, || {
+            format!("{socket} does not answer")
+        })?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// One line, the exit code, the words, and nothing left.

@@ -1,7 +1,7 @@
 //! The end-to-end tests: real guests under KVM. Runs inside the nested host (or on a
 //! machine whose own KVM runs Linux guests); `tests/e2e` starts it.
 //!
-//! usage: e2e [--long] [--native] [SUBJECT]
+//! usage: e2e [--long] [--native] [--without SUBJECT]… [SUBJECT]
 
 use std::process::ExitCode;
 
@@ -32,8 +32,11 @@ mod vhost_user;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
-    for argument in std::env::args().skip(1) {
+    let mut without = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
         match argument.as_str() {
+            "--without" => without.extend(arguments.next()),
             "--long" => long = true,
             // Only the tests that need no guest.
             "--native" => native = true,
@@ -71,5 +74,6 @@ fn main() -> ExitCode {
         tests.extend(hotplug_beside::tests());
         tests.extend(bad_input::tests());
     }
+    tests.retain(|test| !without.iter().any(|subject| subject == test.subject));
     runner::run(&tests, filter.as_deref(), long)
 }

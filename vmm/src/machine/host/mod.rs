@@ -20,7 +20,7 @@ use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
-use crate::launcher::{CgroupChoice, Launcher, LauncherConfig, LauncherEvent};
+use crate::launcher::{CgroupChoice, IdRange, Launcher, LauncherConfig, LauncherEvent};
 use crate::signals::Signals;
 use crate::terminal::{RawTerminal, Terminal};
 
@@ -65,6 +65,10 @@ pub struct HostOptions {
     pub restarts: Budget,
     /// Directories under which binaries for live updates may lie.
     pub device_dirs: Vec<PathBuf>,
+    /// What every path that is named must lie under; none: anywhere.
+    pub allow_paths: Vec<PathBuf>,
+    /// Where the devices' host ids are taken from.
+    pub ids: Option<IdRange>,
 }
 
 /// Starts the VMM and stays until its machine has stopped.
@@ -94,6 +98,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     config.devices = super::kinds::binaries(options.first.as_ref(), &config.libexec, grows);
     config.cgroup = options.cgroup;
     config.device_dirs = options.device_dirs;
+    config.allow_paths = options.allow_paths;
+    config.ids = options.ids;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     let listener = match &options.api_socket {
