@@ -115,12 +115,12 @@ pub(crate) fn install(
 ) -> io::Result<libc::c_long> {
     if UNCONFINED {
         let listens = flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER != 0;
-        // SAFETY: it takes integers. As a listener it has nothing to tell.
-        return Ok(if listens {
-            unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) }.into()
-        } else {
-            0
-        });
+        if !listens {
+            return Ok(0);
+        }
+        // As a listener it has nothing to tell.
+        // SAFETY: it takes integers.
+        return Ok(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) }.into());
     }
     let program = libc::sock_fprog {
         len: u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,

@@ -62,6 +62,7 @@ impl Bed {
             allow_paths: Vec::new(),
             helpers: Vec::new(),
             device_dirs: Vec::new(),
+            ids: None,
         }
     }
 

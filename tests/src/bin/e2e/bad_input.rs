@@ -92,7 +92,7 @@ fn ranges() -> Verdict {
         let mut ids = Vec::new();
         for (socket, _) in &vms {
             appears(socket)?;
-            let create = ["create", "--kernel", &kernel, "--memory", "64M"];
+            let create = ["create", "--kernel", &kernel, "--memory", "128M"];
             let shared = format!("{disk},readonly=on");
             let more = ["--serial", "none", "--disk", &shared];
             ctl(socket, &[create.as_slice(), more.as_slice()].concat())?;
