@@ -82,6 +82,9 @@ pub struct Backend {
     /// Rings of this driver have been handed to some process: they may have moved on.
     touched: bool,
     inflight: Option<InflightRegion>,
+    /// Rings that had nothing in flight when the process before hung up, and their used index
+    /// then: what became available since, no process has seen.
+    idle: Vec<(u16, u16)>,
     /// Requests that it had in flight when the present process took it over.
     resubmitted: u64,
 }
@@ -112,6 +115,7 @@ impl Backend {
             started: Vec::new(),
             touched: false,
             inflight: None,
+            idle: Vec::new(),
             resubmitted: 0,
         })
     }
@@ -195,6 +199,7 @@ impl Backend {
         }
         self.frontend()?.barrier(deadline)?;
         // Up to here no request was taken, so that another process may yet be the one to do so.
+        self.idle.clear();
         self.let_go(&rings, deadline).map_err(StartError::Lost)
     }
 
@@ -231,7 +236,8 @@ impl Backend {
                         ring::indices(self.memory.memory(), &addresses)
                             .ok_or(StartError::BadRing(index))?;
                     let in_order = super::kinds::in_order(self.device_type, index);
-                    if !logged && !in_order && available != used {
+                    let idle = self.idle.contains(&(index, used));
+                    if !logged && !in_order && available != used && !idle {
                         return Err(StartError::Unknown(index));
                     }
                     used
@@ -298,6 +304,18 @@ impl Backend {
         self.started.clear();
         self.touched = false;
         self.inflight = None;
+        self.idle.clear();
+    }
+
+    /// The process has hung up: remembers which of its rings have nothing in flight. To be
+    /// called as soon as that is known, before the driver adds more.
+    pub fn note_idle(&mut self, common: &CommonConfig) {
+        self.idle = self
+            .progress(common)
+            .into_iter()
+            .filter(|(_, at)| at.available == at.used)
+            .map(|(index, at)| (index, at.used))
+            .collect();
     }
 
     /// Enables or disables a queue that the device process has.

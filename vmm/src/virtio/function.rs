@@ -303,8 +303,12 @@ impl VirtioPciFunction {
     /// [`fail`](Self::fail). Never blocks.
     pub fn suspend(&self, reason: FailReason) {
         let text = reason.to_string();
+        let ended = reason == FailReason::Hangup;
         self.expect_fence();
         if self.link.suspend(reason) {
+            if ended {
+                self.note_idle();
+            }
             log::info!(
                 "device {}: {text}; waiting for a successor",
                 self.options.id
@@ -352,6 +356,21 @@ impl VirtioPciFunction {
             Err(TryLockError::WouldBlock) => return Vec::new(),
         };
         device.backend.progress(&device.common)
+    }
+
+    /// The process has hung up: has the rings looked at before the driver adds requests that
+    /// no process has seen. Where somebody holds the lock, the driver is just setting the
+    /// device up. Never blocks.
+    fn note_idle(&self) {
+        let mut device = match self.device.try_lock() {
+            Ok(device) => device,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let Device {
+            backend, common, ..
+        } = &mut *device;
+        backend.note_idle(common);
     }
 
     /// Takes a network device's link up or down, where the VMM keeps it (a configuration

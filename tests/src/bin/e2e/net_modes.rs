@@ -364,9 +364,6 @@ echo AFTER=$(dd if=$dev bs=64k iflag=direct status=none | sha256sum)";
     let word = |text: &str| text.split_whitespace().next().unwrap_or("?").to_string();
     vmm.wait_for(&format!("BEFORE={}", word(&before)), LIMIT)?;
     vmm.wait_for("STEP", LIMIT)?;
-    // What the guest's kernel does on its own account is over by then: with requests in flight
-    // that nobody has logged, the disk would rightly wait for a reset.
-    std::thread::sleep(std::time::Duration::from_secs(1));
     drop(first);
     let _second = start()?;
     vmm.type_text("\n")?;

@@ -375,6 +375,37 @@ fn without_a_log_requests_in_flight_need_a_reset_and_idle_rings_go_on() {
 }
 
 #[test]
+fn requests_that_came_while_nobody_was_there_were_in_flight_nowhere() {
+    use vhost::vhost_user::message::VhostUserProtocolFeatures;
+    let unlogged = |recorder: &mut Recorder| {
+        recorder.protocol -= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    };
+    // At the loss, and when the successor comes: available and used of ring 0.
+    let cases = [
+        ((7, 7), (9, 7), false),
+        ((7, 7), (7, 7), false),
+        ((9, 7), (9, 7), true),
+        // Whoever completed that was not gone.
+        ((7, 7), (9, 8), true),
+    ];
+    for (at_loss, then, needs_reset) in cases {
+        let mut guest = patient_guest();
+        guest.bring_up();
+        succeed(&mut guest, unlogged).unwrap();
+        set_indices(&guest, 0, at_loss.0, at_loss.1);
+        guest.backend.die();
+        assert_eq!(lost(&guest), FailReason::Hangup);
+        set_indices(&guest, 0, then.0, then.1);
+        let done = succeed(&mut guest, unlogged).unwrap();
+        assert_eq!(done.needs_reset, needs_reset, "{at_loss:?} {then:?}");
+        if !needs_reset {
+            assert_eq!(guest.backend.lock().rings[0].base, Some(then.1.into()));
+            works(&guest);
+        }
+    }
+}
+
+#[test]
 fn a_process_that_serves_hands_over_and_goes_on_when_its_successor_fails() {
     let mut guest = patient_guest();
     guest.bring_up();
