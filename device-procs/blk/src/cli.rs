@@ -150,6 +150,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?)?),
             Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?)?),
             Long("fence-fd") => fence = Some(fd("--fence-fd", &parser.value()?)?),
+            Long("disk") if disk.is_some() => {
+                return bad("--disk", "give it once: a process serves one disk");
+            }
             Long("disk") => disk = Some(DiskOptions::parse(&parser.value()?)?),
             Long("queues") => {
                 queues = parser.value()?.parse()?;
@@ -248,6 +251,12 @@ mod tests {
         assert_eq!(o.disk.direct, Some(true));
         assert_eq!(&o.disk.serial[..4], b"abc\0");
         assert_eq!(o.queues, 4);
+    }
+
+    #[test]
+    fn a_second_disk_is_refused() {
+        let two = serve("--socket /s --disk path=/a --disk path=/b").unwrap_err();
+        assert!(two.contains("give it once"), "{two}");
     }
 
     #[test]

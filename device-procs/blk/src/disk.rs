@@ -230,6 +230,12 @@ impl Disk {
                 });
             }
             Format::Raw => {
+                let rest = len % block;
+                if rest != 0 {
+                    log::warn!(
+                        "{name}: its last {rest} bytes are not served: a sector has {block}"
+                    );
+                }
                 let discard = !options.readonly && host::can_punch(&top.file, len, !regular);
                 let in_memory = host::in_memory(&top.file);
                 let secure_erase = !options.readonly

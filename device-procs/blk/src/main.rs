@@ -84,7 +84,7 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn complain(e: &dyn std::error::Error) {
-    let _ = writeln!(std::io::stderr(), "bulkhead-blk: {e}");
+    logger::complain("bulkhead-blk", e);
 }
 
 fn run(options: &Options) -> Result<(), MainError> {

@@ -80,7 +80,7 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn complain(e: &dyn std::error::Error) {
-    let _ = writeln!(std::io::stderr(), "bulkhead-net: {e}");
+    logger::complain("bulkhead-net", e);
 }
 
 /// A random address that nobody has been assigned.

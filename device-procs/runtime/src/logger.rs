@@ -36,6 +36,9 @@ impl Log for Lines {
             record.args()
         );
         let used = room - rest.len();
+        for byte in line.iter_mut().take(used) {
+            blunt(byte);
+        }
         if let Some(end) = line.get_mut(used) {
             *end = b'\n';
         }
@@ -43,6 +46,21 @@ impl Log for Lines {
     }
 
     fn flush(&self) {}
+}
+
+/// A path or a message may hold what would move the cursor of the operator's terminal.
+fn blunt(byte: &mut u8) {
+    if byte.is_ascii_control() {
+        *byte = b'?';
+    }
+}
+
+/// Says on fd 2 why the program ends: one line, whatever the error holds.
+pub fn complain(program: &str, error: &dyn std::error::Error) {
+    let mut line = format!("{program}: {error}").into_bytes();
+    line.iter_mut().for_each(blunt);
+    line.push(b'\n');
+    let _ = std::io::stderr().write_all(&line);
 }
 
 /// Sends log lines of this level and above to fd 2.

@@ -39,13 +39,13 @@ pub struct UpdateDiskArgs {
     id: String,
     /// Grow it to this many bytes (with K, M, G or T); its file is grown, a block device must
     /// have them
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     size: Option<String>,
     /// Limit its bytes per second, and the burst it may save up; 0 lifts the limit
-    #[arg(long, value_name = "SIZE[:BURST]")]
+    #[arg(long, value_name = "SIZE[:BURST]", allow_negative_numbers = true)]
     bps: Option<String>,
     /// Limit its operations per second, and the burst; 0 lifts the limit
-    #[arg(long, value_name = "N[:BURST]")]
+    #[arg(long, value_name = "N[:BURST]", allow_negative_numbers = true)]
     iops: Option<String>,
 }
 
@@ -58,16 +58,16 @@ pub struct UpdateNetArgs {
     #[arg(long, value_name = "up|down", value_parser = PossibleValuesParser::new(["up", "down"]))]
     link: Option<String>,
     /// Limit the bytes per second that the guest receives, and the burst; 0 lifts the limit
-    #[arg(long, value_name = "SIZE[:BURST]")]
+    #[arg(long, value_name = "SIZE[:BURST]", allow_negative_numbers = true)]
     rx_bps: Option<String>,
     /// Limit the packets per second that the guest receives
-    #[arg(long, value_name = "N[:BURST]")]
+    #[arg(long, value_name = "N[:BURST]", allow_negative_numbers = true)]
     rx_pps: Option<String>,
     /// Limit the bytes per second that the guest sends
-    #[arg(long, value_name = "SIZE[:BURST]")]
+    #[arg(long, value_name = "SIZE[:BURST]", allow_negative_numbers = true)]
     tx_bps: Option<String>,
     /// Limit the packets per second that the guest sends
-    #[arg(long, value_name = "N[:BURST]")]
+    #[arg(long, value_name = "N[:BURST]", allow_negative_numbers = true)]
     tx_pps: Option<String>,
 }
 
@@ -316,6 +316,11 @@ impl UpdateDeviceArgs {
         session: &mut Session<'_>,
         out: &mut Output<'_>,
     ) -> Result<(), Failure> {
+        if self.binary.as_deref() == Some("") {
+            return Err(usage(
+                "--binary: give a file, or leave it out to start the same one anew".into(),
+            ));
+        }
         if let Some(id) = &self.id {
             let binary = self.binary.clone().unwrap_or_default();
             return self.update(session, out, id, binary);

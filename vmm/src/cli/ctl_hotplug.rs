@@ -9,7 +9,7 @@ use bulkhead_proto::machine::{
 };
 
 use super::ctl::{Failure, Output, Session};
-use super::machine_args::MAX_CPUS;
+use super::machine_args::{MAX_CPUS, split_option};
 use super::{EXIT_USAGE, disk_args, net_args};
 
 /// A device process may have to be waited for, and the launcher, and a back-end.
@@ -85,8 +85,8 @@ impl AddArgs {
     pub(super) fn request(&self, kind: Kind) -> Result<AddDeviceRequest, Failure> {
         let text = self.device.as_str();
         // A number would be another device's before long.
-        let named = |part: &str| part.strip_prefix("id=").is_some_and(|id| !id.is_empty());
-        if !text.split(',').any(named) {
+        let named = |part: &String| part.strip_prefix("id=").is_some_and(|id| !id.is_empty());
+        if !split_option(text).iter().any(named) {
             return Err(usage(format!(
                 "{text}: id=NAME is missing: the device needs one to be removed by"
             )));

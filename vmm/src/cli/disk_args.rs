@@ -6,7 +6,9 @@ use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::DiskConfig;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 
-use super::machine_args::{Keys, MAX_CPUS, absolute, check_id, parse_size, parse_switch};
+use super::machine_args::{
+    Keys, MAX_CPUS, absolute, check_id, parse_size, parse_switch, split_option,
+};
 use super::resource_args;
 
 const KEYS: &str = "path, readonly, id, serial, queues, format, cache, backing, max-size, bps, \
@@ -21,8 +23,9 @@ pub fn parse_disk(text: &str, index: usize) -> Result<DiskConfig, String> {
     let wanted =
         |key: &str, value: &str, what: &str| Err(format!("{option}: {key}={value}: give {what}"));
     let mut disk = DiskConfig::new();
+    let parts = split_option(text);
     let mut keys = Keys::default();
-    for part in text.split(',') {
+    for part in &parts {
         let (key, value) = part.split_once('=').ok_or_else(|| {
             format!(
                 "{option}: {part:?} is no KEY=VALUE: the form is path=FILE[,readonly=on][,id=NAME]"
@@ -142,6 +145,13 @@ mod tests {
         assert!(disk.readonly);
         assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/a", "root"));
         assert_eq!(parse_disk("path=/a", 3).unwrap().id, "disk3");
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_written_twice() {
+        let disk = parse_disk("path=/a,,b,id=root", 0).unwrap();
+        assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/a,b", "root"));
+        assert!(parse_disk("path=/a,b,id=root", 0).is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! text in, [`MachineConfig`] out. Nothing is opened here.
 
 use std::collections::BTreeSet;
+use std::num::{IntErrorKind, ParseIntError};
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
@@ -52,6 +53,7 @@ pub struct MachineArgs {
     ///   pids=N                 its process: threads
     ///   io=rbps=SIZE:wbps=SIZE:riops=N:wiops=N   of the block device that the file lies on
     ///   lock=off               do not lock the file: who else writes it corrupts it
+    /// A comma in a path is written twice.
     #[arg(long = "disk", value_name = "DISK", verbatim_doc_comment)]
     pub disks: Vec<String>,
     /// A network device: tap=NAME, fd=N, vhost-user=SOCKET or user[,KEY=VALUE]…; may be repeated
@@ -189,6 +191,7 @@ pub(super) fn absolute(option: &str, path: &str) -> Result<String, String> {
 /// One line that says what is wanted.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let wanted = "give a number with K, M, G or T, such as 512M";
+    let huge = || "that is too much: give less than 16777216T".to_string();
     let (digits, shift) = match text.char_indices().last() {
         Some((i, 'K' | 'k')) => (&text[..i], 10),
         Some((i, 'M' | 'm')) => (&text[..i], 20),
@@ -197,11 +200,28 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some(_) => (text, 0),
         None => return Err(wanted.to_string()),
     };
-    let number: u64 = digits.parse().map_err(|_| wanted.to_string())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|n| *n > 0)
-        .ok_or_else(|| wanted.to_string())
+    let number: u64 = digits.parse().map_err(|e: ParseIntError| match e.kind() {
+        IntErrorKind::PosOverflow => huge(),
+        _ => wanted.to_string(),
+    })?;
+    if number == 0 {
+        return Err(wanted.to_string());
+    }
+    number.checked_mul(1 << shift).ok_or_else(huge)
+}
+
+/// Splits an option at its commas; two commas stand for one that belongs to a value.
+pub(super) fn split_option(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(last) = parts.last_mut() {
+            last.push(c);
+        }
+    }
+    parts
 }
 
 fn parse_cpus(text: &str) -> Result<CpuConfig, String> {

@@ -11,7 +11,7 @@ use bulkhead_proto::machine::{
     user_backend::{Forward, forward::Protocol},
 };
 
-use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch};
+use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch, split_option};
 use super::resource_args;
 use crate::api::check_interface_name;
 use crate::launcher::MAX_QUEUE_PAIRS;
@@ -41,8 +41,9 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
     let mut net = NetConfig::new();
     let mut forwards = Vec::new();
     let (mut server, mut datapath) = (None, None);
+    let parts = split_option(text);
     let mut keys = Keys::default();
-    for part in text.split(',') {
+    for part in parts.iter().map(String::as_str) {
         if part == "user" {
             set_backend(
                 &option,
@@ -271,8 +272,9 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
     let mut device = VhostUserConfig::new();
     let mut kind_name = None;
     let mut tag = None;
+    let parts = split_option(text);
     let mut keys = Keys::default();
-    for part in text.split(',') {
+    for part in parts.iter().map(String::as_str) {
         let (key, value) = part.split_once('=').ok_or_else(|| {
             format!("{option}: {part:?} is no KEY=VALUE: the form is {VHOST_USER_FORM}")
         })?;

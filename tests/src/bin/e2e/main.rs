@@ -26,6 +26,7 @@ mod net_bad;
 mod net_handed;
 mod net_modes;
 mod recovery;
+mod recovery_net;
 mod resources;
 mod update;
 mod vhost_user;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         tests.extend(audit::tests());
         tests.extend(death::tests());
         tests.extend(recovery::tests());
+        tests.extend(recovery_net::tests());
         tests.extend(update::tests());
         tests.extend(resources::tests());
         tests.extend(hostile_device::tests());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::{Undo, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, bulkhead, ctl, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, nothing_left};
 
 use crate::disk::{LIMIT, sparse};
 
@@ -47,6 +47,11 @@ pub fn tests() -> Vec<Test> {
             hung,
         ),
         test(
+            "a quarantined disk that is pulled ends the requests that hung on it",
+            pulled,
+        ),
+        test("a reset that the guest asks for is told", reset_told),
+        test(
             "limits and a drain outlive the process they were told",
             remembered,
         ),
@@ -54,7 +59,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// How often, unless BULKHEAD_KILLS says otherwise.
-fn kills(default: u32) -> u32 {
+pub fn kills(default: u32) -> u32 {
     let given = std::env::var("BULKHEAD_KILLS").ok();
     given.and_then(|n| n.parse().ok()).unwrap_or(default)
 }
@@ -69,7 +74,7 @@ fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
     field(socket, device, "pid").and_then(|pid| pid.as_i64().ok_or_else(|| pid.to_string()))
 }
 
-fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value, String> {
+pub fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value, String> {
     let devices = ctl(socket, &["devices"])?;
     let found = devices
         .as_array()
@@ -81,7 +86,7 @@ fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value, St
         .ok_or_else(|| format!("no {device} in {devices}"))
 }
 
-fn kill(socket: &str, device: &str) -> Verdict {
+pub fn kill(socket: &str, device: &str) -> Verdict {
     let pid = pid_of(socket, device)?;
     sh(&format!("kill -9 {pid}")).map(drop)
 }
@@ -249,6 +254,56 @@ echo $device >unbind; echo $device >bind; cd /; while ! [ -b /dev/vdb ]; do slee
     vmm.wait_for("RESET-BACK", LIMIT)?;
     state(&socket, "bad", "running")?;
     vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
+
+fn pulled() -> Verdict {
+    let scratch = Scratch::new("pulled")?;
+    let (bad, good) = (
+        sparse(&scratch, "bad", 8 * MIB)?,
+        sparse(&scratch, "good", 8 * MIB)?,
+    );
+    let socket = scratch.path("api");
+    let script =
+        "get() { dd if=/dev/$1 of=/dev/null bs=64k count=16 iflag=direct status=none 2>/dev/null; }
+get vdb && echo READY; read -r line
+(get vdb && echo SERVED || echo ENDED) & sleep 2; jobs -r | grep -q . && echo HANGS; wait
+while [ -e /sys/block/vdb ]; do sleep 0.1; done; echo GONE; get vdc && echo GOOD";
+    let mut vmm = debian(
+        &scratch,
+        script,
+        &[format!("path={bad},id=bad"), format!("path={good},id=good")],
+        &["--api-socket", &socket, "--restarts", "0"],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    kill(&socket, "bad")?;
+    state(&socket, "bad", "quarantined")?;
+    vmm.type_text("go\n")?;
+    vmm.wait_for("HANGS", LIMIT)?;
+    ctl(&socket, &["remove-device", "bad", "--force"])?;
+    for word in ["ENDED", "GONE", "GOOD"] {
+        vmm.wait_for(word, LIMIT)?;
+    }
+    vmm.ends_with(0, LIMIT)?;
+    check(!vmm.output().contains("SERVED"), || vmm.story("served"))?;
+    nothing_left(Duration::from_secs(5))
+}
+
+fn reset_told() -> Verdict {
+    let scratch = Scratch::new("reset")?;
+    let socket = scratch.path("api");
+    let script = "echo READY; read -r line; echo b >/proc/sysrq-trigger; sleep 600";
+    let options = ["--api-socket", &socket];
+    let mut vmm = debian(&scratch, script, &[] as &[&str], &options)?;
+    vmm.wait_for("READY", LIMIT)?;
+    let mut follow = std::process::Command::new(bin("bulkhead"));
+    follow.args(["ctl", "--socket", &socket, "--json", "events", "--follow"]);
+    let mut follower = Vmm::spawn(follow)?;
+    follower.wait_for("machine.running", LIMIT)?;
+    vmm.type_text("go\n")?;
+    vmm.ends_with(3, LIMIT)?;
+    follower.wait_for("machine.guest-reset", LIMIT)?;
+    follower.wait_for("machine.stopped", LIMIT)?;
     nothing_left(Duration::from_secs(5))
 }
 

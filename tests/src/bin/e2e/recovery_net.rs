@@ -1,0 +1,117 @@
+//! Network processes that die under a flow: it goes on.
+
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::host::Namespace;
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, ctl, nothing_left};
+
+use crate::disk::LIMIT;
+use crate::recovery::{field, kill, kills};
+
+/// The tests of this subject.
+pub fn tests() -> Vec<Test> {
+    let test = |name, long, run| Test {
+        subject: "recovery",
+        name,
+        long,
+        run,
+    };
+    vec![
+        test(
+            "a network process is killed 4 times during iperf3 both ways: the flow goes on",
+            false,
+            || killed_under_iperf("user", 4),
+        ),
+        test(
+            "a network process is killed 50 times (a tenth of BULKHEAD_KILLS) during iperf3 both ways: the flow goes on",
+            true,
+            || killed_under_iperf("user", kills(500) / 10),
+        ),
+        test(
+            "the same by vhost-net, 50 times (a tenth of BULKHEAD_KILLS)",
+            true,
+            || killed_under_iperf("vhost-net", kills(500) / 10),
+        ),
+    ]
+}
+
+/// Seconds of the flow in which something arrived: `role` is RX (from the guest) or TX.
+fn seconds_alive(server: &Vmm, role: &str) -> usize {
+    let output = server.output();
+    let intervals = output.lines().filter(|line| line.contains(role));
+    intervals
+        .filter(|line| line.contains("bits/sec") && !line.contains(" 0.00 Bytes"))
+        .count()
+}
+
+/// One iperf3 connection each way for as long as it takes; whoever serves it sees data in
+/// seconds that begin after each death.
+fn killed_under_iperf(backend: &str, kills: u32) -> Verdict {
+    let scratch = Scratch::new("flow")?;
+    let socket = scratch.path("api");
+    let host = Namespace::new("flow")?;
+    host.tap("tap0", "10.5.0.1/24", "")?;
+    // It serves one test and ends: a second connection finds nobody.
+    let server = host.spawn("iperf3 -s -1 -B 10.5.0.1 -i 1 --forceflush")?;
+    let script = "ip link set lo up; ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
+until ping -q -c 1 -W 1 10.5.0.1 >/dev/null; do :; done
+iperf3 -c 10.5.0.1 -t 86400 -i 0 --bidir >/tmp/out 2>&1 & flow=$!
+echo READY; read -r line
+kill -0 $flow && kill -INT $flow && wait $flow; cat /tmp/out; echo OVER";
+    let mut vmm = host.debian(
+        &scratch,
+        script,
+        &[
+            "--net",
+            &format!("tap=tap0,id=net0,backend={backend}"),
+            "--api-socket",
+            &socket,
+            "--restarts",
+            "100000:3600",
+        ],
+    )?;
+    vmm.wait_for("READY", LIMIT)?;
+    let flows = |what: &str| -> Verdict {
+        // The second that is running may have begun before.
+        let wanted = ["RX-S", "TX-S"].map(|role| (role, seconds_alive(&server, role) + 2));
+        let end = Instant::now() + LIMIT;
+        for (role, count) in wanted {
+            while seconds_alive(&server, role) < count {
+                check(Instant::now() < end, || {
+                    vmm.story(&format!(
+                        "{what}: nothing flows {role}: {}",
+                        server.output()
+                    ))
+                })?;
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        Ok(())
+    };
+    flows("at first")?;
+    for round in 0..u64::from(kills) {
+        kill(&socket, "net0")?;
+        let wanted = round + 2;
+        let end = Instant::now() + LIMIT;
+        while field(&socket, "net0", "incarnation")? != wanted
+            || field(&socket, "net0", "state")? != "running"
+        {
+            check(Instant::now() < end, || {
+                let events = ctl(&socket, &["events"]).map_or_else(|e| e, |e| e.to_string());
+                vmm.story(&format!("process {wanted} does not serve: {events}"))
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        flows(&format!("after death {}", round + 1))?;
+    }
+    vmm.type_text("stop\n")?;
+    vmm.wait_for("OVER", LIMIT)?;
+    let output = vmm.output();
+    check(
+        output.contains("sender") && !output.contains("unable"),
+        || vmm.story("the client broke off"),
+    )?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
