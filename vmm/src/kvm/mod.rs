@@ -86,6 +86,23 @@ impl KvmError {
 const REMEDY_HOST: &str = "check that the host's KVM works (dmesg, kvm-ok) and can run a guest";
 const REMEDY_MEMORY: &str = "the host may be out of memory or memory slots";
 
+/// Most times that a call is made again because a signal came.
+const INTERRUPTIONS: u32 = 1000;
+
+/// Makes a call that a pending signal interrupts: KVM_CREATE_VM takes all locks of the
+/// address space, which gives up for one.
+fn uninterrupted<T>(
+    mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    for _ in 0..INTERRUPTIONS {
+        match call() {
+            Err(error) if error.errno() == libc::EINTR => continue,
+            other => return other,
+        }
+    }
+    call()
+}
+
 /// One virtual machine.
 pub struct KvmVm {
     kvm: Kvm,
@@ -108,8 +125,7 @@ impl KvmVm {
                 return Err(KvmError::Capability(name));
             }
         }
-        let vm = kvm
-            .create_vm()
+        let vm = uninterrupted(|| kvm.create_vm())
             .map_err(KvmError::call("KVM_CREATE_VM", REMEDY_HOST))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
             .map_err(KvmError::call("KVM_SET_IDENTITY_MAP_ADDR", REMEDY_HOST))?;
@@ -292,6 +308,25 @@ mod tests {
             error.contains("/dev/kvm") && !error.contains('\n'),
             "{error}"
         );
+    }
+
+    #[test]
+    fn an_interrupted_call_is_made_again_but_not_for_ever() {
+        let fails = |times: u32, errno| {
+            let mut made = 0;
+            let result = uninterrupted(|| {
+                made += 1;
+                if made <= times {
+                    Err(kvm_ioctls::Error::new(errno))
+                } else {
+                    Ok(made)
+                }
+            });
+            (result.map_err(|e| e.errno()), made)
+        };
+        assert_eq!(fails(3, libc::EINTR), (Ok(4), 4));
+        assert_eq!(fails(3, libc::EBUSY), (Err(libc::EBUSY), 1));
+        assert_eq!(fails(u32::MAX, libc::EINTR), (Err(libc::EINTR), 1001));
     }
 
     #[test]
