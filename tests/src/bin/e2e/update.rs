@@ -230,7 +230,7 @@ fn places() -> Verdict {
     refused(&socket, "d", "/bin/true", "--device-dir")?;
     refused(&socket, "d", "../outside/blk", "leads out")?;
     refused(&socket, "d", "none", "not found")?;
-    refused(&socket, "d", "", "not found")?;
+    refused(&socket, "d", "", "give a file")?;
     sh(&format!(
         "cd {}; ln -s {good} link; ln -s ../outside up; mkdir sub fifos; mkfifo fifos/x; chmod 777 sub",
         one.path
