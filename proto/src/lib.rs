@@ -19,6 +19,7 @@ mod generated {
 }
 
 pub mod async_client;
+pub mod block_map;
 pub mod client;
 pub mod envelope;
 pub mod frame;
@@ -28,6 +29,7 @@ pub mod status;
 pub mod sys;
 
 pub use async_client::{AsyncClient, AsyncLimits, Completion};
+pub use block_map::BlockMap;
 pub use client::{BlockingClient, ClientError, Subscription};
 pub use generated::{common, device, launcher, machine};
 pub use protobuf;

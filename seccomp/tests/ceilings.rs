@@ -14,6 +14,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("bulkhead-net-socket", 15),
     ("bulkhead-blk", 16),
     ("bulkhead-net", 12),
+    ("bulkhead-mem", 11),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 47),
 ];

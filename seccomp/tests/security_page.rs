@@ -39,6 +39,7 @@ fn missing(named: &str, subjects: &str) -> Option<String> {
             let directory = match *name {
                 "bulkhead-blk" => "device-procs/blk",
                 "bulkhead-net" => "device-procs/net",
+                "bulkhead-mem" => "device-procs/mem",
                 "bulkhead-runtime" => "device-procs/runtime",
                 "bulkhead-seccomp" => "seccomp",
                 "bulkhead-proto" => "proto",

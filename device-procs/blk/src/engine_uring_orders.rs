@@ -24,7 +24,21 @@ impl Engine {
             }
             // Answered by finish_draining.
             Order::Stop => self.draining = Some(Draining::Stop),
-            Order::Memory(memory) => self.draining = Some(Draining::Memory(memory)),
+            Order::Memory(memory) => {
+                let extends = |queue: &mut Queue| memory.extends(queue.ring().memory());
+                let grown = self.queue.as_mut().is_some_and(extends);
+                match self.queue.as_mut().filter(|_| grown) {
+                    // What is in flight stays where it was: a slow disk holds nothing up.
+                    Some(queue) => {
+                        let swapped = queue.ring().swap_memory(memory);
+                        self.port.answer(swapped.map_or_else(
+                            |why| Answer::Refused(why.to_string()),
+                            |()| Answer::Done,
+                        ));
+                    }
+                    None => self.draining = Some(Draining::Memory(memory)),
+                }
+            }
             Order::Call(call) => {
                 self.show();
                 // What is to be signalled on the old one is, before it goes.

@@ -290,10 +290,10 @@ impl ActiveRing {
         self.err = err;
     }
 
-    /// Goes on in another snapshot. Must not be called with requests in flight; those
-    /// would point into the old one.
+    /// Goes on in another snapshot. Must not be called with requests in flight, which would
+    /// point into the old one, unless the new one [extends](Memory::extends) that.
     pub fn swap_memory(&mut self, memory: Arc<Memory>) -> Result<(), RingError> {
-        debug_assert_eq!(self.ring.in_flight(), 0);
+        debug_assert!(self.ring.in_flight() == 0 || memory.extends(self.memory()));
         self.flush();
         match self.ring.relocate(memory) {
             Ok(()) => Ok(()),

@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering;
 
 use bulkhead_proto::common::QueueStats;
 use bulkhead_proto::device::{
-    Confinement, DrainRequest, DrainResponse, HealthRequest, HealthResponse, HelloRequest,
-    HelloResponse, ResumeRequest, ResumeResponse, RingHealth, ShutdownRequest, ShutdownResponse,
-    StatsRequest, StatsResponse, UpdateRequest, UpdateResponse,
+    Confinement, DrainRequest, DrainResponse, FinishRequestRequest, FinishRequestResponse,
+    HealthRequest, HealthResponse, HelloRequest, HelloResponse, ResumeRequest, ResumeResponse,
+    RingHealth, ShutdownRequest, ShutdownResponse, StatsRequest, StatsResponse, TakeRequestRequest,
+    UpdateRequest, UpdateResponse,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::{CONTROL_MAX_FRAME, Closed, decode, encode};
@@ -142,6 +143,16 @@ impl Service {
                 self.queues.iter().for_each(Signals::resume);
                 encode(&ResumeResponse::new())
             }
+            (DEVICE_SERVICE, "TakeRequest") => {
+                decode::<TakeRequestRequest>(body)?;
+                encode(&self.device.take_request()?)
+            }
+            (DEVICE_SERVICE, "FinishRequest") => {
+                self.device
+                    .finish_request(&decode::<FinishRequestRequest>(body)?)?;
+                self.queues.iter().for_each(Signals::refresh);
+                encode(&FinishRequestResponse::new())
+            }
             (DEVICE_SERVICE, "Shutdown") => {
                 decode::<ShutdownRequest>(body)?;
                 self.shutdown = true;
@@ -181,6 +192,7 @@ impl Service {
 
     fn health(&self) -> HealthResponse {
         let mut reply = HealthResponse::new();
+        reply.asks = self.device.asks();
         reply.rings = (0..)
             .zip(&self.queues)
             .map(|(index, q)| {

@@ -5,7 +5,9 @@ use std::io;
 use std::sync::Arc;
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::device::{StatsResponse, UpdateRequest};
+use bulkhead_proto::device::{
+    FinishRequestRequest, StatsResponse, TakeRequestResponse, UpdateRequest,
+};
 
 use crate::inflight::KeptMemory;
 use crate::mailbox::WorkerPort;
@@ -124,6 +126,27 @@ pub trait Device: Send + Sync {
     /// The VMM lets the device take requests again: another process may have been started
     /// beside this one, and have changed what they share on the host.
     fn resumed(&self) {}
+
+    /// The device wants something of the VMM, and nothing has come of it yet.
+    fn asks(&self) -> bool {
+        false
+    }
+
+    /// What it wants of the VMM; the same until [`Self::finish_request`].
+    ///
+    /// # Errors
+    /// UNIMPLEMENTED: such a device never wants anything.
+    fn take_request(&self) -> Result<TakeRequestResponse, RpcStatus> {
+        Err(RpcStatus::unimplemented("Device", "TakeRequest"))
+    }
+
+    /// What came of it. Workers are told to look again afterwards.
+    ///
+    /// # Errors
+    /// UNIMPLEMENTED, or INVALID_ARGUMENT: it did not want that.
+    fn finish_request(&self, _request: &FinishRequestRequest) -> Result<(), RpcStatus> {
+        Err(RpcStatus::unimplemented("Device", "FinishRequest"))
+    }
 
     /// Adds what only this kind knows to its statistics, which hold each queue's counters.
     fn stats(&self, _stats: &mut StatsResponse) {}

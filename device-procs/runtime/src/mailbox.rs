@@ -50,8 +50,8 @@ pub enum Order {
     Start(Box<RingSetup>),
     /// Take no more requests, finish those in flight, then say where to go on.
     Stop,
-    /// Finish what is in flight, then go on with the same ring in this memory. The old
-    /// snapshot is let go before the answer.
+    /// Finish what is in flight, then go on with the same ring in this memory; at once, if it
+    /// extends the one before. The old snapshot is let go before the answer.
     Memory(Arc<Memory>),
     /// Signal completions here from now on.
     Call(Option<Arc<File>>),

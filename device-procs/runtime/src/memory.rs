@@ -295,6 +295,17 @@ impl Memory {
         Ok(Self { regions })
     }
 
+    /// Whether every region of the other table is in this one, mapped where it was: whatever
+    /// points into that memory stays valid.
+    pub fn extends(&self, other: &Self) -> bool {
+        let same = |a: &Region, b: &Region| {
+            (a.gpa, a.size, a.user_addr, a.skip) == (b.gpa, b.size, b.user_addr, b.skip)
+                && Arc::ptr_eq(&a.mapping, &b.mapping)
+        };
+        let mut others = other.regions.iter();
+        others.all(|b| self.regions.iter().any(|a| same(a, b)))
+    }
+
     /// Number of regions.
     pub fn len(&self) -> usize {
         self.regions.len()
@@ -428,6 +439,20 @@ mod tests {
         assert!(!mem.contains(0x1000, u64::MAX));
         assert!(mem.contains(0x1000, 0));
         assert!(!mem.contains(0x0, 1));
+    }
+
+    #[test]
+    fn a_table_that_grew_extends_the_one_before_and_no_other_does() {
+        let f = file(0x4000);
+        let region = |gpa| Region::map(&f, gpa, 0x1000, gpa, 0).unwrap();
+        let old = Memory::new(vec![region(0x1000)]).unwrap();
+        let grown = old.with(region(0x8000)).unwrap();
+        assert!(grown.extends(&old) && old.extends(&old) && old.extends(&Memory::default()));
+        assert!(!old.extends(&grown));
+        let shrunk = grown.without(0x1000, 0x1000, 0x1000).unwrap();
+        assert!(!shrunk.extends(&grown) && grown.extends(&shrunk));
+        // The same place, mapped anew.
+        assert!(!Memory::new(vec![region(0x1000)]).unwrap().extends(&old));
     }
 
     #[test]

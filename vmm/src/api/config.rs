@@ -8,6 +8,7 @@ use bulkhead_proto::machine::{MachineConfig, SerialConfig, serial_config::Mode};
 use bulkhead_proto::protobuf::Message;
 
 use crate::cli::machine_args::{MAX_CPUS, check_id};
+use crate::machine::mem;
 
 /// Linux's PATH_MAX counts the terminating zero.
 const MAX_PATH: usize = 4095;
@@ -31,6 +32,12 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     text("config.cmdline", &config.cmdline, MAX_CMDLINE)?;
     if config.memory_bytes == 0 {
         return Err("config.memory_bytes is 0: give the guest's memory in bytes".into());
+    }
+    if config.memory_max_bytes != 0 && config.memory_max_bytes <= config.memory_bytes {
+        return Err(format!(
+            "config.memory_max_bytes is {}: give more than memory_bytes, or 0 for as much",
+            config.memory_max_bytes
+        ));
     }
     if let Some(cpus) = config.cpus.as_ref() {
         known("config.cpus", cpus)?;
@@ -63,6 +70,10 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("nets", config.nets.len()),
         ("vhost_users", config.vhost_users.len()),
         ("hotplug_ports", config.hotplug_ports.len()),
+        (
+            "memory_max_bytes",
+            usize::from(config.memory_max_bytes != 0),
+        ),
     ];
     let mut devices = 0_usize;
     for (field, count) in all {
@@ -75,11 +86,14 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     }
     check_ports(&config.hotplug_ports)?;
     let mut ids = BTreeSet::new();
+    if config.memory_max_bytes != 0 {
+        ids.insert(mem::ID);
+    }
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("config.disks[{index}]");
         super::config_disk::check_disk(&name, disk)?;
         if !ids.insert(disk.id.as_str()) {
-            return Err(format!("{name}.id {} is taken by another disk", disk.id));
+            return Err(format!("{name}.id {} is taken by another device", disk.id));
         }
     }
     super::config_net::validate(config, &mut ids)?;

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use bulkhead_proto::machine::{
     AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, RemoveDeviceResponse,
-    ResizeCpusResponse, UpdateDeviceResponse, UpdateDiskResponse, UpdateResourcesResponse,
+    ResizeCpusResponse, ResizeMemoryResponse, UpdateDeviceResponse, UpdateDiskResponse,
+    UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{Code, RpcStatus};
@@ -32,6 +33,8 @@ pub enum ApiResponse {
     DeviceRemoved(RemoveDeviceResponse),
     /// The answer to ResizeCpus.
     CpusResized(ResizeCpusResponse),
+    /// The answer to ResizeMemory.
+    MemoryResized(Box<ResizeMemoryResponse>),
     /// The answer to UpdateResources.
     ResourcesUpdated(UpdateResourcesResponse),
     /// The answer to UpdateDevice.
@@ -51,6 +54,7 @@ impl ApiResponse {
             Self::DeviceAdded(device) => device.write_to_bytes(),
             Self::DeviceRemoved(removed) => removed.write_to_bytes(),
             Self::CpusResized(cpus) => cpus.write_to_bytes(),
+            Self::MemoryResized(memory) => memory.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
             Self::DeviceUpdated(device) => device.write_to_bytes(),
         };

@@ -95,6 +95,13 @@ pub enum ApiRequest {
         /// How long the guest has.
         timeout: Duration,
     },
+    /// Ask the guest to have so much memory.
+    ResizeMemory {
+        /// Bytes, all of it.
+        size: u64,
+        /// How long it has before it is told to have stopped short.
+        timeout: Duration,
+    },
     /// Change the number of vCPUs.
     ResizeCpus {
         /// How many there shall be.
@@ -190,6 +197,7 @@ pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call,
         "AddDevice" => request_hotplug::add(message(payload)?)?,
         "RemoveDevice" => request_hotplug::remove(message(payload)?)?,
         "ResizeCpus" => request_hotplug::resize_cpus(&message(payload)?)?,
+        "ResizeMemory" => request_hotplug::resize_memory(&message(payload)?)?,
         "Events" => {
             let request: EventsRequest = message(payload)?;
             return Ok(Call::Events(EventsFrom {

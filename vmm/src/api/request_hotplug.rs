@@ -3,7 +3,8 @@
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    AddDeviceRequest, RemoveDeviceRequest, ResizeCpusRequest, add_device_request,
+    AddDeviceRequest, RemoveDeviceRequest, ResizeCpusRequest, ResizeMemoryRequest,
+    add_device_request,
 };
 
 use super::request::{ApiRequest, device_id, wait};
@@ -34,6 +35,17 @@ pub(super) fn remove(request: RemoveDeviceRequest) -> Result<ApiRequest, RpcStat
         force: request.force,
         timeout: wait(request.timeout_ms)?,
         id: device_id(request.id)?,
+    })
+}
+
+pub(super) fn resize_memory(request: &ResizeMemoryRequest) -> Result<ApiRequest, RpcStatus> {
+    if request.size_bytes == 0 {
+        let line = "size_bytes is missing: give all of the guest's memory in bytes";
+        return Err(RpcStatus::invalid_argument(line));
+    }
+    Ok(ApiRequest::ResizeMemory {
+        size: request.size_bytes,
+        timeout: wait(request.timeout_ms)?,
     })
 }
 

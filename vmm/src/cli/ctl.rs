@@ -106,6 +106,8 @@ enum CtlCommand {
     RemoveDevice(ctl_hotplug::RemoveArgs),
     /// Change the number of vCPUs
     ResizeCpus(ctl_hotplug::ResizeCpusArgs),
+    /// Ask the guest to have so much memory; `info` and events tell how far it has come
+    ResizeMemory(ctl_hotplug::ResizeMemoryArgs),
     /// Show what has happened to the machine
     Events {
         /// First event wanted, by number [default: the oldest that is kept]
@@ -210,6 +212,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::AddVhostUser(add) => add.run(Kind::VhostUser, &mut session, &mut out),
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
+        CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
         CtlCommand::Events { from, follow } => {
             session.events(from.unwrap_or(0), *follow, out.json, out.to)
         }

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use bulkhead_proto::machine::{
-    AddDeviceRequest, AddDeviceResponse, RemoveDeviceRequest, RemoveDeviceResponse,
-    ResizeCpusRequest, ResizeCpusResponse,
+    AddDeviceRequest, AddDeviceResponse, MemoryInfo, RemoveDeviceRequest, RemoveDeviceResponse,
+    ResizeCpusRequest, ResizeCpusResponse, ResizeMemoryRequest, ResizeMemoryResponse,
 };
 
 use super::ctl::{Failure, Output, Session};
-use super::machine_args::{MAX_CPUS, split_option};
+use super::machine_args::{MAX_CPUS, parse_size, split_option};
 use super::{EXIT_USAGE, disk_args, net_args};
 
 /// A device process may have to be waited for, and the launcher, and a back-end.
@@ -61,6 +61,22 @@ pub struct ResizeCpusArgs {
     #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_CPUS)))]
     count: u32,
     /// Seconds the guest has
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..=600)
+    )]
+    timeout: u32,
+}
+
+/// `ctl resize-memory`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ResizeMemoryArgs {
+    /// All of the guest's memory, from what it started with up to the machine's max=
+    #[arg(value_name = "SIZE")]
+    size: String,
+    /// Seconds after which an event says that the guest has stopped short of it
     #[arg(
         long,
         value_name = "SECONDS",
@@ -162,6 +178,49 @@ impl ResizeCpusArgs {
             out.text(|to| writeln!(to, "{} vCPUs", cpus.count))
         }
     }
+}
+
+impl ResizeMemoryArgs {
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
+        let mut request = ResizeMemoryRequest::new();
+        request.size_bytes =
+            parse_size(&self.size).map_err(|e| usage(format!("{}: {e}", self.size)))?;
+        request.timeout_ms = self.timeout.saturating_mul(1000);
+        let asked: ResizeMemoryResponse = session.call("ResizeMemory", &request, MARGIN)?;
+        let memory = asked.memory.get_or_default();
+        if out.json {
+            let mut json = memory_json(memory);
+            json["operation"] = asked.operation.into();
+            out.json_value(&json)
+        } else {
+            out.text(|to| writeln!(to, "{}", memory_text(memory)))
+        }
+    }
+}
+
+/// For `info` and the answer to `resize-memory`.
+pub(super) fn memory_json(memory: &MemoryInfo) -> serde_json::Value {
+    serde_json::json!({
+        "requested_bytes": memory.requested_bytes,
+        "present_bytes": memory.present_bytes,
+        "max_bytes": memory.max_bytes,
+        "block_bytes": memory.block_bytes,
+    })
+}
+
+/// The same in words.
+pub(super) fn memory_text(memory: &MemoryInfo) -> String {
+    let mib = |bytes: u64| bytes >> 20;
+    format!(
+        "{} MiB of {} MiB requested, at most {} MiB",
+        mib(memory.present_bytes),
+        mib(memory.requested_bytes),
+        mib(memory.max_bytes)
+    )
 }
 
 #[cfg(test)]

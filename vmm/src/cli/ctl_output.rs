@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 
+use super::ctl_hotplug::{memory_json, memory_text};
 use super::ctl_output_net as net;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
@@ -49,6 +50,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "initrd": config.initrd,
             "cmdline": config.cmdline,
             "memory_bytes": config.memory_bytes,
+            "memory_max_bytes": config.memory_max_bytes,
             "cpus": { "boot": config.cpus.boot, "pin": config.cpus.pin },
             "disks": disks,
             "nets": nets,
@@ -65,6 +67,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
         "cgroup": info.cgroup,
         "cgroup_note": info.cgroup_note,
         "config": config,
+        "memory": info.memory.as_ref().map(memory_json),
         "counters": {
             "vcpu_exits": info.counters.vcpu_exits,
             "mmio_exits": info.counters.mmio_exits,
@@ -101,7 +104,10 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
             line("initrd", &config.initrd)?;
         }
         line("cmdline", &config.cmdline)?;
-        line("memory", &size(config.memory_bytes))?;
+        match info.memory.as_ref() {
+            Some(memory) => line("memory", &memory_text(memory))?,
+            None => line("memory", &size(config.memory_bytes))?,
+        }
         let pins: Vec<String> = config.cpus.pin.iter().map(u32::to_string).collect();
         let pinned = if pins.is_empty() {
             String::new()

@@ -4,6 +4,8 @@ use bulkhead_proto::machine::Event;
 use bulkhead_proto::machine::event::What;
 use serde_json::{Value, json};
 
+use super::ctl_hotplug::memory_json;
+
 /// The event's own part; null for events that have none.
 pub fn what(event: &Event) -> Value {
     match &event.what {
@@ -35,6 +37,7 @@ pub fn what(event: &Event) -> Value {
         Some(What::IoError(e)) => {
             json!({ "count": e.count, "errno": e.errno, "sector": e.sector })
         }
+        Some(What::Memory(memory)) => memory_json(memory),
         _ => Value::Null,
     }
 }

@@ -25,8 +25,8 @@ pub struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
     pub cmdline: String,
-    /// Guest memory: a number with K, M, G or T (powers of 1024)
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    /// Guest memory, and as much as there may be later: numbers with K, M, G or T (powers of 1024)
+    #[arg(long, value_name = "[size=]SIZE[,max=SIZE]", default_value = "512M")]
     pub memory: String,
     /// vCPUs, as many as there may be later, and the host CPU of each in order:
     /// N[,max=M][,pin=A:B:…]
@@ -114,8 +114,7 @@ impl MachineArgs {
             config.initrd = absolute("--initrd", initrd)?;
         }
         config.cmdline = self.cmdline.clone();
-        config.memory_bytes =
-            parse_size(&self.memory).map_err(|e| format!("--memory {}: {e}", self.memory))?;
+        (config.memory_bytes, config.memory_max_bytes) = parse_memory(&self.memory)?;
         config.cpus = Some(parse_cpus(&self.cpus)?).into();
         if let Some(text) = &self.hotplug_ports {
             config.hotplug_ports = parse_ports(text)?;
@@ -222,6 +221,30 @@ pub(super) fn split_option(text: &str) -> Vec<String> {
         }
     }
     parts
+}
+
+/// What there is from the start, and what there may be; 0: no more.
+fn parse_memory(text: &str) -> Result<(u64, u64), String> {
+    let bad = |why: String| format!("--memory {text}: {why}");
+    let mut parts = text.split(',');
+    let first = parts.next().unwrap_or_default();
+    let first = first.strip_prefix("size=").unwrap_or(first);
+    let size = parse_size(first).map_err(bad)?;
+    let mut max = 0;
+    let mut keys = Keys::default();
+    for part in parts {
+        let Some(value) = part.strip_prefix("max=") else {
+            return Err(bad(format!(
+                "{part:?} is unknown: only max=SIZE may follow the size"
+            )));
+        };
+        keys.once(&format!("--memory {text}"), "max")?;
+        max = parse_size(value).map_err(bad)?;
+        if max <= size {
+            return Err(bad("give a max= that is more than the size".to_owned()));
+        }
+    }
+    Ok((size, max))
 }
 
 fn parse_cpus(text: &str) -> Result<CpuConfig, String> {
@@ -346,6 +369,25 @@ mod tests {
         assert_eq!(parse_size("2g"), Ok(2 << 30));
         for bad in ["", "M", "0", "-1", "1.5G", "99999999T", "12Q", "é"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_may_have_a_maximum() {
+        let gib = 1 << 30;
+        assert_eq!(parse_memory("512M"), Ok((gib / 2, 0)));
+        assert_eq!(parse_memory("size=512M,max=4G"), Ok((gib / 2, 4 * gib)));
+        assert_eq!(parse_memory("1G,max=2G"), Ok((gib, 2 * gib)));
+        for bad in [
+            "",
+            "max=1G",
+            "1G,max=1G",
+            "1G,max=x",
+            "1G,min=2G",
+            "1G,max=2G,max=3G",
+        ] {
+            let line = parse_memory(bad).unwrap_err();
+            assert!(line.starts_with("--memory"), "{line}");
         }
     }
 

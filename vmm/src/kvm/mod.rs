@@ -21,7 +21,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use crate::arch::x86_64::layout;
 use crate::ged::IrqLine;
 use crate::hypervisor::{Gsi, Hypervisor, MsiMessage};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamRegion};
 
 pub use raw::borrow_fd;
 pub(crate) use raw::{ImmediateExit, failure_code, port_exit, pre_fault_memory};
@@ -192,6 +192,17 @@ impl KvmVm {
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION", REMEDY_MEMORY))?;
         }
         Ok(())
+    }
+
+    /// Gives the guest a region that can be plugged, or takes it away. It is of memory that
+    /// [`map_ram`](Self::map_ram) was told of.
+    pub fn set_region(&self, region: &RamRegion, present: bool) -> Result<(), KvmError> {
+        let mut region = region.clone();
+        if !present {
+            region.size = 0;
+        }
+        raw::set_user_memory_region(&self.vm, &region)
+            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION", REMEDY_MEMORY))
     }
 
     /// The level-triggered line of IOAPIC pin `gsi`.

@@ -13,6 +13,7 @@ use bulkhead_proto::machine::{MachineConfig, serial_config};
 use super::device::{self, Device, END_LIMIT, Site};
 use super::device_table::DeviceTable;
 use super::disk;
+use super::mem;
 use super::net;
 use super::net_external;
 use super::net_start::Prepared;
@@ -91,8 +92,9 @@ pub fn build(
     let host_total = memory::host_memory_total().map_err(|e| format!("host memory: {e}"))?;
     let kvm = Arc::new(KvmVm::create(dev_kvm).map_err(|e| text(&e))?);
     let phys_bits = kvm.phys_bits().map_err(|e| text(&e))?;
-    memory::check_size(config.memory_bytes, host_total, phys_bits).map_err(|e| text(&e))?;
-    let ram = GuestRam::new(config.memory_bytes).map_err(|e| text(&e))?;
+    let (size, max) = (config.memory_bytes, config.memory_max_bytes);
+    memory::check_size(size, max, host_total, phys_bits).map_err(|e| text(&e))?;
+    let ram = GuestRam::with_pluggable(size, max).map_err(|e| text(&e))?;
     kvm.map_ram(&ram).map_err(|e| text(&e))?;
 
     let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
@@ -104,7 +106,7 @@ pub fn build(
     let ged = Ged::new(Box::new(kvm.irq_line(Gsi(layout::GED_GSI))));
     ged.attach(&mmio).map_err(|e| format!("GED: {e}"))?;
 
-    let mem64 = layout::pci_mem64_start(ram.end());
+    let mem64 = layout::pci_mem64_start(ram.last_end());
     let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
     let pci = device::root_complex(
         &mmio,
@@ -150,8 +152,12 @@ pub fn build(
             .extend(net_external::make_any(device, &site)?);
     }
 
+    if let Some(area) = ram.pluggable() {
+        devices.devices.push(mem::spawn(area, ram.size(), &site)?);
+    }
+
     let ports: Vec<u8> = pci.ports().iter().map(|port| port.device).collect();
-    let tables = device::acpi_config(&pci, (cpus.boot, max_cpus), mem64, &ports);
+    let tables = device::acpi_config(&pci, (cpus.boot, max_cpus), mem64, &ports, &ram);
     let rsdp = acpi::write_tables(ram.memory(), &tables).map_err(|e| text(&e))?;
     reset_vector::write(ram.memory()).map_err(|e| format!("reset vector: {e}"))?;
     let source = BootSource {
@@ -199,7 +205,12 @@ pub fn build(
 /// Devices of a configuration.
 fn count(config: &MachineConfig) -> usize {
     let nets = config.nets.len().saturating_add(config.vhost_users.len());
-    config.disks.len().saturating_add(nets)
+    let memory = usize::from(config.memory_max_bytes != 0);
+    config
+        .disks
+        .len()
+        .saturating_add(nets)
+        .saturating_add(memory)
 }
 
 /// Devices of a machine that is not made yet: their processes end with it, so that nothing

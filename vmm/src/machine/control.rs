@@ -16,8 +16,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::device::{
-    BlkUpdate, DrainRequest, DrainResponse, HealthRequest, HealthResponse, NetUpdate,
-    ResumeRequest, StatsRequest, StatsResponse, UpdateRequest,
+    BlkUpdate, DrainRequest, DrainResponse, FinishRequestRequest, HealthRequest, HealthResponse,
+    MemRequest, MemUpdate, NetUpdate, ResumeRequest, StatsRequest, StatsResponse,
+    TakeRequestRequest, TakeRequestResponse, UpdateRequest, finish_request_request::Outcome,
 };
 use bulkhead_proto::machine::UpdateDiskResponse;
 use bulkhead_proto::protobuf::Message;
@@ -43,8 +44,11 @@ const DRAIN_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// The same when another process waits to take over.
 const REPLACE_PAUSE_FIRST: Duration = Duration::from_millis(1);
 const REPLACE_PAUSE_MAX: Duration = Duration::from_millis(20);
-/// The token of the health call; those of requests are greater.
+/// The tokens of the calls that no request of a client waits for; those of requests are
+/// greater: for its health, for what it wants, and for what came of that.
 const HEALTH: u64 = 0;
+const TAKE: u64 = 1;
+const FINISH: u64 = 2;
 
 /// What a client asks of a device.
 #[derive(Debug)]
@@ -62,6 +66,8 @@ pub enum Task {
     },
     /// A network device's link and limits.
     UpdateNet(NetUpdate),
+    /// What the guest is to be asked to have plugged.
+    UpdateMemory(MemUpdate),
     /// Finish what is in flight and take nothing new.
     Drain {
         /// How long it may take.
@@ -104,6 +110,15 @@ pub enum Notice {
     },
     /// A network device was changed.
     NetUpdated(NetUpdate),
+    /// It may want something of the VMM.
+    Asks,
+    /// It wants this.
+    Wants {
+        /// Counts its requests.
+        id: u64,
+        /// What.
+        request: MemRequest,
+    },
     /// The device has nothing in flight and takes nothing new.
     Drained,
     /// The device takes requests.
@@ -188,6 +203,8 @@ pub struct ControlChannel {
     last_token: u64,
     /// Failed requests of each ring when last looked at.
     host_errors: Vec<u64>,
+    /// It was asked what it wants; and is to be asked again.
+    taking: (bool, bool),
     /// Why it is given up.
     ended: Option<String>,
 }
@@ -210,7 +227,8 @@ impl ControlChannel {
             about,
             waiting: VecDeque::new(),
             current: None,
-            last_token: HEALTH,
+            last_token: FINISH,
+            taking: (false, false),
             ended: None,
         }
     }
@@ -314,6 +332,31 @@ impl ControlChannel {
             return Ok(());
         }
         self.call("Health", &HealthRequest::new(), CALL_LIMIT, HEALTH)
+    }
+
+    /// Asks what the device wants of the VMM; [`Notice::Wants`] follows if it wants something.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn take_request(&mut self) -> Result<(), Breach> {
+        if self.ended.is_some() || std::mem::replace(&mut self.taking, (true, true)).0 {
+            return Ok(());
+        }
+        self.taking = (true, false);
+        self.call("TakeRequest", &TakeRequestRequest::new(), CALL_LIMIT, TAKE)
+    }
+
+    /// Tells the device what came of what it wanted.
+    ///
+    /// # Errors
+    /// [`Breach`].
+    pub fn finish_request(&mut self, id: u64, outcome: Outcome) -> Result<(), Breach> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        let mut request = FinishRequestRequest::new();
+        (request.id, request.outcome) = (id, outcome.into());
+        self.call("FinishRequest", &request, CALL_LIMIT, FINISH)
     }
 
     /// The channel is readable or its peer hung up. True: it was nothing but an answer to
@@ -523,7 +566,7 @@ impl ControlChannel {
 
     /// Calls the device for what is under way.
     fn call_current(&mut self) -> Result<(), Breach> {
-        self.last_token = self.last_token.wrapping_add(1).max(HEALTH + 1);
+        self.last_token = self.last_token.wrapping_add(1).max(FINISH + 1);
         let token = self.last_token;
         let Some(current) = &mut self.current else {
             return Ok(());
@@ -543,6 +586,10 @@ impl ControlChannel {
                 update.set_net(net.clone());
                 self.call("Update", &update, UPDATE_LIMIT, token)
             }
+            Task::UpdateMemory(mem) => {
+                update.set_mem(mem.clone());
+                self.call("Update", &update, CALL_LIMIT, token)
+            }
             Task::Drain { .. } | Task::Replace { .. } => {
                 self.call("Drain", &DrainRequest::new(), CALL_LIMIT, token)
             }
@@ -559,12 +606,40 @@ impl ControlChannel {
                     Breach::Protocol(format!("does not tell its health: {message}"))
                 })?;
                 turn.notices.extend(self.on_health(&health)?);
+            } else if token == TAKE {
+                let wants = self.on_taken(result)?;
+                turn.notices.extend(wants);
+            } else if token == FINISH {
+                result.map_err(|status| {
+                    let message = crate::launcher::printable(&status.message);
+                    Breach::Protocol(format!("does not take what it asked for: {message}"))
+                })?;
             } else {
                 self.on_answer(token, result, turn)?;
                 self.advance(turn)?;
             }
         }
         Ok(())
+    }
+
+    fn on_taken(&mut self, result: Result<Vec<u8>, RpcStatus>) -> Result<Option<Notice>, Breach> {
+        let (_, again) = std::mem::take(&mut self.taking);
+        let payload = result.map_err(|status| {
+            let message = crate::launcher::printable(&status.message);
+            Breach::Protocol(format!("does not say what it wants: {message}"))
+        })?;
+        let mut taken: TakeRequestResponse = parse(&payload)?;
+        if taken.id == 0 {
+            if again {
+                self.take_request()?;
+            }
+            return Ok(None);
+        }
+        if !taken.has_mem() {
+            return Err(Breach::Protocol("wants what there is not".to_owned()));
+        }
+        let (id, request) = (taken.id, taken.take_mem());
+        Ok(Some(Notice::Wants { id, request }))
     }
 
     fn on_health(&mut self, payload: &[u8]) -> Result<Vec<Notice>, Breach> {
@@ -593,6 +668,9 @@ impl ControlChannel {
                 errno,
                 sector,
             });
+        }
+        if health.asks {
+            notices.push(Notice::Asks);
         }
         let waits_for_host = health.rings.iter().map(|ring| ring.waits_for_host);
         notices.push(Notice::Health {
@@ -664,6 +742,7 @@ impl ControlChannel {
                 turn.notices.push(Notice::NetUpdated(update.clone()));
                 self.finish(Ok(ApiResponse::Done));
             }
+            Task::UpdateMemory(_) => self.finish(Ok(ApiResponse::Done)),
             Task::Resume => {
                 turn.notices.push(Notice::Resumed);
                 self.finish(Ok(ApiResponse::Done));

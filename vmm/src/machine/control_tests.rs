@@ -32,7 +32,7 @@ impl Grower for Launcher {
 }
 
 type Answer = Result<Vec<u8>, RpcStatus>;
-type Outcome = Result<ApiResponse, RpcStatus>;
+type Told = Result<ApiResponse, RpcStatus>;
 
 struct Bed {
     control: ControlChannel,
@@ -40,7 +40,7 @@ struct Bed {
     launcher: Launcher,
     now: Instant,
     notices: Vec<Notice>,
-    outcomes: Arc<Mutex<Vec<(u32, Outcome)>>>,
+    outcomes: Arc<Mutex<Vec<(u32, Told)>>>,
     asked: u32,
     /// What the device was asked for.
     calls: Vec<String>,
@@ -121,7 +121,7 @@ impl Bed {
         }
     }
 
-    fn outcomes(&mut self) -> Vec<(u32, Outcome)> {
+    fn outcomes(&mut self) -> Vec<(u32, Told)> {
         std::mem::take(&mut self.outcomes.lock().unwrap())
     }
 
@@ -502,4 +502,77 @@ fn a_process_that_hangs_up_is_given_up() {
     let (_, other) = UnixStream::pair().unwrap();
     bed.device = ControlServer::new(other, CONTROL_MAX_FRAME);
     assert_eq!(bed.readable().unwrap_err(), Breach::HungUp);
+}
+
+#[test]
+fn what_a_device_wants_is_asked_beside_everything_else() {
+    use bulkhead_proto::device::mem_request::Kind;
+    let wants = |id: u64| -> Answer {
+        let mut response = TakeRequestResponse::new();
+        response.id = id;
+        if id != 0 {
+            let mut request = MemRequest::new();
+            (request.kind, request.first, request.count) = (Kind::PLUG.into(), 3, 4);
+            response.set_mem(request);
+        }
+        Ok(response.write_to_bytes().unwrap())
+    };
+    let mut bed = bed();
+    // Not behind a drain that waits for it.
+    bed.ask(Task::Drain { limit: LONG }).unwrap();
+    bed.turn(|control, _| control.take_request()).unwrap();
+    bed.turn(|control, _| control.take_request()).unwrap();
+    bed.settle(|method, _| match method {
+        "TakeRequest" => wants(7),
+        _ => Ok(drained(false)),
+    });
+    assert_eq!(bed.calls(), ["Drain", "TakeRequest"]);
+    assert!(
+        matches!(&bed.notices[..], [Notice::Wants { id: 7, request }] if request.count == 4),
+        "{:?}",
+        bed.notices
+    );
+    bed.turn(|control, _| control.finish_request(7, Outcome::NACK))
+        .unwrap();
+    let mut finished = FinishRequestRequest::new();
+    bed.settle(|_, payload| {
+        finished = FinishRequestRequest::parse_from_bytes(payload).unwrap();
+        Ok(Vec::new())
+    });
+    assert_eq!((finished.id, finished.outcome), (7, Outcome::NACK.into()));
+    // It wanted nothing; asked twice, it is looked at twice.
+    bed.notices.clear();
+    bed.calls();
+    bed.turn(|control, _| control.take_request()).unwrap();
+    bed.turn(|control, _| control.take_request()).unwrap();
+    bed.settle(|_, _| wants(0));
+    assert_eq!(bed.calls(), ["TakeRequest", "TakeRequest"]);
+    assert!(bed.notices.is_empty());
+}
+
+#[test]
+fn a_device_that_wants_nonsense_or_takes_no_answer_is_given_up() {
+    let mut nothing = TakeRequestResponse::new();
+    nothing.id = 1;
+    for answer in [
+        Ok(nothing.write_to_bytes().unwrap()),
+        Ok(vec![0xff]),
+        Err(RpcStatus::internal("no")),
+    ] {
+        let mut bed = bed();
+        bed.turn(|control, _| control.take_request()).unwrap();
+        bed.device_answers(|_, _| answer.clone());
+        assert!(matches!(bed.readable(), Err(Breach::Protocol(_))));
+    }
+    let mut bed = bed();
+    bed.turn(|control, _| control.finish_request(1, Outcome::ACK))
+        .unwrap();
+    bed.device_answers(|_, _| Err(RpcStatus::invalid_argument("id")));
+    assert!(matches!(bed.readable(), Err(Breach::Protocol(_))));
+    let mut asks = HealthResponse::new();
+    asks.asks = true;
+    let mut bed = self::bed();
+    bed.turn(|control, _| control.ask_health()).unwrap();
+    bed.settle(|_, _| Ok(asks.write_to_bytes().unwrap()));
+    assert!(bed.notices.contains(&Notice::Asks));
 }

@@ -19,6 +19,7 @@ use super::device_stats::About;
 use super::disk::Disk;
 use super::kinds::DeviceKind;
 use super::life::Life;
+use super::mem::Memory;
 use super::net_switch::Switch;
 use super::newcomer::{Changes, Newcomer};
 use super::supervise::{Budget, HangDetector};
@@ -128,6 +129,8 @@ pub enum Special {
     Disk(Disk),
     /// A network device whose process is ours.
     Net,
+    /// The memory that comes and goes.
+    Memory(Box<Memory>),
     /// A device whose back-end is somebody else's.
     Foreign(Box<Switch>),
 }
@@ -194,19 +197,19 @@ struct SharedRam(GuestRam);
 impl MemoryMap for SharedRam {
     fn regions(&self) -> Vec<MemoryRegion> {
         self.0
-            .regions()
-            .iter()
+            .present_regions()
+            .into_iter()
             .map(|r| MemoryRegion {
                 guest_base: r.guest_base,
                 size: r.size,
-                file: Arc::clone(&r.file),
+                file: r.file,
                 file_offset: r.file_offset,
             })
             .collect()
     }
 
     fn memory(&self) -> &vm_memory::GuestMemoryMmap {
-        self.0.memory()
+        self.0.all()
     }
 }
 
@@ -303,14 +306,17 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     // The launcher sets the policy, so that the engine is not left for the process to choose.
     let policy = match (variant, launcher.io_uring()) {
         (Some(variant), _) => format!("{}-{variant}", kind.binary),
-        (None, true) => {
-            args.extend(["--io-engine", "io_uring"].map(str::to_owned));
-            kind.binary.to_owned()
-        }
-        (None, false) => {
-            args.extend(["--io-engine", kind.plain_engine].map(str::to_owned));
-            format!("{}-plain", kind.binary)
-        }
+        (None, uring) => match (kind.plain_engine, uring) {
+            (None, _) => kind.binary.to_owned(),
+            (Some(_), true) => {
+                args.extend(["--io-engine", "io_uring"].map(str::to_owned));
+                kind.binary.to_owned()
+            }
+            (Some(plain), false) => {
+                args.extend(["--io-engine", plain].map(str::to_owned));
+                format!("{}-plain", kind.binary)
+            }
+        },
     };
     // Behind its own descriptors.
     let fence = FIRST_OWN_FD.saturating_add(fds.len());
@@ -499,12 +505,17 @@ pub fn acpi_config<'a>(
     (boot, max): (u32, u32),
     mem64: Range<u64>,
     ports: &'a [u8],
+    ram: &GuestRam,
 ) -> AcpiConfig<'a> {
+    let range = |base: u64, size: u64| base..base.saturating_add(size);
+    let regions = ram.regions().iter();
     AcpiConfig {
         cpus: boot,
         max_cpus: max.max(boot),
         pci_mem64: mem64,
         last_bus: pci.last_bus(),
         ports,
+        ram: regions.map(|r| range(r.guest_base, r.size)).collect(),
+        pluggable: ram.pluggable().map(|area| range(area.start(), area.size())),
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, VhostUserConfig};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -103,6 +104,10 @@ pub enum News {
     Made(u64, Box<Addition>, Result<Box<Device>, String>),
     /// A device that is to be removed has been drained, or could not be.
     Drained(u64),
+    /// Memory has been plugged or unplugged, or could not be.
+    Plugged(Result<(), String>),
+    /// The memory device was told of a new size, or could not be.
+    MemoryAsked(Result<(), RpcStatus>),
 }
 
 /// The manager's end of the channel.

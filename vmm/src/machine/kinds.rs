@@ -17,7 +17,8 @@ pub struct DeviceKind {
     /// Most virtqueues it may announce.
     pub max_queues: u16,
     /// `--io-engine` where io_uring is not to be had; its policy's name ends in `-plain`.
-    pub plain_engine: &'static str,
+    /// `None`: it has no use for io_uring anywhere.
+    pub plain_engine: Option<&'static str>,
 }
 
 /// virtio-blk.
@@ -26,7 +27,7 @@ pub static BLK: DeviceKind = DeviceKind {
     binary: "bulkhead-blk",
     virtio_id: 2,
     max_queues: 64,
-    plain_engine: "preadv2",
+    plain_engine: Some("preadv2"),
 };
 
 /// virtio-net on a tap.
@@ -36,24 +37,35 @@ pub static NET: DeviceKind = DeviceKind {
     virtio_id: 1,
     // A pair each, and the control queue.
     max_queues: 65,
-    plain_engine: "plain",
+    plain_engine: Some("plain"),
+};
+
+/// virtio-mem.
+pub static MEM: DeviceKind = DeviceKind {
+    name: "mem",
+    binary: "bulkhead-mem",
+    virtio_id: 24,
+    max_queues: 1,
+    plain_engine: None,
 };
 
 /// Every kind.
-pub static ALL: [&DeviceKind; 2] = [&BLK, &NET];
+pub static ALL: [&DeviceKind; 3] = [&BLK, &NET, &MEM];
 
 /// The binaries of the kinds that a machine has, beside those that could be added to it; of all
-/// where it is not known yet.
+/// where it is not known yet, but for memory's where that is not installed.
 pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) -> Vec<String> {
-    let added = |kind: &DeviceKind| grows && libexec.join(kind.binary).exists();
+    let installed = |kind: &DeviceKind| libexec.join(kind.binary).exists();
     let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
     ALL.iter()
-        .filter(|kind| {
-            machine.is_none_or(|config| match kind.name {
-                "blk" => !config.disks.is_empty(),
-                "net" => taps(config),
-                _ => true,
-            }) || added(kind)
+        .filter(|kind| match (machine, kind.name) {
+            (None, "mem") => installed(kind),
+            (None, _) => true,
+            // It is there from the start or never.
+            (Some(config), "mem") => config.memory_max_bytes != 0,
+            (Some(config), "blk") if !config.disks.is_empty() => true,
+            (Some(config), "net") if taps(config) => true,
+            (Some(_), _) => grows && installed(kind),
         })
         .map(|kind| kind.binary.to_owned())
         .collect()

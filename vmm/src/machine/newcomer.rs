@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use bulkhead_proto::device::{
-    BlkUpdate, DrainRequest, HelloRequest, HelloResponse, NetUpdate, UpdateRequest,
+    BlkUpdate, DrainRequest, HelloRequest, HelloResponse, MemUpdate, NetUpdate, UpdateRequest,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{AsyncClient, AsyncLimits, ClientError, DEVICE_SERVICE};
@@ -22,6 +22,7 @@ use crate::launcher::printable;
 pub struct Changes {
     blk: Option<BlkUpdate>,
     net: Option<NetUpdate>,
+    mem: Option<MemUpdate>,
 }
 
 impl Changes {
@@ -48,6 +49,11 @@ impl Changes {
         }
     }
 
+    /// How the memory device's memory is now.
+    pub fn memory(&mut self, update: MemUpdate) {
+        self.mem = Some(update);
+    }
+
     fn request(&self) -> Option<UpdateRequest> {
         let mut request = UpdateRequest::new();
         if let Some(blk) = &self.blk {
@@ -55,6 +61,9 @@ impl Changes {
         }
         if let Some(net) = &self.net {
             request.set_net(net.clone());
+        }
+        if let Some(mem) = &self.mem {
+            request.set_mem(mem.clone());
         }
         request.kind.is_some().then_some(request)
     }

@@ -3,9 +3,13 @@
 //!
 //! Built by the manager thread before the machine starts and immutable from then on. RAM
 //! has a hole below 4 GiB for the PCI window and the platform's registers
-//! (`arch::x86_64::layout`), so it is one region or two.
+//! (`arch::x86_64::layout`), so it is one region or two. Memory that can be plugged lies above
+//! them, in regions that come and go ([`Pluggable`]).
 
+mod pluggable;
 mod sys;
+
+pub use pluggable::Pluggable;
 
 use std::fs::File;
 use std::io;
@@ -54,6 +58,17 @@ pub enum MemoryError {
         /// Width of a guest-physical address.
         bits: u8,
     },
+    /// What there may be is no more than there is, or cannot be had in whole pieces.
+    #[error(
+        "memory of at most {} MiB beside {} MiB from the start: give max= as that and a multiple of {} MiB",
+        .max >> 20, .size >> 20, pluggable::step(.max.saturating_sub(*.size)) >> 20
+    )]
+    BadMaximum {
+        /// What there is.
+        size: u64,
+        /// What there may be.
+        max: u64,
+    },
     /// The kernel refused.
     #[error("cannot make {} MiB of guest memory: {source}: give less, or free some", .size >> 20)]
     Map {
@@ -87,6 +102,9 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     regions: Arc<[RamRegion]>,
     size: u64,
+    /// With what can be plugged.
+    all: GuestMemoryMmap,
+    pluggable: Option<Arc<Pluggable>>,
 }
 
 /// The host's RAM in bytes.
@@ -105,87 +123,150 @@ fn ranges(size: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Checks a size before anything is made of it. `phys_bits` is the guest's address width.
-pub fn check_size(size: u64, host_total: u64, phys_bits: u8) -> Result<(), MemoryError> {
+/// Checks sizes before anything is made of them: of RAM, and of what there may be at most
+/// (0: no more). `phys_bits` is the guest's address width.
+pub fn check_size(size: u64, max: u64, host_total: u64, phys_bits: u8) -> Result<(), MemoryError> {
     if !size.is_multiple_of(MEMORY_STEP) {
         return Err(MemoryError::NotWholeMib(size));
     }
     if size < MIN_MEMORY {
         return Err(MemoryError::TooSmall(size));
     }
-    if size > host_total {
+    if size.max(max) > host_total {
         return Err(MemoryError::MoreThanHost {
-            size,
+            size: size.max(max),
             host: host_total,
         });
     }
+    let more = max.saturating_sub(size);
+    if max != 0 && (more == 0 || !more.is_multiple_of(pluggable::step(more))) {
+        return Err(MemoryError::BadMaximum { size, max });
+    }
     let limit = 1u64.checked_shl(phys_bits.into()).unwrap_or(u64::MAX);
-    let top = size
-        .checked_add(layout::HIGH_RAM_START)
+    let end = size.checked_add(layout::HIGH_RAM_START);
+    let end = match more {
+        0 => end,
+        more => end
+            .map(layout::pluggable_start)
+            .and_then(|start| start.checked_add(more)),
+    };
+    let top = end
         .map(layout::pci_mem64_start)
         .and_then(|start| start.checked_add(layout::PCI_MEM64_SIZE));
     if top.is_none_or(|top| top > limit) {
         return Err(MemoryError::BeyondAddressWidth {
-            size,
+            size: size.max(max),
             bits: phys_bits,
         });
     }
     Ok(())
 }
 
+/// Makes and maps a region for good.
+fn map_region(slot: u32, guest_base: u64, size: u64) -> io::Result<(RamRegion, GuestRegionMmap)> {
+    let file = sys::sealed_memfd(size)?;
+    let copy = file.try_clone()?;
+    let bytes = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let mapping = sys::map_for_good(copy, bytes)?;
+    // Best effort: without huge pages for shared memory the guest only faults more.
+    let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::HugePages);
+    let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::NotInCoreDumps);
+    let region = RamRegion {
+        slot,
+        guest_base,
+        size,
+        host_base: mapping.as_ptr() as u64,
+        file: Arc::new(file),
+        file_offset: 0,
+    };
+    let mapped = GuestRegionMmap::new(mapping, GuestAddress(guest_base))
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    Ok((region, mapped))
+}
+
 impl GuestRam {
     /// Makes and maps `size` bytes, which [`check_size`] must have passed.
     pub fn new(size: u64) -> Result<Self, MemoryError> {
+        Self::with_pluggable(size, 0)
+    }
+
+    /// The same, with room for up to `max` bytes that can be plugged later; 0: none.
+    pub fn with_pluggable(size: u64, max: u64) -> Result<Self, MemoryError> {
         let failed = |source: io::Error| MemoryError::Map { size, source };
         let mut mapped = Vec::new();
         let mut regions = Vec::new();
         for (slot, (guest_base, len)) in (0u32..).zip(ranges(size)) {
-            let file = sys::sealed_memfd(len).map_err(failed)?;
-            let copy = file.try_clone().map_err(failed)?;
-            let bytes =
-                usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
-            let mapping = sys::map_for_good(copy, bytes).map_err(failed)?;
-            // Best effort: without huge pages for shared memory the guest only faults more.
-            let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::HugePages);
-            let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::NotInCoreDumps);
-            regions.push(RamRegion {
-                slot,
-                guest_base,
-                size: len,
-                host_base: mapping.as_ptr() as u64,
-                file: Arc::new(file),
-                file_offset: 0,
-            });
-            mapped.push(
-                GuestRegionMmap::new(mapping, GuestAddress(guest_base))
-                    .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?,
-            );
+            let (region, mapping) = map_region(slot, guest_base, len).map_err(failed)?;
+            regions.push(region);
+            mapped.push(Arc::new(mapping));
         }
-        let memory = GuestMemoryMmap::from_regions(mapped)
-            .map_err(|error| failed(io::Error::other(error)))?;
+        let join = |mapped: Vec<Arc<GuestRegionMmap>>| {
+            GuestMemoryMmap::from_arc_regions(mapped)
+                .map_err(|error| failed(io::Error::other(error)))
+        };
+        let memory = join(mapped.clone())?;
+        let end = regions
+            .last()
+            .map_or(0, |last| last.guest_base.saturating_add(last.size));
+        let pluggable = match max.saturating_sub(size) {
+            0 => None,
+            more => {
+                let first = u32::try_from(regions.len()).unwrap_or(u32::MAX);
+                let start = layout::pluggable_start(end);
+                let (pluggable, more) = Pluggable::new(first, start, more)
+                    .map_err(|source| MemoryError::Map { size: max, source })?;
+                mapped.extend(more);
+                Some(Arc::new(pluggable))
+            }
+        };
         Ok(Self {
             memory,
             regions: regions.into(),
             size,
+            all: join(mapped)?,
+            pluggable,
         })
     }
 
-    /// Access to the guest's bytes.
+    /// What can be plugged.
+    pub fn pluggable(&self) -> Option<&Arc<Pluggable>> {
+        self.pluggable.as_ref()
+    }
+
+    /// Access to the guest's bytes, those of memory that can be plugged among them.
+    pub fn all(&self) -> &GuestMemoryMmap {
+        &self.all
+    }
+
+    /// The regions that there are at this time, lowest first.
+    pub fn present_regions(&self) -> Vec<RamRegion> {
+        let more = self.pluggable.iter().flat_map(|area| area.present());
+        self.regions.iter().cloned().chain(more).collect()
+    }
+
+    /// The first address above everything that is memory, or may be.
+    pub fn last_end(&self) -> u64 {
+        self.pluggable
+            .as_ref()
+            .map_or_else(|| self.end(), |area| area.end())
+    }
+
+    /// Access to the guest's bytes that are there from the start.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
 
-    /// The regions, lowest first.
+    /// The regions that are there from the start, lowest first.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
     }
 
-    /// Bytes of RAM.
+    /// Bytes of RAM at the start.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The first address above all RAM.
+    /// The first address above all RAM of the start.
     pub fn end(&self) -> u64 {
         self.regions
             .last()
@@ -278,15 +359,21 @@ mod tests {
 
     #[test]
     fn sizes_are_checked_and_the_message_says_what_to_do() {
-        assert!(check_size(512 << 20, 2 * GIB, 40).is_ok());
-        for (size, host, bits, word) in [
-            (1 << 20, 2 * GIB, 40, "at least"),
-            ((512 << 20) + 1, 2 * GIB, 40, "MiB"),
-            (4 * GIB, 2 * GIB, 40, "host"),
-            (64 * GIB, 128 * GIB, 36, "address bits"),
-            (!0xf_ffff, u64::MAX, 52, "address bits"),
+        assert!(check_size(512 << 20, 0, 2 * GIB, 40).is_ok());
+        assert!(check_size(512 << 20, 2 * GIB, 2 * GIB, 40).is_ok());
+        for (size, max, host, bits, word) in [
+            (1 << 20, 0, 2 * GIB, 40, "at least"),
+            ((512 << 20) + 1, 0, 2 * GIB, 40, "MiB"),
+            (4 * GIB, 0, 2 * GIB, 40, "host"),
+            (64 * GIB, 0, 128 * GIB, 36, "address bits"),
+            (!0xf_ffff, 0, u64::MAX, 52, "address bits"),
+            (GIB, 4 * GIB, 2 * GIB, 40, "host"),
+            (GIB, 64 * GIB, 128 * GIB, 36, "address bits"),
+            (GIB, GIB, 2 * GIB, 40, "multiple of 128 MiB"),
+            (GIB, GIB / 2, 2 * GIB, 40, "multiple of 128 MiB"),
+            (GIB, GIB + (64 << 20), 2 * GIB, 40, "multiple of 128 MiB"),
         ] {
-            let error = check_size(size, host, bits).unwrap_err().to_string();
+            let error = check_size(size, max, host, bits).unwrap_err().to_string();
             assert!(error.contains(word) && !error.contains('\n'), "{error}");
         }
     }

@@ -117,6 +117,20 @@ pub(super) fn advise(start: *mut u8, len: usize, advice: Advice) -> io::Result<(
     Ok(())
 }
 
+/// madvise(2) MADV_REMOVE: the pages of `len` bytes go, here and in every other mapping of the
+/// file, and read as zeroes from now on.
+///
+/// # Safety
+/// The range lies in a shared mapping of guest RAM, in which nobody holds a reference: as with
+/// everything there, the guest may change it at any time.
+pub(super) unsafe fn remove(start: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: by this function's contract it is like a write of zeroes by the guest.
+    if unsafe { libc::madvise(start.cast(), len, libc::MADV_REMOVE) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// sysinfo(2)'s total RAM in bytes.
 pub(super) fn total_ram() -> io::Result<u64> {
     // SAFETY: sysinfo is plain data, for which all zeroes is a value.

@@ -27,6 +27,7 @@ const WANTED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::CONFIG)
     .union(Protocol::INFLIGHT_SHMFD)
+    .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::BACKEND_REQ);
 
 const U64_SIZE: u32 = 8;
@@ -55,6 +56,8 @@ pub struct Frontend {
     features: u64,
     protocol: Protocol,
     queue_limit: Option<u16>,
+    /// Memory regions that it takes one by one; 0: none.
+    pub(super) slots: u64,
     backend_channel: Option<BackendChannel>,
 }
 
@@ -69,6 +72,7 @@ impl Frontend {
             features: 0,
             protocol: Protocol::empty(),
             queue_limit: None,
+            slots: 0,
             backend_channel: None,
         };
         frontend.negotiate(Deadline::after(message_timeout.saturating_mul(4)))?;
@@ -97,6 +101,10 @@ impl Frontend {
         if protocol.contains(Protocol::MQ) {
             let limit = self.get_u64(FrontendReq::GET_QUEUE_NUM, "GET_QUEUE_NUM", deadline)?;
             self.queue_limit = Some(u16::try_from(limit).unwrap_or(u16::MAX));
+        }
+        if protocol.contains(Protocol::CONFIGURE_MEM_SLOTS) {
+            let what = "GET_MAX_MEM_SLOTS";
+            self.slots = self.get_u64(FrontendReq::GET_MAX_MEM_SLOTS, what, deadline)?;
         }
         if protocol.contains(Protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;

@@ -13,6 +13,7 @@ mod backend_channel;
 mod error;
 mod frontend;
 mod inflight;
+mod slots;
 #[cfg(test)]
 pub(crate) mod test_backend;
 mod transport;

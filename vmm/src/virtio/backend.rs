@@ -85,6 +85,8 @@ pub struct Backend {
     /// Rings that had nothing in flight when the process before hung up, and their used index
     /// then: what became available since, no process has seen.
     idle: Vec<(u16, u16)>,
+    /// Memory regions that the present process was told of, by address.
+    told: Vec<MemoryRegion>,
     /// Requests that it had in flight when the present process took it over.
     resubmitted: u64,
 }
@@ -116,6 +118,7 @@ impl Backend {
             touched: false,
             inflight: None,
             idle: Vec::new(),
+            told: Vec::new(),
             resubmitted: 0,
         })
     }
@@ -133,6 +136,7 @@ impl Backend {
     /// Puts another process in the place of the one that was there; no ring runs.
     pub fn replace(&mut self, frontend: Option<Frontend>) -> Option<Frontend> {
         self.started.clear();
+        self.told.clear();
         std::mem::replace(&mut self.frontend, frontend)
     }
 
@@ -191,6 +195,7 @@ impl Backend {
             self.inflight = None;
         }
         frontend.set_mem_table(&regions, deadline)?;
+        self.told.clone_from(&regions);
         for ring in &rings {
             // Before the first message, so that a failure half way is cleaned up too.
             self.started.push(ring.index);
@@ -201,6 +206,35 @@ impl Backend {
         // Up to here no request was taken, so that another process may yet be the one to do so.
         self.idle.clear();
         self.let_go(&rings, deadline).map_err(StartError::Lost)
+    }
+
+    /// Tells the process of memory that has come and gone since it was told last, where rings
+    /// of it run: one without is told of everything when they start.
+    pub fn sync_memory(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
+        if self.started.is_empty() {
+            return Ok(());
+        }
+        let now = self.memory.regions();
+        let same = |a: &MemoryRegion, b: &MemoryRegion| a.guest_base == b.guest_base;
+        let before = self.told.clone();
+        for region in before.iter().filter(|r| !now.iter().any(|n| same(r, n))) {
+            let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
+            frontend.remove_mem_region(region, deadline)?;
+            self.told.retain(|told| !same(told, region));
+        }
+        for region in &now {
+            if self.told.iter().any(|told| same(told, region)) {
+                continue;
+            }
+            let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
+            if frontend.memory_slots() < self.told.len() as u64 + 1 {
+                return Err(VhostUserError::Unsupported("memory regions one by one"));
+            }
+            frontend.add_mem_region(region, deadline)?;
+            frontend.barrier(deadline)?;
+            self.told.push(region.clone());
+        }
+        Ok(())
     }
 
     fn let_go(&mut self, rings: &[Ring], deadline: Deadline) -> Result<(), VhostUserError> {

@@ -100,6 +100,8 @@ pub(super) struct Signals {
     pub(super) status: AtomicU8,
     pub(super) features: AtomicU64,
     pub(super) pairs: AtomicU64,
+    /// Memory regions that the process takes one by one.
+    pub(super) slots: AtomicU64,
 }
 
 /// A virtio device on PCI whose device side is a process that speaks vhost-user.
@@ -172,6 +174,7 @@ impl VirtioPciFunction {
             let bytes = frontend.get_config(space.served_size(), deadline);
             space.replace(bytes.map_err(backend_error)?);
         }
+        let slots = frontend.as_ref().map_or(0, Frontend::memory_slots);
         let ends = frontend.as_mut().map(Ends::of).transpose();
         let link = Link::new(ends.map_err(backend_error)?);
         let parts = Parts {
@@ -209,7 +212,10 @@ impl VirtioPciFunction {
             msix,
             doorbells,
             errors,
-            signals: Signals::default(),
+            signals: Signals {
+                slots: AtomicU64::new(slots),
+                ..Signals::default()
+            },
             link,
             service,
         });
@@ -347,6 +353,45 @@ impl VirtioPciFunction {
         }
     }
 
+    /// Whether the process can be told of more memory, up to so many regions, while it serves.
+    /// Never blocks.
+    pub fn takes_regions(&self, count: u64) -> bool {
+        !self.link.serving() || self.signals.slots.load(Ordering::Acquire) >= count
+    }
+
+    /// Tells the process of memory that has come and gone; returns when it has acknowledged all
+    /// of it, or there is none: its successor is told of everything. May take as long as
+    /// `operation_timeout`: not for the manager thread.
+    ///
+    /// # Errors
+    /// The process serves on without that memory.
+    pub fn sync_memory(&self) -> Result<(), VhostUserError> {
+        let mut device = self.lock_device();
+        if !self.link.serving() {
+            return Ok(());
+        }
+        match device.backend.sync_memory(self.deadline()) {
+            Err(error) if error.is_fatal() => {
+                self.lose(FailReason::from(&error));
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// Sets the configuration space, where it is the VMM's own ([`ConfigSource::Fixed`]); the
+    /// driver is told of it if `notify`. Never blocks.
+    ///
+    /// [`ConfigSource::Fixed`]: super::ConfigSource::Fixed
+    pub fn set_config(&self, bytes: Vec<u8>, notify: bool) {
+        if self.lock_space().replace(bytes) {
+            self.signals.generation.fetch_add(1, Ordering::AcqRel);
+            if notify {
+                self.notify_config();
+            }
+        }
+    }
+
     /// How far each ring that a process serves has come: a look from the manager thread, now
     /// and then. Nothing while the driver is just setting the device up. Never blocks.
     pub fn progress(&self) -> Vec<(u16, Indices)> {
@@ -428,7 +473,8 @@ impl VirtioPciFunction {
 
     fn on_backend_request(&self) {
         match self.link.drain_channel() {
-            Ok(drained) if drained.config_changed => {
+            // Where the space is the VMM's own, what the process thinks of it does not matter.
+            Ok(drained) if drained.config_changed && self.lock_space().served_size() > 0 => {
                 self.signals.stale.store(true, Ordering::Release);
                 self.config_changed();
             }

@@ -75,8 +75,8 @@ pub fn withheld(device_type: u16, config: usize) -> u64 {
 /// in flight is done again; if not, it takes the log of the requests in flight.
 pub fn in_order(device_type: u16, queue: u16) -> bool {
     match device_type {
-        // Network, console, entropy, input, vsock.
-        1 | 3 | 4 | 18 | 19 => true,
+        // Network, console, entropy, input, vsock, memory.
+        1 | 3 | 4 | 18 | 19 | 24 => true,
         // SCSI host: control and event queues, not those of requests.
         8 => queue < 2,
         _ => false,

@@ -164,6 +164,7 @@ impl VirtioPciFunction {
                 }
             }
         }
+        let slots = frontend.memory_slots();
         let predecessor = device.backend.replace(Some(frontend));
         let result = self.bring_up(device, negotiated, &stopped, deadline);
         let (config, started) = match result {
@@ -183,6 +184,7 @@ impl VirtioPciFunction {
         // Whoever brings a successor in has seen to the end of what was before it.
         self.quiesced();
         device.common.set_offered(offered);
+        self.signals.slots.store(slots, Ordering::Release);
         self.signals.stale.store(false, Ordering::Release);
         let config_changed = config.is_some_and(|bytes| self.lock_space().replace(bytes));
         if let Err(error) = started {

@@ -93,6 +93,7 @@ fn run() -> Result<bool, String> {
         (bin("bulkhead-launcher"), "bulkhead-launcher"),
         (hostile("bulkhead-blk")?, "bulkhead-blk"),
         (hostile("bulkhead-net")?, "bulkhead-net"),
+        (hostile("bulkhead-mem")?, "bulkhead-mem"),
     ] {
         std::fs::copy(&from, format!("{libexec}/{name}"))
             .map_err(|e| format!("{}: {e}", from.display()))?;
@@ -100,9 +101,11 @@ fn run() -> Result<bool, String> {
     let victim = Victim::start(&scratch, "victim")?;
     let namespace = Namespace::new("hostile")?;
     let (mut made, mut blocked, mut failed) = (0, 0, Vec::new());
-    for kind in ["bulkhead-blk", "bulkhead-net"] {
+    for kind in ["bulkhead-blk", "bulkhead-net", "bulkhead-mem"] {
         let attempts = attempts(kind)?;
-        for some in attempts.chunks(AT_ONCE) {
+        // A machine has one memory device.
+        let at_once = if kind == "bulkhead-mem" { 1 } else { AT_ONCE };
+        for some in attempts.chunks(at_once) {
             let ends = attack(kind, some, &scratch, &libexec, &namespace)?;
             for attempt in some {
                 made += 1;
@@ -240,16 +243,20 @@ fn attack(
     command.args(["--restarts", "0"]);
     let mut vmm = up(Vmm::spawn(command)?, &socket)?;
     let kernel = guest_file("vmlinux");
-    let mut create = vec![
-        "create".to_owned(),
-        "--kernel".into(),
-        kernel,
-        "--memory".into(),
-        "96M".into(),
-    ];
+    let mut create = vec!["create".to_owned(), "--kernel".into(), kernel];
+    if kind != "bulkhead-mem" {
+        create.extend(["--memory".to_owned(), "96M".into()]);
+    }
     for attempt in attempts {
         let number = attempt.number;
-        if kind == "bulkhead-blk" {
+        if kind == "bulkhead-mem" {
+            let max = number
+                .saturating_add(1)
+                .saturating_mul(128)
+                .saturating_add(96);
+            create.push("--memory".into());
+            create.push(format!("96M,max={max}M"));
+        } else if kind == "bulkhead-blk" {
             let disk = scratch.disk(&format!("d{number}"), 1 << 16, 7)?;
             create.push("--disk".into());
             create.push(format!(
@@ -273,7 +280,11 @@ fn attack(
     let before = descriptors(vmm_pid);
     // This is what it waits for. What it does then, it may do to this very call.
     for attempt in attempts {
-        let _ = ctl(&socket, &["stats", &format!("a{}", attempt.number)]);
+        let id = match kind {
+            "bulkhead-mem" => "memory".to_owned(),
+            _ => format!("a{}", attempt.number),
+        };
+        let _ = ctl(&socket, &["stats", &id]);
     }
     let end = Instant::now() + patience(LIMIT);
     let mut ends = BTreeMap::new();
@@ -314,9 +325,10 @@ fn descriptors(pid: i64) -> usize {
 /// Ends by events, and by what the devices say on standard error.
 fn collect(ends: &mut BTreeMap<usize, End>, attempts: &[Attempt], events: &[Value], said: &str) {
     for event in events {
-        let number = event["subject"]
-            .as_str()
-            .and_then(|id| id.strip_prefix('a')?.parse().ok());
+        let number = match event["subject"].as_str() {
+            Some("memory") => attempts.first().map(|attempt| attempt.number),
+            other => other.and_then(|id| id.strip_prefix('a')?.parse().ok()),
+        };
         let Some(number) = number else { continue };
         if let Some(call) = event["what"]["violation"]
             .as_str()
@@ -347,9 +359,10 @@ fn collect(ends: &mut BTreeMap<usize, End>, attempts: &[Attempt], events: &[Valu
     }
     // Whoever floods the VMM is ended by it, before its last word is out at times.
     for event in events.iter().filter(|e| e["kind"] == "device.crashed") {
-        let flooder = attempts
-            .iter()
-            .find(|a| a.call == "sendmsg" && event["subject"] == format!("a{}", a.number));
+        let flooder = attempts.iter().find(|a| {
+            let its = event["subject"] == "memory" || event["subject"] == format!("a{}", a.number);
+            a.call == "sendmsg" && its
+        });
         if let Some(attempt) = flooder {
             let why = format!("the VMM ended it: {}", event["detail"]);
             ends.entry(attempt.number).or_insert(End::Borne(why));

@@ -21,6 +21,7 @@ mod hostile_device;
 mod hostile_guest;
 mod hotplug;
 mod hotplug_beside;
+mod hotplug_memory;
 mod net;
 mod net_bad;
 mod net_handed;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         tests.extend(bad_input::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
+        tests.extend(hotplug_memory::native());
         tests.extend(resources::native());
         tests.extend(hostile_device::tests());
     } else {
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         tests.extend(hostile_guest::tests());
         tests.extend(hotplug::tests());
         tests.extend(hotplug_beside::tests());
+        tests.extend(hotplug_memory::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));

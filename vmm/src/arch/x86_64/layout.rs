@@ -9,7 +9,7 @@
 //! | 0xfec0_0000 | IOAPIC |
 //! | 0xfed0_0000 | platform registers (GED, hot-plug) |
 //! | 0xfee0_0000 | local APIC |
-//! | 4 GiB – | RAM above the hole, then the 64-bit PCI window |
+//! | 4 GiB – | RAM above the hole, then memory that can be plugged, then the 64-bit PCI window |
 
 /// Where RAM below 4 GiB ends and the 32-bit hole begins.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -35,6 +35,20 @@ pub const fn pci_mem64_start(ram_end: u64) -> u64 {
         ram_end
     };
     above.saturating_add((1 << 30) - 1) & !((1 << 30) - 1)
+}
+
+/// Memory that can be plugged starts at a multiple of this: the largest piece in which Linux
+/// makes memory usable.
+const PLUGGABLE_ALIGN: u64 = 2 << 30;
+
+/// Where memory that can be plugged starts when RAM ends at `ram_end`.
+pub const fn pluggable_start(ram_end: u64) -> u64 {
+    let above = if ram_end < HIGH_RAM_START {
+        HIGH_RAM_START
+    } else {
+        ram_end
+    };
+    above.saturating_add(PLUGGABLE_ALIGN - 1) & !(PLUGGABLE_ALIGN - 1)
 }
 
 /// IOAPIC registers.

@@ -74,6 +74,11 @@ impl Host {
                 wanted.push((fd, Source::Fence { index }, EventSet::empty()));
             }
         }
+        if let Special::Memory(memory) = &device.special {
+            // Shared with the process, so never read: each ring is an edge.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            wanted.push((memory.bell.as_raw_fd(), Source::Bell { index }, events));
+        }
         for (fd, source, events) in wanted {
             self.watch(fd, source, events)?;
         }
@@ -364,6 +369,8 @@ impl Host {
         };
         let id = device.id.clone();
         let (kind, detail) = match notice {
+            Notice::Asks => return self.ask_memory(index),
+            Notice::Wants { id, request } => return self.on_memory_wish(index, id, &request),
             Notice::Replace { binary } => return self.begin_trial(index, &binary),
             Notice::Quiet => return self.on_quiet(index),
             Notice::NotQuiet(why) => return self.end_trial(index, &why),
@@ -509,7 +516,12 @@ impl Host {
     }
 
     /// Asks something of a device that a client named.
-    fn ask(&mut self, id: &str, reply: ReplyHandle, task: impl FnOnce(&Device) -> Asked) {
+    pub(super) fn ask(
+        &mut self,
+        id: &str,
+        reply: ReplyHandle,
+        task: impl FnOnce(&Device) -> Asked,
+    ) {
         let devices = self.machine.as_ref().map(|m| &m.parts.devices);
         let found = devices.and_then(|d| d.numbered().find(|(_, device)| device.id == id));
         let Some((index, device)) = found else {

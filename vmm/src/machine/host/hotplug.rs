@@ -31,6 +31,7 @@ use crate::machine::control::{Task, Turn};
 use crate::machine::device::{Device, NO_PORT, Special};
 use crate::machine::hotplug::{self, Addition, Mail, News, Workshop};
 use crate::machine::life::Life;
+use crate::machine::mem;
 use crate::machine::state::MachineState;
 use crate::machine::told;
 
@@ -118,6 +119,11 @@ impl Hotplug {
             waiting: VecDeque::new(),
             unused: Vec::new(),
         })
+    }
+
+    /// An end by which threads send news.
+    pub(super) fn post(&self) -> hotplug::Post {
+        self.mail.post()
     }
 
     pub(super) fn bell(&self) -> RawFd {
@@ -249,6 +255,8 @@ impl Host {
             match news {
                 News::Made(operation, addition, made) => self.on_made(operation, &addition, made),
                 News::Drained(operation) => self.on_leaver_drained(operation),
+                News::Plugged(result) => self.on_plugged(result),
+                News::MemoryAsked(told) => self.on_memory_asked(told),
             }
         }
         self.next_in_turn();
@@ -340,6 +348,11 @@ impl Host {
         timeout: Duration,
         reply: ReplyHandle,
     ) {
+        if id == mem::ID && self.has_memory() {
+            return reply.complete(Err(precondition(format!(
+                "device {id}: it is the machine's memory, which only goes as a whole: use resize-memory"
+            ))));
+        }
         // Force overtakes a removal that waits for the guest.
         if force && let Some(at) = self.asked(&id) {
             let asked = self.hotplug.leaving.swap_remove(at);

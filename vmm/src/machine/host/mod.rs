@@ -28,6 +28,7 @@ mod cpus;
 mod devices;
 mod foreign;
 mod hotplug;
+mod memory;
 mod requests;
 mod resources;
 mod source;
@@ -155,6 +156,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         placements: Vec::new(),
         hotplug: hotplug::Hotplug::new()?,
         resize: None,
+        memory: memory::Progress::default(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -234,6 +236,8 @@ struct Host {
     hotplug: hotplug::Hotplug,
     /// A change of the number of vCPUs.
     resize: Option<cpus::Resize>,
+    /// A change of the guest's memory.
+    memory: memory::Progress,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -296,6 +300,7 @@ impl Host {
             heartbeat &= self.on_foreign_timers(Instant::now());
             heartbeat &= self.on_hotplug_timers(Instant::now());
             heartbeat &= self.look_at_resize(Instant::now());
+            heartbeat &= self.look_at_memory(Instant::now());
             heartbeat &= self.check_shutdown();
             if let Some(machine) = &mut self.machine {
                 machine.parts.devices.settle();
@@ -319,6 +324,7 @@ impl Host {
         let shutdown = self.shutdown.as_ref().map(|s| s.deadline);
         let devices = self.device_timer().into_iter().chain(self.foreign_timer());
         let hotplug = self.hotplug_timer().into_iter().chain(self.resize_timer());
+        let hotplug = hotplug.chain(self.memory.timer());
         shutdown.into_iter().chain(devices).chain(hotplug).min()
     }
 
@@ -381,6 +387,7 @@ impl Host {
             Source::Trial { index } => self.on_trial(usize::from(index)),
             Source::TrialFence { index } => self.on_trial_fence(usize::from(index)),
             Source::Listener { index } => self.on_listener(index),
+            Source::Bell { index } => self.on_bell(usize::from(index)),
             Source::Hotplug => self.on_hotplug_news(),
             Source::Leaving { operation, fence } => self.on_leaving(operation, fence),
         }

@@ -53,6 +53,9 @@ impl Host {
             ApiRequest::ResizeCpus { count, timeout } => {
                 return self.resize_cpus(count, timeout, reply);
             }
+            ApiRequest::ResizeMemory { size, timeout } => {
+                return self.resize_memory(size, timeout, reply);
+            }
         };
         reply.complete(result);
     }
@@ -100,6 +103,7 @@ impl Host {
         for index in 0..devices {
             self.watch_device(index).map_err(RpcStatus::internal)?;
         }
+        self.start_plugger().map_err(RpcStatus::internal)?;
         // The machine is made: what only making one needs goes.
         confine::steady()
             .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
@@ -243,6 +247,7 @@ impl Host {
                 }
                 info.ports = self.ports();
                 info.cpus = machine.parts.hotplug.present_cpus();
+                info.memory = self.memory_info().into();
                 counters.serial_bytes = machine.parts.serial.stats().bytes_out;
             }
         }

@@ -31,6 +31,10 @@ pub(super) enum Source {
     Listener {
         index: u16,
     },
+    /// The memory device wants something.
+    Bell {
+        index: u16,
+    },
     /// Threads that make devices have news.
     Hotplug,
     /// Of a device on its way out, by the low bits of its operation.
@@ -57,6 +61,7 @@ impl Source {
             Self::Fence { index } => (1 << 62) | (1 << 33) | u64::from(index),
             Self::Trial { index } => (1 << 62) | (3 << 32) | u64::from(index),
             Self::TrialFence { index } => (1 << 62) | (4 << 32) | u64::from(index),
+            Self::Bell { index } => (1 << 62) | (5 << 32) | u64::from(index),
             Self::Listener { index } => (1 << 62) | (1 << 32) | u64::from(index),
             Self::Device { index, source } => {
                 (1 << 63) | (u64::from(index) << 32) | u64::from(source.to_u32())
@@ -85,6 +90,7 @@ impl Source {
                 2 => Some(Self::Fence { index }),
                 3 => Some(Self::Trial { index }),
                 4 => Some(Self::TrialFence { index }),
+                5 => Some(Self::Bell { index }),
                 _ => None,
             };
         }
@@ -132,6 +138,7 @@ mod tests {
                 Source::Fence { index },
                 Source::Trial { index },
                 Source::TrialFence { index },
+                Source::Bell { index },
             ]
         });
         for source in plain

@@ -381,6 +381,7 @@ impl Host {
             life.found(done.queues, done.resubmitted);
             life.took_over(&detail, now)
         });
+        self.renew_memory(index);
     }
 
     /// The function could not give its rings to the process that was to have them.

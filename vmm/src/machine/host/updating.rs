@@ -295,6 +295,7 @@ impl Host {
             reply.complete(Ok(ApiResponse::DeviceUpdated(response)));
         }
         self.with_control(index, |control, turn| control.go_on(turn));
+        self.renew_memory(index);
         if trial.fence_fell {
             self.with_life(index, |life, now| life.fence_fell(now));
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -40,6 +40,8 @@ pub const BAR: u64 = layout::PCI_MEM32_START + 0x10_0000;
 pub struct Ram {
     pub file: Arc<File>,
     pub memory: GuestMemoryMmap,
+    /// Regions that come and go, by address.
+    pub more: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Ram {
@@ -52,18 +54,23 @@ impl Ram {
         let offset = FileOffset::from_arc(Arc::clone(&file), 0);
         let range = (GuestAddress(0), RAM as usize, Some(offset));
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
-        Self { file, memory }
+        let more = Arc::default();
+        Self { file, memory, more }
     }
 }
 
 impl MemoryMap for Ram {
     fn regions(&self) -> Vec<MemoryRegion> {
-        vec![MemoryRegion {
-            guest_base: 0,
-            size: RAM,
-            file: Arc::clone(&self.file),
-            file_offset: 0,
-        }]
+        let more = self.more.lock().unwrap();
+        let bases = std::iter::once(0).chain(more.iter().copied());
+        bases
+            .map(|guest_base| MemoryRegion {
+                guest_base,
+                size: RAM,
+                file: Arc::clone(&self.file),
+                file_offset: 0,
+            })
+            .collect()
     }
 
     fn memory(&self) -> &GuestMemoryMmap {

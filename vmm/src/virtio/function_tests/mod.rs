@@ -5,6 +5,7 @@ mod any_access;
 mod external;
 mod guest;
 mod killed;
+mod memory;
 mod races;
 mod real_backends;
 mod succession;

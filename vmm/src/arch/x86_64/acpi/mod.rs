@@ -1,4 +1,5 @@
-//! The ACPI tables (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+//! The ACPI tables (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT, and SRAT where
+//! memory can be plugged.
 //!
 //! The machine is hardware-reduced: no PM timer, no SCI, no PIC. Built once by the manager
 //! thread before the guest starts.
@@ -45,6 +46,10 @@ pub struct AcpiConfig<'a> {
     pub last_bus: u8,
     /// Device numbers of the root ports, all of which take hot-plug.
     pub ports: &'a [u8],
+    /// Where RAM lies.
+    pub ram: Vec<Range<u64>>,
+    /// Where memory can be plugged.
+    pub pluggable: Option<Range<u64>>,
 }
 
 /// Why the tables could not be made.
@@ -113,6 +118,9 @@ fn build(config: &AcpiConfig<'_>) -> (Vec<u8>, Vec<u8>) {
     for table in [fadt, madt, mcfg] {
         xsdt.add_entry(table);
     }
+    if let Some(table) = srat(config) {
+        xsdt.add_entry(placer.put(table.as_slice()));
+    }
     let xsdt = placer.put(&bytes_of(&xsdt));
     (bytes_of(&Rsdp::new(OEM_ID, xsdt)), placer.bytes)
 }
@@ -168,6 +176,36 @@ fn madt(cpus: u32, max: u32) -> MADT {
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC_START as u32, 0));
     madt
+}
+
+/// Which memory there may be (ACPI 6.5 section 5.2.16): a guest sizes its tables by it. All of
+/// it, and every CPU, is in one domain.
+fn srat(config: &AcpiConfig<'_>) -> Option<Sdt> {
+    const ENABLED: u32 = 1;
+    const HOT_PLUGGABLE: u32 = 2;
+    let pluggable = config.pluggable.as_ref()?;
+    let mut table = Sdt::new(*b"SRAT", 48, 3, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    // Reserved to be 1, for those who know revision 1.
+    table.write_u32(36, 1);
+    // layout::MAX_VCPUS keeps every id in 8 bits.
+    for id in 0..u8::try_from(config.max_cpus.max(config.cpus)).unwrap_or(u8::MAX) {
+        let mut entry = [0; 16];
+        let [kind, length, _, apic, flags, ..] = &mut entry;
+        (*kind, *length, *apic, *flags) = (0, 16, id, 1);
+        table.append_slice(&entry);
+    }
+    let ram = config.ram.iter().map(|range| (range, ENABLED));
+    for (range, flags) in ram.chain([(pluggable, ENABLED | HOT_PLUGGABLE)]) {
+        let length = range.end.saturating_sub(range.start);
+        let mut entry = vec![1, 40, 0, 0, 0, 0, 0, 0];
+        entry.extend_from_slice(&range.start.to_le_bytes());
+        entry.extend_from_slice(&length.to_le_bytes());
+        entry.extend_from_slice(&0_u32.to_le_bytes());
+        entry.extend_from_slice(&flags.to_le_bytes());
+        entry.extend_from_slice(&0_u64.to_le_bytes());
+        table.append_slice(&entry);
+    }
+    Some(table)
 }
 
 /// AML that is bytes already.

@@ -10,6 +10,8 @@ fn config(cpus: u32) -> AcpiConfig<'static> {
         pci_mem64: layout::HIGH_RAM_START..layout::HIGH_RAM_START + layout::PCI_MEM64_SIZE,
         last_bus: 255,
         ports: &[1, 2, 31],
+        ram: vec![0..512 << 20; 1],
+        pluggable: None,
     }
 }
 
@@ -60,6 +62,21 @@ fn every_table_is_reached_and_its_checksum_is_right() {
 }
 
 #[test]
+fn the_srat_tells_of_memory_that_can_be_plugged() {
+    let mut growing = config(2);
+    growing.pluggable = Some(4 << 30..8 << 30);
+    let (rsdp, tables) = build(&growing);
+    let (name, srat) = walk(&rsdp, &tables).pop().unwrap();
+    assert_eq!((name.as_str(), sum(&srat)), ("SRAT", 0));
+    assert_eq!(srat.len(), 48 + 2 * 16 + 2 * 40);
+    let memory = &srat[48 + 2 * 16 + 40..];
+    assert_eq!(memory[..2], [1, 40]);
+    assert_eq!(memory[8..16], (4_u64 << 30).to_le_bytes());
+    assert_eq!(memory[16..24], (4_u64 << 30).to_le_bytes());
+    assert_eq!(memory[28..32], 3_u32.to_le_bytes());
+}
+
+#[test]
 fn the_fadt_is_hardware_reduced_and_names_its_registers() {
     let (rsdp, tables) = build(&config(1));
     let fadt = &walk(&rsdp, &tables)[1].1;
@@ -102,6 +119,7 @@ fn acpica_reads_and_rebuilds_every_table() {
     std::fs::create_dir_all(&dir).unwrap();
     let growing = AcpiConfig {
         max_cpus: 20,
+        pluggable: Some(4 << 30..8 << 30),
         ..config(3)
     };
     let (rsdp, tables) = build(&growing);
