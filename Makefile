@@ -51,8 +51,9 @@ native: setup build guest ## device processes under third-party front-ends, no K
 e2e: setup build guest nested ## end-to-end tests in real KVM guests
 	@tests/e2e $(T)
 
-rules: setup build guest nested ## every seccomp rule is used by some test, and none is missing (half an hour)
+rules: setup build guest nested ## every seccomp rule is used by some test, and none is missing; glibc too (half an hour)
 	@tests/rules
+	@tests/native/dynamic
 
 chaos: setup build guest nested ## kill processes and attack from the guest, N=500 kills, SEED=1
 	@tests/chaos

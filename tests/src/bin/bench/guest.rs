@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::vmm::{Scratch, bin, guest_file};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Guest memory of every VM here.
 const MEMORY: &str = "256M";
@@ -210,6 +211,50 @@ impl Guest {
             "no {wanted:?}; last words:\n{}",
             lines.get(last..).unwrap_or_default().join("\n")
         ))
+    }
+
+    /// Reads until it has printed `wanted` that many times.
+    ///
+    /// # Errors
+    /// What it printed instead.
+    pub fn reaches_times(&mut self, wanted: &str, count: usize) -> Result<(), String> {
+        let mut buffer = [0; 4096];
+        while self.times(wanted)? < count {
+            match self.stdout.read(&mut buffer) {
+                Ok(n @ 1..) => self
+                    .text
+                    .extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                _ => return Err(format!("its output ended before {wanted:?}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// How often it has printed `wanted`, with what can be read at once.
+    ///
+    /// # Errors
+    /// Its output cannot be read.
+    pub fn times(&mut self, wanted: &str) -> Result<usize, String> {
+        let mut buffer = [0; 4096];
+        loop {
+            let mut fds = [PollFd::new(&self.stdout, PollFlags::IN)];
+            let now = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            let ready = poll(&mut fds, Some(&now)).map_err(|e| e.to_string())?;
+            if ready == 0 {
+                break;
+            }
+            match self.stdout.read(&mut buffer) {
+                Ok(n @ 1..) => self
+                    .text
+                    .extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                _ => break,
+            }
+        }
+        let windows = self.text.windows(wanted.len());
+        Ok(windows.filter(|w| *w == wanted.as_bytes()).count())
     }
 
     /// Reads until the line that begins with `start` is whole.

@@ -17,6 +17,7 @@ mod kvm;
 mod net;
 mod process;
 mod pss;
+mod qmp;
 mod spawn;
 mod stall;
 mod table;

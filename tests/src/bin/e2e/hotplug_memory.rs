@@ -4,12 +4,13 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{debian, sh};
+use bulkhead_tests::host::{Namespace, debian, debian_by, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
 use super::hotplug::{Shell, device};
+use super::net_modes::tool;
 
 const MIB: u64 = 1 << 20;
 /// What the guest starts with, and what it may have.
@@ -18,12 +19,22 @@ const MAX: u64 = BASE + 1024;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    vec![Test {
+    let test = |name, run| Test {
         subject: "hotplug",
-        name: "a guest's memory grows and shrinks under load, and its process is killed meanwhile",
+        name,
         long: false,
-        run: in_a_guest,
-    }]
+        run,
+    };
+    vec![
+        test(
+            "a guest's memory grows and shrinks under stress-ng, and its process is killed and updated meanwhile",
+            in_a_guest,
+        ),
+        test(
+            "memory does not grow beside a back-end that cannot be told of it, which is named",
+            deaf,
+        ),
+    ]
 }
 
 /// Those that need none.
@@ -124,8 +135,20 @@ fn in_a_guest() -> Verdict {
 while read -r line; do eval \"$line\"; done";
     let data = format!("path={disk},id=data");
     let size = format!("size={BASE}M,max={MAX}M");
-    let args = ["--api-socket", &socket, "--memory", &size];
-    let vmm = debian(&scratch, script, &[data.as_str()], &args)?;
+    // The kernel's own back-end has to follow, too.
+    let network = Namespace::new("memory")?;
+    network.tap("tap0", "10.8.0.1/24", "")?;
+    let args = [
+        "--api-socket",
+        &socket,
+        "--memory",
+        &size,
+        "--net",
+        "tap=tap0,id=net,backend=vhost-net",
+    ];
+    let enter = network.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let vmm = debian_by(&by, &scratch, script, &[data.as_str()], &args)?;
     let mut guest = Shell { vmm, steps: 0 };
     guest.vmm.wait_for("GUEST-IS-READY", LIMIT)?;
     check(memory(&socket, "present_bytes")? == BASE, || {
@@ -134,6 +157,9 @@ while read -r line; do eval \"$line\"; done";
     guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks; mount -o remount,size=90% /dev/shm; [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -lt 400000 ]")?;
     // Written before, read after: nothing that was there is disturbed.
     guest.run("dd if=/dev/urandom of=/dev/shm/old bs=1M count=40 status=none; sha256sum /dev/shm/old >/tmp/old")?;
+
+    guest.run("ip link set eth0 up; ip addr add 10.8.0.2/24 dev eth0; ping -c 1 -w 60 10.8.0.1 >/dev/null")?;
+    guest.run("cd /tmp; stress-ng --quiet --cpu 1 --switch 1 --vm 1 --vm-bytes 32M --timeout 3600 & stress=$!; sleep 1; kill -0 $stress")?;
 
     // Grow, with the process killed in the middle of it.
     let asked = resize(&socket, MAX)?;
@@ -157,6 +183,9 @@ while read -r line; do eval \"$line\"; done";
     refused(resize(&socket, BASE + 1), "blocks of 2 MiB")?;
     refused(ctl(&socket, &["remove-device", "memory"]), "resize-memory")?;
 
+    guest.run("ping -c 2 -w 60 10.8.0.1 >/dev/null && kill -0 $stress")?;
+    ctl(&socket, &["update-device", "memory"])?;
+
     // Shrink, and again a process that dies; the host has its pages back.
     guest.run("rm /dev/shm/[1-7]; sync; echo 3 >/proc/sys/vm/drop_caches")?;
     resize(&socket, BASE)?;
@@ -174,9 +203,39 @@ while read -r line; do eval \"$line\"; done";
     for kind in ["memory.resized", "operation.done", "device.restarted"] {
         check(told.contains(kind), || format!("no {kind} in {told}"))?;
     }
+    guest.run("ping -c 2 -w 60 10.8.0.1 >/dev/null && kill $stress")?;
     guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace|virtio_mem.*(error|fail)'")?;
     guest.vmm.type_text("exit\n")?;
     guest.vmm.ends_with(0, LIMIT)
+}
+
+/// passt takes a whole memory table and no single region.
+fn deaf() -> Verdict {
+    let scratch = Scratch::new("hotplug-deaf")?;
+    let socket = scratch.path("api");
+    let passt = tool("PASST")?;
+    let args = [
+        "--memory",
+        "size=384M,max=640M",
+        "--net",
+        "user,id=user0",
+        "--passt",
+        &passt,
+        "--api-socket",
+        &socket,
+    ];
+    let script = "echo READY; read -r line";
+    let mut vmm = debian(&scratch, script, &[] as &[&str], &args)?;
+    vmm.wait_for("READY", LIMIT)?;
+    refused(
+        resize(&socket, 512),
+        "device user0: its back-end cannot be told",
+    )?;
+    check(memory(&socket, "present_bytes")? == BASE, || {
+        "it grew".into()
+    })?;
+    vmm.type_text("\n")?;
+    vmm.ends_with(0, LIMIT)
 }
 
 fn without_a_guest() -> Verdict {
