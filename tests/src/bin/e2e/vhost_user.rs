@@ -21,18 +21,22 @@ pub fn tests() -> Vec<Test> {
     }]
 }
 
-/// Starts a back-end and waits for its socket.
+/// Starts a back-end.
 fn start(command: &mut Command, socket: &str) -> Result<Vmm, String> {
     let _ = std::fs::remove_file(socket);
-    let running = Vmm::spawn(std::mem::replace(command, Command::new("true")))?;
+    Vmm::spawn(std::mem::replace(command, Command::new("true")))
+}
+
+/// Waits for its socket. Only while nobody connects: both take it away once somebody has.
+fn listens(running: &Vmm, socket: &str) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
-    // virtiofsd takes its socket away once somebody is connected, who may be quick.
-    let listens = || std::path::Path::new(socket).exists();
-    while !listens() && !running.errors().contains("Client connected") {
-        check(Instant::now() < end, || running.story("it does not listen"))?;
+    while !std::path::Path::new(socket).exists() {
+        check(Instant::now() < end, || {
+            running.story(&format!("nothing listens at {socket}"))
+        })?;
         std::thread::sleep(Duration::from_millis(50));
     }
-    Ok(running)
+    Ok(())
 }
 
 /// Connections to the host's port 1234 lead to this socket.
@@ -73,6 +77,8 @@ for n in first again; do
   echo TURN-$n; read -r line
 done";
     let (mut vsock, mut fs) = (sockets(&scratch)?, files(&scratch)?);
+    listens(&vsock, &scratch.path("vsock"))?;
+    listens(&fs, &scratch.path("fs"))?;
     let devices = [
         format!("socket={},kind=vsock,id=vsock", scratch.path("vsock")),
         format!("socket={},kind=fs,tag=home,id=home", scratch.path("fs")),
@@ -96,7 +102,9 @@ done";
             &format!("UNIX-LISTEN:{}_1234,unlink-early", scratch.path("host")),
         ]);
         receiver.arg(format!("CREATE:{came}"));
-        let mut receiver = start(&mut receiver, &format!("{}_1234", scratch.path("host")))?;
+        let place = format!("{}_1234", scratch.path("host"));
+        let mut receiver = start(&mut receiver, &place)?;
+        listens(&receiver, &place)?;
         if round == "again" {
             vmm.type_text("\n")?;
         }
