@@ -45,7 +45,10 @@ fn main() -> ExitCode {
             std::thread::spawn(move || {
                 // Before the filter, which does not let a thread begin.
                 let _ = here.send(());
-                attack(&name);
+                // Again and again: on a busy machine a channel may not be there yet.
+                loop {
+                    attack(&name);
+                }
             });
             let _ = begun.recv();
         }
@@ -136,9 +139,6 @@ fn attack(name: &str) {
         "be-oversize" => everywhere(&backend_message(u32::MAX), &[]),
         "be-fds" => everywhere(&backend_message(0), &[0, 1, 0, 1]),
         _ => {}
-    }
-    loop {
-        std::thread::park_timeout(Duration::from_secs(60));
     }
 }
 
