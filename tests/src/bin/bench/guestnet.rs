@@ -373,7 +373,7 @@ pub fn measure(options: &Options) -> crate::Report {
     }
     Ok(format!(
         "## guestnet: medians of {runs} interleaved boots, {seconds} s each load (least–most)\n\n\
-         One vCPU, {MEMORY}, Debian's iperf3 3.12 in guest and host, a tap. Exits of KVM per second during the load.\n\n{}\n{notes}",
+         One vCPU, {MEMORY}, Debian's iperf3 3.12 in guest and host, a tap. Huge pages for both. Exits of KVM per second during the load.\n\n{}\n{notes}",
         table.text()
     ))
 }
