@@ -183,6 +183,24 @@ const ALLOWED: &[(&str, &[Call], &[Call])] = &[
         ],
     ),
     (
+        "bulkhead-rng",
+        &[
+            (libc::SYS_mmap, &[0, 4096, RW, SHARED, 7]),
+            (libc::SYS_sendmsg, &[3, 0, int(libc::MSG_NOSIGNAL)]),
+            (libc::SYS_read, &[5]),
+        ],
+        &[
+            (libc::SYS_ioctl, &[5, 0x5203]), // RNDADDENTROPY
+            (libc::SYS_pread64, &[5]),
+            (libc::SYS_fstat, &[7]),
+            (
+                libc::SYS_mmap,
+                &[0, 4096, RW, int(libc::MAP_SHARED | libc::MAP_LOCKED), 7],
+            ),
+            (libc::SYS_sendmsg, &[3, 0, int(libc::MSG_OOB)]),
+        ],
+    ),
+    (
         "bulkhead-net-vhost",
         &[(libc::SYS_ioctl, &[3, 0x4008_af30])],
         &[
@@ -290,9 +308,14 @@ fn what_no_process_does_is_stopped_in_every_policy() {
 fn what_no_device_does_is_stopped_in_every_device_policy() {
     let mut seen = 0;
     for policy in policy::all() {
-        let device = ["bulkhead-blk", "bulkhead-net", "bulkhead-mem"]
-            .iter()
-            .any(|d| policy.name.starts_with(d));
+        let device = [
+            "bulkhead-blk",
+            "bulkhead-net",
+            "bulkhead-mem",
+            "bulkhead-rng",
+        ]
+        .iter()
+        .any(|d| policy.name.starts_with(d));
         if !device {
             continue;
         }
@@ -302,7 +325,7 @@ fn what_no_device_does_is_stopped_in_every_device_policy() {
             assert_ne!(judged, Judgement::Proceed, "{} {call:?}", policy.name);
         }
     }
-    assert!(seen >= 12, "{seen}");
+    assert!(seen >= 13, "{seen}");
 }
 
 #[test]

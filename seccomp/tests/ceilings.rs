@@ -15,6 +15,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("bulkhead-blk", 16),
     ("bulkhead-net", 12),
     ("bulkhead-mem", 11),
+    ("bulkhead-rng", 10),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 47),
 ];

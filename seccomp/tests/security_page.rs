@@ -40,6 +40,7 @@ fn missing(named: &str, subjects: &str) -> Option<String> {
                 "bulkhead-blk" => "device-procs/blk",
                 "bulkhead-net" => "device-procs/net",
                 "bulkhead-mem" => "device-procs/mem",
+                "bulkhead-rng" => "device-procs/rng",
                 "bulkhead-runtime" => "device-procs/runtime",
                 "bulkhead-seccomp" => "seccomp",
                 "bulkhead-proto" => "proto",

@@ -2,10 +2,10 @@
 //! and serves, it tries what a device that an attacker has taken over would try.
 //!
 //! Which attempt a process makes is told by its arguments (`serial=hostile-N` of a disk, the MAC
-//! address 02:b0:b0:b0:b0:N of a network device, N and one times 128 MiB of memory), since most
-//! end it. It is made once, on the main
-//! thread, when the VMM asks for its statistics the first time; what it came to is a log line
-//! `hostile: NAME: …`, unless it came to an end.
+//! address 02:b0:b0:b0:b0:N of a network device, N and one times 128 MiB of memory, or of an entropy
+//! device's burst), since most end it. It is made once, on the main thread, when the VMM asks for its
+//! statistics the first time; what it came to is a log line `hostile: NAME: …`, unless it came to an
+//! end.
 #![allow(unsafe_code)] // Calls that must not work are made bare.
 
 use std::io::Error;
@@ -59,7 +59,7 @@ pub(crate) fn choose() {
         if let Some(octet) = argument.strip_prefix("02:b0:b0:b0:b0:") {
             return usize::from_str_radix(octet, 16).ok();
         }
-        // --area START:SIZE
+        // --area START:SIZE, --bps N:BURST
         let (start, size) = argument.split_once(':')?;
         let _: u64 = start.parse().ok()?;
         let size: usize = size.parse().ok()?;

@@ -69,6 +69,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("disks", config.disks.len()),
         ("nets", config.nets.len()),
         ("vhost_users", config.vhost_users.len()),
+        ("rngs", config.rngs.len()),
         ("hotplug_ports", config.hotplug_ports.len()),
         (
             "memory_max_bytes",
@@ -97,6 +98,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         }
     }
     super::config_net::validate(config, &mut ids)?;
+    super::config_rng::validate(config, &mut ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }

@@ -65,7 +65,16 @@ pub(super) fn validate<'a>(
     Ok(())
 }
 
-fn take_id<'a>(name: &str, id: &'a str, ids: &mut BTreeSet<&'a str>) -> Result<(), String> {
+/// Checks an id, and that no other device has it.
+///
+/// # Errors
+///
+/// One line that names the field.
+pub(super) fn take_id<'a>(
+    name: &str,
+    id: &'a str,
+    ids: &mut BTreeSet<&'a str>,
+) -> Result<(), String> {
     check_id(id).map_err(|error| format!("{name}.id: {error}"))?;
     if ids.insert(id) {
         return Ok(());

@@ -17,6 +17,7 @@ pub mod config;
 mod config_disk;
 mod config_net;
 mod config_resources;
+mod config_rng;
 mod connection;
 pub mod events;
 mod reply;

@@ -17,7 +17,8 @@ pub(super) fn add(request: AddDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         Some(add_device_request::Device::Disk(disk)) => &disk.id,
         Some(add_device_request::Device::Net(net)) => &net.id,
         Some(add_device_request::Device::VhostUser(device)) => &device.id,
-        _ => return invalid("device is missing: give disk, net or vhost_user"),
+        Some(add_device_request::Device::Rng(rng)) => &rng.id,
+        _ => return invalid("device is missing: give disk, net, vhost_user or rng"),
     };
     if let Err(why) = check_id(id) {
         return invalid(&format!("the device's id: {why}"));

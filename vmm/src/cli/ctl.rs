@@ -102,6 +102,8 @@ enum CtlCommand {
     AddNet(ctl_hotplug::AddArgs),
     /// Add a device of somebody else's to the machine: socket=PATH,kind=NAME,id=NAME[,KEY=VALUE]…
     AddVhostUser(ctl_hotplug::AddArgs),
+    /// Add an entropy device to the machine: id=NAME[,KEY=VALUE]…
+    AddRng(ctl_hotplug::AddArgs),
     /// Have the guest give a device up, and end it
     RemoveDevice(ctl_hotplug::RemoveArgs),
     /// Change the number of vCPUs
@@ -210,6 +212,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::AddDisk(add) => add.run(Kind::Disk, &mut session, &mut out),
         CtlCommand::AddNet(add) => add.run(Kind::Net, &mut session, &mut out),
         CtlCommand::AddVhostUser(add) => add.run(Kind::VhostUser, &mut session, &mut out),
+        CtlCommand::AddRng(add) => add.run(Kind::Rng, &mut session, &mut out),
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
@@ -239,6 +242,7 @@ impl CtlCommand {
             Self::AddDisk(add) => add.request(Kind::Disk).map(|_| ()),
             Self::AddNet(add) => add.request(Kind::Net).map(|_| ()),
             Self::AddVhostUser(add) => add.request(Kind::VhostUser).map(|_| ()),
+            Self::AddRng(add) => add.request(Kind::Rng).map(|_| ()),
             Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),
         }

@@ -9,7 +9,7 @@ use super::ctl_output_net as net;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
-    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, State,
+    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, RngConfig, State,
     serial_config::Mode,
 };
 use serde_json::{Value, json};
@@ -45,6 +45,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             .iter()
             .map(net::vhost_user_json)
             .collect();
+        let rngs: Vec<Value> = config.rngs.iter().map(rng_json).collect();
         json!({
             "kernel": config.kernel,
             "initrd": config.initrd,
@@ -55,6 +56,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "disks": disks,
             "nets": nets,
             "vhost_users": others,
+            "rngs": rngs,
             "serial": serial_text(config),
         })
     });
@@ -125,6 +127,9 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         for device in &config.vhost_users {
             line("vhost-user", &net::vhost_user_text(device))?;
         }
+        for device in &config.rngs {
+            line("rng", &rng_text(device))?;
+        }
     }
     let counters = &info.counters;
     line(
@@ -167,6 +172,17 @@ fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
         Value::Null,
         |b| json!({ "per_second": b.per_second, "burst": b.burst }),
     )
+}
+
+fn rng_json(rng: &RngConfig) -> Value {
+    json!({ "id": rng.id, "bytes": bucket_json(rng.bytes.as_ref()) })
+}
+
+fn rng_text(rng: &RngConfig) -> String {
+    match rng.bytes.per_second {
+        0 => rng.id.clone(),
+        rate => format!("{}: {rate} bytes per second", rng.id),
+    }
 }
 
 fn disk_json(disk: &DiskConfig) -> Value {

@@ -6,7 +6,7 @@ use std::num::{IntErrorKind, ParseIntError};
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
-use super::{disk_args, net_args};
+use super::{disk_args, net_args, rng_args};
 
 /// Most root ports on the bus.
 const MAX_PORTS: usize = 31;
@@ -86,6 +86,19 @@ pub struct MachineArgs {
     ///   id=NAME                its name in the API
     #[arg(long = "vhost-user", value_name = "DEVICE", verbatim_doc_comment)]
     pub vhost_users: Vec<String>,
+    /// An entropy device: random bytes of the host's; may be repeated
+    ///
+    ///   id=NAME                its name in the API [default: rng0, rng1, …]
+    ///   bps=SIZE[:BURST]       bytes per second, and how many may be saved up
+    ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    #[arg(
+        long = "rng",
+        value_name = "RNG",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub rngs: Vec<String>,
     /// Root ports that are empty at first, to add devices to a machine that runs: how many
     /// (hp1, hp2, …), or their names
     #[arg(long, value_name = "N|NAME[:NAME]…")]
@@ -134,6 +147,11 @@ impl MachineArgs {
             let device = net_args::parse_vhost_user(text, index)?;
             take_id(&mut ids, &format!("--vhost-user {text}"), &device.id)?;
             config.vhost_users.push(device);
+        }
+        for (index, text) in self.rngs.iter().enumerate() {
+            let rng = rng_args::parse_rng(text, index)?;
+            take_id(&mut ids, &format!("--rng {text}"), &rng.id)?;
+            config.rngs.push(rng);
         }
         config.serial = Some(parse_serial(&self.serial)?).into();
         Ok(config)

@@ -23,6 +23,7 @@ mod event_json;
 pub mod machine_args;
 pub mod net_args;
 pub mod resource_args;
+pub mod rng_args;
 pub mod run;
 
 /// Exit code of a wrong command line.

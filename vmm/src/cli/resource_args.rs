@@ -154,7 +154,10 @@ fn present<'a>(config: &'a MachineConfig, id: &str) -> Option<&'a Resources> {
     let disk = config.disks.iter().find(|d| d.id == id);
     let net = config.nets.iter().find(|n| n.id == id);
     let of_disk = disk.and_then(|d| d.resources.as_ref());
-    of_disk.or_else(|| net.and_then(|n| n.resources.as_ref()))
+    let rng = config.rngs.iter().find(|r| r.id == id);
+    let of_net = net.and_then(|n| n.resources.as_ref());
+    let of_rng = rng.and_then(|r| r.resources.as_ref());
+    of_disk.or(of_net).or(of_rng)
 }
 
 /// Limits as they are given on a command line; empty: none.

@@ -61,6 +61,8 @@ pub use sys::ExitOutcome;
 
 /// File name of the launcher's program.
 pub(crate) const PROGRAM: &str = "bulkhead-launcher";
+/// The role of what an entropy device reads.
+pub const ENTROPY_ROLE: &str = "entropy source";
 /// Most device processes of one VM at a time; each has a slot, and with it a uid.
 pub const MAX_DEVICES: usize = 64;
 /// Most queue pairs of a network device: with its control queue, their descriptors and

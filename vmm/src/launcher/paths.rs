@@ -15,12 +15,14 @@ use std::path::{Path, PathBuf};
 
 use super::leftovers::Note;
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
-use super::{MAX_PATH, isolate, lock, printable, sys};
+use super::{ENTROPY_ROLE, MAX_PATH, isolate, lock, printable, sys};
 
 /// Smallest disk: one sector.
 const SECTOR: u64 = 512;
 /// Most sockets bound at a time.
 const MAX_SOCKETS: usize = 64;
+/// Number of /dev/random (the kernel's list of devices: memory devices, 8).
+const RANDOM: u64 = libc::makedev(1, 8);
 
 /// How to open; mirrors the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,7 +191,10 @@ impl Paths {
             Err(error) => return refuse(role, path, &reason(&error)),
         };
         check_kind(role, path, mode, &metadata)?;
-        self.check_allowed(role, path, &found, None)?;
+        // It leads nowhere, and has nothing of anybody's.
+        if !is_generator(role, mode, &metadata) {
+            self.check_allowed(role, path, &found, None)?;
+        }
         let (file, direct) = reopen(&found, mode, direct, &metadata)
             .or_else(|error| refuse(role, path, &explain_open(&found, mode, &error)))?;
         if lock {
@@ -404,6 +409,14 @@ impl Bound {
     }
 }
 
+/// The host's generator, for an entropy device.
+fn is_generator(role: &str, mode: Mode, metadata: &Metadata) -> bool {
+    role == ENTROPY_ROLE
+        && mode == Mode::Read
+        && metadata.file_type().is_char_device()
+        && metadata.rdev() == RANDOM
+}
+
 fn check_kind(role: &str, path: &Path, mode: Mode, metadata: &Metadata) -> Result<(), String> {
     let kind = metadata.file_type();
     let why = if kind.is_file() {
@@ -416,7 +429,7 @@ fn check_kind(role: &str, path: &Path, mode: Mode, metadata: &Metadata) -> Resul
         }
         "is a block device; name a file"
     } else if kind.is_char_device() {
-        if mode == Mode::Append {
+        if mode == Mode::Append || is_generator(role, mode, metadata) {
             return Ok(());
         }
         "is a character device; name a file"

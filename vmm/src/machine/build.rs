@@ -17,6 +17,7 @@ use super::mem;
 use super::net;
 use super::net_external;
 use super::net_start::Prepared;
+use super::rng;
 use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
@@ -152,6 +153,10 @@ pub fn build(
             .extend(net_external::make_any(device, &site)?);
     }
 
+    for rng in &config.rngs {
+        devices.devices.push(rng::spawn(rng, &site)?);
+    }
+
     if let Some(area) = ram.pluggable() {
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
     }
@@ -210,6 +215,7 @@ fn count(config: &MachineConfig) -> usize {
         .disks
         .len()
         .saturating_add(nets)
+        .saturating_add(config.rngs.len())
         .saturating_add(memory)
 }
 

@@ -129,6 +129,8 @@ pub enum Special {
     Disk(Disk),
     /// A network device whose process is ours.
     Net,
+    /// An entropy device.
+    Rng,
     /// The memory that comes and goes.
     Memory(Box<Memory>),
     /// A device whose back-end is somebody else's.

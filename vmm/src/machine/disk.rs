@@ -211,7 +211,7 @@ pub fn args(disk: &DiskConfig, direct: bool) -> Vec<String> {
 }
 
 /// `N[:BURST]`; `None`: no limit.
-fn bucket_text(bucket: &TokenBucket) -> Option<String> {
+pub(super) fn bucket_text(bucket: &TokenBucket) -> Option<String> {
     match (bucket.per_second, bucket.burst) {
         (0, _) => None,
         (rate, 0) => Some(rate.to_string()),

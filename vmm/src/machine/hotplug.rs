@@ -7,12 +7,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, VhostUserConfig};
+use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
 use super::net_start::Prepared;
-use super::{disk, net, net_external};
+use super::{disk, net, net_external, rng};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -29,6 +29,8 @@ pub enum Addition {
     Net(NetConfig),
     /// Somebody else's device.
     VhostUser(VhostUserConfig),
+    /// An entropy device.
+    Rng(RngConfig),
 }
 
 impl Addition {
@@ -38,6 +40,7 @@ impl Addition {
             Self::Disk(disk) => &disk.id,
             Self::Net(net) => &net.id,
             Self::VhostUser(device) => &device.id,
+            Self::Rng(rng) => &rng.id,
         }
     }
 
@@ -47,6 +50,7 @@ impl Addition {
             Self::Disk(disk) => config.disks.push(disk.clone()),
             Self::Net(net) => config.nets.push(net.clone()),
             Self::VhostUser(device) => config.vhost_users.push(device.clone()),
+            Self::Rng(rng) => config.rngs.push(rng.clone()),
         }
     }
 
@@ -63,11 +67,13 @@ impl Addition {
             Self::Disk(_) => format!("config.disks[{}]", machine.disks.len()),
             Self::Net(_) => format!("config.nets[{}]", machine.nets.len()),
             Self::VhostUser(_) => format!("config.vhost_users[{}]", machine.vhost_users.len()),
+            Self::Rng(_) => format!("config.rngs[{}]", machine.rngs.len()),
         };
         let name = match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::VhostUser(_) => "vhost_user",
+            Self::Rng(_) => "rng",
         };
         config::validate(&config).map_err(|why| why.replace(&field, name))
     }
@@ -78,6 +84,7 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
     config.disks.retain(|disk| disk.id != id);
     config.nets.retain(|net| net.id != id);
     config.vhost_users.retain(|device| device.id != id);
+    config.rngs.retain(|rng| rng.id != id);
 }
 
 /// What a thread that makes a device needs of the machine.
@@ -218,6 +225,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
             prepared.fill_net(config);
             net::make(config, &mut prepared, &site)
         }
+        Addition::Rng(config) => rng::spawn(config, &site),
         Addition::VhostUser(config) => {
             let made = net_external::make_any(config, &site)?;
             made.ok_or_else(|| {

@@ -49,22 +49,32 @@ pub static MEM: DeviceKind = DeviceKind {
     plain_engine: None,
 };
 
+/// Virtio entropy.
+pub static RNG: DeviceKind = DeviceKind {
+    name: "rng",
+    binary: "bulkhead-rng",
+    virtio_id: 4,
+    max_queues: 1,
+    plain_engine: None,
+};
+
 /// Every kind.
-pub static ALL: [&DeviceKind; 3] = [&BLK, &NET, &MEM];
+pub static ALL: [&DeviceKind; 4] = [&BLK, &NET, &MEM, &RNG];
 
 /// The binaries of the kinds that a machine has, beside those that could be added to it; of all
-/// where it is not known yet, but for memory's where that is not installed.
+/// where it is not known yet, but for those of memory and entropy where they are not installed.
 pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) -> Vec<String> {
     let installed = |kind: &DeviceKind| libexec.join(kind.binary).exists();
     let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
     ALL.iter()
         .filter(|kind| match (machine, kind.name) {
-            (None, "mem") => installed(kind),
+            (None, "mem" | "rng") => installed(kind),
             (None, _) => true,
             // It is there from the start or never.
             (Some(config), "mem") => config.memory_max_bytes != 0,
             (Some(config), "blk") if !config.disks.is_empty() => true,
             (Some(config), "net") if taps(config) => true,
+            (Some(config), "rng") if !config.rngs.is_empty() => true,
             (Some(_), _) => grows && installed(kind),
         })
         .map(|kind| kind.binary.to_owned())

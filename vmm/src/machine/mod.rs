@@ -31,6 +31,7 @@ pub mod newcomer;
 pub mod plugger;
 pub mod plugging;
 pub mod queue;
+pub mod rng;
 pub mod state;
 pub mod stop;
 pub mod supervise;

@@ -94,6 +94,7 @@ fn run() -> Result<bool, String> {
         (hostile("bulkhead-blk")?, "bulkhead-blk"),
         (hostile("bulkhead-net")?, "bulkhead-net"),
         (hostile("bulkhead-mem")?, "bulkhead-mem"),
+        (hostile("bulkhead-rng")?, "bulkhead-rng"),
     ] {
         std::fs::copy(&from, format!("{libexec}/{name}"))
             .map_err(|e| format!("{}: {e}", from.display()))?;
@@ -101,7 +102,12 @@ fn run() -> Result<bool, String> {
     let victim = Victim::start(&scratch, "victim")?;
     let namespace = Namespace::new("hostile")?;
     let (mut made, mut blocked, mut failed) = (0, 0, Vec::new());
-    for kind in ["bulkhead-blk", "bulkhead-net", "bulkhead-mem"] {
+    for kind in [
+        "bulkhead-blk",
+        "bulkhead-net",
+        "bulkhead-mem",
+        "bulkhead-rng",
+    ] {
         let attempts = attempts(kind)?;
         // A machine has one memory device.
         let at_once = if kind == "bulkhead-mem" { 1 } else { AT_ONCE };
@@ -256,6 +262,10 @@ fn attack(
                 .saturating_add(96);
             create.push("--memory".into());
             create.push(format!("96M,max={max}M"));
+        } else if kind == "bulkhead-rng" {
+            let burst = number.saturating_add(1).saturating_mul(128);
+            create.push("--rng".into());
+            create.push(format!("id=a{number},bps=1M:{burst}M"));
         } else if kind == "bulkhead-blk" {
             let disk = scratch.disk(&format!("d{number}"), 1 << 16, 7)?;
             create.push("--disk".into());

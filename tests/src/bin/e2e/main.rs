@@ -29,6 +29,7 @@ mod net_modes;
 mod recovery;
 mod recovery_net;
 mod resources;
+mod rng;
 mod update;
 mod vhost_user;
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug::native());
         tests.extend(hotplug_memory::native());
         tests.extend(resources::native());
+        tests.extend(rng::native());
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug::tests());
         tests.extend(hotplug_beside::tests());
         tests.extend(hotplug_memory::tests());
+        tests.extend(rng::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));

@@ -69,12 +69,13 @@ pub fn native() -> Vec<Test> {
 }
 
 /// A directory of device binaries, in which each may be put.
-struct Binaries {
-    path: String,
+pub struct Binaries {
+    pub path: String,
 }
 
 impl Binaries {
-    fn new(scratch: &Scratch, name: &str) -> Result<Self, String> {
+    /// An empty one.
+    pub fn new(scratch: &Scratch, name: &str) -> Result<Self, String> {
         let path = scratch.path(name);
         std::fs::create_dir_all(&path).map_err(|e| format!("{path}: {e}"))?;
         let binaries = Self { path };
@@ -100,7 +101,7 @@ impl Binaries {
     }
 
     /// The binary of a kind under test, by another name.
-    fn good(&self, kind: &str, name: &str) -> Result<String, String> {
+    pub fn good(&self, kind: &str, name: &str) -> Result<String, String> {
         let from = bin(kind);
         let content = std::fs::read(&from).map_err(|e| format!("{}: {e}", from.display()))?;
         self.put(name, &content)

@@ -170,3 +170,18 @@ fn a_live_socket_is_left_alone_a_stale_one_replaced_and_only_our_own_removed() {
     assert!(!deep.join("s").exists());
     assert!(paths.forget(&deep.join("s")).is_err());
 }
+
+#[test]
+fn the_hosts_generator_opens_for_entropy_alone() {
+    let elsewhere = Paths::new(vec!["/nowhere".into()]);
+    let random = Path::new("/dev/random");
+    let open = |role, path, mode| elsewhere.open(path, role, mode, false, false);
+    let mut bytes = [0; 16];
+    let opened = open(ENTROPY_ROLE, random, Mode::Read).unwrap();
+    io::Read::read_exact(&mut &opened.file, &mut bytes).unwrap();
+    assert_ne!(bytes, [0; 16]);
+    assert!(open("disk", random, Mode::Read).is_err());
+    assert!(open(ENTROPY_ROLE, random, Mode::ReadWrite).is_err());
+    assert!(open(ENTROPY_ROLE, Path::new("/dev/zero"), Mode::Read).is_err());
+    assert!(open(ENTROPY_ROLE, Path::new("/etc/passwd"), Mode::Read).is_err());
+}

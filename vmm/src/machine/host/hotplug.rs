@@ -153,8 +153,9 @@ impl Host {
             Some(add_device_request::Device::VhostUser(device)) => {
                 Addition::VhostUser(device.clone())
             }
+            Some(add_device_request::Device::Rng(rng)) => Addition::Rng(rng.clone()),
             _ => {
-                let line = "device is missing: give disk, net or vhost_user";
+                let line = "device is missing: give disk, net, vhost_user or rng";
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };

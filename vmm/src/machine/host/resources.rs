@@ -83,6 +83,8 @@ impl Host {
                 disk.resources = Some(resources).into();
             } else if let Some(net) = config.nets.iter_mut().find(|n| n.id == id) {
                 net.resources = Some(resources).into();
+            } else if let Some(rng) = config.rngs.iter_mut().find(|r| r.id == id) {
+                rng.resources = Some(resources).into();
             }
         }
         self.log
