@@ -17,7 +17,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("bulkhead-mem", 11),
     ("bulkhead-rng", 10),
     ("bulkhead-vcpu", 12),
-    ("bulkhead-vmm", 47),
+    ("bulkhead-vmm", 48),
 ];
 
 /// What opens, connects, executes or escapes.

@@ -1,5 +1,6 @@
 //! The command line: parsed once, into types that cannot hold nonsense.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -141,7 +142,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
     let (mut socket, mut control, mut vhost, mut disk) = (None, None, None, None);
     let mut fence = None;
     let (mut queues, mut engine, mut verbose) = (1u16, EngineChoice::Auto, false);
+    let mut seen = BTreeSet::new();
     while let Some(arg) = parser.next()? {
+        if let Long(name) = &arg
+            && *name != "verbose"
+            && !seen.insert((*name).to_owned())
+        {
+            let twice = format!("--{name}: is given twice: give it once");
+            return Err(lexopt::Error::Custom(twice.into()).into());
+        }
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
@@ -150,9 +159,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?)?),
             Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?)?),
             Long("fence-fd") => fence = Some(fd("--fence-fd", &parser.value()?)?),
-            Long("disk") if disk.is_some() => {
-                return bad("--disk", "give it once: a process serves one disk");
-            }
             Long("disk") => disk = Some(DiskOptions::parse(&parser.value()?)?),
             Long("queues") => {
                 queues = parser.value()?.parse()?;
@@ -256,7 +262,9 @@ mod tests {
     #[test]
     fn a_second_disk_is_refused() {
         let two = serve("--socket /s --disk path=/a --disk path=/b").unwrap_err();
-        assert!(two.contains("give it once"), "{two}");
+        assert!(two.contains("--disk: is given twice"), "{two}");
+        let two = serve("--socket /s --disk path=/a --queues 1 --queues 2").unwrap_err();
+        assert!(two.contains("--queues: is given twice"), "{two}");
     }
 
     #[test]

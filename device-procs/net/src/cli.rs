@@ -1,5 +1,6 @@
 //! The command line: parsed once, into types that cannot hold nonsense.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -178,7 +179,15 @@ struct Raw {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     let mut raw = Raw::default();
+    let mut seen = BTreeSet::new();
     while let Some(arg) = parser.next()? {
+        if let Long(name) = &arg
+            && *name != "verbose"
+            && !seen.insert((*name).to_owned())
+        {
+            let twice = format!("--{name}: is given twice: give it once");
+            return Err(lexopt::Error::Custom(twice.into()).into());
+        }
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 
 use crate::sys;
 
+/// What `sun_path` holds with its zero.
+const MAX_PATH: usize = 107;
+
 /// What is wrong with a channel.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
@@ -43,6 +46,15 @@ pub enum ChannelError {
     /// A stand-alone process has nobody who waits for its fence.
     #[error("--fence-fd goes with inherited channels, not with --socket")]
     FenceAlone,
+    /// No path to listen at.
+    #[error("--socket: the path is empty: give one")]
+    NoPath,
+    /// The path does not fit into a socket's address (unix(7)).
+    #[error("{}: a socket's path may have at most {MAX_PATH} bytes: choose a shorter one", path.display())]
+    LongPath {
+        /// It.
+        path: PathBuf,
+    },
     /// Somebody serves on that path already.
     #[error("{path}: already in use; stop the process that listens there, or choose another path")]
     InUse {
@@ -137,6 +149,13 @@ impl Channels {
             path: path.into(),
             source,
         };
+        // The kernel would choose a name of its own, which no file mode guards.
+        if path.as_os_str().is_empty() {
+            return Err(ChannelError::NoPath);
+        }
+        if path.as_os_str().len() > MAX_PATH {
+            return Err(ChannelError::LongPath { path: path.into() });
+        }
         match std::fs::symlink_metadata(path) {
             Ok(meta) if !meta.file_type().is_socket() => {
                 return Err(ChannelError::NotASocket { path: path.into() });
@@ -193,6 +212,17 @@ mod tests {
         assert!(path.exists());
         Channels::listen(&path).unwrap();
         std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_path_that_is_none_is_refused() {
+        assert!(matches!(
+            Channels::listen(Path::new("")),
+            Err(ChannelError::NoPath)
+        ));
+        let long = PathBuf::from("/tmp/".to_owned() + &"x".repeat(103));
+        let error = Channels::listen(&long).unwrap_err().to_string();
+        assert!(error.contains("at most 107 bytes"), "{error}");
     }
 
     #[test]

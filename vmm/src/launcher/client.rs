@@ -24,6 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use beside::Beside;
 
 use super::helper::Program;
+use super::lock;
 use super::packet::{self, MAX_FDS, Packet, PacketSocket};
 use super::start::{Started, start};
 use super::sys::{self, ExitOutcome};
@@ -331,8 +332,19 @@ impl Launcher {
             lock,
             ..Default::default()
         };
-        let (reply, mut fds, _) =
-            self.call(wire::request::Op::OpenPath(op), &[], PATH_DEADLINE, "open")?;
+        let until = Instant::now() + lock::PATIENCE;
+        let (reply, mut fds, _) = loop {
+            let op = wire::request::Op::OpenPath(op.clone());
+            match self.call(op, &[], PATH_DEADLINE, "open") {
+                Err(LauncherError::Refused(why))
+                    if why.ends_with(lock::HELD) && Instant::now() < until =>
+                {
+                    // Others' requests come in between.
+                    let _ = sys::poll(&[], Some(Instant::now() + lock::PAUSE));
+                }
+                other => break other?,
+            }
+        };
         match (reply.result, fds.pop(), fds.pop()) {
             (Some(wire::reply::Result::Opened(opened)), Some(fd), None) => {
                 let info = OpenedInfo {

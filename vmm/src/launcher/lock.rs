@@ -1,40 +1,34 @@
 //! The lock on a disk: an open-file-description lock (fcntl_locking(2)) on the whole file,
 //! which lasts as long as any descriptor of the opening, in whatever process. Writable
 //! openings exclude every other, read-only ones exclude writable ones; the byte locks that
-//! QEMU puts on images conflict with it, too. Taken on the launcher's only thread.
+//! QEMU puts on images conflict with it, too. Taken on the launcher's only thread, which waits
+//! for nobody: who asked may ask again ([`PATIENCE`]).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::sys;
 
 /// How long a lock of somebody who is just ending may stay: the I/O that a killed process had
 /// in flight holds its files until it is over.
-const PATIENCE: Duration = Duration::from_millis(1000);
-/// How often to look meanwhile.
-const PAUSE: Duration = Duration::from_millis(20);
+pub const PATIENCE: Duration = Duration::from_millis(1000);
+/// When to ask again meanwhile.
+pub const PAUSE: Duration = Duration::from_millis(20);
+/// What is said of a file that somebody else has locked.
+pub const HELD: &str =
+    "is in use by another process (locked): end that process, or open it read-only in both";
 
-/// Locks a file, waiting a moment for one who is ending.
+/// Locks a file, or says [`HELD`].
 ///
 /// # Errors
 /// Why not and the remedy, fit to follow the file's name.
 pub fn take(file: &File, exclusive: bool) -> Result<(), String> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match sys::try_lock(file.as_fd(), exclusive) {
-            Ok(true) => return Ok(()),
-            Ok(false) if Instant::now() >= deadline => {
-                return Err(
-                    "is in use by another process (locked): end that process, or open it read-only in both".into(),
-                );
-            }
-            Ok(false) => {
-                let _ = sys::poll(&[], Some(Instant::now() + PAUSE));
-            }
-            Err(error) => return Err(explain(&error)),
-        }
+    match sys::try_lock(file.as_fd(), exclusive) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(HELD.into()),
+        Err(error) => Err(explain(&error)),
     }
 }
 
@@ -105,17 +99,5 @@ mod tests {
         assert!(!sys::try_lock(other.as_fd(), true).unwrap());
         drop(copy);
         assert!(sys::try_lock(other.as_fd(), true).unwrap());
-    }
-
-    #[test]
-    fn who_is_just_ending_is_waited_for() {
-        let temp = Temp::new("wait");
-        let writer = temp.open(true);
-        take(&writer, true).unwrap();
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| take(&temp.open(true), true));
-            drop(writer);
-            waiting.join().unwrap().unwrap();
-        });
     }
 }

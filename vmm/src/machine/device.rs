@@ -336,7 +336,11 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
             fds,
             fence: true,
         })
-        .map_err(|e| e.to_string())?;
+        // Its cgroup is there, and where the answer came too late, its process may be.
+        .map_err(|e| {
+            forget(launcher, id, incarnation);
+            e.to_string()
+        })?;
     let undo = |why: String| undo(launcher, id, incarnation, &why);
     let mut control = BlockingClient::new(spawned.control, CONTROL_MAX_FRAME);
     let hello = hello(&mut control, id, kind, incarnation).map_err(|why| {
@@ -408,11 +412,19 @@ pub fn place(
 
 /// Ends a process that cannot be used after all, and says why.
 pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> String {
-    match launcher.kill_and_forget(id, incarnation) {
-        Ok(()) => launcher.take_end(id, incarnation, END_LIMIT),
-        Err(e) => log::warn!("device {id}: {e}"),
+    if forget(launcher, id, incarnation) {
+        launcher.take_end(id, incarnation, END_LIMIT);
     }
     format!("device {id}: {why}")
+}
+
+/// Has the launcher end whatever is there of a device. False: it could not be told.
+fn forget(launcher: &Launcher, id: &str, incarnation: u64) -> bool {
+    let forgotten = launcher.kill_and_forget(id, incarnation);
+    if let Err(e) = &forgotten {
+        log::warn!("device {id}: {e}");
+    }
+    forgotten.is_ok()
 }
 
 /// Puts a function in front of a back-end, on the root port that is wanted, or the first free

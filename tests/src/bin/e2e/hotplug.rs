@@ -54,6 +54,16 @@ pub fn native() -> Vec<Test> {
             false,
             stillborn,
         ),
+        test(
+            "a device process that cannot be executed leaves nothing, an image in use holds nobody up",
+            false,
+            unspawned,
+        ),
+        test(
+            "sockets at which a switch and a back-end may call are added and removed",
+            false,
+            listened,
+        ),
     ]
 }
 
@@ -374,6 +384,116 @@ fn stillborn() -> Verdict {
     }
     check(device(&socket, "data")?.is_none(), || "it is there".into())?;
     settled(vmm.pid(), &before)?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    drop(vmm);
+    nothing_left(Duration::from_secs(20))
+}
+
+/// What the launcher has open, and the cgroup leaves of devices.
+fn launchers(socket: &str) -> Result<String, String> {
+    let info = ctl(socket, &["info"])?;
+    let pid = &info["launcher_pid"];
+    let cgroup = info["cgroup"].as_str().unwrap_or_default();
+    sh(&format!(
+        "ls /proc/{pid}/fd | wc -l; [ -z '{cgroup}' ] || ls -d /sys/fs/cgroup{cgroup}/dev-* '{cgroup}'/dev-* 2>/dev/null || true"
+    ))
+}
+
+fn unspawned() -> Verdict {
+    let scratch = Scratch::new("hotplug-unspawned")?;
+    let libexec = scratch.path("libexec");
+    let (launcher, net) = (bin("bulkhead-launcher"), bin("bulkhead-net"));
+    sh(&format!(
+        "mkdir {libexec} && cp {} {} {libexec}/ && echo no program >{libexec}/bulkhead-blk && chmod 755 {libexec}/bulkhead-blk",
+        launcher.display(),
+        net.display()
+    ))?;
+    let (vmm, socket) = created(&scratch, Some(&libexec), 2)?;
+    let disk = sparse(&scratch, "disk", MIB)?;
+    let add = |id: &str| ctl(&socket, &["add-disk", &format!("path={disk},id={id}")]);
+    let before = (holdings(vmm.pid())?, launchers(&socket)?);
+    for id in ["x1", "x2", "x3"] {
+        let failed = add(id);
+        check(
+            failed.as_ref().is_err_and(|line| line.contains("format")),
+            || format!("{failed:?}"),
+        )?;
+    }
+    settled(vmm.pid(), &before.0)?;
+    let end = Instant::now() + LIMIT;
+    while launchers(&socket)? != before.1 {
+        check(Instant::now() < end, || {
+            format!("{:?} was {:?}", launchers(&socket), before.1)
+        })?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // Somebody else's lock is waited for by the one who asked.
+    let holder = sh(&format!(
+        "(exec 9<>{disk}; python3 -c 'import fcntl, struct; fcntl.fcntl(9, 37, struct.pack(\"hhqqi4x\", 1, 0, 0, 0, 0))' && exec sleep 600) >/dev/null 2>&1 & echo $!"
+    ))?;
+    let _undo = bulkhead_tests::host::Undo::new(format!("kill {}", holder.trim()));
+    std::thread::sleep(Duration::from_millis(300));
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| add("held"));
+        let begun = Instant::now();
+        let mut answers = 0;
+        while !waits.is_finished() {
+            check(
+                ctl(&socket, &["add-disk", "path=/nowhere/x,id=y"]).is_err(),
+                || "a disk that is none".into(),
+            )?;
+            answers += 1;
+        }
+        let held = waits.join().map_err(|_| "panic")?;
+        check(
+            held.as_ref()
+                .is_err_and(|line| line.contains("in use by another process")),
+            || format!("{held:?}"),
+        )?;
+        check(answers >= 2, || {
+            format!(
+                "{answers} answers in {:?} beside one who waits",
+                begun.elapsed()
+            )
+        })
+    })?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    drop(vmm);
+    nothing_left(Duration::from_secs(20))
+}
+
+fn listened() -> Verdict {
+    let scratch = Scratch::new("hotplug-listened")?;
+    let (vmm, socket) = created(&scratch, None, 2)?;
+    let place = scratch.path("place");
+    for round in 0..2 {
+        let (command, device_text) = if round == 0 {
+            (
+                "add-vhost-user",
+                format!("socket={place},kind=fs,tag=x,id=other,queues=1,server=on"),
+            )
+        } else {
+            (
+                "add-net",
+                format!("vhost-user={place},id=other,server=on,required=off"),
+            )
+        };
+        let added = ctl(&socket, &[command, &device_text]);
+        // Who does not call may be told so, by an error of one line; the machine goes on.
+        if let Err(line) = &added {
+            check(
+                line.contains("nobody connected") || line.contains("other"),
+                || vmm.story(line),
+            )?;
+        }
+        check(ctl(&socket, &["info"]).is_ok(), || {
+            vmm.story("the VMM has ended")
+        })?;
+        if device(&socket, "other")?.is_some() {
+            ctl(&socket, &["remove-device", "other"])?;
+        }
+        check(device(&socket, "other")?.is_none(), || "it stays".into())?;
+    }
     ctl(&socket, &["shutdown", "--force"])?;
     drop(vmm);
     nothing_left(Duration::from_secs(20))

@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{Namespace, debian, debian_by, sh};
+use bulkhead_tests::host::{debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
@@ -27,7 +27,7 @@ pub fn tests() -> Vec<Test> {
     };
     vec![
         test(
-            "a guest's memory grows and shrinks under stress-ng, and its process is killed and updated meanwhile",
+            "a guest's memory grows and shrinks under load, and its process is killed meanwhile",
             in_a_guest,
         ),
         test(
@@ -135,20 +135,8 @@ fn in_a_guest() -> Verdict {
 while read -r line; do eval \"$line\"; done";
     let data = format!("path={disk},id=data");
     let size = format!("size={BASE}M,max={MAX}M");
-    // The kernel's own back-end has to follow, too.
-    let network = Namespace::new("memory")?;
-    network.tap("tap0", "10.8.0.1/24", "")?;
-    let args = [
-        "--api-socket",
-        &socket,
-        "--memory",
-        &size,
-        "--net",
-        "tap=tap0,id=net,backend=vhost-net",
-    ];
-    let enter = network.enter();
-    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
-    let vmm = debian_by(&by, &scratch, script, &[data.as_str()], &args)?;
+    let args = ["--api-socket", &socket, "--memory", &size];
+    let vmm = debian(&scratch, script, &[data.as_str()], &args)?;
     let mut guest = Shell { vmm, steps: 0 };
     guest.vmm.wait_for("GUEST-IS-READY", LIMIT)?;
     check(memory(&socket, "present_bytes")? == BASE, || {
@@ -157,9 +145,6 @@ while read -r line; do eval \"$line\"; done";
     guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks; mount -o remount,size=90% /dev/shm; [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -lt 400000 ]")?;
     // Written before, read after: nothing that was there is disturbed.
     guest.run("dd if=/dev/urandom of=/dev/shm/old bs=1M count=40 status=none; sha256sum /dev/shm/old >/tmp/old")?;
-
-    guest.run("ip link set eth0 up; ip addr add 10.8.0.2/24 dev eth0; ping -c 1 -w 60 10.8.0.1 >/dev/null")?;
-    guest.run("cd /tmp; stress-ng --quiet --cpu 1 --switch 1 --vm 1 --vm-bytes 32M --timeout 3600 & stress=$!; sleep 1; kill -0 $stress")?;
 
     // Grow, with the process killed in the middle of it.
     let asked = resize(&socket, MAX)?;
@@ -183,9 +168,6 @@ while read -r line; do eval \"$line\"; done";
     refused(resize(&socket, BASE + 1), "blocks of 2 MiB")?;
     refused(ctl(&socket, &["remove-device", "memory"]), "resize-memory")?;
 
-    guest.run("ping -c 2 -w 60 10.8.0.1 >/dev/null && kill -0 $stress")?;
-    ctl(&socket, &["update-device", "memory"])?;
-
     // Shrink, and again a process that dies; the host has its pages back.
     guest.run("rm /dev/shm/[1-7]; sync; echo 3 >/proc/sys/vm/drop_caches")?;
     resize(&socket, BASE)?;
@@ -203,7 +185,6 @@ while read -r line; do eval \"$line\"; done";
     for kind in ["memory.resized", "operation.done", "device.restarted"] {
         check(told.contains(kind), || format!("no {kind} in {told}"))?;
     }
-    guest.run("ping -c 2 -w 60 10.8.0.1 >/dev/null && kill $stress")?;
     guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace|virtio_mem.*(error|fail)'")?;
     guest.vmm.type_text("exit\n")?;
     guest.vmm.ends_with(0, LIMIT)
@@ -291,6 +272,17 @@ fn without_a_guest() -> Verdict {
                 output.status.success() && text.contains("bulkhead-mem"),
                 || text,
             )?;
+            // What is under way when the machine stops is said to have failed.
+            let mut follow = Command::new(bin("bulkhead"));
+            follow.args(["ctl", "--socket", &socket, "--json", "events", "--follow"]);
+            let mut follower = Vmm::spawn(follow)?;
+            follower.wait_for("machine.created", LIMIT)?;
+            ctl(&socket, &["resize-memory", "384M", "--timeout", "300"])?;
+            ctl(&socket, &["shutdown", "--force"])?;
+            follower.wait_for("the machine stopped", LIMIT)?;
+            follower.wait(LIMIT)?;
+            drop(vmm);
+            continue;
         }
         ctl(&socket, &["shutdown", "--force"])?;
         drop(vmm);

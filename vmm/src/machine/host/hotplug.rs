@@ -12,6 +12,7 @@
 //! each other. An operation that has begun goes on when its client hangs up, and ends in an
 //! event.
 
+use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -103,6 +104,8 @@ pub(super) struct Hotplug {
     last_operation: u64,
     mail: Mail,
     adding: Vec<Adding>,
+    /// Operations that began and have not ended, and what they are about.
+    open: BTreeMap<u64, String>,
     leaving: Vec<Leaving>,
     waiting: VecDeque<(Waiting, ReplyHandle)>,
     /// New devices that no driver has taken yet, and when to wonder why.
@@ -115,6 +118,7 @@ impl Hotplug {
             last_operation: 0,
             mail: Mail::new().map_err(|e| format!("hot-plug: {e}"))?,
             adding: Vec::new(),
+            open: BTreeMap::new(),
             leaving: Vec::new(),
             waiting: VecDeque::new(),
             unused: Vec::new(),
@@ -216,7 +220,11 @@ impl Host {
             ram: machine.parts.ram.clone(),
             hypervisor: machine.parts.kvm.clone(),
             pci: Arc::clone(&machine.parts.pci),
-            cpus: machine.config.cpus.as_ref().map_or(1, |c| c.boot),
+            cpus: machine
+                .config
+                .cpus
+                .as_ref()
+                .map_or(1, |c| c.boot.max(c.max)),
             hook: Arc::clone(&self.hooks.helper),
         };
         let id = addition.id().to_owned();
@@ -231,11 +239,20 @@ impl Host {
     /// Says that an operation has begun.
     pub(super) fn began(&mut self, operation: u64, subject: &str, what: &str) {
         let detail = format!("{operation}: {what}");
+        self.hotplug.open.insert(operation, subject.to_owned());
         self.log.publish("operation.began", subject, &detail);
+    }
+
+    /// The machine stops: so does all that was under way.
+    pub(super) fn end_operations(&mut self) {
+        for (operation, subject) in std::mem::take(&mut self.hotplug.open) {
+            self.ended(operation, &subject, Err("the machine stopped"));
+        }
     }
 
     /// Says how it ended.
     pub(super) fn ended(&mut self, operation: u64, subject: &str, result: Result<&str, &str>) {
+        self.hotplug.open.remove(&operation);
         match result {
             Ok(how) => {
                 let detail = format!("{operation}: {how}");
@@ -708,10 +725,7 @@ impl Host {
             let Some((request, reply)) = self.hotplug.waiting.pop_front() else {
                 return;
             };
-            // A request that nobody waits for any more need not be begun.
-            if reply.is_abandoned() {
-                continue;
-            }
+            // Whether or not its client still waits: it was told nothing else.
             match request {
                 Waiting::Add(request) => self.add_device(*request, reply),
                 Waiting::Remove { id, force, timeout } => {

@@ -434,6 +434,7 @@ impl Host {
                 self.log
                     .publish("machine.guest-reset", "", "the guest asked for a reset");
             }
+            self.end_operations();
             let what = told::stopped(&reason);
             self.log
                 .publish_typed("machine.stopped", "", &reason.to_string(), Some(what));
