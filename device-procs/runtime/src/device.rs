@@ -2,7 +2,8 @@
 //! [`Device`] and calls [`crate::serve`].
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{
@@ -25,20 +26,54 @@ pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// will forbid, says "prepared" by the given call, and serves until it is told to exit.
 pub type Worker = Box<dyn FnOnce(Prepared) + Send>;
 
-/// How a worker tells the main thread that its preparations are over.
+/// How a worker tells the main thread that its preparations are over. Not by a channel of the
+/// library's: where its ends meet at one moment they make a system call more, sched_yield.
 #[derive(Debug)]
-pub struct Prepared(pub(crate) std::sync::mpsc::Sender<Result<(), String>>);
+pub struct Prepared(pub(crate) Arc<Preparation>);
+
+/// What a worker has said.
+#[derive(Debug, Default)]
+pub(crate) struct Preparation {
+    said: Mutex<Option<Result<(), String>>>,
+    changed: Condvar,
+}
+
+impl Preparation {
+    fn say(&self, result: Result<(), String>) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        // The first word counts.
+        said.get_or_insert(result);
+        drop(said);
+        self.changed.notify_all();
+    }
+
+    /// Waits for the worker's word.
+    pub(crate) fn wait(&self, limit: Duration) -> Result<(), String> {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut said, _) = self
+            .changed
+            .wait_timeout_while(said, limit, |said| said.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        said.take()
+            .unwrap_or_else(|| Err("the worker does not get ready".into()))
+    }
+}
 
 impl Prepared {
     /// Everything is in place; the process may be confined now.
     pub fn ready(self) {
-        // The receiver is gone only if the start has failed already.
-        let _ = self.0.send(Ok(()));
+        self.0.say(Ok(()));
     }
 
     /// Nothing can be served; the process ends with this line.
     pub fn failed(self, why: String) {
-        let _ = self.0.send(Err(why));
+        self.0.say(Err(why));
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        self.0.say(Err("the worker ended".into()));
     }
 }
 

@@ -4,7 +4,6 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use crate::backend::{Backend, Meanwhile};
 use crate::channels::Channels;
 use crate::clock;
 use crate::control::{ConfinementReport, Control};
-use crate::device::{Device, Prepared};
+use crate::device::{Device, Preparation, Prepared};
 use crate::inflight::{Capacity, InflightFile};
 use crate::link::{Link, LinkError};
 use crate::mailbox::{WorkerHandle, fenced_mailbox};
@@ -177,22 +176,18 @@ fn start_workers(
             (None, _) => break,
         }
         .map_err(fail)?;
-        let (sender, receiver) = channel();
+        let preparation = Arc::new(Preparation::default());
+        let theirs = Prepared(Arc::clone(&preparation));
         std::thread::Builder::new()
             .name(format!("queue-{queue}"))
             .stack_size(WORKER_STACK)
-            .spawn(move || worker(Prepared(sender)))
+            .spawn(move || worker(theirs))
             .map_err(fail)?;
-        prepared.push((queue, receiver));
+        prepared.push((queue, preparation));
     }
-    for (queue, receiver) in prepared {
-        let why = match receiver.recv_timeout(PREPARE_DEADLINE) {
-            Ok(Ok(())) => continue,
-            Ok(Err(why)) => why,
-            Err(RecvTimeoutError::Timeout) => "the worker does not get ready".into(),
-            Err(RecvTimeoutError::Disconnected) => "the worker ended".into(),
-        };
-        return Err(ServeError::Prepare { queue, why });
+    for (queue, preparation) in prepared {
+        let word = preparation.wait(PREPARE_DEADLINE);
+        word.map_err(|why| ServeError::Prepare { queue, why })?;
     }
     Ok(handles)
 }
