@@ -446,6 +446,8 @@ kill -0 $client && echo ALIVE; tail -3 /tmp/client; kill $client";
     )?;
     vmm.wait_for("READY", LIMIT)?;
     let server = host.spawn("iperf3 -s -1")?;
+    // A client that comes too early is refused, and ends.
+    host.sh("for n in $(seq 600); do ss -Hltn | grep -q :5201 && exit; sleep 0.1; done; exit 1")?;
     vmm.type_text("go\n")?;
     vmm.wait_for("BEGUN", LIMIT)?;
     let flows = |vmm: &Vmm, when: &str| -> Verdict {
