@@ -80,12 +80,13 @@ impl Worker {
     fn carry_out(&self, order: &Order) -> Result<(), String> {
         let Order { job, listeners } = order;
         self.add(&job.add, listeners)?;
+        // Nobody maps any more what is given back as a whole.
+        self.remove(&job.remove, listeners);
         for blocks in &job.punch {
             self.area
                 .punch(blocks.clone())
                 .map_err(|e| format!("giving pages back to the host: {e}"))?;
         }
-        self.remove(&job.remove, listeners);
         Ok(())
     }
 
@@ -119,8 +120,8 @@ impl Worker {
         }
         for (id, function) in listeners {
             if let Err(error) = function.sync_memory() {
-                // It maps memory that has no pages, and will see them when they are there again.
-                log::warn!("device {id} keeps memory that is gone: {error}");
+                // What is gone it has let go of, or it is lost; something else is new to it.
+                log::warn!("device {id}: {error}");
             }
         }
         for number in numbers {

@@ -208,21 +208,29 @@ impl Backend {
         self.let_go(&rings, deadline).map_err(StartError::Lost)
     }
 
-    /// Tells the process of memory that has come and gone since it was told last, where rings
-    /// of it run: one without is told of everything when they start.
-    pub fn sync_memory(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
+    /// Takes memory back that is gone since the process was told last, where rings of it run:
+    /// once this returns, it does not touch that any more.
+    pub fn take_back_memory(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
         if self.started.is_empty() {
             return Ok(());
         }
         let now = self.memory.regions();
-        let same = |a: &MemoryRegion, b: &MemoryRegion| a.guest_base == b.guest_base;
         let before = self.told.clone();
         for region in before.iter().filter(|r| !now.iter().any(|n| same(r, n))) {
             let frontend = self.frontend.as_mut().ok_or(VhostUserError::Broken)?;
             frontend.remove_mem_region(region, deadline)?;
             self.told.retain(|told| !same(told, region));
         }
-        for region in &now {
+        Ok(())
+    }
+
+    /// Tells the process of memory that has come since it was told last, where rings of it
+    /// run: one without is told of everything when they start.
+    pub fn hand_over_memory(&mut self, deadline: Deadline) -> Result<(), VhostUserError> {
+        if self.started.is_empty() {
+            return Ok(());
+        }
+        for region in &self.memory.regions() {
             if self.told.iter().any(|told| same(told, region)) {
                 continue;
             }
@@ -399,6 +407,11 @@ impl Backend {
             frontend.shut_down();
         }
     }
+}
+
+/// Regions never overlap: where one begins tells it from others.
+fn same(a: &MemoryRegion, b: &MemoryRegion) -> bool {
+    a.guest_base == b.guest_base
 }
 
 fn call_event<'a>(msix: &'a Msix, nowhere: &'a OwnedFd, vector: u16) -> BorrowedFd<'a> {

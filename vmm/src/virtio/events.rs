@@ -76,6 +76,9 @@ pub enum FailReason {
     /// The process refused to stop: it may write to memory that the driver has taken back.
     #[error("its process refused to stop its rings")]
     Unquiet,
+    /// The process refused to let go of memory that is taken from the guest.
+    #[error("its process keeps memory that is taken back")]
+    Keeps,
     /// Another failure of the channel.
     #[error("{0}")]
     Channel(String),

@@ -360,17 +360,31 @@ impl VirtioPciFunction {
     }
 
     /// Tells the process of memory that has come and gone; returns when it has acknowledged all
-    /// of it, or there is none: its successor is told of everything. May take as long as
-    /// `operation_timeout`: not for the manager thread.
+    /// of it, or there is none: its successor is told of everything. One that does not let go
+    /// of what is gone is lost. May take as long as `operation_timeout`: not for the manager
+    /// thread.
     ///
     /// # Errors
-    /// The process serves on without that memory.
+    /// The process serves on without what has come.
     pub fn sync_memory(&self) -> Result<(), VhostUserError> {
         let mut device = self.lock_device();
         if !self.link.serving() {
             return Ok(());
         }
-        match device.backend.sync_memory(self.deadline()) {
+        match device.backend.take_back_memory(self.deadline()) {
+            Ok(()) => {}
+            Err(error) if error.is_fatal() => {
+                self.lose(FailReason::from(&error));
+                return Ok(());
+            }
+            // A process that may still write there cannot stay.
+            Err(error) => {
+                log::warn!("device {}: {error}", self.options.id);
+                self.lose(FailReason::Keeps);
+                return Ok(());
+            }
+        }
+        match device.backend.hand_over_memory(self.deadline()) {
             Err(error) if error.is_fatal() => {
                 self.lose(FailReason::from(&error));
                 Ok(())

@@ -35,6 +35,10 @@ fn function_reason(why: &FailReason) -> Option<CrashReason> {
         FailReason::Hangup | FailReason::Absent => None,
         FailReason::Timeout(what) => Some(CrashReason::Deadline(format!("no answer to {what}"))),
         FailReason::Unquiet => Some(CrashReason::Protocol("it refused to stop its rings".into())),
+        FailReason::Keeps => {
+            let why = "it refused to let go of memory that is taken back";
+            Some(CrashReason::Protocol(why.into()))
+        }
         FailReason::Violation(what) | FailReason::Channel(what) | FailReason::Stopped(what) => {
             Some(CrashReason::Protocol(what.clone()))
         }

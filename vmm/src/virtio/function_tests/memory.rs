@@ -84,6 +84,17 @@ fn a_device_that_cannot_be_told_serves_on_without() {
 }
 
 #[test]
+fn a_device_that_keeps_memory_that_was_taken_back_is_lost() {
+    let guest = plugged(true);
+    guest.ram.more.lock().unwrap().push(MORE);
+    guest.bring_up();
+    guest.backend.lock().refuse = Some("REM_MEM_REG");
+    guest.ram.more.lock().unwrap().clear();
+    guest.function.sync_memory().unwrap();
+    assert_eq!(guest.function.status().failure, Some(FailReason::Keeps));
+}
+
+#[test]
 fn one_that_dies_over_it_counts_as_told() {
     let guest = plugged(true);
     guest.bring_up();
