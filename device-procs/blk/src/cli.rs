@@ -1,10 +1,10 @@
 //! The command line: parsed once, into types that cannot hold nonsense.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use bulkhead_runtime::program::{self, Given, UsageError, bad, fd};
 use lexopt::prelude::*;
 
 use crate::disk_options::DiskOptions;
@@ -59,39 +59,8 @@ A comma in a path is written twice.
 Exit status: 0 when its channels close or it is told to, 1 on failure, 2 on wrong usage.
 ";
 
-/// A command line that makes no sense; exit status 2.
-#[derive(Debug, thiserror::Error)]
-pub enum UsageError {
-    /// The parser's own complaint.
-    #[error("{0}; see --help")]
-    Argument(#[from] lexopt::Error),
-    /// A value that makes no sense.
-    #[error("{option}: {why}; see --help")]
-    Value {
-        /// Which option.
-        option: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-}
-
-pub(crate) fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError> {
-    Err(UsageError::Value {
-        option,
-        why: why.into(),
-    })
-}
-
 /// What the command line asks for.
-#[derive(Debug)]
-pub enum Command {
-    /// Print the help text.
-    Help,
-    /// Print the version.
-    Version,
-    /// Serve.
-    Serve(Options),
-}
+pub type Command = program::Command<Options>;
 
 /// Where the front-end is.
 #[derive(Debug, PartialEq, Eq)]
@@ -142,23 +111,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
     let (mut socket, mut control, mut vhost, mut disk) = (None, None, None, None);
     let mut fence = None;
     let (mut queues, mut engine, mut verbose) = (1u16, EngineChoice::Auto, false);
-    let mut seen = BTreeSet::new();
+    let mut given = Given::default();
     while let Some(arg) = parser.next()? {
-        if let Long(name) = &arg
-            && *name != "verbose"
-            && !seen.insert((*name).to_owned())
-        {
-            let twice = format!("--{name}: is given twice: give it once");
-            return Err(lexopt::Error::Custom(twice.into()).into());
-        }
+        given.once(&arg)?;
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
             Short('v') | Long("verbose") => verbose = true,
             Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
-            Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?)?),
-            Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?)?),
-            Long("fence-fd") => fence = Some(fd("--fence-fd", &parser.value()?)?),
+            Long("control-fd") => control = Some(fd("--control-fd", &parser.value()?.string()?)?),
+            Long("vhost-fd") => vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
+            Long("fence-fd") => fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
             Long("disk") => disk = Some(DiskOptions::parse(&parser.value()?)?),
             Long("queues") => {
                 queues = parser.value()?.parse()?;
@@ -216,13 +179,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
         engine,
         verbose,
     }))
-}
-
-pub(crate) fn fd(option: &'static str, value: &OsString) -> Result<RawFd, UsageError> {
-    match value.to_str().and_then(|v| v.parse::<RawFd>().ok()) {
-        Some(fd) if fd > 2 => Ok(fd),
-        _ => bad(option, "must be a descriptor number above 2"),
-    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use bulkhead_runtime::limit::Rate;
 
-use crate::cli::{UsageError, bad, fd};
 use crate::request::ID_BYTES;
+use bulkhead_runtime::program::{UsageError, bad, fd};
 
 /// Most files beneath a disk image.
 const MAX_BACKING: usize = 16;
@@ -134,7 +134,7 @@ impl DiskOptions {
                 }
                 "path" if value.is_empty() => return bad("--disk", "path is empty"),
                 "path" => source = Some(DiskSource::Path(value.into())),
-                "fd" => source = Some(DiskSource::Fd(fd("--disk fd", &value.into())?)),
+                "fd" => source = Some(DiskSource::Fd(fd("--disk fd", value)?)),
                 _ => options.set(key, value)?,
             }
         }
@@ -190,7 +190,7 @@ impl DiskOptions {
             }
             "backing-fds" => {
                 for number in value.split(':') {
-                    let number = fd("--disk backing-fds", &number.into())?;
+                    let number = fd("--disk backing-fds", number)?;
                     self.backing.push(DiskSource::Fd(number));
                 }
             }

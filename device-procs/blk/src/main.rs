@@ -1,21 +1,20 @@
 //! bulkhead-blk: see `--help`, and the library beside this file.
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use bulkhead_blk::backing::Backing;
-use bulkhead_blk::cli::{self, Command, Endpoint, EngineChoice, HELP, Options};
+use bulkhead_blk::cli::{self, Endpoint, EngineChoice, HELP, Options};
 use bulkhead_blk::device::{Block, EngineKind};
 use bulkhead_blk::disk::{Disk, DiskError};
 use bulkhead_blk::host;
 use bulkhead_blk::image_io;
 use bulkhead_runtime::channels::{ChannelError, Channels};
-use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
+use bulkhead_runtime::program::Program;
+use bulkhead_runtime::{ServeError, ServeOptions, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::Rlimits;
 use bulkhead_seccomp::uring::{self, UringError};
-use log::LevelFilter;
 
 /// Descriptors of the process itself, and those that come and go with messages.
 const BASE_FDS: u64 = 80;
@@ -51,40 +50,12 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     sys::frugal_malloc();
-    let options = match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Serve(options)) => options,
-        Ok(Command::Help) => return print(HELP),
-        Ok(Command::Version) => {
-            return print(concat!("bulkhead-blk ", env!("CARGO_PKG_VERSION"), "\n"));
-        }
-        Err(e) => {
-            complain(&e);
-            return ExitCode::from(2);
-        }
+    let program = Program {
+        name: "bulkhead-blk",
+        version: env!("CARGO_PKG_VERSION"),
+        help: HELP,
     };
-    logger::init(if options.verbose {
-        LevelFilter::Debug
-    } else {
-        LevelFilter::Info
-    });
-    match run(&options) {
-        Ok(()) => sys::exit(0),
-        Err(e) => {
-            complain(&e);
-            sys::exit(1)
-        }
-    }
-}
-
-fn print(text: &str) -> ExitCode {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-fn complain(e: &dyn std::error::Error) {
-    logger::complain("bulkhead-blk", e);
+    program.run(cli::parse, |options| options.verbose, run)
 }
 
 fn run(options: &Options) -> Result<(), MainError> {
@@ -95,11 +66,7 @@ fn run(options: &Options) -> Result<(), MainError> {
             vhost,
             fence,
         } => {
-            let channels = Channels::inherit(*control, *vhost)?;
-            let channels = match fence {
-                Some(fence) => channels.with_fence(*fence)?,
-                None => channels,
-            };
+            let channels = Channels::inherited(*control, *vhost, *fence)?;
             (Disk::open(&options.disk)?, channels)
         }
         Endpoint::Socket(path) => {

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
+use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
 use lexopt::prelude::*;
 
 use crate::state::Area;
@@ -30,32 +31,8 @@ Usage:
 Exit status: 0 when its channels close or it is told to, 1 on failure, 2 on wrong usage.
 ";
 
-/// A command line that makes no sense; exit status 2.
-#[derive(Debug, thiserror::Error)]
-pub enum UsageError {
-    /// The parser's own complaint.
-    #[error("{0}; see --help")]
-    Argument(#[from] lexopt::Error),
-    /// A value that makes no sense.
-    #[error("{option}: {why}; see --help")]
-    Value {
-        /// Which option.
-        option: &'static str,
-        /// What is wrong.
-        why: &'static str,
-    },
-}
-
 /// What the command line asks for.
-#[derive(Debug)]
-pub enum Command {
-    /// Print the help text.
-    Help,
-    /// Print the version.
-    Version,
-    /// Serve.
-    Serve(Options),
-}
+pub type Command = program::Command<Options>;
 
 /// All options of a serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +62,6 @@ struct Raw {
     verbose: bool,
 }
 
-fn bad<T>(option: &'static str, why: &'static str) -> Result<T, UsageError> {
-    Err(UsageError::Value { option, why })
-}
-
 /// Reads a command line, without the program's name.
 ///
 /// # Errors
@@ -96,15 +69,19 @@ fn bad<T>(option: &'static str, why: &'static str) -> Result<T, UsageError> {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     let mut raw = Raw::default();
+    let mut given = Given::default();
     while let Some(arg) = parser.next()? {
+        given.once(&arg)?;
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
             Short('v') | Long("verbose") => raw.verbose = true,
-            Long("control-fd") => raw.control = Some(fd("--control-fd", &mut parser)?),
-            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &mut parser)?),
-            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &mut parser)?),
-            Long("bell-fd") => raw.bell = Some(fd("--bell-fd", &mut parser)?),
+            Long("control-fd") => {
+                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
+            }
+            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
+            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
+            Long("bell-fd") => raw.bell = Some(fd("--bell-fd", &parser.value()?.string()?)?),
             Long("area") => {
                 let text = parser.value()?.string()?;
                 let parts = text.split_once(':').map(|(a, b)| (a.parse(), b.parse()));
@@ -142,10 +119,7 @@ impl Raw {
         };
         let mut numbers = vec![control, vhost, bell];
         numbers.extend(self.fence);
-        numbers.sort_unstable();
-        if numbers.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
-            return bad("--bell-fd", "a descriptor number is given twice");
-        }
+        distinct("--bell-fd", numbers)?;
         Ok(Options {
             control,
             vhost,
@@ -154,13 +128,6 @@ impl Raw {
             area,
             verbose: self.verbose,
         })
-    }
-}
-
-fn fd(option: &'static str, parser: &mut lexopt::Parser) -> Result<RawFd, UsageError> {
-    match parser.value()?.string()?.parse::<RawFd>() {
-        Ok(fd) if fd > 2 => Ok(fd),
-        _ => bad(option, "must be a descriptor number above 2"),
     }
 }
 

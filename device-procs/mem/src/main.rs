@@ -1,17 +1,16 @@
 //! bulkhead-mem: see `--help`, and the library beside this file.
 
 use std::fs::File;
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use bulkhead_mem::cli::{self, Command, HELP, Options};
+use bulkhead_mem::cli::{self, HELP, Options};
 use bulkhead_mem::device::Mem;
 use bulkhead_runtime::channels::{ChannelError, Channels};
-use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
+use bulkhead_runtime::program::Program;
+use bulkhead_runtime::{ServeError, ServeOptions, serve, sys};
 use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
-use log::LevelFilter;
 
 /// Descriptors of the process itself, and those that come and go with messages.
 const FDS: u64 = 100;
@@ -35,49 +34,17 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     sys::fixed_heap(HEAP);
-    let options = match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Serve(options)) => options,
-        Ok(Command::Help) => return print(HELP),
-        Ok(Command::Version) => {
-            return print(concat!("bulkhead-mem ", env!("CARGO_PKG_VERSION"), "\n"));
-        }
-        Err(e) => {
-            complain(&e);
-            return ExitCode::from(2);
-        }
+    let program = Program {
+        name: "bulkhead-mem",
+        version: env!("CARGO_PKG_VERSION"),
+        help: HELP,
     };
-    logger::init(if options.verbose {
-        LevelFilter::Debug
-    } else {
-        LevelFilter::Info
-    });
-    match run(&options) {
-        Ok(()) => sys::exit(0),
-        Err(e) => {
-            complain(&e);
-            sys::exit(1)
-        }
-    }
-}
-
-fn print(text: &str) -> ExitCode {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-fn complain(e: &dyn std::error::Error) {
-    let _ = writeln!(std::io::stderr(), "bulkhead-mem: {e}");
+    program.run(cli::parse, |options| options.verbose, run)
 }
 
 fn run(options: &Options) -> Result<(), MainError> {
     // Inherited numbers first, before anything else can take them.
-    let channels = Channels::inherit(options.control, options.vhost)?;
-    let channels = match options.fence {
-        Some(fence) => channels.with_fence(fence)?,
-        None => channels,
-    };
+    let channels = Channels::inherited(options.control, options.vhost, options.fence)?;
     let bell = sys::take_inherited(options.bell).map_err(|e| MainError::Bell(options.bell, e))?;
     let device = Arc::new(Mem::new(options.area, File::from(bell)));
     serve(

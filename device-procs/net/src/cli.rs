@@ -1,11 +1,11 @@
 //! The command line: parsed once, into types that cannot hold nonsense.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use bulkhead_runtime::limit::Rate;
+use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
 use lexopt::prelude::*;
 
 use crate::filter::{Mac, is_multicast};
@@ -56,39 +56,8 @@ Usage:
 Exit status: 0 when its channels close or it is told to, 1 on failure, 2 on wrong usage.
 ";
 
-/// A command line that makes no sense; exit status 2.
-#[derive(Debug, thiserror::Error)]
-pub enum UsageError {
-    /// The parser's own complaint.
-    #[error("{0}; see --help")]
-    Argument(#[from] lexopt::Error),
-    /// A value that makes no sense.
-    #[error("{option}: {why}; see --help")]
-    Value {
-        /// Which option.
-        option: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-}
-
-fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError> {
-    Err(UsageError::Value {
-        option,
-        why: why.into(),
-    })
-}
-
 /// What the command line asks for.
-#[derive(Debug)]
-pub enum Command {
-    /// Print the help text.
-    Help,
-    /// Print the version.
-    Version,
-    /// Serve.
-    Serve(Box<Options>),
-}
+pub type Command = program::Command<Box<Options>>;
 
 /// Where the front-end is.
 #[derive(Debug, PartialEq, Eq)]
@@ -179,15 +148,9 @@ struct Raw {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     let mut raw = Raw::default();
-    let mut seen = BTreeSet::new();
+    let mut given = Given::default();
     while let Some(arg) = parser.next()? {
-        if let Long(name) = &arg
-            && *name != "verbose"
-            && !seen.insert((*name).to_owned())
-        {
-            let twice = format!("--{name}: is given twice: give it once");
-            return Err(lexopt::Error::Custom(twice.into()).into());
-        }
+        given.once(&arg)?;
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
@@ -297,10 +260,7 @@ impl Raw {
             numbers.extend(fds);
         }
         numbers.extend(&self.vhost_net);
-        numbers.sort_unstable();
-        if numbers.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
-            return bad("--tap", "a descriptor number is given twice");
-        }
+        distinct("--tap", numbers)?;
         Ok(Options {
             endpoint,
             tap,
@@ -319,13 +279,6 @@ impl Raw {
 
 fn text(parser: &mut lexopt::Parser) -> Result<String, UsageError> {
     Ok(parser.value()?.string()?)
-}
-
-fn fd(option: &'static str, value: &str) -> Result<RawFd, UsageError> {
-    match value.parse::<RawFd>() {
-        Ok(fd) if fd > 2 => Ok(fd),
-        _ => bad(option, "must be a descriptor number above 2"),
-    }
 }
 
 /// `fds=N:N…`

@@ -2,21 +2,20 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use bulkhead_net::cli::{self, Command, Endpoint, EngineChoice, HELP, Options, TapSource};
+use bulkhead_net::cli::{self, Endpoint, EngineChoice, HELP, Options, TapSource};
 use bulkhead_net::device::{EngineKind, Net};
 use bulkhead_net::filter::Mac;
 use bulkhead_net::state::{Settings, State};
 use bulkhead_net::tap::{Tap, TapError};
 use bulkhead_net::{frame_ring, kernel};
 use bulkhead_runtime::channels::{ChannelError, Channels};
-use bulkhead_runtime::{ServeError, ServeOptions, logger, serve, sys};
+use bulkhead_runtime::program::Program;
+use bulkhead_runtime::{ServeError, ServeOptions, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::Rlimits;
-use log::LevelFilter;
 
 /// Descriptors of the process itself, and those that come and go with messages.
 const BASE_FDS: u64 = 80;
@@ -47,40 +46,16 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     sys::fixed_heap(HEAP);
-    let options = match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Serve(options)) => options,
-        Ok(Command::Help) => return print(HELP),
-        Ok(Command::Version) => {
-            return print(concat!("bulkhead-net ", env!("CARGO_PKG_VERSION"), "\n"));
-        }
-        Err(e) => {
-            complain(&e);
-            return ExitCode::from(2);
-        }
+    let program = Program {
+        name: "bulkhead-net",
+        version: env!("CARGO_PKG_VERSION"),
+        help: HELP,
     };
-    logger::init(if options.verbose {
-        LevelFilter::Debug
-    } else {
-        LevelFilter::Info
-    });
-    match run(&options) {
-        Ok(()) => sys::exit(0),
-        Err(e) => {
-            complain(&e);
-            sys::exit(1)
-        }
-    }
-}
-
-fn print(text: &str) -> ExitCode {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-fn complain(e: &dyn std::error::Error) {
-    logger::complain("bulkhead-net", e);
+    program.run(
+        cli::parse,
+        |options| options.verbose,
+        |options| run(options),
+    )
 }
 
 /// A random address that nobody has been assigned.
@@ -96,13 +71,7 @@ fn run(options: &Options) -> Result<(), MainError> {
             control,
             vhost,
             fence,
-        } => {
-            let channels = Channels::inherit(*control, *vhost)?;
-            Some(match fence {
-                Some(fence) => channels.with_fence(*fence)?,
-                None => channels,
-            })
-        }
+        } => Some(Channels::inherited(*control, *vhost, *fence)?),
         Endpoint::Socket(_) => None,
     };
     let tap = match &options.tap {

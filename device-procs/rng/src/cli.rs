@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 
 use bulkhead_runtime::limit::Rate;
+use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
 use lexopt::prelude::*;
 
 /// Text of --help.
@@ -28,32 +29,8 @@ Usage:
 Exit status: 0 when its channels close or it is told to, 1 on failure, 2 on wrong usage.
 ";
 
-/// A command line that makes no sense; exit status 2.
-#[derive(Debug, thiserror::Error)]
-pub enum UsageError {
-    /// The parser's own complaint.
-    #[error("{0}; see --help")]
-    Argument(#[from] lexopt::Error),
-    /// A value that makes no sense.
-    #[error("{option}: {why}; see --help")]
-    Value {
-        /// Which option.
-        option: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-}
-
 /// What the command line asks for.
-#[derive(Debug)]
-pub enum Command {
-    /// Print the help text.
-    Help,
-    /// Print the version.
-    Version,
-    /// Serve.
-    Serve(Options),
-}
+pub type Command = program::Command<Options>;
 
 /// All options of a serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,11 +59,6 @@ struct Raw {
     verbose: bool,
 }
 
-fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError> {
-    let why = why.into();
-    Err(UsageError::Value { option, why })
-}
-
 /// Reads a command line, without the program's name.
 ///
 /// # Errors
@@ -94,15 +66,19 @@ fn bad<T>(option: &'static str, why: impl Into<String>) -> Result<T, UsageError>
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     let mut raw = Raw::default();
+    let mut given = Given::default();
     while let Some(arg) = parser.next()? {
+        given.once(&arg)?;
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
             Short('v') | Long("verbose") => raw.verbose = true,
-            Long("control-fd") => raw.control = Some(fd("--control-fd", &mut parser)?),
-            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &mut parser)?),
-            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &mut parser)?),
-            Long("source-fd") => raw.source = Some(fd("--source-fd", &mut parser)?),
+            Long("control-fd") => {
+                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
+            }
+            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
+            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
+            Long("source-fd") => raw.source = Some(fd("--source-fd", &parser.value()?.string()?)?),
             Long("bps") => raw.bytes = rate(&parser.value()?.string()?)?,
             other => return Err(other.unexpected().into()),
         }
@@ -121,10 +97,7 @@ impl Raw {
         };
         let mut numbers = vec![control, vhost, source];
         numbers.extend(self.fence);
-        numbers.sort_unstable();
-        if numbers.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
-            return bad("--source-fd", "a descriptor number is given twice");
-        }
+        distinct("--source-fd", numbers)?;
         Ok(Options {
             control,
             vhost,
@@ -133,13 +106,6 @@ impl Raw {
             bytes: self.bytes,
             verbose: self.verbose,
         })
-    }
-}
-
-fn fd(option: &'static str, parser: &mut lexopt::Parser) -> Result<RawFd, UsageError> {
-    match parser.value()?.string()?.parse::<RawFd>() {
-        Ok(fd) if fd > 2 => Ok(fd),
-        _ => bad(option, "must be a descriptor number above 2"),
     }
 }
 

@@ -118,6 +118,22 @@ impl Channels {
         Ok(channels)
     }
 
+    /// Those, and the fence where there is one.
+    ///
+    /// # Errors
+    /// As [`inherit`](Self::inherit) and [`with_fence`](Self::with_fence).
+    pub fn inherited(
+        control: RawFd,
+        vhost: RawFd,
+        fence: Option<RawFd>,
+    ) -> Result<Self, ChannelError> {
+        let channels = Self::inherit(control, vhost)?;
+        match fence {
+            Some(fence) => channels.with_fence(fence),
+            None => Ok(channels),
+        }
+    }
+
     /// The same channels, and the fence at the inherited descriptor `fd` (--fence-fd), of
     /// which every worker gets a copy ([`WorkerPort::take_fence`]). Once per process, before
     /// anything else is opened.

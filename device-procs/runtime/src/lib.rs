@@ -34,6 +34,7 @@ mod link;
 pub mod logger;
 pub mod mailbox;
 pub mod memory;
+pub mod program;
 pub mod ring;
 pub mod serve;
 pub mod status;
