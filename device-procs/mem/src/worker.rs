@@ -4,15 +4,13 @@
 //! have to change the memory table for it first.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::chain::Chain;
-use bulkhead_runtime::mailbox::{Answer, Order, WorkerPort};
-use bulkhead_runtime::sys::{self, PollFd};
+use bulkhead_runtime::mailbox::WorkerPort;
+use bulkhead_runtime::seat::{Seat, Wait};
+use bulkhead_runtime::sys;
 
 use crate::desk::{Desk, Progress};
 use crate::request::{self, Request, Response};
@@ -37,10 +35,9 @@ enum Next {
 
 /// The worker.
 pub struct Worker {
-    port: WorkerPort,
+    seat: Seat,
     desk: Arc<Desk>,
     bell: Arc<File>,
-    ring: Option<ActiveRing>,
     chain: Chain,
     last_asked: Option<Instant>,
 }
@@ -49,10 +46,9 @@ impl Worker {
     /// A worker without a ring.
     pub fn new(port: WorkerPort, desk: Arc<Desk>, bell: Arc<File>) -> Self {
         Self {
-            port,
+            seat: Seat::new(port),
             desk,
             bell,
-            ring: None,
             chain: Chain::new(),
             last_asked: None,
         }
@@ -67,7 +63,7 @@ impl Worker {
     }
 
     fn serve(&mut self) -> Next {
-        let Some(ring) = &mut self.ring else {
+        let Some(ring) = &mut self.seat.ring else {
             return Next::Kick;
         };
         let mut next = Next::More;
@@ -111,7 +107,7 @@ impl Worker {
                                 if progress == Progress::Asked {
                                     self.last_asked = Some(Instant::now());
                                     sys::signal(&self.bell);
-                                    self.port.status().syscalls.add(1);
+                                    self.seat.port.status().syscalls.add(1);
                                 }
                                 next = Next::Vmm;
                                 break;
@@ -123,9 +119,9 @@ impl Worker {
             let bytes = response.encode(state);
             if request::answer(&self.chain, &memory, &bytes) {
                 ring.complete(head, u32::try_from(bytes.len()).unwrap_or(0));
-                self.port.status().requests.add(1);
+                self.seat.port.status().requests.add(1);
                 if response != Response::Ack {
-                    self.port.status().errors.add(1);
+                    self.seat.port.status().errors.add(1);
                 }
             } else {
                 ring.reject(head, &"no room for the answer");
@@ -138,80 +134,16 @@ impl Worker {
 
     /// Sleeps until there is something to do; then obeys an order.
     fn wait(&mut self, next: Next) {
-        self.port.status().syscalls.add(1);
-        let timeout = match next {
-            Next::More => 0,
-            Next::Kick | Next::Vmm => -1,
-            Next::Pace(left) => i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(1),
-        };
-        let kick = match (&self.ring, next) {
+        let (kick, limit) = match next {
+            Next::More => (true, Some(Duration::ZERO)),
+            Next::Kick => (true, None),
             // With one request before the VMM, a kick would change nothing.
-            (Some(ring), Next::Kick | Next::More) if !ring.is_broken() => {
-                Some(Arc::clone(ring.kick()))
-            }
-            _ => None,
+            Next::Vmm => (false, None),
+            Next::Pace(left) => (false, Some(left)),
         };
-        let mut fds = [
-            PollFd::new(self.port.wakeup().as_fd(), libc::POLLIN),
-            kick.as_ref()
-                .map_or_else(PollFd::none, |k| PollFd::new(k.as_fd(), libc::POLLIN)),
-        ];
-        // An error of ppoll (short of memory) makes this a busy loop, no worse.
-        let _ = sys::poll(&mut fds, timeout);
-        let [ordered, kicked] = fds;
-        if let Some(kick) = kick
-            && kicked.revents() != 0
-        {
-            self.port.status().kicks.add(1);
-            let mut count = [0; 8];
-            let sound =
-                kicked.revents() & libc::POLLIN != 0 && matches!((&*kick).read(&mut count), Ok(8));
-            if let (false, Some(ring)) = (sound, &mut self.ring) {
-                ring.break_because(&"the kick descriptor is no eventfd");
-            }
-        }
-        if ordered.revents() != 0 {
-            if let Some(order) = self.port.take() {
-                let answer = self.obey(order);
-                self.port.answer(answer);
-            }
-            self.port.take_refresh();
-        }
-    }
-
-    /// Carries out an order. Nothing is ever in flight between requests.
-    fn obey(&mut self, order: Order) -> Answer {
-        match order {
-            Order::Start(setup) => {
-                self.desk.forget_outcome();
-                match ActiveRing::start(*setup, self.port.index(), self.port.status()) {
-                    Ok(ring) => {
-                        self.ring = Some(ring);
-                        Answer::Done
-                    }
-                    Err(why) => Answer::Refused(why.to_string()),
-                }
-            }
-            Order::Stop => Answer::Stopped {
-                next_avail: self.ring.take().map(ActiveRing::stop),
-            },
-            Order::Memory(memory) => match self.ring.as_mut().map(|r| r.swap_memory(memory)) {
-                Some(Err(why)) => Answer::Refused(why.to_string()),
-                _ => Answer::Done,
-            },
-            Order::Call(call) => {
-                if let Some(ring) = &mut self.ring {
-                    ring.set_call(call);
-                }
-                Answer::Done
-            }
-            Order::Err(err) => {
-                if let Some(ring) = &mut self.ring {
-                    ring.set_err(err);
-                }
-                Answer::Done
-            }
-        }
+        let desk = &self.desk;
+        self.seat
+            .wait(Wait { kick, limit }, || desk.forget_outcome());
     }
 }
 

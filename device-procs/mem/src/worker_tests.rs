@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use bulkhead_proto::device::finish_request_request::Outcome;
 use bulkhead_proto::device::{FinishRequestRequest, mem_request::Kind};
 use bulkhead_runtime::driver::{Desc, DriverRing, NEXT, WRITE, guest};
-use bulkhead_runtime::mailbox::{RingSetup, WorkerHandle, mailbox};
+use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::ring::RingFeatures;
 use proptest::prelude::*;

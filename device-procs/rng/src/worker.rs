@@ -4,17 +4,15 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::chain::Chain;
 use bulkhead_runtime::clock;
 use bulkhead_runtime::limit::Limiter;
-use bulkhead_runtime::mailbox::{Answer, Order, WorkerPort};
+use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
-use bulkhead_runtime::sys::{self, PollFd};
+use bulkhead_runtime::seat::{Seat, Wait};
 
 /// Most bytes for one request: a device may give less than the buffers take.
 const MOST: u32 = 64 << 10;
@@ -50,10 +48,9 @@ enum Filled {
 
 /// The worker.
 pub struct Worker {
-    port: WorkerPort,
+    seat: Seat,
     source: Arc<File>,
     limiter: Arc<Limiter>,
-    ring: Option<ActiveRing>,
     chain: Chain,
     piece: Box<[u8; PIECE]>,
     /// The last error of the host was logged.
@@ -64,10 +61,9 @@ impl Worker {
     /// A worker without a ring.
     pub fn new(port: WorkerPort, source: Arc<File>, limiter: Arc<Limiter>) -> Self {
         Self {
-            port,
+            seat: Seat::new(port),
             source,
             limiter,
-            ring: None,
             chain: Chain::new(),
             piece: Box::new([0; PIECE]),
             complained: false,
@@ -83,10 +79,10 @@ impl Worker {
     }
 
     fn serve(&mut self) -> Next {
-        let Some(ring) = &mut self.ring else {
+        let Some(ring) = &mut self.seat.ring else {
             return Next::Kick;
         };
-        let status = self.port.status();
+        let status = self.seat.port.status();
         let mut next = Next::More;
         let mut left = TURN;
         for _ in 0..BATCH {
@@ -143,79 +139,13 @@ impl Worker {
 
     /// Sleeps until there is something to do; then obeys an order.
     fn wait(&mut self, next: Next) {
-        self.port.status().syscalls.add(1);
-        let timeout = match next {
-            Next::More => 0,
-            Next::Kick => -1,
-            Next::Pause(left) => i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX),
-        };
-        let kick = match (&self.ring, next) {
+        let (kick, limit) = match next {
+            Next::More => (true, Some(Duration::ZERO)),
+            Next::Kick => (true, None),
             // Before the time is over, a kick would change nothing.
-            (Some(ring), Next::Kick | Next::More) if !ring.is_broken() => {
-                Some(Arc::clone(ring.kick()))
-            }
-            _ => None,
+            Next::Pause(left) => (false, Some(left)),
         };
-        let mut fds = [
-            PollFd::new(self.port.wakeup().as_fd(), libc::POLLIN),
-            kick.as_ref()
-                .map_or_else(PollFd::none, |k| PollFd::new(k.as_fd(), libc::POLLIN)),
-        ];
-        // An error of ppoll (short of memory) makes this a busy loop, no worse.
-        let _ = sys::poll(&mut fds, timeout);
-        let [ordered, kicked] = fds;
-        if let Some(kick) = kick
-            && kicked.revents() != 0
-        {
-            self.port.status().kicks.add(1);
-            let mut count = [0; 8];
-            let sound =
-                kicked.revents() & libc::POLLIN != 0 && matches!((&*kick).read(&mut count), Ok(8));
-            if let (false, Some(ring)) = (sound, &mut self.ring) {
-                ring.break_because(&"the kick descriptor is no eventfd");
-            }
-        }
-        if ordered.revents() != 0 {
-            if let Some(order) = self.port.take() {
-                let answer = self.obey(order);
-                self.port.answer(answer);
-            }
-            self.port.take_refresh();
-        }
-    }
-
-    /// Carries out an order. Nothing is ever in flight between requests.
-    fn obey(&mut self, order: Order) -> Answer {
-        match order {
-            Order::Start(setup) => {
-                match ActiveRing::start(*setup, self.port.index(), self.port.status()) {
-                    Ok(ring) => {
-                        self.ring = Some(ring);
-                        Answer::Done
-                    }
-                    Err(why) => Answer::Refused(why.to_string()),
-                }
-            }
-            Order::Stop => Answer::Stopped {
-                next_avail: self.ring.take().map(ActiveRing::stop),
-            },
-            Order::Memory(memory) => match self.ring.as_mut().map(|r| r.swap_memory(memory)) {
-                Some(Err(why)) => Answer::Refused(why.to_string()),
-                _ => Answer::Done,
-            },
-            Order::Call(call) => {
-                if let Some(ring) = &mut self.ring {
-                    ring.set_call(call);
-                }
-                Answer::Done
-            }
-            Order::Err(err) => {
-                if let Some(ring) = &mut self.ring {
-                    ring.set_err(err);
-                }
-                Answer::Done
-            }
-        }
+        self.seat.wait(Wait { kick, limit }, || {});
     }
 }
 

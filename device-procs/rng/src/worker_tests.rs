@@ -1,14 +1,15 @@
 //! A worker on a thread, with a driver on one side and a pipe or the host's generator on the other.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bulkhead_runtime::driver::{Desc, DriverRing, NEXT, WRITE, guest};
 use bulkhead_runtime::limit::Rate;
-use bulkhead_runtime::mailbox::{RingSetup, WorkerHandle, mailbox};
+use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
 use bulkhead_runtime::ring::RingFeatures;
+use bulkhead_runtime::sys;
 use proptest::prelude::*;
 
 use super::*;

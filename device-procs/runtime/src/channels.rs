@@ -142,7 +142,7 @@ impl Channels {
     /// It is not the write end of a pipe, or these channels are not inherited ones.
     ///
     /// [`WorkerPort::take_fence`]: crate::mailbox::WorkerPort::take_fence
-    pub fn with_fence(mut self, fd: RawFd) -> Result<Self, ChannelError> {
+    fn with_fence(mut self, fd: RawFd) -> Result<Self, ChannelError> {
         let Self::Inherited { fence, .. } = &mut self else {
             return Err(ChannelError::FenceAlone);
         };

@@ -36,6 +36,7 @@ pub mod mailbox;
 pub mod memory;
 pub mod program;
 pub mod ring;
+pub mod seat;
 pub mod serve;
 pub mod status;
 pub mod sys;

@@ -79,10 +79,7 @@ fn run() -> Result<(), String> {
     else {
         return Err("started by a launcher only".into());
     };
-    let mut channels = Channels::inherit(*control, *vhost).map_err(|e| say(&e))?;
-    if let Some(fence) = fence {
-        channels = channels.with_fence(*fence).map_err(|e| say(&e))?;
-    }
+    let channels = Channels::inherited(*control, *vhost, *fence).map_err(|e| say(&e))?;
     let mut disk = Disk::open(&options.disk).map_err(|e| say(&e))?;
     let (engine, policy) = match options.engine {
         cli::EngineChoice::IoUring => (EngineKind::IoUring, &policy::BULKHEAD_BLK),
