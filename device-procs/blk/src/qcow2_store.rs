@@ -437,6 +437,7 @@ impl Storage for Store {
         Ok(self.0.len.load(Ordering::Relaxed))
     }
 
+    // SAFETY: the buffers are borrowed for the call and only safe calls touch them; unsafe is the trait's word.
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let mut offset = offset;
         for mut part in bufv.into_inner() {
@@ -463,6 +464,7 @@ impl Storage for Store {
         Ok(())
     }
 
+    // SAFETY: as above: nothing in it needs the caller's promise.
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
         let mut offset = offset;
         for part in bufv.into_inner() {
@@ -477,6 +479,7 @@ impl Storage for Store {
         Ok(())
     }
 
+    // SAFETY: as above.
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         let range = offset..offset.saturating_add(length);
         self.check_data(&range)?;
@@ -503,6 +506,7 @@ impl Storage for Store {
         self.barrier()
     }
 
+    // SAFETY: it does nothing.
     unsafe fn invalidate_cache(&self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

@@ -17,17 +17,17 @@ use std::time::{Duration, Instant};
 
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
-use bulkhead_seccomp::notify::Violation;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use beside::Beside;
+use exchange::{Answer, receive, send, take};
 
 use super::helper::Program;
 use super::lock;
-use super::packet::{self, MAX_FDS, Packet, PacketSocket};
+use super::packet::{self, MAX_FDS, PacketSocket};
 use super::start::{Started, start};
-use super::sys::{self, ExitOutcome};
+use super::sys::{self};
 use super::{MAX_ARG, MAX_ARGS, MAX_PATH, printable, valid_id};
 
 /// How long opening or binding may take: the path may lie on a network file system.
@@ -107,105 +107,6 @@ impl LauncherError {
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Gone | Self::Protocol(_))
     }
-}
-
-/// How a path is to be opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// For reading.
-    Read,
-    /// For reading and writing.
-    ReadWrite,
-    /// For appending; created where it is absent.
-    Append,
-}
-
-/// What was opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OpenedInfo {
-    /// O_DIRECT is in force.
-    pub direct: bool,
-    /// Size in bytes, of a block device too; 0 for other devices.
-    pub size: u64,
-    /// It is a block device.
-    pub block_device: bool,
-    /// One that is open for writing and can erase securely.
-    pub secure_erase: bool,
-}
-
-/// A device process to start.
-#[derive(Debug)]
-pub struct SpawnSpec {
-    /// Its id: 1 to 64 of letters, digits, '.', '_', '-'.
-    pub device_id: String,
-    /// File name of its binary, one of `LauncherConfig::devices`.
-    pub binary: String,
-    /// Name of the seccomp policy of its steady state: the binary's, with a variant.
-    pub policy: String,
-    /// Arguments after argv[0].
-    pub args: Vec<String>,
-    /// Tells it apart from its predecessors of the same id.
-    pub incarnation: u64,
-    /// Descriptors of its own, which it finds from 5 on.
-    pub fds: Vec<OwnedFd>,
-    /// Give it the write end of a pipe behind them, to learn when all of its I/O has ended.
-    pub fence: bool,
-}
-
-/// A device process that has been executed. It ends when it is killed or the launcher
-/// ends; dropping this closes its channels only.
-#[derive(Debug)]
-pub struct SpawnedDevice {
-    /// Its pid as the VMM sees it.
-    pub pid: i32,
-    /// Readable when it has ended.
-    pub pidfd: OwnedFd,
-    /// Our end of its fd 3 (blocking).
-    pub control: UnixStream,
-    /// Our end of its fd 4 (blocking).
-    pub vhost: UnixStream,
-    /// From request to exec in the launcher, microseconds.
-    pub spawn_us: u64,
-    /// If asked for: hangs up when nothing of it is left, nor of the I/O that it began.
-    pub fence: Option<OwnedFd>,
-}
-
-/// What the launcher reports unasked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LauncherEvent {
-    /// A device process has ended.
-    Exited {
-        /// Its id.
-        device_id: String,
-        /// Its incarnation.
-        incarnation: u64,
-        /// How.
-        outcome: ExitOutcome,
-        /// What it said last on stderr, if anything: one line, escaped, as hostile as it is.
-        last_line: String,
-    },
-    /// An answer to [`Launcher::begin_grow`].
-    Grown {
-        /// What that returned.
-        ticket: u64,
-        /// The size in bytes that the file has, or why it could not be grown.
-        result: Result<u64, String>,
-    },
-    /// An answer to [`Launcher::begin_place`].
-    Placed {
-        /// What that returned.
-        ticket: u64,
-        /// Limits that are not enforced and why, or why nothing was changed.
-        result: Result<Vec<String>, String>,
-    },
-    /// An answer to [`Launcher::begin_connect`] or [`Launcher::begin_helper`]: what came
-    /// along is at [`Launcher::take_linked`].
-    Linked {
-        /// What that returned.
-        ticket: u64,
-        /// Why not.
-        result: Result<(), String>,
-    },
 }
 
 /// What has arrived and nobody waits for.
@@ -639,186 +540,15 @@ fn path_text(path: &Path, role: &str) -> Result<String, LauncherError> {
     }
 }
 
-fn wait(
-    socket: &PacketSocket,
-    events: i16,
-    deadline: Instant,
-    what: &'static str,
-) -> Result<(), LauncherError> {
-    let revents = sys::poll(&[(socket.as_fd(), events)], Some(deadline))
-        .map_err(|e| LauncherError::Io("poll", e))?;
-    if revents.iter().all(|r| *r == 0) {
-        return Err(LauncherError::Deadline(what));
-    }
-    Ok(())
-}
-
-fn send(
-    socket: &PacketSocket,
-    bytes: &[u8],
-    fds: &[BorrowedFd<'_>],
-    deadline: Instant,
-    what: &'static str,
-) -> Result<(), LauncherError> {
-    loop {
-        match socket.send(bytes, fds, None) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(socket, libc::POLLOUT, deadline, what)?;
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Err(LauncherError::Refused(format!(
-                    "launcher: a {what} request larger than a packet"
-                )));
-            }
-            Err(_) => return Err(LauncherError::Gone),
-        }
-    }
-}
-
-/// Waits for the reply to `id`; events on the way are kept, replies to requests that were
-/// given up are dropped with their descriptors.
-fn receive(
-    socket: &PacketSocket,
-    inbox: &mut Inbox,
-    id: u64,
-    deadline: Instant,
-    what: &'static str,
-) -> Result<(wire::Reply, Vec<OwnedFd>, Option<i32>), LauncherError> {
-    loop {
-        match socket.receive() {
-            Ok(Some(packet)) => {
-                if let Some(answer) = take(packet, inbox, id)? {
-                    return Ok(answer);
-                }
-                if Instant::now() > deadline {
-                    return Err(LauncherError::Deadline(what));
-                }
-            }
-            Ok(None) => return Err(LauncherError::Gone),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(socket, libc::POLLIN, deadline, what)?;
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Err(LauncherError::Protocol("a packet beyond the bounds"));
-            }
-            Err(_) => return Err(LauncherError::Gone),
-        }
-    }
-}
-
-type Answer = (wire::Reply, Vec<OwnedFd>, Option<i32>);
-
-/// Sorts one packet: the reply to `id` comes back, an event is kept, the rest is dropped.
-/// The launcher's greeting is the one reply with id 0 and no event in it.
-fn take(packet: Packet, inbox: &mut Inbox, id: u64) -> Result<Option<Answer>, LauncherError> {
-    let Inbox {
-        events,
-        begun,
-        links,
-        places,
-        linked,
-        beside,
-    } = inbox;
-    let Packet { bytes, fds, pid } = packet;
-    let reply = wire::Reply::parse_from_bytes(&bytes)
-        .map_err(|_| LauncherError::Protocol("a packet that is no message"))?;
-    match (reply.id, &reply.result) {
-        (0, Some(wire::reply::Result::Exited(exited))) => {
-            if events.len() >= MAX_EVENTS || !valid_id(&exited.device_id) {
-                return Err(LauncherError::Protocol("a flood of events"));
-            }
-            let outcome = match (exited.violation.as_ref(), exited.signal) {
-                (Some(call), _) => ExitOutcome::Violation(Violation {
-                    nr: call.nr,
-                    arch: call.arch,
-                }),
-                (None, 0) => ExitOutcome::Status(exited.status),
-                (None, signal) => ExitOutcome::Signal(signal),
-            };
-            let last_line: String = printable(&exited.last_line)
-                .chars()
-                .take(MAX_LAST_LINE)
-                .collect();
-            beside.note_end(&exited.device_id, exited.incarnation, outcome, &last_line);
-            events.push_back(LauncherEvent::Exited {
-                device_id: exited.device_id.clone(),
-                incarnation: exited.incarnation,
-                outcome,
-                last_line,
-            });
-            Ok(None)
-        }
-        (reply_id, _) if beside.waits(reply_id) => {
-            beside.answer(reply_id, (reply, fds, pid));
-            Ok(None)
-        }
-        (reply_id, _) if reply_id == id => Ok(Some((reply, fds, pid))),
-        (reply_id, result) if begun.remove(&reply_id) => {
-            if let Some(wire::reply::Result::Connected(_) | wire::reply::Result::Spawned(_)) =
-                result
-                && reply.error.is_empty()
-                && links.remove(&reply_id)
-            {
-                let mut fds = fds.into_iter();
-                let fd = fds.next().ok_or(LauncherError::Protocol(
-                    "a connection without its descriptor",
-                ))?;
-                let fence = fds.next();
-                linked.insert(reply_id, Linked { fd, pid, fence });
-                events.push_back(LauncherEvent::Linked {
-                    ticket: reply_id,
-                    result: Ok(()),
-                });
-                return Ok(None);
-            }
-            if links.remove(&reply_id) {
-                let why = match reply.error.as_str() {
-                    "" => return Err(LauncherError::Protocol("no answer to a connection")),
-                    error => printable(error),
-                };
-                events.push_back(LauncherEvent::Linked {
-                    ticket: reply_id,
-                    result: Err(why),
-                });
-                return Ok(None);
-            }
-            if places.remove(&reply_id) {
-                let result = match (result, reply.error.as_str()) {
-                    (Some(wire::reply::Result::Placed(placed)), "") => {
-                        Ok(resources::lines(&placed.not_enforced))
-                    }
-                    (_, "") => return Err(LauncherError::Protocol("no answer to limits")),
-                    (_, error) => Err(printable(error)),
-                };
-                events.push_back(LauncherEvent::Placed {
-                    ticket: reply_id,
-                    result,
-                });
-                return Ok(None);
-            }
-            let result = match (result, reply.error.as_str()) {
-                (Some(wire::reply::Result::Grown(grown)), "") => Ok(grown.size),
-                (_, "") => return Err(LauncherError::Protocol("a growth without a size")),
-                (_, error) => Err(printable(error)),
-            };
-            // No more than were begun: it needs no bound of its own.
-            events.push_back(LauncherEvent::Grown {
-                ticket: reply_id,
-                result,
-            });
-            Ok(None)
-        }
-        _ => Ok(None),
-    }
-}
-
 mod beside;
 mod disks;
+mod exchange;
 mod nets;
 mod resources;
+mod types;
 
 pub use nets::{Linked, SpawnedHelper};
 pub use resources::Placed;
+pub use types::{Access, LauncherEvent, OpenedInfo, SpawnSpec, SpawnedDevice};
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 //! a panic or a leak.
 
 use super::*;
+use crate::launcher::packet::Packet;
 use proptest::prelude::*;
 
 /// A client's end and the end of whoever plays the launcher.

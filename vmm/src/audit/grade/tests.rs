@@ -1,0 +1,280 @@
+//! Tests of grading: what is in order, and every single deviation.
+
+use super::*;
+use crate::audit::fds::Ring;
+use crate::audit::mappings::Mappings;
+use crate::audit::process::{Capabilities, Root};
+
+fn fd(number: i32, kind: Kind) -> Fd {
+    Fd {
+        number,
+        kind,
+        access: "rw".into(),
+        target: "x".into(),
+        ring: None,
+    }
+}
+
+/// A device as it should be.
+fn device() -> Process {
+    let none = "0000000000000000".to_owned();
+    let namespaces = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"].map(|kind| Namespace {
+        kind: kind.into(),
+        id: format!("{kind}:[1]"),
+        shared: false,
+    });
+    Process {
+        uid: vec![0x7000_0040; 4],
+        pids: vec![500, 3, 1],
+        threads: vec![Thread {
+            tid: 500,
+            name: "blk".into(),
+            capabilities: Capabilities {
+                inheritable: none.clone(),
+                permitted: none.clone(),
+                effective: none.clone(),
+                bounding: none.clone(),
+                ambient: none,
+            },
+            no_new_privs: true,
+            seccomp_mode: 2,
+            seccomp_filters: Some(3),
+            filters: Some(Filters {
+                policies: ["bulkhead-blk", "bulkhead-blk", "bulkhead-launcher"]
+                    .map(str::to_owned)
+                    .into(),
+                syscalls: vec!["read".into()],
+            }),
+        }],
+        mappings: Some(Mappings {
+            total: 2,
+            executable: 1,
+            ..Mappings::default()
+        }),
+        dumpable: Some(false),
+        namespaces: namespaces.into(),
+        root: Some(Root {
+            shared: false,
+            entries: Vec::new(),
+            mounts: Some(1),
+            mode: "0555".into(),
+            read_only: Some(true),
+        }),
+        cwd: Some("/".into()),
+        fds: vec![
+            fd(0, Kind::Null),
+            fd(1, Kind::Null),
+            fd(2, Kind::Pipe),
+            fd(3, Kind::Socket),
+            fd(4, Kind::Socket),
+            fd(5, Kind::File),
+            fd(6, Kind::Memfd),
+            fd(7, Kind::Anonymous("io_uring".into())),
+        ],
+        ..Process::default()
+    }
+}
+
+#[test]
+fn a_device_as_it_should_be_has_no_deviation() {
+    assert_eq!(
+        grade(Role::Device, &device(), Some(3)),
+        Judgement::default()
+    );
+    assert_eq!(grade(Role::Device, &device(), None), Judgement::default());
+}
+
+/// Each way in which a device may be wrong, alone, is found.
+#[test]
+fn every_single_deviation_is_found() {
+    type Change = fn(&mut Process);
+    let changes: [(&str, Change); 27] = [
+        ("effective", |p| {
+            p.threads[0].capabilities.effective = "1".into()
+        }),
+        ("permitted", |p| {
+            p.threads[0].capabilities.permitted = "200000".into()
+        }),
+        ("inheritable", |p| {
+            p.threads[0].capabilities.inheritable = "1".into()
+        }),
+        ("ambient", |p| {
+            p.threads[0].capabilities.ambient = "1".into()
+        }),
+        ("bounding", |p| {
+            p.threads[0].capabilities.bounding = "1ffffffffff".into()
+        }),
+        ("unreadable set", |p| {
+            p.threads[0].capabilities.effective = String::new()
+        }),
+        ("no_new_privs", |p| p.threads[0].no_new_privs = false),
+        ("seccomp", |p| p.threads[0].seccomp_mode = 0),
+        ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
+        ("filter of nobody's", |p| {
+            p.threads[0]
+                .filters
+                .as_mut()
+                .unwrap()
+                .policies
+                .push("?".into())
+        }),
+        ("device's filter once", |p| {
+            p.threads[0].filters.as_mut().unwrap().policies.remove(0);
+        }),
+        ("no filter of the launcher's", |p| {
+            p.threads[0].filters.as_mut().unwrap().policies.pop();
+        }),
+        ("writable code", |p| {
+            let mappings = p.mappings.as_mut().unwrap();
+            mappings.writable_and_executable.push("0-1 rwxp".into());
+        }),
+        ("pinned memory", |p| {
+            p.fds[7].ring = Some(Ring {
+                buffers: 1,
+                ..Ring::default()
+            });
+        }),
+        ("polled ring", |p| {
+            p.fds[7].ring = Some(Ring {
+                polled: true,
+                ..Ring::default()
+            });
+        }),
+        ("dumpable", |p| p.dumpable = Some(true)),
+        ("core", |p| {
+            p.limits = Some(Limits {
+                own_leaf: true,
+                rlimits: vec![("CORE".into(), "unlimited".into())],
+                ..Limits::default()
+            });
+        }),
+        ("second thread", |p| {
+            let mut thread = p.threads[0].clone();
+            thread.seccomp_mode = 0;
+            p.threads.push(thread);
+        }),
+        ("net namespace", |p| p.namespaces[3].shared = true),
+        ("root of the host", |p| {
+            p.namespaces[0].shared = true;
+            p.uid = vec![0; 4];
+        }),
+        ("root entries", |p| {
+            p.root.as_mut().unwrap().entries.push("etc".into())
+        }),
+        ("root writable", |p| {
+            p.root.as_mut().unwrap().read_only = Some(false)
+        }),
+        ("mounts", |p| p.root.as_mut().unwrap().mounts = Some(2)),
+        ("cwd", |p| p.cwd = Some("/etc".into())),
+        ("directory", |p| p.fds.push(fd(9, Kind::Directory))),
+        ("kvm", |p| p.fds.push(fd(9, Kind::Kvm))),
+        ("ungranted file", |p| p.fds.push(fd(6, Kind::File))),
+    ];
+    for (what, change) in changes {
+        let mut process = device();
+        change(&mut process);
+        let judgement = grade(Role::Device, &process, Some(3));
+        assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+    }
+}
+
+#[test]
+fn two_devices_in_one_namespace_are_found() {
+    let (one, mut other) = (device(), device());
+    for namespace in &mut other.namespaces {
+        namespace.id = format!("{}:[2]", namespace.kind);
+    }
+    assert_eq!(
+        siblings([("a", &one), ("b", &other)].into_iter()),
+        Vec::<String>::new()
+    );
+    other.namespaces[3].id = one.namespaces[3].id.clone();
+    let shared = siblings([("a", &one), ("b", &other)].into_iter());
+    assert_eq!(shared, ["devices a and b share namespace net:[1]"]);
+}
+
+#[test]
+fn a_vcpu_thread_has_a_filter_of_its_own() {
+    let filters = |names: &[&str]| Filters {
+        policies: names.iter().map(|n| (*n).to_owned()).collect(),
+        syscalls: Vec::new(),
+    };
+    let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names)).len();
+    assert_eq!(of("vp-0", &["bulkhead-vcpu", "bulkhead-vmm:setup"]), 0);
+    assert_eq!(of("vp-0", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 1);
+    assert_eq!(of("bulkhead", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 0);
+    assert_eq!(of("bulkhead", &[]), 1);
+}
+
+#[test]
+fn a_host_without_user_namespaces_is_noted_and_allowed() {
+    let mut process = device();
+    process.namespaces[0].shared = true;
+    let judgement = grade(Role::Device, &process, Some(3));
+    assert_eq!((judgement.deviations.len(), judgement.notes.len()), (0, 1));
+}
+
+#[test]
+fn an_external_helper_has_its_exceptions_and_no_others() {
+    let helper = || {
+        let mut process = device();
+        process.namespaces[3].shared = true;
+        process.threads[0].capabilities.bounding = "1ffffffffff".into();
+        let filters = process.threads[0].filters.as_mut().unwrap();
+        filters.policies = ["?", "passt", "bulkhead-launcher-helpers"]
+            .map(str::to_owned)
+            .into();
+        process.fds.extend((20..90).map(|n| fd(n, Kind::Socket)));
+        process
+            .fds
+            .retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
+        process
+    };
+    let judgement = grade(Role::Helper, &helper(), Some(1));
+    assert_eq!(judgement.deviations, Vec::<String>::new());
+    assert!(judgement.notes.iter().any(|n| n.contains("host's network")));
+    type Change = fn(&mut Process);
+    let changes: [(&str, Change); 7] = [
+        ("capability", |p| {
+            p.threads[0].capabilities.effective = "1000".into()
+        }),
+        ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
+        ("user namespace", |p| p.namespaces[0].shared = true),
+        ("mnt namespace", |p| p.namespaces[1].shared = true),
+        ("root entries", |p| {
+            p.root.as_mut().unwrap().entries.push("usr".into())
+        }),
+        ("file", |p| p.fds.push(fd(9, Kind::File))),
+        ("tap", |p| p.fds.push(fd(9, Kind::Character))),
+    ];
+    for (what, change) in changes {
+        let mut process = helper();
+        change(&mut process);
+        let judgement = grade(Role::Helper, &process, Some(1));
+        assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+    }
+}
+
+#[test]
+fn the_launcher_may_keep_its_capabilities_and_must_be_pid_1() {
+    let mut process = device();
+    process.pids = vec![400, 1];
+    process.fds.truncate(6);
+    process.threads[0].capabilities.permitted = "802000c2".into();
+    process.threads[0].capabilities.effective = "802000c2".into();
+    assert_eq!(grade(Role::Launcher, &process, None), Judgement::default());
+    process.threads[0].capabilities.effective = "802000c3".into();
+    process.pids = vec![400, 2];
+    process.fds.push(fd(7, Kind::Anonymous("kvm-vm".into())));
+    assert_eq!(grade(Role::Launcher, &process, None).deviations.len(), 3);
+}
+
+#[test]
+fn capability_sets_have_names() {
+    assert_eq!(capability_names(0), "none");
+    assert_eq!(capability_names(0x1ff_ffff_ffff), "all");
+    assert_eq!(
+        capability_names(1 << 21 | 1 << 1 | 1 << 50),
+        "dac_override,sys_admin,50"
+    );
+}
