@@ -88,6 +88,21 @@ pub fn debian_by<S: AsRef<str>>(
     disks: &[S],
     more: &[&str],
 ) -> Result<Vmm, String> {
+    debian_told(by, scratch, "", script, disks, more)
+}
+
+/// The same, with more words for its kernel.
+///
+/// # Errors
+/// Why it could not be started.
+pub fn debian_told<S: AsRef<str>>(
+    by: &[&str],
+    scratch: &Scratch,
+    words: &str,
+    script: &str,
+    disks: &[S],
+    more: &[&str],
+) -> Result<Vmm, String> {
     let root = format!("path={},readonly=on,id=rootfs,queues=1", rootfs()?);
     // A failure of the script's commands is for it to see: it prints what the test waits for.
     let script = format!("export HOME=/root LC_ALL=C\n{script}");
@@ -104,7 +119,8 @@ pub fn debian_by<S: AsRef<str>>(
     if !more.contains(&"--memory") {
         args.extend_from_slice(&["--memory", "384M"]);
     }
-    Vmm::boot_by(by, "bh.cmd=script root=/dev/vda", &args)
+    let cmdline = format!("bh.cmd=script root=/dev/vda {words}");
+    Vmm::boot_by(by, cmdline.trim_end(), &args)
 }
 
 /// A network namespace of a test's own, with what is in it; gone with the value.

@@ -9,8 +9,8 @@ use super::ctl_output_net as net;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
-    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, RngConfig, State,
-    serial_config::Mode,
+    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, PortInfo,
+    RngConfig, State, serial_config::Mode,
 };
 use serde_json::{Value, json};
 
@@ -52,7 +52,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "cmdline": config.cmdline,
             "memory_bytes": config.memory_bytes,
             "memory_max_bytes": config.memory_max_bytes,
-            "cpus": { "boot": config.cpus.boot, "pin": config.cpus.pin },
+            "cpus": { "boot": config.cpus.boot, "max": config.cpus.boot.max(config.cpus.max), "pin": config.cpus.pin },
             "disks": disks,
             "nets": nets,
             "vhost_users": others,
@@ -60,6 +60,11 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "serial": serial_text(config),
         })
     });
+    let ports: Vec<Value> = info
+        .ports
+        .iter()
+        .map(|port| json!({ "name": port.name, "pci_address": port.pci_address, "device": port.device }))
+        .collect();
     json!({
         "version": info.version,
         "state": state_name(info),
@@ -69,6 +74,8 @@ pub fn info_json(info: &InfoResponse) -> Value {
         "cgroup": info.cgroup,
         "cgroup_note": info.cgroup_note,
         "config": config,
+        "cpus": info.cpus,
+        "ports": ports,
         "memory": info.memory.as_ref().map(memory_json),
         "counters": {
             "vcpu_exits": info.counters.vcpu_exits,
@@ -77,6 +84,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "manager_wakeups": info.counters.manager_wakeups,
             "heartbeat_wakeups": info.counters.heartbeat_wakeups,
             "serial_bytes": info.counters.serial_bytes,
+            "msi_gsis": info.counters.msi_gsis,
         },
     })
 }
@@ -116,7 +124,11 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         } else {
             format!(", on host CPUs {}", pins.join(":"))
         };
-        line("cpus", &format!("{}{pinned}", config.cpus.boot))?;
+        let most = match config.cpus.max.max(config.cpus.boot) {
+            most if most > info.cpus => format!(" of {most}"),
+            _ => String::new(),
+        };
+        line("cpus", &format!("{}{most}{pinned}", info.cpus))?;
         line("serial", &serial_text(config))?;
         for disk in &config.disks {
             line("disk", &disk_text(disk))?;
@@ -130,6 +142,14 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         for device in &config.rngs {
             line("rng", &rng_text(device))?;
         }
+    }
+    let behind = |port: &PortInfo| match port.device.as_str() {
+        "" => port.name.clone(),
+        id => format!("{} ({id})", port.name),
+    };
+    let ports: Vec<String> = info.ports.iter().map(behind).collect();
+    if !ports.is_empty() {
+        line("ports", &ports.join(", "))?;
     }
     let counters = &info.counters;
     line(

@@ -62,7 +62,8 @@ pub struct HostArgs {
     /// Directory of bulkhead-launcher and the device binaries [default: that of bulkhead]
     #[arg(long, value_name = "DIR")]
     pub libexec: Option<PathBuf>,
-    /// passt for `--net user` [default of run: /usr/bin/passt, …; serve starts none without it]
+    /// passt for `--net user`, from the start or added later [default where run has one:
+    /// /usr/bin/passt, …]
     #[arg(long, value_name = "PATH")]
     pub passt: Option<PathBuf>,
     /// The cgroup v2 that the devices' own are made in, a directory; off: none [default: that of

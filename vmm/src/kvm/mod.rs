@@ -220,6 +220,14 @@ impl KvmVm {
             .map_err(KvmError::call("KVM_CREATE_VCPU", REMEDY_HOST))
     }
 
+    /// GSIs that vectors of devices hold.
+    pub(crate) fn gsis(&self) -> usize {
+        self.routes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .used()
+    }
+
     /// KVM_GET_VCPU_MMAP_SIZE.
     pub(crate) fn run_size(&self) -> usize {
         self.vm.run_size()

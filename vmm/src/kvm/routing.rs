@@ -44,6 +44,11 @@ impl RouteTable {
         Some(Gsi(gsi))
     }
 
+    /// How many are handed out.
+    pub(super) fn used(&self) -> usize {
+        self.used.len()
+    }
+
     /// True when the table that KVM holds has to change.
     pub(super) fn free(&mut self, gsi: Gsi) -> bool {
         match self.used.remove(&gsi.0) {

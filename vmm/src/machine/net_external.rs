@@ -30,7 +30,7 @@ const UNKNOWN_QUEUES: u16 = 1;
 const LOOPBACK: &str = "127.0.0.1";
 
 /// The external helpers that a launcher is to have, opened before confinement: passt for a
-/// machine with a user-mode network, or, where the machine is not known yet, if it is named.
+/// machine with a user-mode network, and wherever it is named, since a network may be added later.
 ///
 /// # Errors
 /// One line with the remedy: a network that the machine cannot do without has no passt.
@@ -42,15 +42,13 @@ pub fn helpers(
         let users = machine.nets.iter().filter(|net| net.has_user());
         users.map(|net| net.optional).collect::<Vec<_>>()
     };
-    let wanted = machine.map(users);
-    match &wanted {
-        Some(users) if users.is_empty() => return Ok(Vec::new()),
-        None if passt.is_none() => return Ok(Vec::new()),
-        _ => {}
+    let users = machine.map(users).unwrap_or_default();
+    if users.is_empty() && passt.is_none() {
+        return Ok(Vec::new());
     }
     match Program::find(passt.as_deref()) {
         Ok(program) => Ok(vec![program]),
-        Err(why) if wanted.is_some_and(|users| users.iter().all(|optional| *optional)) => {
+        Err(why) if !users.is_empty() && users.iter().all(|optional| *optional) => {
             log::warn!("{why}");
             Ok(Vec::new())
         }

@@ -40,7 +40,7 @@ pub fn native() -> Vec<Test> {
             || leak(30),
         ),
         test(
-            "a device that is added and removed a thousand times leaves nothing",
+            "a device that is added and removed a thousand times without a guest leaves nothing",
             true,
             || leak(1000),
         ),
@@ -219,7 +219,11 @@ while read -r line; do eval \"$line\"; done";
 }
 
 /// A machine that was made and has not begun: all but the guest's part.
-fn created(scratch: &Scratch, libexec: Option<&str>, ports: u32) -> Result<(Vmm, String), String> {
+pub fn created(
+    scratch: &Scratch,
+    libexec: Option<&str>,
+    ports: u32,
+) -> Result<(Vmm, String), String> {
     let socket = scratch.path("api");
     let mut command = Command::new(bin("bulkhead"));
     command.args(["serve", "--api-socket", &socket]);
@@ -245,7 +249,7 @@ fn created(scratch: &Scratch, libexec: Option<&str>, ports: u32) -> Result<(Vmm,
 
 /// What a process and all of its descendants hold: descriptors, threads, memory maps that
 /// matter, children.
-fn holdings(pid: u32) -> Result<String, String> {
+pub fn holdings(pid: u32) -> Result<String, String> {
     sh(&format!(
         "for p in {pid} $(pgrep -P {pid} || true); do
            echo fds=$(ls /proc/$p/fd | wc -l) threads=$(ls /proc/$p/task | wc -l) children=$(pgrep -P $p | wc -l)
@@ -256,7 +260,7 @@ fn holdings(pid: u32) -> Result<String, String> {
 }
 
 /// Waits until threads that are over have ended.
-fn settled(pid: u32, wanted: &str) -> Verdict {
+pub fn settled(pid: u32, wanted: &str) -> Verdict {
     let end = Instant::now() + Duration::from_secs(20);
     loop {
         let now = holdings(pid)?;

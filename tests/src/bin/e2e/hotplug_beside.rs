@@ -27,14 +27,19 @@ pub fn tests() -> Vec<Test> {
             beside,
         ),
         test(
-            "vCPUs come and go under stress-ng; a guest that does not answer is said so",
+            "vCPUs and memory come and go under stress-ng; a guest that does not answer is said so",
             stressed,
         ),
     ]
 }
 
 /// A guest that carries out what is typed.
-fn guest(by: &[&str], scratch: &Scratch, disks: &[&str], more: &[&str]) -> Result<Shell, String> {
+pub fn guest(
+    by: &[&str],
+    scratch: &Scratch,
+    disks: &[&str],
+    more: &[&str],
+) -> Result<Shell, String> {
     let script = "echo GUEST-IS-'READY'
 while read -r line; do eval \"$line\"; done";
     let vmm = debian_by(by, scratch, script, disks, more)?;
@@ -64,7 +69,7 @@ fn flows(network: &Namespace, tap: &str, vmm: &Vmm, when: &str) -> Verdict {
     }
 }
 
-fn events(socket: &str) -> Result<String, String> {
+pub fn events(socket: &str) -> Result<String, String> {
     let output = bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -181,9 +186,20 @@ fn stressed() -> Verdict {
         "1,max=3",
         "--hotplug-ports",
         "1",
+        "--memory",
+        "size=384M,max=512M",
     ];
     let mut guest = guest(&[], &scratch, &[], &args)?;
     guest.run("cd /tmp; stress-ng --quiet --cpu 2 --switch 2 --vm 1 --vm-bytes 32M --timeout 3600 & sleep 1; kill -0 $!")?;
+    // Memory.
+    guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks")?;
+    let total = "awk '/MemTotal/ { print $2 }' /proc/meminfo";
+    for (size, present) in [("512M", "-gt 410000"), ("384M", "-lt 380000")] {
+        ctl(&socket, &["resize-memory", size, "--timeout", "600"])?;
+        guest.run(&format!(
+            "until [ $({total}) {present} ]; do sleep 0.2; done"
+        ))?;
+    }
     for (count, online) in [("3", 3), ("1", 1), ("2", 2)] {
         ctl(&socket, &["resize-cpus", count, "--timeout", "300"])?;
         guest.run(&format!(

@@ -21,6 +21,7 @@ mod hostile_device;
 mod hostile_guest;
 mod hotplug;
 mod hotplug_beside;
+mod hotplug_kinds;
 mod hotplug_memory;
 mod net;
 mod net_bad;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         tests.extend(bad_input::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
+        tests.extend(hotplug_kinds::native());
         tests.extend(hotplug_memory::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         tests.extend(hostile_guest::tests());
         tests.extend(hotplug::tests());
         tests.extend(hotplug_beside::tests());
+        tests.extend(hotplug_kinds::tests());
         tests.extend(hotplug_memory::tests());
         tests.extend(rng::tests());
         tests.extend(bad_input::tests());

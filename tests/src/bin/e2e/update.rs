@@ -108,7 +108,7 @@ impl Binaries {
     }
 
     /// A binary with this fault.
-    fn fault(&self, fault: &str) -> Result<String, String> {
+    pub fn fault(&self, fault: &str) -> Result<String, String> {
         let from = std::env::current_exe().map_err(|e| e.to_string())?;
         let from = from.with_file_name("false-device");
         let mut content = std::fs::read(&from).map_err(|e| format!("{}: {e}", from.display()))?;

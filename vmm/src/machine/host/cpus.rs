@@ -67,6 +67,8 @@ impl Host {
         for _ in present..count {
             if let Some(index) = registers.add_cpu() {
                 machine.parts.vcpus.plug(index);
+                let line = format!("vCPU {index}: the guest brings it up");
+                self.log.publish("cpu.added", "", &line);
             }
         }
         // From the highest down, as they were added.
@@ -145,6 +147,8 @@ impl Host {
         for index in unseen {
             if registers.withdraw_added(*index) {
                 machine.parts.vcpus.unplug(*index);
+                let line = format!("vCPU {index}: the guest never looked at it");
+                self.log.publish("cpu.removed", "", &line);
             }
         }
         for index in 0..registers.present_cpus() {

@@ -245,6 +245,7 @@ impl Host {
                     counters.mmio_exits = counters.mmio_exits.saturating_add(vcpu.mmio);
                     counters.pio_exits = counters.pio_exits.saturating_add(vcpu.pio);
                 }
+                counters.msi_gsis = u64::try_from(machine.parts.kvm.gsis()).unwrap_or(u64::MAX);
                 info.ports = self.ports();
                 info.cpus = machine.parts.hotplug.present_cpus();
                 info.memory = self.memory_info().into();
