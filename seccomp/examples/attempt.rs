@@ -186,7 +186,7 @@ fn call_by_name(name: &str) -> i64 {
 }
 
 fn dropped_status() -> String {
-    let status = privileges::drop_capabilities().unwrap();
+    let status = privileges::drop_capabilities(None).unwrap();
     privileges::no_new_privs().unwrap();
     let root = std::fs::read_to_string("/proc/self/status").unwrap();
     // After this, /proc/self belongs to root; here it may be read still.

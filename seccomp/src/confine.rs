@@ -51,6 +51,7 @@ pub struct Confinement {
     rlimits: Rlimits,
     landlock: bool,
     arenas: libc::c_int,
+    identity: Option<u32>,
 }
 
 impl Confinement {
@@ -61,7 +62,15 @@ impl Confinement {
             rlimits,
             landlock: true,
             arenas: allocator::ARENAS,
+            identity: None,
         }
+    }
+
+    /// Step one makes the process this uid and gid: it has the right to, and one thread.
+    #[must_use]
+    pub fn identity(mut self, id: Option<u32>) -> Self {
+        self.identity = id;
+        self
     }
 
     /// For a process whose filter has no mprotect(2), by which all of malloc's arenas grow
@@ -98,7 +107,7 @@ impl Confinement {
                 landlock: LandlockStatus { abi: 0 },
             });
         }
-        let capabilities = privileges::drop_capabilities()?;
+        let capabilities = privileges::drop_capabilities(self.identity)?;
         privileges::no_new_privs()?;
         privileges::not_dumpable()?;
         let landlock = if self.landlock {

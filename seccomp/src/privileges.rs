@@ -50,12 +50,13 @@ fn prctl(
 }
 
 /// Empties every capability set (ambient, bounding, inheritable, permitted, effective) and locks
-/// the securebits.
+/// the securebits. With `identity`, the process becomes that uid and gid in between, without
+/// supplementary groups; it has one thread, and the right to (setresuid(2)).
 ///
 /// # Errors
 /// A set that could be used is not empty. The bounding set and the securebits are not to be
 /// used and need CAP_SETPCAP to change: the status says whether they are.
-pub fn drop_capabilities() -> Result<CapabilityStatus, PrivilegeError> {
+pub fn drop_capabilities(identity: Option<u32>) -> Result<CapabilityStatus, PrivilegeError> {
     // While there is CAP_SETPCAP: first the securebits, then the bounding set.
     let _ = prctl("securebits", libc::PR_SET_SECUREBITS, SECUREBITS, 0);
     let mut bounding_empty = true;
@@ -77,12 +78,50 @@ pub fn drop_capabilities() -> Result<CapabilityStatus, PrivilegeError> {
         libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong,
         0,
     )?;
+    if let Some(id) = identity {
+        become_id(id)?;
+    }
     set_no_capabilities()?;
     let now = prctl("reading the securebits", libc::PR_GET_SECUREBITS, 0, 0)?;
     Ok(CapabilityStatus {
         bounding_empty,
         securebits_locked: libc::c_ulong::from(now.unsigned_abs()) & SECUREBITS == SECUREBITS,
     })
+}
+
+/// Another uid, gid, and no groups, for the calling thread. What should signal it when its parent
+/// ends (PR_SET_PDEATHSIG) stays, which the kernel forgets at a change of ids.
+fn become_id(id: u32) -> Result<(), PrivilegeError> {
+    let mut signal: libc::c_int = 0;
+    prctl(
+        "reading the parent's signal",
+        libc::PR_GET_PDEATHSIG,
+        std::ptr::from_mut(&mut signal) as libc::c_ulong,
+        0,
+    )?;
+    let steps: [(&'static str, libc::c_long, [libc::c_ulong; 3]); 3] = [
+        ("leaving its groups", libc::SYS_setgroups, [0; 3]),
+        ("changing its gid", libc::SYS_setresgid, [id.into(); 3]),
+        ("changing its uid", libc::SYS_setresuid, [id.into(); 3]),
+    ];
+    for (what, number, [a, b, c]) in steps {
+        // SAFETY: setresgid(2) and setresuid(2) take three numbers and no memory; setgroups(2)
+        // takes a count, which is 0 here, and then reads nothing of the null pointer behind it.
+        if unsafe { libc::syscall(number, a, b, c) } != 0 {
+            return Err(PrivilegeError {
+                what,
+                source: io::Error::last_os_error(),
+            });
+        }
+    }
+    let signal = libc::c_ulong::from(signal.unsigned_abs());
+    prctl(
+        "keeping the parent's signal",
+        libc::PR_SET_PDEATHSIG,
+        signal,
+        0,
+    )
+    .map(drop)
 }
 
 fn set_no_capabilities() -> Result<(), PrivilegeError> {

@@ -15,13 +15,14 @@ use crate::threads::ThreadHook;
 const NOFILE: u64 = 4096;
 
 /// Confines this process for good, in the set-up stage. Called by the manager thread before
-/// any other thread exists.
+/// any other thread exists. As root it becomes `identity`, a uid and gid of its own.
 ///
 /// # Errors
 /// One line that says which step the kernel refused.
-pub fn vmm() -> Result<(), String> {
+pub fn vmm(identity: Option<u32>) -> Result<(), String> {
     let rlimits = Rlimits::new().nofile(NOFILE).core(0);
     Confinement::new(rlimits)
+        .identity(identity)
         .lock_down()
         .and_then(|locked| locked.seal_for_setup(&policy::BULKHEAD_VMM))
         .map_err(|e| format!("confining the VMM: {e}"))?;

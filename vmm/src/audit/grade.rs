@@ -6,6 +6,7 @@ use super::fds::{Fd, Kind};
 use super::limits::Limits;
 use super::process::{Namespace, Process, Thread};
 use super::trace::Filters;
+use crate::launcher;
 
 /// Deviations, and weaknesses that are allowed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -25,11 +26,17 @@ const HELPER_NAMESPACES: [&str; 4] = ["mnt", "pid", "ipc", "uts"];
 /// SECCOMP_MODE_FILTER.
 const FILTER: u32 = 2;
 
-/// Judges one process. `granted`: descriptors given to a device at exec, from 3 on.
-pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement {
+/// Judges one process. `granted`: descriptors given to a device at exec, from 3 on; `kind`: what
+/// kind of device it is.
+pub fn grade(
+    role: Role,
+    process: &Process,
+    granted: Option<usize>,
+    kind: Option<&str>,
+) -> Judgement {
     let mut judgement = Judgement::default();
     for thread in &process.threads {
-        judgement.thread(role, thread, process.threads.len() > 1);
+        judgement.thread(role, thread, process.threads.len() > 1, kind);
     }
     if matches!(role, Role::Device | Role::Helper)
         && let Some(note) = process.limits.as_ref().and_then(Limits::note)
@@ -48,11 +55,14 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
     if process.limits.as_ref().is_some_and(Limits::leaves_a_core) {
         judgement.deviation("may leave a core file");
     }
+    if role == Role::Device && process.limits.as_ref().is_some_and(Limits::holds_many) {
+        judgement.deviation("may hold far more descriptors than it was given");
+    }
     for fd in &process.fds {
         judgement.ring(role, fd);
     }
     match role {
-        Role::Vmm => {}
+        Role::Vmm => judgement.vmm(process),
         Role::Launcher => judgement.launcher(process),
         Role::Device => judgement.device(process, granted),
         Role::Helper => judgement.helper(process),
@@ -61,7 +71,7 @@ pub fn grade(role: Role, process: &Process, granted: Option<usize>) -> Judgement
 }
 
 /// What is missing among a thread's filters, or is there and should not be.
-fn unexpected(role: Role, thread: &str, filters: &Filters) -> Vec<String> {
+fn unexpected(role: Role, thread: &str, filters: &Filters, kind: Option<&str>) -> Vec<String> {
     let has = |name: &str| filters.policies.iter().any(|p| p == name);
     let count = |wanted: &dyn Fn(&str) -> bool| {
         let known = filters.policies.iter().filter(|p| wanted(p));
@@ -69,7 +79,15 @@ fn unexpected(role: Role, thread: &str, filters: &Filters) -> Vec<String> {
     };
     let of_device = |name: &str| {
         let others = ["bulkhead-vmm", "bulkhead-vcpu", "bulkhead-launcher"];
+        // Of that kind, or of a variant of it.
+        let of_kind = |kind: &str| {
+            let rest = name
+                .strip_prefix("bulkhead-")
+                .and_then(|n| n.strip_prefix(kind));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
         name.starts_with("bulkhead-")
+            && kind.is_none_or(of_kind)
             && !name.ends_with(":setup")
             && others.iter().all(|other| !name.starts_with(other))
     };
@@ -109,11 +127,29 @@ fn unexpected(role: Role, thread: &str, filters: &Filters) -> Vec<String> {
     wrong
 }
 
-/// Namespaces that two devices share, though each should have its own.
-pub fn siblings<'a>(devices: impl Iterator<Item = (&'a str, &'a Process)>) -> Vec<String> {
+/// Namespaces that two devices share, though each should have its own; and uids, but for an
+/// ordinary user's VM, all of which is that user to the host (`vmm_uid`).
+pub fn siblings<'a>(
+    vmm_uid: Option<u32>,
+    devices: impl Iterator<Item = (&'a str, &'a Process)>,
+) -> Vec<String> {
     let mut seen: Vec<(&str, &str)> = Vec::new();
+    let mut uids: Vec<(u32, &str)> = Vec::new();
     let mut shared = Vec::new();
     for (name, process) in devices {
+        if let Some(uid) = process
+            .uid
+            .first()
+            .copied()
+            .filter(|uid| Some(*uid) != vmm_uid)
+        {
+            match uids.iter().find(|(other, _)| *other == uid) {
+                Some((_, other)) => {
+                    shared.push(format!("devices {other} and {name} share the uid {uid}"));
+                }
+                None => uids.push((uid, name)),
+            }
+        }
         for namespace in &process.namespaces {
             let own = DEVICE_NAMESPACES.contains(&namespace.kind.as_str());
             // One of the host's is a deviation of that process already.
@@ -141,7 +177,7 @@ impl Judgement {
         self.deviations.push(what.into());
     }
 
-    fn thread(&mut self, role: Role, thread: &Thread, several: bool) {
+    fn thread(&mut self, role: Role, thread: &Thread, several: bool, kind: Option<&str>) {
         let who = if several {
             format!("thread {} ({}): ", thread.tid, thread.name)
         } else {
@@ -187,7 +223,7 @@ impl Judgement {
             self.deviation(format!("{who}has no seccomp filter"));
         }
         if let Some(filters) = &thread.filters {
-            for line in unexpected(role, &thread.name, filters) {
+            for line in unexpected(role, &thread.name, filters, kind) {
                 self.deviation(format!("{who}{line}"));
             }
         } else if thread.seccomp_mode == FILTER {
@@ -214,6 +250,24 @@ impl Judgement {
             self.note_once("has no user namespace of its own: this host forbids user namespaces");
             if process.uid.contains(&0) {
                 self.deviation("runs as root of the host's user namespace");
+            }
+        } else if process.uid.contains(&0) && launcher::ids_of_vms_exist() {
+            self.deviation("is root to the host, whatever it is in its own user namespace");
+        }
+    }
+
+    /// Started by root, it gives root up for an id of its own, where there are ids to be had.
+    fn vmm(&mut self, process: &Process) {
+        if process.uid.contains(&0) {
+            if launcher::ids_of_vms_exist() {
+                self.deviation("runs as root, and not as a uid of its own");
+            } else {
+                self.note_once("runs as root: this user namespace has no ids for VMs");
+            }
+        }
+        for fd in &process.fds {
+            if matches!(fd.kind, Kind::Block | Kind::Directory) {
+                self.surplus(fd);
             }
         }
     }

@@ -114,6 +114,14 @@ impl Limits {
             .any(|(name, soft)| name == "CORE" && soft != "0")
     }
 
+    /// More descriptors than a device of the most queues needs, or as many as it likes.
+    pub fn holds_many(&self) -> bool {
+        const MOST: u64 = 1024;
+        self.rlimits.iter().any(|(name, soft)| {
+            name == "NOFILE" && (soft == "unlimited" || soft.parse().is_ok_and(|n: u64| n > MOST))
+        })
+    }
+
     /// Names and values in one line.
     pub fn text(&self, pairs: &[(String, String)]) -> String {
         let words: Vec<String> = pairs

@@ -77,6 +77,8 @@ struct Target {
     pid: i32,
     /// Number of descriptors granted at exec (from 3 on), where the API tells.
     granted: Option<usize>,
+    /// Kind of a device ("blk"), where the API tells.
+    kind: Option<String>,
     /// What is wrong with its place among the processes.
     misplaced: Vec<String>,
 }
@@ -168,7 +170,8 @@ struct Audit {
     deviations: Vec<String>,
 }
 
-/// Reads, grades and prints; 0 when everything is as it should be, else 1.
+/// Reads, grades and prints. 0: everything is as it should be; 1: something is not, or nothing
+/// could be audited; 3: not everything could be read, and what could is as it should be.
 pub fn run(args: &AuditArgs) -> i32 {
     if args.policies {
         return match policies::render(args.json) {
@@ -199,7 +202,12 @@ pub fn run(args: &AuditArgs) -> i32 {
         .max()
         .unwrap_or(Verdict::Unknown);
     let mut deviations = deviations;
+    let vmm_uid = processes
+        .iter()
+        .filter(|report| report.role == Role::Vmm)
+        .find_map(|report| report.process.as_ref()?.uid.first().copied());
     deviations.extend(grade::siblings(
+        vmm_uid,
         processes
             .iter()
             .filter(|report| report.role == Role::Device)
@@ -230,7 +238,11 @@ pub fn run(args: &AuditArgs) -> i32 {
     if let Err(line) = say(&text) {
         return fail(&line);
     }
-    i32::from(verdict != Verdict::Ok)
+    match verdict {
+        Verdict::Ok => 0,
+        Verdict::Deviation => 1,
+        Verdict::Unknown => 3,
+    }
 }
 
 /// Prints; a reader that has closed the pipe has what it wanted.
@@ -269,12 +281,13 @@ fn report(target: Target) -> Report {
         name,
         pid,
         granted,
+        kind,
         misplaced,
     } = target;
     let name = printable(&name);
     match read {
         Ok(process) => {
-            let judged = grade::grade(role, &process, granted);
+            let judged = grade::grade(role, &process, granted, kind.as_deref());
             let mut deviations = misplaced;
             deviations.extend(judged.deviations);
             let unread = process.unread.clone();
@@ -316,7 +329,21 @@ const MAX_FRAME: u32 = 4 * 1024 * 1024;
 /// How long an answer may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 
+/// How often a process that is just being started may be met, and the pause before another look.
+const LOOKS: u32 = 20;
+/// See [`LOOKS`].
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 type Found = (Vec<Target>, Vec<String>);
+
+/// A device by the API's account.
+#[derive(Clone, Debug)]
+struct Named {
+    id: String,
+    kind: String,
+    pid: i32,
+    granted: usize,
+}
 
 /// The processes that the API names, held against the kernel's own view.
 fn from_api(path: &Path) -> Result<Found, String> {
@@ -335,31 +362,48 @@ fn from_api(path: &Path) -> Result<Found, String> {
             DEADLINE,
         )
         .map_err(said)?;
+    let vmm = if peer.pid > 0 { peer.pid } else { info.vmm_pid };
+    if info.vmm_pid != vmm {
+        return Err(format!(
+            "{name}: process {vmm} answers and says that it is {}: either it runs in another pid namespace, then run audit in there, or it lies",
+            info.vmm_pid
+        ));
+    }
+    for look in 1.. {
+        let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
+        let named = named(&mut client).map_err(said)?;
+        // One that is just being started, or has just ended, is in one list and not in the other.
+        let starts = |pid: i32| named.iter().all(|device| device.pid != pid);
+        if look < LOOKS && tree.children(info.launcher_pid).any(starts) {
+            std::thread::sleep(LOOK_AGAIN);
+            continue;
+        }
+        return Ok(place(&tree, vmm, Some(info.launcher_pid), Some(&named)));
+    }
+    Err(format!("{name}: its devices could not be told"))
+}
+
+/// The devices, as the API names them.
+fn named(client: &mut BlockingClient) -> Result<Vec<Named>, ClientError> {
+    let request = machine::DevicesRequest::new();
     let devices = match client.call::<_, machine::DevicesResponse>(
         MACHINE_SERVICE,
         "Devices",
-        &machine::DevicesRequest::new(),
+        &request,
         DEADLINE,
     ) {
         Ok(reply) => reply.devices,
         // No machine has been made yet.
         Err(ClientError::Status(_)) => Vec::new(),
-        Err(error) => return Err(said(error)),
+        Err(error) => return Err(error),
     };
-    let vmm = if peer.pid > 0 { peer.pid } else { info.vmm_pid };
-    let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
-    let named: Vec<(String, i32, usize)> = devices
-        .into_iter()
-        .map(|device| (device.id, device.pid, device.granted_fds.len()))
-        .collect();
-    let (targets, mut deviations) = place(&tree, vmm, Some(info.launcher_pid), Some(&named));
-    if info.vmm_pid != vmm {
-        deviations.push(format!(
-            "the API says that the VMM is process {}, but process {vmm} answers on its socket",
-            info.vmm_pid
-        ));
-    }
-    Ok((targets, deviations))
+    let devices = devices.into_iter().map(|device| Named {
+        pid: device.pid,
+        granted: device.granted_fds.len(),
+        kind: device.kind,
+        id: device.id,
+    });
+    Ok(devices.collect())
 }
 
 /// The processes below a VMM that is named by its pid.
@@ -384,18 +428,14 @@ fn from_pid(pid: i32) -> Result<Found, String> {
 }
 
 /// Gives each process its role. `named`: the devices by the API's account.
-fn place(
-    tree: &Tree,
-    vmm: i32,
-    launcher: Option<i32>,
-    named: Option<&[(String, i32, usize)]>,
-) -> Found {
+fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) -> Found {
     let mut deviations = Vec::new();
     let target = |role, name: &str, pid| Target {
         role,
         name: name.to_owned(),
         pid,
         granted: None,
+        kind: None,
         misplaced: Vec::new(),
     };
     let mut targets = vec![target(Role::Vmm, "vmm", vmm)];
@@ -419,14 +459,15 @@ fn place(
         .unwrap_or_default();
     match named {
         Some(named) => {
-            for (id, pid, granted) in named {
+            for device in named {
                 // A device that has failed or is about to start has no process.
-                if *pid <= 0 {
+                if device.pid <= 0 {
                     continue;
                 }
-                let mut entry = target(Role::Device, id, *pid);
-                entry.granted = (*granted > 0).then_some(*granted);
-                if tree.contains(*pid) && tree.parent(*pid) != launcher {
+                let mut entry = target(Role::Device, &device.id, device.pid);
+                entry.granted = (device.granted > 0).then_some(device.granted);
+                entry.kind = Some(device.kind.clone());
+                if tree.contains(device.pid) && tree.parent(device.pid) != launcher {
                     entry
                         .misplaced
                         .push("is not a child of the launcher".into());
@@ -435,7 +476,7 @@ fn place(
             }
             for pid in below
                 .iter()
-                .filter(|pid| named.iter().all(|(_, p, _)| p != *pid))
+                .filter(|pid| named.iter().all(|device| device.pid != **pid))
             {
                 deviations.push(format!(
                     "process {pid} is a child of the launcher that the API does not name"
@@ -465,10 +506,14 @@ mod tests {
         Tree::from_parents([(10, 1), (11, 10), (12, 11), (13, 11), (99, 1)])
     }
 
-    fn named(pids: &[i32]) -> Vec<(String, i32, usize)> {
-        pids.iter()
-            .map(|pid| (format!("d{pid}"), *pid, 3))
-            .collect()
+    fn named(pids: &[i32]) -> Vec<Named> {
+        let named = pids.iter().map(|pid| Named {
+            id: format!("d{pid}"),
+            kind: "blk".to_owned(),
+            pid: *pid,
+            granted: 3,
+        });
+        named.collect()
     }
 
     #[test]

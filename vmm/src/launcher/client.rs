@@ -138,6 +138,7 @@ pub struct Launcher {
     pid: i32,
     pidfd: OwnedFd,
     cgroup: (String, String),
+    vmm_id: Option<u32>,
     io_uring: bool,
     /// The thread that takes the events, once it does.
     attendant: OnceLock<ThreadId>,
@@ -159,6 +160,7 @@ impl Launcher {
             pid,
             pidfd,
             cgroup,
+            vmm_id,
         } = start(config)?;
         let launcher = Self {
             inner: Mutex::new(Inner {
@@ -169,6 +171,7 @@ impl Launcher {
             pid,
             pidfd,
             cgroup,
+            vmm_id,
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
             attendant: OnceLock::new(),
             epoll,
@@ -437,6 +440,12 @@ impl Launcher {
     /// is missing of it; empty: there is none, and nothing.
     pub fn cgroup(&self) -> (&str, &str) {
         (&self.cgroup.0, &self.cgroup.1)
+    }
+
+    /// Uid and gid that the VMM is to take, of those that are this VM's alone; `None`: it is not
+    /// root, or the ids do not exist here.
+    pub fn vmm_id(&self) -> Option<u32> {
+        self.vmm_id
     }
 
     /// The launcher's pid as this process sees it.

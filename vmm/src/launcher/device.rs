@@ -222,7 +222,8 @@ impl Start<'_> {
         {
             return Err(format!("incarnation {} is running", self.incarnation));
         }
-        let slot = (0..MAX_DEVICES)
+        // The last one's id is the VMM's.
+        let slot = (0..MAX_DEVICES - 1)
             .find(|slot| devices.iter().all(|d| d.slot != *slot))
             .ok_or_else(|| format!("there are {MAX_DEVICES} device processes already"))?;
         let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");

@@ -119,6 +119,11 @@ pub fn host_id_base(vmm_pid: i32) -> Option<u32> {
         .checked_add(HOST_ID_BASE)
 }
 
+/// Whether this process's user namespace has the ids that VMs of root's take by their pids.
+pub fn ids_of_vms_exist() -> bool {
+    IdMap::own("uid_map").is_ok_and(|map| map.covers(HOST_ID_BASE, 1))
+}
+
 /// An id map as /proc/PID/uid_map shows it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct IdMap(Vec<(u32, u32)>);

@@ -10,11 +10,14 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::str::FromStr;
 
-use super::identity::HOST_ID_BASE;
-use super::{MAX_DEVICES, isolate, sys};
+use super::identity::{self, HOST_ID_BASE};
+use super::{MAX_DEVICES, isolate, leftovers, sys};
 
 /// Ids that a VM needs.
 const BLOCK: u32 = MAX_DEVICES as u32;
+
+/// The kernel's overflow id (/proc/sys/kernel/overflowuid), Debian's nobody.
+const NOBODY: u32 = 65_534;
 
 /// Host ids `first` and on, uids and gids alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +40,11 @@ impl FromStr for IdRange {
         }
         if count < BLOCK {
             return Err(format!("each VM takes {BLOCK} ids: give as many"));
+        }
+        if (range.first..=range.first.saturating_add(range.count - 1)).contains(&NOBODY) {
+            return Err(format!(
+                "id {NOBODY} is nobody's and stands for ids that do not exist: begin above it, or end below"
+            ));
         }
         if range.end() > u64::from(HOST_ID_BASE) {
             return Err(format!(
@@ -66,34 +74,11 @@ impl IdRange {
     /// # Errors
     /// One line that says why there is none, and the remedy.
     pub fn reserve(self, directory: &Path) -> Result<Reserved, String> {
-        let path = directory.join("uids.lock");
-        let failed = |error: io::Error| format!("--uid-range: {}: {error}", path.display());
-        let made = DirBuilder::new().mode(0o700).create(directory);
-        if let Err(error) = made
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(failed(error));
-        }
-        let lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&path)
-            .map_err(failed)?;
-        let (uid, _) = isolate::effective_ids();
-        let found = lock.metadata().map_err(failed)?;
-        if found.uid() != uid || found.mode() & 0o022 != 0 {
-            return Err(format!(
-                "--uid-range: {}: others may write it: remove it",
-                path.display()
-            ));
-        }
+        let named = |why: String| format!("--uid-range: {why}");
+        let lock = open(directory).map_err(named)?;
         for block in 0..self.count / BLOCK {
             let first = self.first + block * BLOCK;
-            if sys::try_lock_range(lock.as_fd(), first.into(), BLOCK.into()).map_err(failed)? {
+            if take(&lock, first).map_err(named)? {
                 return Ok(Reserved { first, lock });
             }
         }
@@ -104,6 +89,60 @@ impl IdRange {
             self.count / BLOCK
         ))
     }
+}
+
+/// Blocks that are looked at where no range was named.
+const TRIES: i32 = 64;
+
+/// The block of root's VM whose VMM has this pid, or, should a VM of another pid namespace have
+/// it, one of those after it. `exist`: whether the ids from here on exist. `None`: there is no
+/// directory that VMs share, and nothing but the pid tells them apart.
+pub fn reserve_by_pid(vmm_pid: i32, exist: impl Fn(u32) -> bool) -> Option<Reserved> {
+    let directory = leftovers::directory()?;
+    let lock = open(&directory).ok()?;
+    for pid in vmm_pid..vmm_pid.saturating_add(TRIES) {
+        let first = identity::host_id_base(pid).filter(|first| exist(*first))?;
+        if take(&lock, first).ok()? {
+            return Some(Reserved { first, lock });
+        }
+    }
+    None
+}
+
+/// The file whose bytes are the ids.
+fn open(directory: &Path) -> Result<File, String> {
+    let path = directory.join("uids.lock");
+    let failed = |error: io::Error| format!("{}: {error}", path.display());
+    let made = DirBuilder::new().mode(0o700).create(directory);
+    if let Err(error) = made
+        && error.kind() != io::ErrorKind::AlreadyExists
+    {
+        return Err(failed(error));
+    }
+    let lock = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(failed)?;
+    let (uid, _) = isolate::effective_ids();
+    let found = lock.metadata().map_err(failed)?;
+    if found.uid() != uid || found.mode() & 0o022 != 0 {
+        return Err(format!(
+            "{}: others may write it: remove it",
+            path.display()
+        ));
+    }
+    Ok(lock)
+}
+
+/// Whether the block is ours now.
+fn take(lock: &File, first: u32) -> Result<bool, String> {
+    sys::try_lock_range(lock.as_fd(), first.into(), BLOCK.into())
+        .map_err(|error| format!("uids.lock: {error}"))
 }
 
 #[cfg(test)]
@@ -129,9 +168,24 @@ mod tests {
             "-1:64",
             "1879048192:64",
             "1:4294967295",
+            "65534:64",
+            "60000:65536",
         ] {
             assert!(wrong.parse::<IdRange>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn vms_of_one_pid_in_two_namespaces_share_no_id() {
+        if leftovers::directory().is_none_or(|d| open(&d).is_err()) {
+            return;
+        }
+        // A pid that nobody has.
+        let pid = (1 << 22) - 200;
+        let one = reserve_by_pid(pid, |_| true).unwrap();
+        let two = reserve_by_pid(pid, |_| true).unwrap();
+        assert!(one.first.abs_diff(two.first) >= BLOCK, "{one:?} {two:?}");
+        assert!(reserve_by_pid(pid, |_| false).is_none());
     }
 
     #[test]

@@ -62,7 +62,16 @@ impl Note {
 
     fn begin_in(directory: &Path) -> Option<Self> {
         let made = fs::DirBuilder::new().mode(0o700).create(directory);
-        if made.is_err_and(|error| error.kind() != io::ErrorKind::AlreadyExists) {
+        let silent = |error: &io::Error| {
+            log::warn!(
+                "{}: {error}: nothing is noted for `bulkhead reap`",
+                directory.display()
+            );
+        };
+        if let Err(error) = made
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            silent(&error);
             return None;
         }
         let (uid, _) = isolate::effective_ids();
@@ -82,6 +91,7 @@ impl Note {
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(&path)
+                .inspect_err(silent)
                 .ok()?;
             if cgroup_sys::try_lock(&file).ok()? && is_at(&file, &path) {
                 return Some(Self { file, path });
@@ -95,7 +105,12 @@ impl Note {
         let escaped = escape(&path.to_string_lossy());
         let line = format!("socket {} {} {escaped}\n", metadata.dev(), metadata.ino());
         // Without it, a socket that is left behind is replaced by the next that binds it.
-        let _ = self.file.write_all(line.as_bytes());
+        if let Err(error) = self.file.write_all(line.as_bytes()) {
+            log::warn!(
+                "{}: {error}: should the launcher be killed, `bulkhead reap` will not know of {escaped}",
+                self.path.display()
+            );
+        }
     }
 
     /// There is nothing left to be noted.

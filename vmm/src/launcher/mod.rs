@@ -55,6 +55,7 @@ pub use client::{
     SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
 pub use helper::Program;
+pub use identity::ids_of_vms_exist;
 pub use ids::IdRange;
 pub use server::main as launcher_main;
 pub use sys::ExitOutcome;

@@ -10,10 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use bulkhead_seccomp::confine::UNCONFINED;
+
 use super::args::{Args, CgroupArgs, FIRST_BINARY_FD};
 use super::cgroup_parent;
 use super::client::{LauncherConfig, LauncherError};
 use super::identity::{self, IdMap, Maps, Rights};
+use super::ids;
 use super::leftovers::{self, Note};
 use super::packet::PacketSocket;
 use super::programs;
@@ -29,8 +32,12 @@ pub struct Started {
     pub pidfd: OwnedFd,
     /// Path of the VM's cgroup, and what is missing of it; empty: there is none, and nothing.
     pub cgroup: (String, String),
+    /// Uid and gid that the VMM is to have; `None`: what it has.
+    pub vmm_id: Option<u32>,
 }
 
+/// The VMM's own among the ids of a VM: the last.
+const VMM_SLOT: u32 = MAX_DEVICES as u32 - 1;
 /// Most device binaries: `clone_and_exec` carries 64 descriptors.
 const MAX_BINARIES: usize = 32;
 /// Longest note on the cgroup, characters.
@@ -127,6 +134,7 @@ fn start_with(
     let slots = u32::try_from(MAX_DEVICES).unwrap_or(u32::MAX);
     let exist = |base: u32| uids.covers(base, slots) && gids.covers(base, slots);
     let reserved = match config.ids {
+        None if uid == 0 => ids::reserve_by_pid(vmm_pid, exist),
         None => None,
         Some(_) if uid != 0 => {
             return Err(failed(
@@ -260,6 +268,10 @@ fn attempt(
     }
     match go(&mut sync) {
         Ok(()) => Ok(Started {
+            vmm_id: args
+                .host_ids
+                .and_then(|first| first.checked_add(VMM_SLOT))
+                .filter(|_| !UNCONFINED),
             socket,
             pid,
             pidfd,

@@ -78,17 +78,20 @@ fn device() -> Process {
 #[test]
 fn a_device_as_it_should_be_has_no_deviation() {
     assert_eq!(
-        grade(Role::Device, &device(), Some(3)),
+        grade(Role::Device, &device(), Some(3), Some("blk")),
         Judgement::default()
     );
-    assert_eq!(grade(Role::Device, &device(), None), Judgement::default());
+    assert_eq!(
+        grade(Role::Device, &device(), None, Some("blk")),
+        Judgement::default()
+    );
 }
 
 /// Each way in which a device may be wrong, alone, is found.
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 27] = [
+    let changes: [(&str, Change); 30] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -158,6 +161,18 @@ fn every_single_deviation_is_found() {
             p.namespaces[0].shared = true;
             p.uid = vec![0; 4];
         }),
+        ("root of the host by its map", |p| p.uid = vec![0; 4]),
+        ("another kind's filter", |p| {
+            let policies = &mut p.threads[0].filters.as_mut().unwrap().policies;
+            policies[0] = "bulkhead-rng".into();
+        }),
+        ("many descriptors", |p| {
+            p.limits = Some(Limits {
+                own_leaf: true,
+                rlimits: vec![("NOFILE".into(), "1048576".into())],
+                ..Limits::default()
+            });
+        }),
         ("root entries", |p| {
             p.root.as_mut().unwrap().entries.push("etc".into())
         }),
@@ -173,7 +188,7 @@ fn every_single_deviation_is_found() {
     for (what, change) in changes {
         let mut process = device();
         change(&mut process);
-        let judgement = grade(Role::Device, &process, Some(3));
+        let judgement = grade(Role::Device, &process, Some(3), Some("blk"));
         assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
     }
 }
@@ -184,12 +199,19 @@ fn two_devices_in_one_namespace_are_found() {
     for namespace in &mut other.namespaces {
         namespace.id = format!("{}:[2]", namespace.kind);
     }
+    let pair = || [("a", &one), ("b", &other)].into_iter();
+    assert_eq!(siblings(None, pair()).len(), 1, "one uid");
+    assert!(
+        siblings(Some(0x7000_0040), pair()).is_empty(),
+        "a user's VM"
+    );
+    other.uid = vec![0x7000_0041; 4];
     assert_eq!(
-        siblings([("a", &one), ("b", &other)].into_iter()),
+        siblings(None, [("a", &one), ("b", &other)].into_iter()),
         Vec::<String>::new()
     );
     other.namespaces[3].id = one.namespaces[3].id.clone();
-    let shared = siblings([("a", &one), ("b", &other)].into_iter());
+    let shared = siblings(None, [("a", &one), ("b", &other)].into_iter());
     assert_eq!(shared, ["devices a and b share namespace net:[1]"]);
 }
 
@@ -199,7 +221,7 @@ fn a_vcpu_thread_has_a_filter_of_its_own() {
         policies: names.iter().map(|n| (*n).to_owned()).collect(),
         syscalls: Vec::new(),
     };
-    let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names)).len();
+    let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names), None).len();
     assert_eq!(of("vp-0", &["bulkhead-vcpu", "bulkhead-vmm:setup"]), 0);
     assert_eq!(of("vp-0", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 1);
     assert_eq!(of("bulkhead", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 0);
@@ -210,7 +232,7 @@ fn a_vcpu_thread_has_a_filter_of_its_own() {
 fn a_host_without_user_namespaces_is_noted_and_allowed() {
     let mut process = device();
     process.namespaces[0].shared = true;
-    let judgement = grade(Role::Device, &process, Some(3));
+    let judgement = grade(Role::Device, &process, Some(3), Some("blk"));
     assert_eq!((judgement.deviations.len(), judgement.notes.len()), (0, 1));
 }
 
@@ -230,7 +252,7 @@ fn an_external_helper_has_its_exceptions_and_no_others() {
             .retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
         process
     };
-    let judgement = grade(Role::Helper, &helper(), Some(1));
+    let judgement = grade(Role::Helper, &helper(), Some(1), None);
     assert_eq!(judgement.deviations, Vec::<String>::new());
     assert!(judgement.notes.iter().any(|n| n.contains("host's network")));
     type Change = fn(&mut Process);
@@ -250,7 +272,7 @@ fn an_external_helper_has_its_exceptions_and_no_others() {
     for (what, change) in changes {
         let mut process = helper();
         change(&mut process);
-        let judgement = grade(Role::Helper, &process, Some(1));
+        let judgement = grade(Role::Helper, &process, Some(1), None);
         assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
     }
 }
@@ -262,11 +284,17 @@ fn the_launcher_may_keep_its_capabilities_and_must_be_pid_1() {
     process.fds.truncate(6);
     process.threads[0].capabilities.permitted = "802000c2".into();
     process.threads[0].capabilities.effective = "802000c2".into();
-    assert_eq!(grade(Role::Launcher, &process, None), Judgement::default());
+    assert_eq!(
+        grade(Role::Launcher, &process, None, None),
+        Judgement::default()
+    );
     process.threads[0].capabilities.effective = "802000c3".into();
     process.pids = vec![400, 2];
     process.fds.push(fd(7, Kind::Anonymous("kvm-vm".into())));
-    assert_eq!(grade(Role::Launcher, &process, None).deviations.len(), 3);
+    assert_eq!(
+        grade(Role::Launcher, &process, None, None).deviations.len(),
+        3
+    );
 }
 
 #[test]

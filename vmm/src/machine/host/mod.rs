@@ -117,7 +117,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         vcpu: confine::vcpu_hook(),
         helper: confine::helper_hook(),
     };
-    confine::vmm()?;
+    confine::vmm(launcher.vmm_id())?;
 
     let log = Arc::new(EventLog::new());
     let (sender, requests) = queue::channel().map_err(|e| format!("request queue: {e}"))?;
