@@ -279,11 +279,15 @@ impl Life {
         let mut actions = Vec::new();
         match &mut self.phase {
             Phase::Ending { kill_at, limit, .. } => {
-                if kill_at.is_some_and(|at| at <= now) {
+                let (limit, late) = (*limit, kill_at.is_some_and(|at| at <= now));
+                if late {
                     *kill_at = None;
+                    // Its end would tell no more than that it was killed.
+                    let why = "it closed one of its channels and lives on".to_owned();
+                    self.learn(Some(CrashReason::Protocol(why)), &mut actions);
                     actions.push(Action::Kill);
                 }
-                if *limit <= now && !self.is_gone() {
+                if limit <= now && !self.is_gone() {
                     let why = if self.exited {
                         "its I/O does not end: is the host's storage stuck?"
                     } else {

@@ -13,13 +13,16 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// An attack and the class of the crash that comes of it.
-const ATTACKS: [(&str, &str); 6] = [
+const ATTACKS: [(&str, &str); 8] = [
     ("oversize", "protocol"),
     ("unasked", "protocol"),
     ("control-fds", "protocol"),
     ("be-flood", "protocol"),
     ("be-oversize", "protocol"),
     ("be-fds", "protocol"),
+    // No process of ours may close half a socket, so that it does not come to that.
+    ("half-ctl", "seccomp"),
+    ("half-vu", "seccomp"),
 ];
 /// Attacks before the first answer, and what `create` says of them.
 const EARLY: [(&str, &str); 5] = [
@@ -62,8 +65,8 @@ struct Bed {
     scratch: Scratch,
 }
 
-fn serve(name: &str) -> Result<Bed, String> {
-    let scratch = Scratch::new(name)?;
+/// A directory for `--libexec` in which the hostile device is `bulkhead-blk`.
+pub fn libexec(scratch: &Scratch) -> Result<String, String> {
     let libexec = scratch.path("libexec");
     std::fs::create_dir(&libexec).map_err(|e| e.to_string())?;
     for (link, to) in [
@@ -75,6 +78,12 @@ fn serve(name: &str) -> Result<Bed, String> {
         let program = std::path::absolute(bin(to)).map_err(|e| e.to_string())?;
         symlink(program, place).map_err(|e| e.to_string())?;
     }
+    Ok(libexec)
+}
+
+fn serve(name: &str) -> Result<Bed, String> {
+    let scratch = Scratch::new(name)?;
+    let libexec = libexec(&scratch)?;
     let socket = scratch.path("api");
     let args = [
         "serve",

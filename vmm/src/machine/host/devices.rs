@@ -373,9 +373,7 @@ impl Host {
             Notice::Replace { binary } => return self.begin_trial(index, &binary),
             Notice::Quiet => return self.on_quiet(index),
             Notice::NotQuiet(why) => return self.end_trial(index, &why),
-            Notice::Health { waits_for_host } => {
-                return self.look_for_hangs(index, &waits_for_host);
-            }
+            Notice::Health { excused } => return self.look_for_hangs(index, &excused),
             Notice::HostErrors {
                 count,
                 errno,

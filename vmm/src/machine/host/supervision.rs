@@ -12,9 +12,10 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use super::{Host, Source};
 use crate::launcher::{ExitOutcome, Linked};
 use crate::machine::control::{Breach, ControlChannel};
-use crate::machine::device::{Process, Special};
+use crate::machine::device::Process;
 use crate::machine::life::{Action, Life};
 use crate::machine::newcomer::{Newcomer, Ready};
+use crate::machine::state::MachineState;
 use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
 use crate::machine::told;
 use crate::machine::trial::Trial;
@@ -515,39 +516,33 @@ impl Host {
         }
     }
 
-    /// Looks whether a disk's rings make progress, beside what its process says of them. Other
-    /// devices' rings may wait for what never comes.
-    pub(super) fn look_for_hangs(&mut self, index: usize, waits_for_host: &[bool]) {
+    /// Looks whether the rings of a device make progress, beside what its process says of them.
+    pub(super) fn look_for_hangs(&mut self, index: usize, excused: &[bool]) {
         let Some(machine) = &mut self.machine else {
             return;
         };
+        // Between an entry in the ring and the kick for it, a vCPU may have been stopped.
+        let paused = machine.state == MachineState::Paused;
         let Some(device) = machine.parts.devices.get_mut(index) else {
             return;
         };
         let Some(process) = &mut device.process else {
             return;
         };
-        if !matches!(device.special, Special::Disk(_)) || !process.life.serving() {
+        if !process.life.serving() {
             return;
         }
-        let config = machine.config.disks.iter().find(|d| d.id == device.id);
-        let limited = config.is_some_and(|d| {
-            let buckets = [d.limits.bytes.as_ref(), d.limits.operations.as_ref()];
-            buckets.into_iter().flatten().any(|b| b.per_second != 0)
-        });
-        let held = limited || device.drained || !process.control.only_heartbeat();
-        process
-            .detectors
-            .resize_with(waits_for_host.len(), HangDetector::default);
+        let all_excused = paused || device.drained || !process.control.only_heartbeat();
         let mut hung = None;
         for (queue, Indices { available, used }) in device.function.progress() {
             let at = usize::from(queue);
-            let waits = waits_for_host.get(at).copied().unwrap_or(true);
+            if process.detectors.len() <= at {
+                process.detectors.resize_with(at + 1, HangDetector::default);
+            }
             let look = RingLook {
                 avail: available,
                 used,
-                waits_for_host: waits,
-                held,
+                excused: all_excused || excused.get(at).copied().unwrap_or(false),
             };
             if process.detectors.get_mut(at).is_some_and(|d| d.look(look)) {
                 hung = Some(queue);
