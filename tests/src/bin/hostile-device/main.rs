@@ -10,7 +10,7 @@ use std::io::{IoSlice, Write};
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_blk::cli::{self, Command, Endpoint, Options};
 use bulkhead_blk::device::{Block, EngineKind};
@@ -37,6 +37,14 @@ fn main() -> ExitCode {
         // Before anybody has asked for anything.
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
         Some("early-end") => return ExitCode::from(7),
+        // Good until then, in seconds.
+        Some(name) if name.starts_with("til-") => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now = now.unwrap_or_default().as_secs();
+            if name.strip_prefix("til-").and_then(|n| n.parse().ok()) < Some(now) {
+                return ExitCode::from(7);
+            }
+        }
         // It reads on and will never answer.
         Some("early-half-ctl") => half_close(CONTROL),
         Some("early-half-vu") => half_close(VHOST),

@@ -116,7 +116,8 @@ fn serve(seat: &mut Seat, chain: &mut Chain, trapped: u64, trap: Trap) -> bool {
         };
         if sector >= trapped {
             if trap == Trap::Crash {
-                std::process::exit(9);
+                // SAFETY: ends the process; no destructor of it has anything to do.
+                unsafe { libc::_exit(9) };
             }
             ring.unpop(head);
             ring.flush();
