@@ -55,7 +55,7 @@ rules: setup build guest nested ## every seccomp rule is used by some test, and 
 	@tests/rules
 	@tests/native/dynamic
 
-chaos: setup build guest nested ## kill processes and attack from the guest, N=500 kills, SEED=1
+chaos: setup build guest nested ## kill processes and attack from the guest, N=500 kills, SEED=1, LIMIT=seconds in all
 	@tests/chaos
 
 bench: setup build guest nested ## benchmarks beside peers, as tables

@@ -9,11 +9,11 @@
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::mailbox::{Answer, Order, WorkerPort};
+use bulkhead_runtime::status::Sleep;
 use bulkhead_runtime::sys::{self, PollFd};
 
 use crate::backing::Backing;
@@ -152,6 +152,9 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, next: Next) -> bool {
         let _ = sys::poll(&mut fds, timeout);
         return true;
     };
+    if matches!(next, Next::Wait(Some(_))) {
+        port.status().sleeps(Sleep::ByOrder);
+    }
     let kick = Arc::clone(queue.ring().kick());
     // While a limit holds, a kick would change nothing.
     if !queue.ring().is_broken() && !matches!(next, Next::Wait(Some(_))) {
@@ -161,6 +164,7 @@ fn wait(port: &WorkerPort, queue: Option<&mut Queue>, next: Next) -> bool {
         ];
     }
     let _ = sys::poll(&mut fds, timeout);
+    port.status().sleeps(Sleep::Idle);
     let [ordered, kicked] = fds;
     if kicked.revents() & libc::POLLIN != 0 {
         port.status().kicks.add(1);
@@ -185,7 +189,7 @@ fn perform(queue: &mut Queue, disk: &Disk, work: Work) {
     let mut next = Some(work);
     while let Some(work) = next {
         queue.status().syscalls.add(1);
-        queue.status().waits_for_host.store(true, Ordering::Relaxed);
+        queue.status().sleeps(Sleep::ForHost);
         let (index, result) = match work {
             Work::Flush(index) => (index, flush(disk)),
             Work::Range(index, step) => (index, empty(disk, &step)),
@@ -204,10 +208,7 @@ fn perform(queue: &mut Queue, disk: &Disk, work: Work) {
                 (index, done)
             }
         };
-        queue
-            .status()
-            .waits_for_host
-            .store(false, Ordering::Relaxed);
+        queue.status().sleeps(Sleep::Idle);
         next = queue.finish(index, vectored::negated(result));
     }
 }

@@ -18,11 +18,11 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
+use bulkhead_runtime::status::Sleep;
 use bulkhead_runtime::sys;
 use bulkhead_seccomp::uring::{self, RestrictedRing, RingSpec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -192,8 +192,11 @@ impl Engine {
 
     /// Submits, and waits until something has happened, or for the time.
     fn wait(&mut self, until: Option<Instant>) {
-        let host = &self.port.status().waits_for_host;
-        host.store(self.in_kernel > 0, Ordering::Relaxed);
+        self.port.status().sleeps(match until {
+            _ if self.in_kernel > 0 => Sleep::ForHost,
+            Some(_) => Sleep::ByOrder,
+            None => Sleep::Idle,
+        });
         match until {
             None => self.enter(1),
             Some(until) => {
@@ -206,8 +209,7 @@ impl Engine {
                 }
             }
         }
-        let host = &self.port.status().waits_for_host;
-        host.store(false, Ordering::Relaxed);
+        self.port.status().sleeps(Sleep::Idle);
     }
 
     fn arm(&mut self) {
@@ -384,10 +386,10 @@ impl Engine {
             };
             let status = self.port.status();
             status.syscalls.add(1);
-            status.waits_for_host.store(true, Ordering::Relaxed);
+            status.sleeps(Sleep::ForHost);
             let (offset, len) = (step.range.offset, u64::from(step.range.len));
             let done = host::secure_erase(file, offset, len).map(|()| 0);
-            status.waits_for_host.store(false, Ordering::Relaxed);
+            status.sleeps(Sleep::Idle);
             let Some(queue) = &mut self.queue else {
                 return;
             };

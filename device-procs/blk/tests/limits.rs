@@ -74,8 +74,11 @@ fn what_is_beyond_a_limit_waits_until_the_limit_is_lifted() {
             assert!(queue.requests < u64::from(REQUESTS), "{engine}{options}");
             // What waits is not in flight: it was not taken.
             assert_eq!(control.health().rings[0].in_flight, 0, "{engine}");
+            // It says that it does not hang, and not for ever.
+            wait_for("sleep", || control.health().rings[0].held);
             assert!(!control.health().rings[0].waits_for_host);
             control.limit((0, 0), (0, 0)).unwrap();
+            wait_for("work", || !control.health().rings[0].held);
             for i in 0..REQUESTS {
                 let (head, len) = vm.completion(0);
                 assert_eq!((head, len), (u32::from(2 * i), 513), "{engine}{options}");

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bulkhead_runtime::chain::Chain;
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::seat::{Seat, Wait};
+use bulkhead_runtime::status::Sleep;
 use bulkhead_runtime::sys;
 
 use crate::desk::{Desk, Progress};
@@ -134,16 +135,16 @@ impl Worker {
 
     /// Sleeps until there is something to do; then obeys an order.
     fn wait(&mut self, next: Next) {
-        let (kick, limit) = match next {
-            Next::More => (true, Some(Duration::ZERO)),
-            Next::Kick => (true, None),
+        let (kick, limit, why) = match next {
+            Next::More => (true, Some(Duration::ZERO), Sleep::Idle),
+            Next::Kick => (true, None, Sleep::Idle),
             // With one request before the VMM, a kick would change nothing.
-            Next::Vmm => (false, None),
-            Next::Pace(left) => (false, Some(left)),
+            Next::Vmm => (false, None, Sleep::ForHost),
+            Next::Pace(left) => (false, Some(left), Sleep::ByOrder),
         };
         let desk = &self.desk;
-        self.seat
-            .wait(Wait { kick, limit }, || desk.forget_outcome());
+        let wait = Wait { kick, limit, why };
+        self.seat.wait(wait, || desk.forget_outcome());
     }
 }
 

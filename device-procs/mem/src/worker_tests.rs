@@ -138,6 +138,15 @@ impl Bed {
         (bytes[0], bytes[8])
     }
 
+    /// It comes to say that it waits for the VMM, or not.
+    fn waits(&self, wanted: bool) {
+        let begun = Instant::now();
+        while self.handle.status().waits_for_host.load(Ordering::Relaxed) != wanted {
+            assert!(begun.elapsed() < PATIENCE, "it waits: {}", !wanted);
+            std::thread::yield_now();
+        }
+    }
+
     /// What is wanted of the VMM, once it is.
     fn wanted(&self) -> (u64, Kind, u64, u64) {
         assert!(sys::wait_readable(&*self.bell, 20_000).unwrap(), "no bell");
@@ -164,10 +173,12 @@ fn a_guest_has_its_answer_when_the_vmm_has_given_one() {
     // Another request, and a kick, change nothing.
     let state = bed.request(3, START + 3 * BLOCK, 2);
     std::thread::sleep(Duration::from_millis(20));
+    bed.waits(true);
     assert!(bed.ring.take_used().is_none() && bed.desk.take().id == 1);
     bed.finish(1, Outcome::ACK);
     assert_eq!(bed.completed(plug), (0, 0));
     assert_eq!(bed.completed(state), (0, 2), "mixed");
+    bed.waits(false);
     let unplug = bed.request(1, START, 1);
     assert_eq!(bed.wanted(), (2, Kind::UNPLUG, 0, 1));
     bed.finish(2, Outcome::BUSY);

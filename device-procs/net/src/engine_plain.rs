@@ -171,7 +171,7 @@ impl Engine {
 
     /// Sleeps until there is something to do, or only looks; then obeys orders.
     fn sleep(&mut self, wait: &Wait) {
-        self.pair.waits_for_host();
+        self.pair.falls_asleep();
         self.pair.count_syscalls(0, 1);
         let mut events = 0;
         if wait.readable {
@@ -223,6 +223,7 @@ impl Engine {
         };
         // An error (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut fds, timeout);
+        self.pair.wakes();
         let [w0, w1, k0, k1, e0, e1, _] = fds;
         for (ring, fd) in [e0, e1].iter().enumerate() {
             if let Some(kernel) = self.pair.kernel.as_mut().filter(|_| fd.revents() != 0) {

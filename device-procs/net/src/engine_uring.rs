@@ -161,7 +161,7 @@ impl Engine {
             self.arm();
             let sleep = !wait.busy && !send && reads == 0;
             if sleep {
-                self.pair.waits_for_host();
+                self.pair.falls_asleep();
             }
             let half = self.pair.transmit().filter(|_| send);
             let half = half.map(|half| &*half).into_iter();
@@ -169,6 +169,9 @@ impl Engine {
             let frames = frames.filter_map(|(n, half)| Some((n, half.waiting(n)?)));
             self.ring
                 .turn(frames, reads, sleep, wait.nap, &mut self.events);
+            if sleep {
+                self.pair.wakes();
+            }
             self.pair.count_syscalls(0, self.ring.take_entered());
             self.react(reads);
             self.obey();

@@ -5,12 +5,12 @@
 //! but the control queue is ring 2 for a driver that did not take VIRTIO_NET_F_MQ.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::device::F_VERSION_1;
 use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerPort};
 use bulkhead_runtime::memory::Memory;
+use bulkhead_runtime::status::Sleep;
 
 use crate::control::Control;
 use crate::features::{F_CTRL_VQ, F_MQ};
@@ -317,15 +317,25 @@ impl Pair {
         }
     }
 
-    /// Says to the outside whether frames wait for the tap, not for this thread.
-    pub fn waits_for_host(&mut self) {
+    /// Says to the outside, before this thread sleeps, what the rings wait for: the tap, or a
+    /// limit (`held`). A ring for received frames always waits for those.
+    pub fn falls_asleep(&mut self) {
         for place in &mut self.places {
-            let blocked = match &place.serving {
-                Some(Serving::Transmit(half)) => half.is_blocked(),
-                _ => false,
-            };
-            let status = place.port.status();
-            status.waits_for_host.store(blocked, Ordering::Relaxed);
+            place.port.status().sleeps(match &place.serving {
+                Some(Serving::Transmit(half)) if half.held().is_some() => Sleep::ByOrder,
+                Some(Serving::Transmit(half)) if half.is_blocked() => Sleep::ForHost,
+                Some(Serving::Receive(_) | Serving::Kernel(_)) => Sleep::ByOrder,
+                Some(Serving::Transmit(_) | Serving::Control(_)) | None => Sleep::Idle,
+            });
+        }
+    }
+
+    /// This thread is awake again: frames that it does not send from now on wait for it.
+    pub fn wakes(&mut self) {
+        for place in &mut self.places {
+            if let Some(Serving::Transmit(_)) = &place.serving {
+                place.port.status().sleeps(Sleep::Idle);
+            }
         }
     }
 }

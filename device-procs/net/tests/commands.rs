@@ -12,8 +12,8 @@ use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::device::net_update::Link;
 use bulkhead_proto::device::{
     DrainRequest, DrainResponse, HealthRequest, HealthResponse, HelloRequest, HelloResponse,
-    NetState, NetUpdate, ResumeRequest, ResumeResponse, ShutdownRequest, ShutdownResponse,
-    StatsRequest, StatsResponse, UpdateRequest, UpdateResponse, update_request,
+    NetState, NetUpdate, ResumeRequest, ResumeResponse, RingHealth, ShutdownRequest,
+    ShutdownResponse, StatsRequest, StatsResponse, UpdateRequest, UpdateResponse, update_request,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
@@ -61,6 +61,14 @@ impl Bed {
         self.client
             .call(DEVICE_SERVICE, "Stats", &StatsRequest::new(), PATIENCE)
             .unwrap()
+    }
+
+    fn health(&mut self) -> Vec<RingHealth> {
+        let reply: HealthResponse = self
+            .client
+            .call(DEVICE_SERVICE, "Health", &HealthRequest::new(), PATIENCE)
+            .unwrap();
+        reply.rings
     }
 
     fn state(&mut self) -> NetState {
@@ -467,6 +475,10 @@ fn limits_hold_frames_back_until_they_are_lifted() {
         wait_for("both directions to be held", || {
             let stats = bed.stats();
             stats.queues[0].throttled > 0 && stats.queues[1].throttled > 0
+        });
+        // They do not hang.
+        wait_for("sleep", || {
+            bed.health().iter().take(2).all(|ring| ring.held)
         });
         let passed = bed.stats().queues[1].requests;
         assert!((10..=12).contains(&passed), "{engine}: {passed}");

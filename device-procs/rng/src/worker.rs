@@ -13,6 +13,7 @@ use bulkhead_runtime::limit::Limiter;
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::seat::{Seat, Wait};
+use bulkhead_runtime::status::Sleep;
 
 /// Most bytes for one request: a device may give less than the buffers take.
 const MOST: u32 = 64 << 10;
@@ -32,7 +33,7 @@ enum Next {
     /// A kick.
     Kick,
     /// This time, by a limit or because the host has nothing.
-    Pause(Duration),
+    Pause(Duration, Sleep),
 }
 
 /// What became of a request's buffers.
@@ -105,7 +106,7 @@ impl Worker {
             if let Err(wait) = self.limiter.take(clock::now(), wanted.into(), 1) {
                 ring.unpop(head);
                 status.throttled.add(1);
-                next = Next::Pause(wait);
+                next = Next::Pause(wait, Sleep::ByOrder);
                 break;
             }
             let memory = Arc::clone(ring.memory());
@@ -128,7 +129,7 @@ impl Worker {
                         status.host_error(why.raw_os_error().unwrap_or(libc::EIO), 0);
                         log::warn!("the host has no random bytes: {why}; tried again until it has");
                     }
-                    next = Next::Pause(RETRY);
+                    next = Next::Pause(RETRY, Sleep::ForHost);
                     break;
                 }
             }
@@ -139,13 +140,13 @@ impl Worker {
 
     /// Sleeps until there is something to do; then obeys an order.
     fn wait(&mut self, next: Next) {
-        let (kick, limit) = match next {
-            Next::More => (true, Some(Duration::ZERO)),
-            Next::Kick => (true, None),
+        let (kick, limit, why) = match next {
+            Next::More => (true, Some(Duration::ZERO), Sleep::Idle),
+            Next::Kick => (true, None, Sleep::Idle),
             // Before the time is over, a kick would change nothing.
-            Next::Pause(left) => (false, Some(left)),
+            Next::Pause(left, why) => (false, Some(left), why),
         };
-        self.seat.wait(Wait { kick, limit }, || {});
+        self.seat.wait(Wait { kick, limit, why }, || {});
     }
 }
 

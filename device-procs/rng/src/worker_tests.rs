@@ -119,6 +119,20 @@ impl Bed {
         }
     }
 
+    /// It comes to say this of its sleep.
+    fn sleeps(&self, why: Sleep) {
+        let begun = Instant::now();
+        let status = self.handle.status();
+        let said = || {
+            let host = status.waits_for_host.load(Ordering::Relaxed);
+            (host, status.held.load(Ordering::Relaxed))
+        };
+        while said() != (why == Sleep::ForHost, why == Sleep::ByOrder) {
+            assert!(begun.elapsed() < PATIENCE, "not {why:?}: {:?}", said());
+            std::thread::yield_now();
+        }
+    }
+
     fn bytes(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         assert!(self.memory.read(addr, &mut bytes));
@@ -203,6 +217,7 @@ fn a_limit_makes_the_guest_wait_and_orders_not() {
         bed.offer(head, &[(BUFFERS, 1100, true)]);
     }
     assert_eq!(bed.completed(), (0, 1100));
+    bed.sleeps(Sleep::ByOrder);
     let same = Arc::new(bed.memory.as_ref().clone());
     assert_eq!(bed.order(Order::Memory(same)), Answer::Done);
     assert!(begun.elapsed() < Duration::from_secs(1));
@@ -217,6 +232,7 @@ fn a_limit_makes_the_guest_wait_and_orders_not() {
     bed.limiter.set(None, None, clock::now());
     bed.handle.refresh();
     assert_eq!((bed.completed().0, bed.completed().0), (3, 4));
+    bed.sleeps(Sleep::Idle);
 }
 
 #[test]
@@ -226,6 +242,7 @@ fn what_the_host_has_not_yet_comes_later_and_is_told() {
     bed.offer(0, &[(BUFFERS, 8, true)]);
     std::thread::sleep(Duration::from_millis(50));
     assert!(bed.ring.take_used().is_none());
+    bed.sleeps(Sleep::ForHost);
     assert_eq!(bed.handle.status().in_flight.get(), 0);
     assert_eq!(bed.handle.status().host_errors().1, libc::EAGAIN);
     writer.write_all(b"12345").unwrap();

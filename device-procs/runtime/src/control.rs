@@ -208,6 +208,7 @@ impl Service {
                 ring.host_errors = host_errors;
                 ring.last_errno = last_errno;
                 ring.last_sector = last_sector;
+                ring.held = q.held.load(Ordering::Relaxed);
                 ring
             })
             .collect();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::active::ActiveRing;
 use crate::mailbox::{Answer, Order, WorkerPort};
+use crate::status::Sleep;
 use crate::sys::{self, PollFd};
 
 /// A worker's port, and its ring while it has one.
@@ -25,6 +26,8 @@ pub struct Wait {
     pub kick: bool,
     /// So long at most; `None`: for ever.
     pub limit: Option<Duration>,
+    /// Why requests in the ring may have to wait meanwhile.
+    pub why: Sleep,
 }
 
 impl Seat {
@@ -49,8 +52,10 @@ impl Seat {
             kick.as_ref()
                 .map_or_else(PollFd::none, |k| PollFd::new(k.as_fd(), libc::POLLIN)),
         ];
+        self.port.status().sleeps(wait.why);
         // An error of ppoll (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut fds, timeout);
+        self.port.status().sleeps(Sleep::Idle);
         let [ordered, kicked] = fds;
         if let Some(kick) = kick
             && kicked.revents() != 0

@@ -35,6 +35,17 @@ impl Counter {
     }
 }
 
+/// Why a worker sleeps, as far as requests in its ring are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sleep {
+    /// It does not, or there are none: one that the driver offers wakes it.
+    Idle,
+    /// The host has not done its part yet: [`QueueStatus::waits_for_host`].
+    ForHost,
+    /// A limit, or buffers for what the host sends: [`QueueStatus::held`].
+    ByOrder,
+}
+
 /// Health and counters of one queue since the process started.
 #[derive(Debug, Default)]
 pub struct QueueStatus {
@@ -71,6 +82,9 @@ pub struct QueueStatus {
     /// The worker is about to sleep (or sleeps) until the host has done something for the
     /// oldest request in flight. A worker that is merely stuck leaves it false.
     pub waits_for_host: AtomicBool,
+    /// The worker is about to sleep (or sleeps) by order: a limit holds the ring back, or its
+    /// buffers are for what the host will send. A worker that is merely stuck leaves it false.
+    pub held: AtomicBool,
     host_errors: Counter,
     last_errno: AtomicI32,
     last_sector: AtomicU64,
@@ -79,6 +93,14 @@ pub struct QueueStatus {
 }
 
 impl QueueStatus {
+    /// Says, before the worker sleeps, why requests in the ring may have to wait meanwhile.
+    pub fn sleeps(&self, why: Sleep) {
+        let host = why == Sleep::ForHost;
+        self.waits_for_host.store(host, Ordering::Relaxed);
+        let held = why == Sleep::ByOrder;
+        self.held.store(held, Ordering::Relaxed);
+    }
+
     /// The host failed a request: its errno (positive), and the sector where the request
     /// begins (0 if it has none). Only the queue's own worker may call this.
     pub fn host_error(&self, errno: i32, sector: u64) {

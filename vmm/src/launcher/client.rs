@@ -146,6 +146,8 @@ pub struct Launcher {
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
+    /// Processes that [`Self::spawn`] has started and nobody has told of.
+    untold: Mutex<BTreeMap<(String, u64), i32>>,
 }
 
 impl Launcher {
@@ -176,6 +178,7 @@ impl Launcher {
             attendant: OnceLock::new(),
             epoll,
             pending,
+            untold: Mutex::default(),
         };
         launcher.greet()?;
         Ok(launcher)
@@ -302,6 +305,16 @@ impl Launcher {
         self.io_uring
     }
 
+    fn untold(&self) -> MutexGuard<'_, BTreeMap<(String, u64), i32>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pid of a process that [`Self::spawn`] has started, the first time that this is asked:
+    /// its start is to be told.
+    pub fn take_untold(&self, device_id: &str, incarnation: u64) -> Option<i32> {
+        self.untold().remove(&(device_id.to_owned(), incarnation))
+    }
+
     /// Starts a device process and returns once its program runs.
     pub fn spawn(&self, spec: SpawnSpec) -> Result<SpawnedDevice, LauncherError> {
         let SpawnSpec {
@@ -356,6 +369,7 @@ impl Launcher {
             (Some(wire::reply::Result::Spawned(spawned)), Some(pidfd), read, None, Some(pid))
                 if read.is_some() == fence =>
             {
+                self.untold().insert((device_id, incarnation), pid);
                 Ok(SpawnedDevice {
                     pid,
                     pidfd,

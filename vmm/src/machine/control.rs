@@ -85,10 +85,10 @@ pub enum Task {
 /// What the manager should know of.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
-    /// The device is well; of each ring, whether its oldest request waits for the host.
+    /// The device is well; of each ring, whether it says why it makes no progress, if so.
     Health {
         /// By the numbers of the rings.
-        waits_for_host: Vec<bool>,
+        excused: Vec<bool>,
     },
     /// The host failed some of the device's requests.
     HostErrors {

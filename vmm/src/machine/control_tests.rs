@@ -380,7 +380,7 @@ fn errors_of_the_host_are_told_once() {
         assert!(bed.readable().unwrap(), "nothing but the heartbeat");
         let mut notices = std::mem::take(&mut bed.notices);
         let well = Notice::Health {
-            waits_for_host: vec![false; 2],
+            excused: vec![false; 2],
         };
         assert_eq!(notices.pop(), Some(well));
         notices

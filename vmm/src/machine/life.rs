@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use super::supervise::{Budget, CrashReason, Decision, Supervisor};
 
 /// How long a process that hung up has to end by itself, so that it can be told why.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+pub const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long a process that was killed, and its I/O, may take to be gone.
 const END_LIMIT: Duration = Duration::from_secs(30);
 /// How long a new process may take to be started, greeted and told what it must know.
@@ -66,7 +66,12 @@ enum Phase {
     TakingOver {
         limit: Instant,
     },
-    Quarantined,
+    Quarantined {
+        /// Kill what is left of the process then.
+        kill_at: Option<Instant>,
+        /// To be told once the process has ended, or has not by then.
+        untold: Option<(Instant, String)>,
+    },
 }
 
 /// A time without a process that serves.
@@ -134,7 +139,7 @@ impl Life {
     pub fn state(&self) -> Option<&'static str> {
         match self.phase {
             Phase::Serving => None,
-            Phase::Quarantined => Some("quarantined"),
+            Phase::Quarantined { .. } => Some("quarantined"),
             _ => Some("restarting"),
         }
     }
@@ -147,7 +152,11 @@ impl Life {
     /// When [`on_timer`](Self::on_timer) is due.
     pub fn next_timer(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Serving | Phase::Quarantined => None,
+            Phase::Serving => None,
+            Phase::Quarantined { kill_at, untold } => {
+                let untold = untold.iter().map(|(at, _)| *at);
+                kill_at.iter().copied().chain(untold).min()
+            }
             Phase::Ending {
                 kill_at,
                 limit,
@@ -173,14 +182,22 @@ impl Life {
             Phase::Serving | Phase::Starting { .. } | Phase::TakingOver { .. } => {
                 self.begin_outage(reason, now, &mut actions);
             }
-            Phase::Ending { .. } | Phase::Quarantined => self.learn(reason, &mut actions),
+            Phase::Ending { .. } | Phase::Quarantined { .. } => self.learn(reason, &mut actions),
         }
         actions
     }
 
-    /// The launcher has reaped the process.
+    /// The launcher has reaped the process: [`ends`](Self::ends) and [`is_reaped`](Self::is_reaped)
+    /// with nothing told in between.
     pub fn exited(&mut self, reason: CrashReason, now: Instant) -> Vec<Action> {
-        self.exited = true;
+        let mut actions = self.ends(reason, now);
+        actions.extend(self.is_reaped(now));
+        actions
+    }
+
+    /// The process has ended like this: why it had to go is known now at the latest, and told
+    /// before its end is. [`is_reaped`](Self::is_reaped) is to follow.
+    pub fn ends(&mut self, reason: CrashReason, now: Instant) -> Vec<Action> {
         let mut actions = match self.phase {
             Phase::Serving | Phase::Starting { .. } | Phase::TakingOver { .. } => {
                 self.lost(Some(reason), now)
@@ -192,9 +209,18 @@ impl Life {
             }
         };
         actions.retain(|action| *action != Action::Kill);
-        if let Phase::Ending { kill_at, .. } = &mut self.phase {
+        if let Phase::Ending { kill_at, .. } | Phase::Quarantined { kill_at, .. } = &mut self.phase
+        {
             *kill_at = None;
         }
+        actions
+    }
+
+    /// The end of the process has been told: what follows from it does.
+    pub fn is_reaped(&mut self, now: Instant) -> Vec<Action> {
+        self.exited = true;
+        let mut actions = Vec::new();
+        self.tell_quarantine(&mut actions);
         self.proceed(now, &mut actions);
         actions
     }
@@ -256,9 +282,10 @@ impl Life {
     /// quarantined.
     pub fn revive(&mut self, now: Instant) -> (bool, Vec<Action>) {
         let mut actions = Vec::new();
-        if self.phase != Phase::Quarantined {
+        let Phase::Quarantined { kill_at, .. } = self.phase else {
             return (false, actions);
-        }
+        };
+        self.tell_quarantine(&mut actions);
         self.supervisor.pardon();
         self.outage = Some(Outage {
             since: now,
@@ -266,7 +293,7 @@ impl Life {
             told: true,
         });
         self.phase = Phase::Ending {
-            kill_at: None,
+            kill_at,
             limit: after(now, END_LIMIT),
             not_before: now,
         };
@@ -279,19 +306,30 @@ impl Life {
         let mut actions = Vec::new();
         match &mut self.phase {
             Phase::Ending { kill_at, limit, .. } => {
-                if kill_at.is_some_and(|at| at <= now) {
-                    *kill_at = None;
-                    actions.push(Action::Kill);
+                let (limit, late) = (*limit, kill_at.take_if(|at| *at <= now).is_some());
+                if late {
+                    self.outlives(&mut actions);
                 }
-                if *limit <= now && !self.is_gone() {
+                if limit <= now && !self.is_gone() {
                     let why = if self.exited {
                         "its I/O does not end: is the host's storage stuck?"
                     } else {
                         "its process does not end: is the host's storage stuck?"
                     };
-                    self.quarantine(why, &mut actions);
+                    self.quarantine(why, None, now, &mut actions);
+                    self.tell_quarantine(&mut actions);
                 } else {
                     self.proceed(now, &mut actions);
+                }
+            }
+            Phase::Quarantined { kill_at, untold } => {
+                let late = kill_at.take_if(|at| *at <= now).is_some();
+                let overdue = untold.as_ref().is_some_and(|(at, _)| *at <= now);
+                if late {
+                    self.outlives(&mut actions);
+                }
+                if overdue {
+                    self.tell_quarantine(&mut actions);
                 }
             }
             Phase::Starting { limit } if *limit <= now => {
@@ -345,10 +383,8 @@ impl Life {
                 };
             }
             Decision::Quarantine => {
-                if !known {
-                    actions.push(Action::Kill);
-                }
-                self.quarantine("it crashed too often", actions);
+                let kill_at = (!known).then(|| after(now, LAST_WORDS));
+                self.quarantine("it crashed too often", kill_at, now, actions);
             }
         }
     }
@@ -368,11 +404,36 @@ impl Life {
         }
     }
 
-    fn quarantine(&mut self, why: &str, actions: &mut Vec<Action>) {
-        self.phase = Phase::Quarantined;
+    /// It hung up and had its time to end: that would tell no more than that it was killed.
+    fn outlives(&mut self, actions: &mut Vec<Action>) {
+        let why = "it closed one of its channels and lives on".to_owned();
+        self.learn(Some(CrashReason::Protocol(why)), actions);
+        actions.push(Action::Kill);
+    }
+
+    /// Nobody serves the device from now on. That is told once the process has ended, so that
+    /// events come in their order.
+    fn quarantine(
+        &mut self,
+        why: &str,
+        kill_at: Option<Instant>,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
         let detail = format!("{why}; resume-device, or a reset by the guest, brings it back");
         actions.push(Action::Fail(format!("quarantined: {detail}")));
-        actions.push(Action::Tell("device.quarantined", detail));
+        self.phase = Phase::Quarantined {
+            kill_at,
+            untold: Some((after(now, END_LIMIT), detail)),
+        };
+    }
+
+    fn tell_quarantine(&mut self, actions: &mut Vec<Action>) {
+        if let Phase::Quarantined { untold, .. } = &mut self.phase
+            && let Some((_, detail)) = untold.take()
+        {
+            actions.push(Action::Tell("device.quarantined", detail));
+        }
     }
 
     /// Goes on once nothing is left of the old process.
@@ -393,7 +454,7 @@ impl Life {
                     actions.push(Action::Start);
                 }
             }
-            Phase::Quarantined => actions.push(Action::Quiesced),
+            Phase::Quarantined { .. } => actions.push(Action::Quiesced),
             _ => {}
         }
     }
@@ -407,6 +468,7 @@ impl Life {
         (self.exited, self.fallen) = (true, true);
         let mut actions = self.lost(Some(CrashReason::Start(why)), now);
         actions.retain(|action| *action != Action::Kill);
+        self.tell_quarantine(&mut actions);
         self.proceed(now, &mut actions);
         actions
     }

@@ -74,9 +74,11 @@ fn one_that_hangs_up_and_lives_on_is_killed() {
     life.lost(None, now);
     let at = life.next_timer().unwrap();
     assert_eq!(at, now + LAST_WORDS);
-    assert_eq!(kinds(&life.on_timer(at)), ["kill"]);
+    let actions = life.on_timer(at);
+    assert_eq!(kinds(&actions), ["device.crashed", "kill"]);
+    assert!(matches!(&actions[0], Action::Tell(_, why) if why.contains("and lives on")));
     assert!(life.next_timer().unwrap() > at, "it would spin");
-    assert_eq!(kinds(&life.exited(KILLED, at)), ["device.crashed"]);
+    assert!(life.exited(KILLED, at).is_empty());
     assert_eq!(kinds(&life.fence_fell(at)), ["quiesced", "start"]);
 }
 
@@ -125,18 +127,56 @@ fn too_many_crashes_quarantine_it_and_a_pardon_starts_afresh() {
         life.took_over("", now);
     }
     let actions = life.lost(None, now);
-    assert_eq!(
-        kinds(&actions),
-        ["suspend", "kill", "fail", "device.quarantined"]
-    );
+    assert_eq!(kinds(&actions), ["suspend", "fail"], "nothing is known yet");
     assert_eq!(life.state(), Some("quarantined"));
+    assert_eq!(life.next_timer(), Some(now + LAST_WORDS));
+    assert_eq!(kinds(&life.ends(KILLED, now)), ["device.crashed"]);
+    // Here its end is told.
+    assert_eq!(kinds(&life.is_reaped(now)), ["device.quarantined"]);
     assert_eq!(life.next_timer(), None);
-    assert_eq!(kinds(&life.exited(KILLED, now)), ["device.crashed"]);
     assert_eq!(kinds(&life.fence_fell(now)), ["quiesced"]);
     let (taken, actions) = life.revive(now);
     assert!(taken);
     assert_eq!(kinds(&actions), ["quiesced", "start"]);
     assert!(!life.revive(now).0, "it is being started");
+}
+
+#[test]
+fn a_successor_that_ends_by_itself_is_told_by_its_status() {
+    let (mut life, now) = life();
+    life.exited(KILLED, now);
+    life.fence_fell(now);
+    assert!(life.starting());
+    assert!(life.lost(None, now).is_empty(), "its end will tell");
+    let actions = life.ends(CrashReason::Exit(7), now);
+    let told = Action::Tell("device.crashed", "exit: status 7".into());
+    assert_eq!(actions, [told]);
+}
+
+#[test]
+fn a_quarantine_is_told_though_the_process_does_not_end() {
+    let now = Instant::now();
+    let mut life = Life::new(Budget {
+        restarts: 0,
+        ..Budget::default()
+    });
+    assert_eq!(kinds(&life.lost(None, now)), ["suspend", "fail"]);
+    let at = life.next_timer().unwrap();
+    assert_eq!(kinds(&life.on_timer(at)), ["device.crashed", "kill"]);
+    let at = life.next_timer().unwrap();
+    assert_eq!(at, now + END_LIMIT);
+    assert_eq!(kinds(&life.on_timer(at)), ["device.quarantined"]);
+    assert_eq!(life.next_timer(), None);
+    assert!(life.exited(KILLED, at).is_empty());
+    // A client that asks for it meanwhile has it told first, and waits for the end.
+    let mut life = Life::new(Budget {
+        restarts: 0,
+        ..Budget::default()
+    });
+    life.lost(None, now);
+    let (taken, actions) = life.revive(now);
+    assert!(taken && kinds(&actions) == ["device.quarantined"]);
+    assert_eq!(life.next_timer(), Some(now + LAST_WORDS), "it is killed");
 }
 
 #[test]
@@ -221,13 +261,21 @@ proptest! {
         let (mut alive, mut io) = (true, true);
         // Whether the control channel of one that served, or was to, is listened to.
         let mut heard = true;
+        // Of the last process: its crash was told, and its end.
+        let (mut crashed, mut ended) = (false, false);
         for sees in seen {
             let actions = match sees {
                 Sees::HungUp => life.lost(None, now),
                 Sees::Breach => life.lost(Some(CrashReason::Deadline("x".into())), now),
                 Sees::Exited if alive => {
                     alive = false;
-                    life.exited(KILLED, now)
+                    let mut actions = life.ends(KILLED, now);
+                    crashed |= kinds(&actions).contains(&"device.crashed");
+                    prop_assert!(crashed, "an end before its reason");
+                    prop_assert!(!kinds(&actions).contains(&"device.quarantined"));
+                    ended = true;
+                    actions.extend(life.is_reaped(now));
+                    actions
                 }
                 Sees::Fence if io => {
                     io = false;
@@ -241,7 +289,7 @@ proptest! {
                 Sees::TookOver => life.took_over("", now),
                 // Only said of one that does not exist.
                 Sees::NotStarted if life.starting() => {
-                    (alive, io) = (false, false);
+                    (alive, io, ended) = (false, false, true);
                     life.not_started("x".into(), now)
                 }
                 Sees::NotStarted => continue,
@@ -262,7 +310,16 @@ proptest! {
                 if let Action::Suspend(_) | Action::HangUp(_) | Action::Fail(_) = action {
                     heard = false;
                 }
+                match action {
+                    Action::Tell("device.crashed", _) => crashed = true,
+                    Action::Tell("device.quarantined", _) => {
+                        prop_assert!(crashed || !matches!(sees, Sees::Exited | Sees::Breach));
+                        prop_assert!(ended || !matches!(sees, Sees::Exited | Sees::Breach | Sees::HungUp));
+                    }
+                    _ => {}
+                }
                 if *action == Action::Start {
+                    (crashed, ended) = (false, false);
                     prop_assert!(!heard, "it wakes us for ever");
                     prop_assert!(!alive && !io, "a second process");
                     (alive, io) = (true, true);

@@ -103,6 +103,21 @@ pub struct Newcomer {
     drained: bool,
 }
 
+/// What is wrong with one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It closed its control channel: if it has ended, that will be told.
+    HungUp,
+    /// This.
+    Wrong(String),
+}
+
+impl From<String> for Fault {
+    fn from(why: String) -> Self {
+        Self::Wrong(why)
+    }
+}
+
 /// What a process that is ready brings along.
 pub struct Ready {
     /// The control channel.
@@ -155,7 +170,7 @@ impl Newcomer {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn on_event(&mut self, now: Instant) -> Result<bool, String> {
+    pub fn on_event(&mut self, now: Instant) -> Result<bool, Fault> {
         let mut answers = Vec::new();
         let result = self
             .client
@@ -168,7 +183,10 @@ impl Newcomer {
             self.advance(&payload)?;
         }
         // What it said before it broke the channel counts, but is of no use.
-        result.map_err(|error| explain(&error))?;
+        result.map_err(|error| match error {
+            ClientError::Closed => Fault::HungUp,
+            other => Fault::Wrong(explain(&other)),
+        })?;
         Ok(self.step == Step::Ready)
     }
 
@@ -285,7 +303,7 @@ mod tests {
 
     impl Bed {
         /// The device answers once, Hello as given and the rest by nothing.
-        fn answer(&mut self, hello: &Result<Vec<u8>, RpcStatus>) -> Result<bool, String> {
+        fn answer(&mut self, hello: &Result<Vec<u8>, RpcStatus>) -> Result<bool, Fault> {
             let calls = &mut self.calls;
             let served = self.device.on_readable(&mut |_, method, _| {
                 calls.push(method.to_owned());
@@ -361,12 +379,12 @@ mod tests {
         bed.newcomer.greet().unwrap();
         bed.now = bed.newcomer.next_timer().unwrap();
         let line = bed.newcomer.on_event(bed.now).unwrap_err();
-        assert_eq!(line, "it did not answer within 5 s");
+        assert_eq!(line, Fault::Wrong("it did not answer within 5 s".into()));
         let mut bed = self::bed(&Changes::default(), false);
         bed.newcomer.greet().unwrap();
         let (_, other) = UnixStream::pair().unwrap();
         bed.device = ControlServer::new(other, CONTROL_MAX_FRAME);
         let line = bed.newcomer.on_event(bed.now).unwrap_err();
-        assert_eq!(line, "it closed its control channel");
+        assert_eq!(line, Fault::HungUp);
     }
 }

@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use bulkhead_proto::AsyncClient;
 use bulkhead_proto::device::HelloResponse;
 
+use super::life::LAST_WORDS;
 use super::newcomer::Newcomer;
 use super::supervise::CrashReason;
+use crate::launcher::ExitOutcome;
 
 /// How long a new process may take to be started, greeted and told what it must know.
 const START_LIMIT: Duration = Duration::from_secs(15);
@@ -46,13 +48,24 @@ pub struct Candidate {
     pub process: Option<(i32, OwnedFd)>,
 }
 
+/// The end of a process, as the launcher has told it.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Which one.
+    pub incarnation: u64,
+    /// How.
+    pub outcome: ExitOutcome,
+    /// What it logged last.
+    pub last_line: String,
+}
+
 /// What was seen of the process that serves, while its rings were being handed over.
 #[derive(Default)]
 pub struct Seen {
     /// It is lost, for this reason if that is known.
     pub lost: Option<Option<CrashReason>>,
     /// It has ended.
-    pub exited: Option<CrashReason>,
+    pub exited: Option<Ended>,
     /// Its fence has fallen.
     pub fence_fell: bool,
 }
@@ -70,12 +83,13 @@ pub struct Trial {
     /// Its fence has fallen.
     pub fence_fell: bool,
     /// It has ended.
-    pub exited: Option<CrashReason>,
+    pub exited: Option<Ended>,
     /// Since when the device takes nothing new.
     pub quiet_since: Option<Instant>,
     /// Of the other one.
     pub seen: Seen,
     limit: Instant,
+    hung_up: bool,
 }
 
 impl Trial {
@@ -91,6 +105,7 @@ impl Trial {
             quiet_since: None,
             seen: Seen::default(),
             limit: now.checked_add(START_LIMIT).unwrap_or(now),
+            hung_up: false,
         }
     }
 
@@ -102,6 +117,7 @@ impl Trial {
     /// When it is to be looked at.
     pub fn next_timer(&self) -> Option<Instant> {
         match &self.stage {
+            Stage::Starting(_) if self.hung_up => Some(self.limit),
             Stage::Starting(newcomer) => {
                 let answer = newcomer
                     .started
@@ -114,9 +130,21 @@ impl Trial {
         }
     }
 
-    /// It did not come up in time.
-    pub fn is_late(&self, now: Instant) -> bool {
-        matches!(self.stage, Stage::Starting(_)) && self.limit <= now
+    /// It closed its control channel: its end, which tells why, is waited for a moment.
+    pub fn hung_up(&mut self, now: Instant) {
+        if !self.hung_up {
+            self.hung_up = true;
+            self.limit = now.checked_add(LAST_WORDS).unwrap_or(now);
+        }
+    }
+
+    /// It did not come up in time: what is to be said of it.
+    pub fn is_late(&self, now: Instant) -> Option<&'static str> {
+        let late = matches!(self.stage, Stage::Starting(_)) && self.limit <= now;
+        late.then_some(match self.hung_up {
+            true => "it closed its control channel and lives on",
+            false => "it was not ready in time",
+        })
     }
 
     /// Gives it more time, because the manager itself was held up.

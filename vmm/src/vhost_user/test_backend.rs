@@ -118,6 +118,11 @@ impl TestBackend {
         self.recorder.lock().unwrap()
     }
 
+    /// It will say no more, and lives.
+    pub fn close_half(&self) {
+        self.socket.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+
     /// What a dying process does.
     pub fn die(&self) {
         self.socket.shutdown(std::net::Shutdown::Both).unwrap();

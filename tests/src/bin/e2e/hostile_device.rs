@@ -4,8 +4,10 @@
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bulkhead_tests::chaos;
+use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left};
 use serde_json::Value;
@@ -13,13 +15,16 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// An attack and the class of the crash that comes of it.
-const ATTACKS: [(&str, &str); 6] = [
+const ATTACKS: [(&str, &str); 8] = [
     ("oversize", "protocol"),
     ("unasked", "protocol"),
     ("control-fds", "protocol"),
     ("be-flood", "protocol"),
     ("be-oversize", "protocol"),
     ("be-fds", "protocol"),
+    // No process of ours may close half a socket, so that it does not come to that.
+    ("half-ctl", "seccomp"),
+    ("half-vu", "seccomp"),
 ];
 /// Attacks before the first answer, and what `create` says of them.
 const EARLY: [(&str, &str); 5] = [
@@ -45,6 +50,10 @@ pub fn tests() -> Vec<Test> {
         ),
         test("an answer that never ends misses its deadline", drip),
         test("one that does not even start is one line", early),
+        test(
+            "a successor that ends by itself is told by its status; events come in their order",
+            order,
+        ),
     ]
 }
 
@@ -62,8 +71,8 @@ struct Bed {
     scratch: Scratch,
 }
 
-fn serve(name: &str) -> Result<Bed, String> {
-    let scratch = Scratch::new(name)?;
+/// A directory for `--libexec` in which the hostile device is `bulkhead-blk`.
+pub fn libexec(scratch: &Scratch) -> Result<String, String> {
     let libexec = scratch.path("libexec");
     std::fs::create_dir(&libexec).map_err(|e| e.to_string())?;
     for (link, to) in [
@@ -75,6 +84,12 @@ fn serve(name: &str) -> Result<Bed, String> {
         let program = std::path::absolute(bin(to)).map_err(|e| e.to_string())?;
         symlink(program, place).map_err(|e| e.to_string())?;
     }
+    Ok(libexec)
+}
+
+fn serve(name: &str) -> Result<Bed, String> {
+    let scratch = Scratch::new(name)?;
+    let libexec = libexec(&scratch)?;
     let socket = scratch.path("api");
     let args = [
         "serve",
@@ -165,6 +180,17 @@ impl Bed {
         }
     }
 
+    /// Kinds of the events about a device, and which process they are about.
+    fn kinds(&self, subject: &str) -> Result<Vec<String>, String> {
+        let events = self.events()?;
+        let about = events.iter().filter(|e| e["subject"] == subject);
+        let kind = |event: &Value| {
+            let of = event["what"]["incarnation"].as_u64().unwrap_or(0);
+            format!("{} {of}", event["kind"].as_str().unwrap_or_default())
+        };
+        Ok(about.map(kind).collect())
+    }
+
     fn end(mut self) -> Verdict {
         ctl(&self.socket, &["shutdown", "--force"])?;
         self.vmm.ends_with(0, LIMIT)?;
@@ -183,6 +209,7 @@ fn attacks() -> Verdict {
         })?;
         let what = crash["what"]["what"].as_str().unwrap_or_default();
         check(!what.is_empty(), || format!("{attack}: {crash}"))?;
+        chaos::injected(&format!("from a device process, twice: {attack}"));
         // Its successor does the same, which is once too often.
         bed.wait_for("device.quarantined", attack)?;
         bed.good_lives()?;
@@ -238,8 +265,64 @@ fn early() -> Verdict {
             error.clone()
         })?;
     }
+    // What became of its process was told, too.
+    let kinds = bed.kinds("early-end")?;
+    check(kinds == ["device.spawned 1", "device.exited 1"], || {
+        format!("{kinds:?}")
+    })?;
+    let exit = bed.wait_for("device.exited", "early-end")?;
+    check(exit["what"]["status"] == 7, || exit.to_string())?;
     // The VMM takes another.
     bed.create(&[])?;
     bed.good_lives()?;
+    bed.end()
+}
+
+fn order() -> Verdict {
+    let bed = serve("order")?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let until = now.map_err(|e| e.to_string())?.as_secs() + 4;
+    let name = format!("til-{until}");
+    bed.create(&[&name])?;
+    let devices = ctl(&bed.socket, &["devices"])?;
+    let mut list = devices.as_array().into_iter().flatten();
+    let pid = list.find(|d| d["id"] == name.as_str()).map(|d| &d["pid"]);
+    let pid = pid.ok_or("no device")?.to_string();
+    std::thread::sleep(Duration::from_secs(6));
+    sh(&format!("kill -9 {pid}"))?;
+    bed.wait_for("device.quarantined", &name)?;
+    let kinds = bed.kinds(&name)?;
+    let wanted = [
+        "device.spawned 1",
+        "device.ready 1",
+        "device.crashed 1",
+        "device.exited 1",
+        "device.spawned 2",
+        "device.crashed 2",
+        "device.exited 2",
+        "device.quarantined 0",
+    ];
+    check(kinds == wanted, || format!("{kinds:?}"))?;
+    let mut events = bed.events()?;
+    events.retain(|e| e["subject"] == name.as_str() && e["kind"] == "device.crashed");
+    let whats: Vec<_> = events.iter().map(|e| &e["what"]).collect();
+    check(
+        whats[0]["why"] == "signal" && whats[0]["signal"] == 9,
+        || format!("{whats:?}"),
+    )?;
+    check(whats[1]["why"] == "exit" && whats[1]["status"] == 7, || {
+        format!("{whats:?}")
+    })?;
+    bed.good_lives()?;
+    // One that is taken away: its process ends before it is gone.
+    ctl(&bed.socket, &["remove-device", "good", "--force"])?;
+    bed.wait_for("device.removed", "good")?;
+    let mut kinds = bed.kinds("good")?;
+    kinds.retain(|kind| kind.starts_with("device."));
+    let end = kinds.iter().rev().take(2).rev();
+    check(
+        end.eq(["device.exited 1", "device.removed 0"].iter()),
+        || format!("{kinds:?}"),
+    )?;
     bed.end()
 }

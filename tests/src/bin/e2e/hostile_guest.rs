@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bulkhead_tests::chaos;
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::hostile::{CASES, Case, Expect, NET_CASES, STORM};
 use bulkhead_tests::runner::{Test, Verdict, check};
@@ -46,9 +47,20 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// The seeds of storms: others where a seed was given for all.
+fn others(seeds: &[u64], seconds: u64) -> Vec<u64> {
+    let other = |seed: &u64| seed ^ chaos::seed() << 8;
+    let seeds: Vec<u64> = seeds.iter().map(other).collect();
+    chaos::injected(&format!(
+        "from the guest: all cases, storms of {seconds} s by the seeds {seeds:?}"
+    ));
+    seeds
+}
+
 /// Boots one guest that attacks its first two disks and leaves the third alone: the ring
 /// cases on the first, a storm for each seed on the second.
 fn attacked(seeds: &[u64], seconds: u64) -> Verdict {
+    let seeds = &others(seeds, seconds);
     let scratch = Scratch::new("hostile")?;
     let socket = scratch.path("api");
     let victim = scratch.disk("victim", MIB, 29)?;
@@ -160,6 +172,7 @@ echo JUDGED; read -r line",
 /// Boots one guest with two network devices on taps; it attacks the first: the ring cases on
 /// its control queue, then storms over all queues, in user space and by vhost-net.
 fn attacked_net(seeds: &[u64], seconds: u64) -> Verdict {
+    let seeds = &others(seeds, seconds);
     let scratch = Scratch::new("hostile-net")?;
     let socket = scratch.path("api");
     let host = Namespace::new("hostile")?;

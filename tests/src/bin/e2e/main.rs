@@ -18,6 +18,7 @@ mod disk_devices;
 mod disk_faults;
 mod disk_formats;
 mod hostile_device;
+mod hostile_disk;
 mod hostile_guest;
 mod hotplug;
 mod hotplug_beside;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         tests.extend(update::tests());
         tests.extend(resources::tests());
         tests.extend(hostile_device::tests());
+        tests.extend(hostile_disk::tests());
         tests.extend(hostile_guest::tests());
         tests.extend(hotplug::tests());
         tests.extend(hotplug_beside::tests());

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::chaos::{self, kills};
 use bulkhead_tests::host::{Undo, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, nothing_left};
@@ -53,18 +54,6 @@ pub fn tests() -> Vec<Test> {
             remembered,
         ),
     ]
-}
-
-/// How often, unless BULKHEAD_KILLS says otherwise.
-pub fn kills(default: u32) -> u32 {
-    let given = std::env::var("BULKHEAD_KILLS").ok();
-    given.and_then(|n| n.parse().ok()).unwrap_or(default)
-}
-
-/// BULKHEAD_SEED: other moments.
-fn seed() -> u64 {
-    let given = std::env::var("BULKHEAD_SEED").ok();
-    given.and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
@@ -143,12 +132,11 @@ echo OVER";
     vmm.type_text("go\n")?;
     for round in 0..u64::from(kills) {
         // At moments that differ: 0 to 1 s after the last one serves.
-        let pause = (round + seed()) * 373 % 1000;
-        if std::env::var_os("BULKHEAD_KILLS").is_some() {
-            println!("kill {round} after {pause} ms");
-        }
-        std::thread::sleep(Duration::from_millis(pause));
+        let pause = chaos::pause(format, round, Duration::from_secs(1));
         kill(&socket, "data")?;
+        chaos::injected(&format!(
+            "SIGKILL of a {format} disk {pause:?} after it served"
+        ));
         let wanted = round + 2;
         let end = Instant::now() + LIMIT;
         while field(&socket, "data", "incarnation")? != wanted
@@ -336,6 +324,7 @@ echo STOPPED-OK; wait";
     let begun = Instant::now();
     vmm.type_text("go\n")?;
     sh(&format!("kill -STOP {}", pid_of(&socket, "stopped")?))?;
+    chaos::injected("SIGSTOP of a disk's process; the block device beneath another suspended");
     let end = Instant::now() + LIMIT;
     while field(&socket, "stopped", "incarnation")? != 2 {
         check(Instant::now() < end, || vmm.story("it is not replaced"))?;

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::chaos::{self, kills};
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, nothing_left};
 
 use crate::disk::LIMIT;
-use crate::recovery::{field, kill, kills};
+use crate::recovery::{field, kill};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
@@ -91,7 +92,11 @@ kill -0 $flow && kill -INT $flow && wait $flow; cat /tmp/out; echo OVER";
     };
     flows("at first")?;
     for round in 0..u64::from(kills) {
+        let pause = chaos::pause(backend, round, Duration::from_millis(500));
         kill(&socket, "net0")?;
+        chaos::injected(&format!(
+            "SIGKILL of a network process ({backend}) after {pause:?}"
+        ));
         let wanted = round + 2;
         let end = Instant::now() + LIMIT;
         while field(&socket, "net0", "incarnation")? != wanted

@@ -4,6 +4,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::chaos;
 use bulkhead_tests::host::{Namespace, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left};
@@ -387,7 +388,8 @@ echo OVER";
     vmm.type_text("go\n")?;
     let bad = [binaries.fault("version")?, binaries.fault("rings")?];
     for round in 0..6_u64 {
-        std::thread::sleep(Duration::from_millis(round * 373 % 700));
+        let pause = chaos::pause("update", round, Duration::from_millis(700));
+        chaos::injected(&format!("live update of a disk under fio after {pause:?}"));
         match bad.get(usize::try_from(round / 2).unwrap_or(0)) {
             Some(bad) if round % 2 == 1 => refused(&socket, "data", bad, "goes on")?,
             _ => {

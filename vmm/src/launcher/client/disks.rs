@@ -163,6 +163,7 @@ impl Launcher {
                     incarnation: of,
                     outcome,
                     last_line,
+                    buried: false,
                 } if id == device_id && *of == incarnation => Some((*outcome, last_line.clone())),
                 _ => None,
             });
@@ -186,8 +187,9 @@ impl Launcher {
         outcome
     }
 
-    /// Waits, at most `limit`, for the end of a process that was killed, and takes what is told
-    /// of it: a later process of the same id and incarnation must not be taken for it.
+    /// Waits, at most `limit`, for the end of a process that was killed; what is told of it is
+    /// news from then on and no more: a later process of the same id and incarnation must not be
+    /// taken for it.
     pub fn take_end(&self, device_id: &str, incarnation: u64, limit: Duration) {
         if self.is_beside() {
             // Whoever attends takes the event.
@@ -196,10 +198,19 @@ impl Launcher {
         if self.end_of(device_id, incarnation, limit).is_none() {
             log::warn!("device {device_id}: its process has not ended");
         }
-        self.lock().inbox.events.retain(|event| {
-            !matches!(event, LauncherEvent::Exited { device_id: id, incarnation: of, .. }
-                if id == device_id && *of == incarnation)
-        });
+        for event in &mut self.lock().inbox.events {
+            if let LauncherEvent::Exited {
+                device_id: id,
+                incarnation: of,
+                buried,
+                ..
+            } = event
+                && id == device_id
+                && *of == incarnation
+            {
+                *buried = true;
+            }
+        }
     }
 
     /// The same, and closes what the launcher keeps of the device: its descriptors, and with

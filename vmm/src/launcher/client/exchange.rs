@@ -124,6 +124,7 @@ pub(super) fn take(
                 incarnation: exited.incarnation,
                 outcome,
                 last_line,
+                buried: false,
             });
             Ok(None)
         }

@@ -79,6 +79,8 @@ pub enum LauncherEvent {
         outcome: ExitOutcome,
         /// What it said last on stderr, if anything: one line, escaped, as hostile as it is.
         last_line: String,
+        /// Whoever started it knows, and nothing follows.
+        buried: bool,
     },
     /// An answer to [`Launcher::begin_grow`].
     Grown {

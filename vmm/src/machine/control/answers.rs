@@ -93,9 +93,10 @@ impl ControlChannel {
         if health.asks {
             notices.push(Notice::Asks);
         }
-        let waits_for_host = health.rings.iter().map(|ring| ring.waits_for_host);
+        let excused = health.rings.iter();
+        let excused = excused.map(|ring| ring.waits_for_host || ring.held || ring.broken);
         notices.push(Notice::Health {
-            waits_for_host: waits_for_host.collect(),
+            excused: excused.collect(),
         });
         Ok(notices)
     }

@@ -11,12 +11,14 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use requests::net_detail;
 
 use super::{Host, RING_ERROR_INTERVAL, Source, supervision};
-use crate::launcher::{ExitOutcome, Launcher};
+use crate::api::EventLog;
+use crate::launcher::Launcher;
 use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Turn};
 use crate::machine::device::{Device, Special};
 use crate::machine::state::MachineState;
 use crate::machine::supervise::CrashReason;
 use crate::machine::told;
+use crate::machine::trial::Ended;
 use crate::virtio::{EventSource, FailReason, Outcome, Reconnected};
 
 /// How often devices of a running machine are asked for their health.
@@ -119,7 +121,7 @@ impl Host {
             Outcome::Suspended(why) => self.on_suspended(index, &why),
             Outcome::Reconnected(done) => self.on_reconnected(index, &done),
             Outcome::NotReconnected(error) if self.is_supervised(index) => {
-                self.on_not_taken_over(index, error.to_string());
+                self.on_not_taken_over(index, &error);
             }
             Outcome::NotReconnected(error) if self.foreign_failed(index, &error.to_string()) => {}
             Outcome::NotReconnected(error) => {
@@ -251,28 +253,33 @@ impl Host {
     }
 
     /// A device's process has ended.
-    pub(super) fn on_exited(
-        &mut self,
-        id: &str,
-        incarnation: u64,
-        outcome: ExitOutcome,
-        last_line: &str,
-    ) {
-        if self.hotplug_exited(id, incarnation, &outcome, last_line)
-            || self.foreign_exited(id, incarnation, &outcome, last_line)
+    pub(super) fn on_exited(&mut self, id: &str, ended: Ended) {
+        let Ended {
+            incarnation,
+            ref outcome,
+            ref last_line,
+        } = ended;
+        if self.hotplug_exited(id, &ended)
+            || self.foreign_exited(id, incarnation, outcome, last_line)
         {
             return;
         }
         if self.is_replaced(id, incarnation) {
-            return;
+            return self.tell_exited(id, &ended);
         }
-        let detail = outcome.with_last_line("", last_line);
-        let what = told::exited(incarnation, &outcome);
+        self.on_process_exited(id, ended);
+    }
+
+    /// Tells that a process of a device has ended, and that it had begun, if it was of a device
+    /// that did not come to be.
+    pub(super) fn tell_exited(&self, id: &str, ended: &Ended) {
+        if let Some(pid) = self.launcher.take_untold(id, ended.incarnation) {
+            tell_spawned(&self.log, id, (pid, ended.incarnation));
+        }
+        let detail = ended.outcome.with_last_line("", &ended.last_line);
+        let what = told::exited(ended.incarnation, &ended.outcome);
         self.log
             .publish_typed("device.exited", id, &detail, Some(what));
-        // What comes of it says why, too; the process of nothing that serves is no news.
-        log::debug!("device {id}: its process ended: {outcome}");
-        self.on_process_exited(id, incarnation, outcome);
     }
 
     /// Something with a device's control channel, and what comes of it.
@@ -373,9 +380,7 @@ impl Host {
             Notice::Replace { binary } => return self.begin_trial(index, &binary),
             Notice::Quiet => return self.on_quiet(index),
             Notice::NotQuiet(why) => return self.end_trial(index, &why),
-            Notice::Health { waits_for_host } => {
-                return self.look_for_hangs(index, &waits_for_host);
-            }
+            Notice::Health { excused } => return self.look_for_hangs(index, &excused),
             Notice::HostErrors {
                 count,
                 errno,
@@ -530,3 +535,9 @@ fn errno_text(errno: i32) -> String {
 }
 
 mod requests;
+
+/// Tells that a device's process was started.
+pub(super) fn tell_spawned(log: &EventLog, id: &str, (pid, incarnation): (i32, u64)) {
+    let what = told::spawned(pid, incarnation);
+    log.publish_typed("device.spawned", id, &format!("pid {pid}"), Some(what));
+}

@@ -24,14 +24,16 @@ use bulkhead_proto::{Code, RpcStatus};
 use leaving::{Leaving, Step};
 
 use super::Host;
+use super::devices::tell_spawned;
 use crate::api::{ApiResponse, EventLog, ReplyHandle};
 use crate::ged::GedEvents;
-use crate::launcher::ExitOutcome;
+use crate::launcher::Launcher;
 use crate::machine::device::{Device, NO_PORT, Special};
 use crate::machine::hotplug::{self, Addition, Mail, News, Workshop};
 use crate::machine::life::Life;
 use crate::machine::state::MachineState;
 use crate::machine::told;
+use crate::machine::trial::Ended;
 
 /// Devices that are made at a time.
 const MAX_ADDING: usize = 8;
@@ -48,7 +50,7 @@ struct Adding {
     id: String,
     reply: ReplyHandle,
     /// Processes of it that have ended meanwhile.
-    exits: Vec<(u64, ExitOutcome, String)>,
+    exits: Vec<Ended>,
 }
 
 /// A request whose device is busy.
@@ -259,11 +261,14 @@ impl Host {
                 adding
                     .reply
                     .complete(Ok(ApiResponse::DeviceAdded(Box::new(response))));
-                for (incarnation, outcome, last_line) in adding.exits {
-                    self.on_exited(&adding.id, incarnation, outcome, &last_line);
+                for ended in adding.exits {
+                    self.on_exited(&adding.id, ended);
                 }
             }
             Err(why) => {
+                for ended in adding.exits {
+                    self.on_exited(&adding.id, ended);
+                }
                 self.ended(operation, &adding.id, Err(&why));
                 adding.reply.complete(Err(precondition(why)));
             }
@@ -294,7 +299,7 @@ impl Host {
             .as_ref()
             .and_then(|m| m.parts.devices.get(index))
         {
-            announce(&self.log, device);
+            announce(&self.log, &self.launcher, device);
         }
         if let Some(machine) = &mut self.machine {
             what.enter(&mut machine.config);
@@ -426,7 +431,7 @@ impl Host {
 }
 
 /// Says that a device is new.
-pub(super) fn announce(log: &EventLog, device: &Device) {
+pub(super) fn announce(log: &EventLog, launcher: &Launcher, device: &Device) {
     if let Special::Foreign(switch) = &device.special {
         let (kind, detail) = switch.announcement();
         log.publish(kind, &device.id, &detail);
@@ -439,9 +444,8 @@ pub(super) fn announce(log: &EventLog, device: &Device) {
     let detail = format!("{} {how}", device.kind);
     let what = device.process.as_ref().map(|process| {
         let (pid, incarnation) = (process.pid, process.incarnation);
-        let spawned = told::spawned(pid, incarnation);
-        let detail = format!("pid {pid}");
-        log.publish_typed("device.spawned", &device.id, &detail, Some(spawned));
+        let _ = launcher.take_untold(&device.id, incarnation);
+        tell_spawned(log, &device.id, (pid, incarnation));
         told::ready(pid, incarnation, process.ready_us)
     });
     log.publish_typed("device.ready", &device.id, &detail, what);

@@ -16,6 +16,7 @@ use super::state::{MachineState, Transition};
 use super::stop::StopReason;
 use super::supervise::Budget;
 use super::told;
+use super::trial::Ended;
 use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
@@ -419,7 +420,19 @@ impl Host {
                     incarnation,
                     outcome,
                     last_line,
-                } => self.on_exited(&device_id, incarnation, outcome, &last_line),
+                    buried,
+                } => {
+                    let ended = Ended {
+                        incarnation,
+                        outcome,
+                        last_line,
+                    };
+                    if buried {
+                        self.tell_exited(&device_id, &ended);
+                    } else {
+                        self.on_exited(&device_id, ended);
+                    }
+                }
                 LauncherEvent::Grown { ticket, result } => self.on_grown(ticket, &result),
                 LauncherEvent::Placed { ticket, result } => self.on_placed(ticket, result),
                 LauncherEvent::Linked { ticket, result } => self.on_linked(ticket, result),

@@ -89,7 +89,7 @@ impl Host {
         )
         .map_err(RpcStatus::failed_precondition)?;
         for device in parts.devices.iter() {
-            announce(&self.log, device);
+            announce(&self.log, &self.launcher, device);
         }
         for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
             process.life = Life::new(self.restarts);

@@ -10,15 +10,17 @@ use bulkhead_proto::machine::event::What;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, Source};
-use crate::launcher::{ExitOutcome, Linked};
+use crate::launcher::Linked;
 use crate::machine::control::{Breach, ControlChannel};
-use crate::machine::device::{Process, Special};
+use crate::machine::device::Process;
 use crate::machine::life::{Action, Life};
-use crate::machine::newcomer::{Newcomer, Ready};
+use crate::machine::newcomer::{Fault, Newcomer, Ready};
+use crate::machine::state::MachineState;
 use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
 use crate::machine::told;
-use crate::machine::trial::Trial;
-use crate::virtio::{FailReason, Indices, Reconnected};
+use crate::machine::trial::{Ended, Trial};
+use crate::vhost_user::VhostUserError;
+use crate::virtio::{FailReason, Indices, ReconnectError, Reconnected};
 
 /// Why a process was given up, as the supervisor has it; `None`: its end will tell.
 pub(super) fn reason(breach: &Breach) -> Option<CrashReason> {
@@ -311,9 +313,15 @@ impl Host {
         match newcomer.on_event(now) {
             Ok(false) => {}
             Ok(true) => self.hand_over(index, now),
-            Err(why) => self.with_life(index, |life, now| {
-                life.lost(Some(CrashReason::Start(why)), now)
-            }),
+            Err(fault) => {
+                // Its channel is of no more use, and would wake us for ever.
+                self.abandon_newcomer(index);
+                let reason = match fault {
+                    Fault::HungUp => None,
+                    Fault::Wrong(why) => Some(CrashReason::Start(why)),
+                };
+                self.with_life(index, |life, now| life.lost(reason, now));
+            }
         }
     }
 
@@ -389,13 +397,15 @@ impl Host {
     }
 
     /// The function could not give its rings to the process that was to have them.
-    pub(super) fn on_not_taken_over(&mut self, index: usize, why: String) {
+    pub(super) fn on_not_taken_over(&mut self, index: usize, error: &ReconnectError) {
         if self.hands_over(index) {
-            return self.end_trial(index, &why);
+            return self.end_trial(index, &error.to_string());
         }
-        self.with_life(index, |life, now| {
-            life.lost(Some(CrashReason::Start(why)), now)
-        });
+        let reason = match error {
+            ReconnectError::Backend(_, VhostUserError::Closed) => None,
+            other => Some(CrashReason::Start(other.to_string())),
+        };
+        self.with_life(index, |life, now| life.lost(reason, now));
     }
 
     /// The device's process must go, for this reason; `None`: it hung up.
@@ -413,33 +423,37 @@ impl Host {
         }
     }
 
-    /// A device's process has been reaped. False: it is no device's.
-    pub(super) fn on_process_exited(
-        &mut self,
-        id: &str,
-        incarnation: u64,
-        outcome: ExitOutcome,
-    ) -> bool {
-        if self.on_trial_exited(id, incarnation, outcome) {
-            return true;
-        }
+    /// A device's process has been reaped, or one that was to be.
+    pub(super) fn on_process_exited(&mut self, id: &str, ended: Ended) {
+        let Some(ended) = self.on_trial_exited(id, ended) else {
+            return;
+        };
         let devices = self.machine.as_ref().map(|m| &m.parts.devices);
         let found = devices.and_then(|devices| {
             devices.position(|device| {
                 device.id == id
                     && device.process.as_ref().is_some_and(|p| {
                         let newcomer = p.newcomer.as_ref().map(|n| n.incarnation);
-                        newcomer.unwrap_or(p.incarnation) == incarnation
+                        newcomer.unwrap_or(p.incarnation) == ended.incarnation
                     })
             })
         });
-        let Some(index) = found else {
-            return false;
-        };
+        match found {
+            Some(index) => self.bury(index, &ended),
+            None => self.tell_exited(id, &ended),
+        }
+    }
+
+    /// The process that served a device, or was to, has ended: tells why it had to go, then its
+    /// end, then what follows from that.
+    pub(super) fn bury(&mut self, index: usize, ended: &Ended) {
         self.abandon_newcomer(index);
-        let reason = CrashReason::from_outcome(outcome);
-        self.with_life(index, |life, now| life.exited(reason, now));
-        true
+        let reason = CrashReason::from_outcome(ended.outcome);
+        self.with_life(index, |life, now| life.ends(reason, now));
+        if let Some(id) = self.device(index).map(|device| device.id.clone()) {
+            self.tell_exited(&id, ended);
+        }
+        self.with_life(index, |life, now| life.is_reaped(now));
     }
 
     /// A fence has fallen: nothing holds its other end any more.
@@ -515,39 +529,33 @@ impl Host {
         }
     }
 
-    /// Looks whether a disk's rings make progress, beside what its process says of them. Other
-    /// devices' rings may wait for what never comes.
-    pub(super) fn look_for_hangs(&mut self, index: usize, waits_for_host: &[bool]) {
+    /// Looks whether the rings of a device make progress, beside what its process says of them.
+    pub(super) fn look_for_hangs(&mut self, index: usize, excused: &[bool]) {
         let Some(machine) = &mut self.machine else {
             return;
         };
+        // Between an entry in the ring and the kick for it, a vCPU may have been stopped.
+        let paused = machine.state == MachineState::Paused;
         let Some(device) = machine.parts.devices.get_mut(index) else {
             return;
         };
         let Some(process) = &mut device.process else {
             return;
         };
-        if !matches!(device.special, Special::Disk(_)) || !process.life.serving() {
+        if !process.life.serving() {
             return;
         }
-        let config = machine.config.disks.iter().find(|d| d.id == device.id);
-        let limited = config.is_some_and(|d| {
-            let buckets = [d.limits.bytes.as_ref(), d.limits.operations.as_ref()];
-            buckets.into_iter().flatten().any(|b| b.per_second != 0)
-        });
-        let held = limited || device.drained || !process.control.only_heartbeat();
-        process
-            .detectors
-            .resize_with(waits_for_host.len(), HangDetector::default);
+        let all_excused = paused || device.drained || !process.control.only_heartbeat();
         let mut hung = None;
         for (queue, Indices { available, used }) in device.function.progress() {
             let at = usize::from(queue);
-            let waits = waits_for_host.get(at).copied().unwrap_or(true);
+            if process.detectors.len() <= at {
+                process.detectors.resize_with(at + 1, HangDetector::default);
+            }
             let look = RingLook {
                 avail: available,
                 used,
-                waits_for_host: waits,
-                held,
+                excused: all_excused || excused.get(at).copied().unwrap_or(false),
             };
             if process.detectors.get_mut(at).is_some_and(|d| d.look(look)) {
                 hung = Some(queue);

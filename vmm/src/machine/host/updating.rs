@@ -12,11 +12,11 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, Source};
 use crate::api::ApiResponse;
-use crate::launcher::{ExitOutcome, Linked, printable};
-use crate::machine::newcomer::{Newcomer, Ready};
+use crate::launcher::{Linked, printable};
+use crate::machine::newcomer::{Fault, Newcomer, Ready};
 use crate::machine::supervise::CrashReason;
 use crate::machine::told;
-use crate::machine::trial::{Candidate, Stage, Trial};
+use crate::machine::trial::{Candidate, Ended, Stage, Trial};
 use crate::virtio::Reconnected;
 
 impl Host {
@@ -99,12 +99,17 @@ impl Host {
         let Stage::Starting(newcomer) = &mut trial.stage else {
             return Ok(());
         };
-        newcomer.started = Some((pid.unwrap_or(0), fd));
-        newcomer.greet()?;
+        let pid = pid.unwrap_or(0);
+        let spawned = told::spawned(pid, newcomer.incarnation);
+        newcomer.started = Some((pid, fd));
+        let greeted = newcomer.greet();
         let control = newcomer.as_fd().as_raw_fd();
-        let fence = fence.ok_or("its fence is missing")?;
-        let fence_fd = fence.as_raw_fd();
-        trial.fence = Some(fence);
+        let fence_fd = fence.as_ref().map(AsRawFd::as_raw_fd);
+        trial.fence = fence;
+        let detail = format!("pid {pid}, on trial");
+        self.tell_typed(index, "device.spawned", &detail, Some(spawned));
+        greeted?;
+        let fence_fd = fence_fd.ok_or("its fence is missing")?;
         let index = u16::try_from(index).unwrap_or(u16::MAX);
         self.watch(fence_fd, Source::TrialFence { index }, EventSet::empty())?;
         self.watch(control, Source::Trial { index }, EventSet::IN)
@@ -119,7 +124,13 @@ impl Host {
             Stage::Starting(newcomer) => match newcomer.on_event(Instant::now()) {
                 Ok(false) => {}
                 Ok(true) => self.on_candidate(index),
-                Err(why) => self.end_trial(index, &why),
+                Err(Fault::Wrong(why)) => self.end_trial(index, &why),
+                // Its end says more, if that is what it was.
+                Err(Fault::HungUp) => {
+                    let fd = newcomer.as_fd().as_raw_fd();
+                    trial.hung_up(Instant::now());
+                    self.forget_fd(fd);
+                }
             },
             // It was asked nothing more: it hung up, or speaks out of turn.
             Stage::Draining(_) => self.end_trial(index, "it did not keep quiet until its turn"),
@@ -291,6 +302,10 @@ impl Host {
         );
         self.tell_typed(index, "device.updated", &detail, Some(what));
         self.settle_trials();
+        if let (Some(ended), Some(device)) = (&trial.seen.exited, self.device(index)) {
+            let id = device.id.clone();
+            self.tell_exited(&id, ended);
+        }
         if let Some(reply) = reply {
             reply.complete(Ok(ApiResponse::DeviceUpdated(response)));
         }
@@ -299,8 +314,8 @@ impl Host {
         if trial.fence_fell {
             self.with_life(index, |life, now| life.fence_fell(now));
         }
-        if let Some(reason) = trial.exited {
-            self.with_life(index, |life, now| life.exited(reason, now));
+        if let Some(ended) = trial.exited {
+            self.bury(index, &ended);
         }
     }
 
@@ -325,12 +340,15 @@ impl Host {
         {
             log::warn!("device {id}: {error}");
         }
-        let status = RpcStatus::failed_precondition(format!(
-            "device {id}: {}: {why}; the process before it goes on",
-            printable(&trial.binary)
-        ));
-        self.tell(index, "device.not-updated", why);
         let lost = trial.seen.lost.is_some() || trial.seen.exited.is_some();
+        let other = match lost {
+            false => "the process before it goes on",
+            true => "it is replaced by another of its own binary: see events, and retry",
+        };
+        let binary = printable(&trial.binary);
+        let line = format!("device {id}: {binary}: {why}; {other}");
+        let status = RpcStatus::failed_precondition(line);
+        self.tell(index, "device.not-updated", why);
         // Also where it was not drained: what the other one did to what they share (a tap's
         // settings) is put right.
         let resume = !drained && !lost;
@@ -343,8 +361,11 @@ impl Host {
         if trial.seen.fence_fell {
             self.with_life(index, |life, now| life.fence_fell(now));
         }
-        if let Some(reason) = trial.seen.exited {
-            self.with_life(index, |life, now| life.exited(reason, now));
+        if let Some(ended) = trial.exited {
+            self.tell_exited(&id, &ended);
+        }
+        if let Some(ended) = trial.seen.exited {
+            self.bury(index, &ended);
         }
     }
 
@@ -379,48 +400,42 @@ impl Host {
         }
     }
 
-    /// A process has been reaped. False: it is none of a device that is being updated.
-    pub(super) fn on_trial_exited(
-        &mut self,
-        id: &str,
-        incarnation: u64,
-        outcome: ExitOutcome,
-    ) -> bool {
+    /// A process has been reaped; comes back unless it belongs to a live update.
+    pub(super) fn on_trial_exited(&mut self, id: &str, ended: Ended) -> Option<Ended> {
         let machine = self.machine.as_ref();
         let found = machine.and_then(|m| m.parts.devices.position(|d| d.id == id));
         let Some(index) = found else {
-            return false;
+            return Some(ended);
         };
-        let reason = CrashReason::from_outcome(outcome);
         let Some(process) = self.process(index) else {
-            return false;
+            return Some(ended);
         };
         let serving = process.incarnation;
         let Some(trial) = &mut process.trial else {
-            return false;
+            return Some(ended);
         };
         let handing_over = trial.hands_over();
-        if incarnation == trial.incarnation {
-            let why = format!("it ended: {reason}");
-            trial.exited = Some(reason);
+        if ended.incarnation == trial.incarnation {
+            let why = format!("it ended: {}", CrashReason::from_outcome(ended.outcome));
+            trial.exited = Some(ended);
             if !handing_over {
                 self.end_trial(index, &why);
             }
-            return true;
+            return None;
         }
-        if incarnation != serving {
-            return false;
+        if ended.incarnation != serving {
+            return Some(ended);
         }
-        trial.seen.exited = Some(reason);
+        trial.seen.exited = Some(ended);
         trial.seen.lost.get_or_insert(None);
         if !handing_over {
             self.end_trial(index, "the process that serves ended meanwhile");
         }
-        true
+        None
     }
 
     /// The process has been replaced by a live update, or was on trial and is not any more:
-    /// its end is no news.
+    /// nothing follows from its end.
     pub(super) fn is_replaced(&self, id: &str, incarnation: u64) -> bool {
         let devices = self.machine.iter().flat_map(|m| m.parts.devices.iter());
         let mut processes = devices
@@ -455,8 +470,8 @@ impl Host {
         if trial.next_timer().is_none_or(|at| at > now) {
             return;
         }
-        if trial.is_late(now) {
-            self.end_trial(index, "it was not ready in time");
+        if let Some(why) = trial.is_late(now) {
+            self.end_trial(index, why);
         } else {
             self.on_trial(index);
         }

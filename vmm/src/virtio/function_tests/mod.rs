@@ -3,6 +3,7 @@
 
 mod any_access;
 mod external;
+mod filled;
 mod guest;
 mod killed;
 mod memory;

@@ -1,9 +1,11 @@
 //! Processes that die, lie and are given up while guest, manager and successors are at
 //! work.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::succession::{DESCRIPTORS, lost, patient, patient_guest, succeed, works};
 use super::*;
@@ -297,4 +299,36 @@ fn the_functions_own_threads_work_under_the_filter_of_a_running_machine() {
         number += 1;
     }
     assert!(number > 30, "{number}");
+}
+
+#[test]
+fn a_process_that_closes_half_of_its_channel_is_lost() {
+    for successor in [true, false] {
+        let guest = guest_with(VirtioPciOptions {
+            successor,
+            ..patient()
+        });
+        guest.bring_up();
+        let watched = guest.function.link_fds();
+        let hangup = watched.iter().find(|p| p.source == EventSource::Hangup);
+        let epoll = Epoll::new().unwrap();
+        let hangup = hangup.unwrap();
+        epoll
+            .ctl(
+                ControlOperation::Add,
+                hangup.fd.as_raw_fd(),
+                EpollEvent::new(EventSet::from_bits_truncate(hangup.events), 0),
+            )
+            .unwrap();
+        let mut events = [EpollEvent::default()];
+        assert_eq!(epoll.wait(0, &mut events).unwrap(), 0);
+        // It goes on to read, and serves its rings.
+        guest.backend.close_half();
+        assert_eq!(epoll.wait(30_000, &mut events).unwrap(), 1);
+        match guest.function.on_event(EventSource::Hangup) {
+            Outcome::Suspended(FailReason::Hangup) if successor => {}
+            Outcome::Failed(FailReason::Hangup) if !successor => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }

@@ -10,13 +10,13 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use super::{Waiting, precondition};
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::ged::GedEvents;
-use crate::launcher::ExitOutcome;
 use crate::machine::control::{Task, Turn};
 use crate::machine::device::{Device, Special};
 use crate::machine::host::{Host, Source};
 use crate::machine::hotplug::{self, News};
 use crate::machine::mem;
 use crate::machine::state::MachineState;
+use crate::machine::trial::Ended;
 
 /// How long a device that is removed by force has to finish what is in flight.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -385,35 +385,29 @@ impl Host {
     }
 
     /// A process has ended whose device is coming or going. True: it was one.
-    pub(in crate::machine::host) fn hotplug_exited(
-        &mut self,
-        id: &str,
-        incarnation: u64,
-        outcome: &ExitOutcome,
-        last_line: &str,
-    ) -> bool {
+    pub(in crate::machine::host) fn hotplug_exited(&mut self, id: &str, ended: &Ended) -> bool {
         if let Some(adding) = self.hotplug.adding.iter_mut().find(|a| a.id == id) {
-            let exit = (incarnation, *outcome, last_line.to_owned());
-            adding.exits.push(exit);
+            adding.exits.push(ended.clone());
             return true;
         }
         let mut leaving = self.hotplug.leaving.iter_mut();
-        let ended = leaving.find_map(|leaver| match &mut leaver.step {
+        let gone = leaving.find_map(|leaver| match &mut leaver.step {
             Step::Ending {
                 incarnation: of,
                 exited,
                 ..
-            } if leaver.id == id && *of == incarnation => {
+            } if leaver.id == id && *of == ended.incarnation => {
                 *exited = true;
                 Some(leaver.operation)
             }
             _ => None,
         });
-        if let Some(operation) = ended {
+        if let Some(operation) = gone {
+            self.tell_exited(id, ended);
             self.look_whether_gone(operation);
             self.next_in_turn();
         }
-        ended.is_some()
+        gone.is_some()
     }
 
     pub(super) fn overdue(&mut self, operation: u64) {

@@ -4,20 +4,24 @@
 //! it does, the disk's serial number says: `evil-NAME`. With any other serial number it is an
 //! honest disk. `e2e`'s subject `hostile-device` puts it there by `--libexec`.
 
+mod trap;
+
 use std::io::{IoSlice, Write};
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_blk::cli::{self, Command, Endpoint, Options};
 use bulkhead_blk::device::{Block, EngineKind};
 use bulkhead_blk::disk::Disk;
 use bulkhead_blk::image_io;
 use bulkhead_runtime::channels::Channels;
+use bulkhead_runtime::device::Device;
 use bulkhead_runtime::{ServeOptions, serve};
 use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
+use trap::{Trap, Trapped};
 
 const CONTROL: RawFd = 3;
 const VHOST: RawFd = 4;
@@ -33,13 +37,21 @@ fn main() -> ExitCode {
         // Before anybody has asked for anything.
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
         Some("early-end") => return ExitCode::from(7),
+        // Good until then, in seconds.
+        Some(name) if name.starts_with("til-") => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now = now.unwrap_or_default().as_secs();
+            if name.strip_prefix("til-").and_then(|n| n.parse().ok()) < Some(now) {
+                return ExitCode::from(7);
+            }
+        }
         // It reads on and will never answer.
         Some("early-half-ctl") => half_close(CONTROL),
         Some("early-half-vu") => half_close(VHOST),
         Some("early-silence") => loop {
             std::thread::park_timeout(Duration::from_secs(60));
         },
-        Some(name) => {
+        Some(name) if Trap::named(name).is_none() => {
             let name = name.to_owned();
             let (here, begun) = std::sync::mpsc::channel();
             std::thread::spawn(move || {
@@ -52,9 +64,9 @@ fn main() -> ExitCode {
             });
             let _ = begun.recv();
         }
-        None => {}
+        _ => {}
     }
-    match run() {
+    match run(evil.as_deref().and_then(Trap::named)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(line) => {
             let _ = writeln!(std::io::stderr(), "hostile-device: {line}");
@@ -64,7 +76,7 @@ fn main() -> ExitCode {
 }
 
 /// What `bulkhead-blk` does, less what a test needs not.
-fn run() -> Result<(), String> {
+fn run(trap: Option<Trap>) -> Result<(), String> {
     let say = |e: &dyn std::error::Error| e.to_string();
     let options: Options = match cli::parse(std::env::args_os().skip(1)) {
         Ok(Command::Serve(options)) => options,
@@ -89,7 +101,11 @@ fn run() -> Result<(), String> {
         }
     };
     image_io::prepare(64 << 20).map_err(|e| say(&e))?;
-    let device = Arc::new(Block::new(disk, options.queues, engine));
+    let block = Block::new(disk, options.queues, engine);
+    let device: Arc<dyn Device> = match trap {
+        Some(trap) => Arc::new(Trapped { block, trap }),
+        None => Arc::new(block),
+    };
     let options = ServeOptions {
         channels,
         policy,
@@ -134,6 +150,8 @@ fn attack(name: &str) {
             everywhere(&backend_message(0), &[]);
         },
         "be-oversize" => everywhere(&backend_message(u32::MAX), &[]),
+        "half-ctl" => half_close(CONTROL),
+        "half-vu" => half_close(VHOST),
         "be-fds" => everywhere(&backend_message(0), &[0, 1, 0, 1]),
         _ => {}
     }
