@@ -37,7 +37,7 @@ struct Bed {
 
 impl Bed {
     fn new(engine: &str, pairs: u16, more: &[&str], choose: impl Fn(u64) -> u64) -> Self {
-        let tap = Tap::attach("t0", pairs).unwrap();
+        let tap = Tap::attach("t0", pairs, None).unwrap();
         up("t0");
         let args = [&["--io-engine", engine], more].concat();
         let (net, control, vhost) = Net::inherit(&tap, &args);
@@ -303,7 +303,7 @@ fn what_was_not_negotiated_is_refused() {
         return;
     }
     let keep = f::F_CTRL_VQ | (1 << 32) | (1 << 30);
-    let tap = Tap::attach("t0", 2).unwrap();
+    let tap = Tap::attach("t0", 2, None).unwrap();
     up("t0");
     let (_net, _control, vhost) = Net::inherit(&tap, &[]);
     // Without MQ the control queue is ring 2, though the device has two pairs.
