@@ -270,6 +270,14 @@ impl Tap {
         };
         match call::set_offload(&first.file, flags) {
             Ok(()) => true,
+            // Told when a driver begins, before it misses a frame.
+            Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
+                log::warn!(
+                    "tap {}: its interface was removed from the host: the guest has no link; make it anew, and take the device out and in again, or start the machine anew",
+                    self.name
+                );
+                false
+            }
             Err(e) => {
                 log::warn!("tap {}: TUNSETOFFLOAD {flags:#x}: {e}", self.name);
                 false

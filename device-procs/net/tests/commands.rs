@@ -591,6 +591,24 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
 }
 
 #[test]
+fn a_tap_that_was_removed_before_the_driver_begins_is_told_by_its_name() {
+    engines(|engine| {
+        let tap = Tap::attach("t0", 1, None).unwrap();
+        let (mut net, _control, vhost) = Net::inherit(&tap, &["--io-engine", engine]);
+        ip(&["link", "del", "t0"]);
+        let mut vm = Vm::over(vhost, 3, |offered| offered);
+        vm.start();
+        drop(vm);
+        net.wait_exit();
+        let said = net.stderr();
+        assert!(
+            said.contains("tap t0: its interface was removed from the host"),
+            "{engine}: {said}"
+        );
+    });
+}
+
+#[test]
 fn a_successor_goes_on_with_what_the_driver_has_set() {
     use vhost::vhost_user::VhostUserFrontend;
     use vhost::vhost_user::message::VhostUserInflight;
