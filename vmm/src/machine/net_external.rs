@@ -51,7 +51,13 @@ pub fn helpers(
     match Program::find(passt.as_deref()) {
         Ok(program) => Ok(vec![program]),
         Err(why) if wanted.is_some_and(|users| users.iter().all(|optional| *optional)) => {
-            log::warn!("{why}");
+            // The device says that it has none; why one that was named cannot be had, only this.
+            let level = if passt.is_some() {
+                log::Level::Warn
+            } else {
+                log::Level::Debug
+            };
+            log::log!(level, "{why}");
             Ok(Vec::new())
         }
         Err(why) => Err(why),
@@ -173,7 +179,7 @@ fn finish(
         origin,
         frontend,
         process,
-        missing: _,
+        missing,
     } = first;
     let id = options.id.clone();
     let queues = options.queues.into();
@@ -194,6 +200,10 @@ fn finish(
         format!("device {id}: {origin}: {}", of_others(&id, &why))
     })?;
     let mut switch = Switch::new(&id, kind, origin, net, serving, Instant::now());
+    if let Some(why) = missing {
+        // It was told: the same again is no news.
+        switch.news(&why);
+    }
     if let Some(process) = process {
         switch = switch.with_process(1, process);
     }
