@@ -119,7 +119,6 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     // linux/sockios.h
     ("SIOCGIFNAME", 0x8910),
     ("SIOCGIFMTU", 0x8921),
-    ("SIOCETHTOOL", 0x8946),
     // linux/kvm.h
     ("KVM_GET_API_VERSION", 0xae00),
     ("KVM_CREATE_VM", 0xae01),

@@ -343,11 +343,17 @@ fn mac(value: &str) -> Result<Mac, UsageError> {
     Ok(mac)
 }
 
-/// `N[:BURST]`
+/// `N[:BURST]`; a burst of nothing would let nothing pass.
 fn rate(option: &'static str, value: &str) -> Result<Option<Rate>, UsageError> {
-    let (rate, burst) = value.split_once(':').unwrap_or((value, "0"));
-    match (rate.parse(), burst.parse()) {
-        (Ok(rate), Ok(burst)) => Rate::new("rate", rate, burst).or_else(|why| bad(option, why)),
+    let (rate, burst) = match value.split_once(':') {
+        Some((rate, burst)) => (rate.parse(), burst.parse().map(Some)),
+        None => (value.parse(), Ok(None)),
+    };
+    match (rate, burst) {
+        (Ok(_), Ok(Some(0))) => bad(option, "a burst of 0 lets nothing pass; leave it out"),
+        (Ok(rate), Ok(burst)) => {
+            Rate::new("rate", rate, burst.unwrap_or(0)).or_else(|why| bad(option, why))
+        }
         _ => bad(option, "must be N or N:BURST"),
     }
 }

@@ -77,6 +77,9 @@ fn nonsense_is_named() {
         ("--socket /s --tap t --link sideways", "up or down"),
         ("--socket /s --tap t --rx-bps 0:5", "burst without"),
         ("--socket /s --tap t --rx-bps x", "N:BURST"),
+        ("--socket /s --tap t --rx-bps 1:0", "burst of 0"),
+        ("--socket /s --tap t --mtu 1400 --mtu 1500", "given twice"),
+        ("--socket /s --tap t --tap u", "given twice"),
         ("--socket /s --tap t --io-engine x", "plain"),
         ("--socket /s --tap t --vhost-net fds=5:6", "per queue pair"),
         (

@@ -102,6 +102,25 @@ pub fn tap_flags(offloads: u64) -> u32 {
     flags
 }
 
+/// Whether a driver that accepted these features may hand over a frame with these `flags` and
+/// this `gso_type` in its header (virtio 1.2, 5.1.6.2.1).
+pub fn permits(accepted: u64, flags: u8, gso_type: u8) -> bool {
+    const NEEDS_CSUM: u8 = 1;
+    const ECN: u8 = 0x80;
+    let kind = match gso_type & !ECN {
+        0 => 0,
+        1 => F_HOST_TSO4,
+        3 => F_HOST_UFO,
+        4 => F_HOST_TSO6,
+        5 => F_HOST_USO,
+        _ => return false,
+    };
+    let marks = if gso_type & ECN == 0 { 0 } else { F_HOST_ECN };
+    let sum = if flags & NEEDS_CSUM == 0 { 0 } else { F_CSUM };
+    let needed = kind | marks | sum;
+    accepted & needed == needed
+}
+
 /// What the device is, as far as features and configuration tell.
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
@@ -206,5 +225,27 @@ mod tests {
         assert_eq!(tap_flags(F_GUEST_TSO4), 0, "not without checksums");
         assert_eq!(tap_flags(F_GUEST_CSUM | F_GUEST_TSO4), 3);
         assert_eq!(tap_flags(F_GUEST_CSUM | F_GUEST_USO4), 1, "both or none");
+    }
+
+    #[test]
+    fn each_kind_of_unfinished_frame_has_its_feature() {
+        let kinds = [
+            (0, 1, F_HOST_TSO4),
+            (0, 3, F_HOST_UFO),
+            (0, 4, F_HOST_TSO6),
+            (0, 5, F_HOST_USO),
+            (1, 0, F_CSUM),
+            (1, 5, F_HOST_USO | F_CSUM),
+            (1, 0x81, F_HOST_TSO4 | F_HOST_ECN | F_CSUM),
+        ];
+        for (flags, gso, needed) in kinds {
+            assert!(permits(needed, flags, gso) && permits(!0, flags, gso));
+            assert!(!permits(0, flags, gso), "{flags} {gso}");
+            assert!(!permits(!(1 << needed.trailing_zeros()), flags, gso));
+        }
+        assert!(permits(0, 0, 0) && permits(0, 2, 0));
+        for unknown in [2, 6, 0x7f] {
+            assert!(!permits(!0, 0, unknown));
+        }
     }
 }

@@ -76,7 +76,7 @@ fn run(options: &Options) -> Result<(), MainError> {
     };
     let tap = match &options.tap {
         TapSource::Fds(fds) => Tap::inherit(fds)?,
-        TapSource::Name(name) => Tap::attach(name, options.pairs)?,
+        TapSource::Name(name) => Tap::attach(name, options.pairs, options.mtu)?,
     };
     let channels = match (channels, &options.endpoint) {
         (Some(channels), _) => channels,

@@ -7,8 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Instant;
 
 use bulkhead_runtime::sys;
+use bulkhead_taps::Links;
 
 use crate::tap_ioctl::{self as call, Ifreq};
 
@@ -114,28 +116,51 @@ fn readable_name(ifreq: &Ifreq) -> String {
 
 impl Tap {
     /// Attaches to the interface of this name in this network namespace, or creates it, with
-    /// one descriptor per queue pair.
-    pub fn attach(name: &str, pairs: u16) -> Result<Self, TapError> {
+    /// one descriptor per queue pair. Somebody who is just ending is waited for. With `mtu`, the
+    /// guest is to be told that: a tap that is made here gets it, another must have as much,
+    /// since what is longer would be lost on the way to the guest.
+    pub fn attach(name: &str, pairs: u16, mtu: Option<u16>) -> Result<Self, TapError> {
         let padded = interface_name(name).ok_or_else(|| TapError::Attach {
             name: name.into(),
             why: "no name of an interface: 1 to 15 visible characters without / : %".into(),
         })?;
-        let mut files = Vec::new();
-        for _ in 0..pairs {
-            let file = call::open(c"/dev/net/tun").map_err(TapError::Open)?;
-            let base = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-            let several = base | libc::IFF_MULTI_QUEUE;
-            let first = if pairs > 1 { several } else { base };
-            let mut answer = call::set_interface(&file, &mut Ifreq::new(padded, first));
-            // A tap that was made for several queues takes one, too, when asked in its words.
-            if pairs == 1 && is(&answer, libc::EINVAL) {
-                answer = call::set_interface(&file, &mut Ifreq::new(padded, several));
+        let failed = |why| TapError::Attach {
+            name: name.into(),
+            why,
+        };
+        let links = Links::open().map_err(|e| failed(format!("rtnetlink: {e}")))?;
+        let until = Instant::now() + bulkhead_taps::PATIENCE;
+        let made = matches!(links.look(name), Err(e) if e.raw_os_error() == Some(libc::ENODEV));
+        let files = loop {
+            match attach_alone(&links, name, padded, pairs) {
+                Err(Refusal::Tap(e))
+                    if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EBADF))
+                        && Instant::now() < until =>
+                {
+                    std::thread::sleep(bulkhead_taps::PAUSE);
+                }
+                Err(Refusal::Tap(e)) => {
+                    return Err(failed(attach_error(&links, name, &e, pairs)));
+                }
+                Err(Refusal::Driver(e)) => return Err(TapError::Open(e)),
+                Ok(files) => break files,
             }
-            answer.map_err(|e| TapError::Attach {
+        };
+        if let Some(mtu) = mtu {
+            let setting = |source| TapError::Setting {
                 name: name.into(),
-                why: attach_error(name, &e, pairs),
-            })?;
-            files.push(file);
+                what: "SIOCSIFMTU",
+                source,
+            };
+            if made {
+                call::set_mtu(&links, padded, mtu).map_err(setting)?;
+            }
+            let has = links.look(name).map_err(setting)?.map_or(0, |tun| tun.mtu);
+            if u32::from(mtu) > has {
+                return Err(failed(format!(
+                    "its MTU is {has}, {mtu} is asked for; run `ip link set {name} mtu {mtu}` first"
+                )));
+            }
         }
         Self::prepare(files)
     }
@@ -245,6 +270,14 @@ impl Tap {
         };
         match call::set_offload(&first.file, flags) {
             Ok(()) => true,
+            // Told when a driver begins, before it misses a frame.
+            Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
+                log::warn!(
+                    "tap {}: its interface was removed from the host: the guest has no link; make it anew, and take the device out and in again, or start the machine anew",
+                    self.name
+                );
+                false
+            }
             Err(e) => {
                 log::warn!("tap {}: TUNSETOFFLOAD {flags:#x}: {e}", self.name);
                 false
@@ -302,24 +335,68 @@ fn probe(file: &File) -> u32 {
     known
 }
 
+/// Why an attempt to attach failed.
+enum Refusal {
+    /// There is no tap driver.
+    Driver(io::Error),
+    /// This tap refuses; EBUSY: it is somebody else's.
+    Tap(io::Error),
+}
+
+/// One attempt. Where the tap has several queues, `bulkhead_taps` says why it asks twice.
+fn attach_alone(
+    links: &Links,
+    name: &str,
+    padded: [u8; libc::IFNAMSIZ],
+    pairs: u16,
+) -> Result<Vec<File>, Refusal> {
+    let known = || links.look(name).ok().flatten().and_then(|tun| tun.queues);
+    let alone = |ours: u16| {
+        if known().unwrap_or(0) > u32::from(ours) {
+            return Err(Refusal::Tap(io::Error::from_raw_os_error(libc::EBUSY)));
+        }
+        Ok(())
+    };
+    alone(0)?;
+    let mut files = Vec::new();
+    for _ in 0..pairs {
+        let file = call::open(c"/dev/net/tun").map_err(Refusal::Driver)?;
+        let base = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let several = base | libc::IFF_MULTI_QUEUE;
+        let first = if pairs > 1 { several } else { base };
+        let mut answer = call::set_interface(&file, &mut Ifreq::new(padded, first));
+        // A tap that was made for several queues takes one, too, when asked in its words.
+        if pairs == 1 && is(&answer, libc::EINVAL) {
+            answer = call::set_interface(&file, &mut Ifreq::new(padded, several));
+        }
+        answer.map_err(Refusal::Tap)?;
+        files.push(file);
+    }
+    alone(pairs)?;
+    Ok(files)
+}
+
 fn is(answer: &io::Result<()>, errno: i32) -> bool {
     matches!(answer, Err(e) if e.raw_os_error() == Some(errno))
 }
 
-fn attach_error(name: &str, e: &io::Error, pairs: u16) -> String {
+fn attach_error(links: &Links, name: &str, e: &io::Error, pairs: u16) -> String {
+    let several = if pairs > 1 { " multi_queue" } else { "" };
     match e.raw_os_error() {
         Some(libc::EBUSY) => "is in use by another process; stop it, or choose another tap".into(),
         Some(libc::EPERM) => {
             format!(
-                "may not be used by this user; make it with `ip tuntap add {name} mode tap user USER`"
+                "may not be used by this user; make it with `ip tuntap add {name} mode tap{several} user USER`"
             )
         }
-        Some(libc::EINVAL) if pairs > 1 => {
-            format!(
-                "is no tap with several queues; make it with `ip tuntap add {name} mode tap multi_queue`"
-            )
-        }
-        Some(libc::EINVAL) => "exists and is no tap; name a tap, or one that is to be made".into(),
+        Some(libc::EINVAL) => match links.look(name).ok().flatten() {
+            Some(tun) if tun.tap && pairs > 1 => {
+                format!("has one queue; make it with `ip tuntap add {name} mode tap multi_queue`")
+            }
+            _ => format!(
+                "exists and is no tap; name one made with `ip tuntap add NAME mode tap{several}`, or a name that is free"
+            ),
+        },
         Some(libc::E2BIG) => {
             format!("has fewer than {pairs} queues free; ask for fewer, or stop who holds them")
         }

@@ -11,6 +11,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use bulkhead_taps::Links;
+
 use crate::transmit::Segment;
 
 /// struct ifreq of linux/if.h, as far as tap devices use it: name and flags.
@@ -74,6 +76,19 @@ pub fn open(path: &CStr) -> io::Result<File> {
 /// Attaches the descriptor to an interface (TUNSETIFF).
 pub fn set_interface(file: &File, ifreq: &mut Ifreq) -> io::Result<()> {
     by_ifreq(file, libc::TUNSETIFF, ifreq)
+}
+
+/// MTU of an interface by its name (SIOCSIFMTU), by any socket of its network namespace.
+pub fn set_mtu(links: &Links, name: [u8; libc::IFNAMSIZ], mtu: u16) -> io::Result<()> {
+    let mut ifreq = Ifreq::new(name, 0);
+    // The MTU is an int where the flags are.
+    let [a, b, c, d] = libc::c_int::from(mtu).to_ne_bytes();
+    ifreq.flags = libc::c_short::from_ne_bytes([a, b]);
+    ifreq.rest[..2].copy_from_slice(&[c, d]);
+    // SAFETY: SIOCSIFMTU reads one struct ifreq, which this one is as large as (checked below),
+    // and which lives through the call.
+    check(unsafe { libc::ioctl(links.as_raw_fd(), libc::SIOCSIFMTU as _, &raw const ifreq) })?;
+    Ok(())
 }
 
 /// Name and flags of the interface that the descriptor belongs to (TUNGETIFF).

@@ -16,6 +16,7 @@ use vm_memory::VolatileSlice;
 
 use crate::state::State;
 use crate::tap::{HEADER, MAX_FRAME};
+use crate::{features, tap_ioctl};
 
 /// Frames of a batch.
 pub const BATCH: usize = 64;
@@ -94,6 +95,8 @@ pub struct Transmit {
     ring: ActiveRing,
     status: Arc<QueueStatus>,
     state: Arc<State>,
+    /// What the driver accepted.
+    features: u64,
     chain: Chain,
     frames: Vec<Frame>,
     segments: Vec<Segment>,
@@ -109,6 +112,7 @@ impl Transmit {
         Self {
             ring,
             status,
+            features: state.features(),
             state,
             chain: Chain::new(),
             frames: Vec::with_capacity(BATCH),
@@ -184,6 +188,9 @@ impl Transmit {
         if segments > MAX_SEGMENTS {
             self.segments.truncate(first);
             fate = Fate::Dropped;
+        } else if fate == Fate::Waiting && !self.is_permitted(first) {
+            self.status.errors.add(1);
+            fate = Fate::Dropped;
         }
         self.frames.push(Frame {
             head,
@@ -192,6 +199,23 @@ impl Transmit {
             len,
             fate,
         });
+    }
+
+    /// Whether what the frame's header says is left to do was negotiated. A guest that writes
+    /// there meanwhile gets by: the kernel, which reads it anew, trusts no header.
+    fn is_permitted(&self, first: usize) -> bool {
+        let mut start = [0; 2];
+        let mut have = 0;
+        for segment in self.segments.get(first..).unwrap_or_default() {
+            match start.get_mut(have..) {
+                Some(rest) if !rest.is_empty() => {
+                    have = have.saturating_add(tap_ioctl::gather(segment, rest));
+                }
+                _ => break,
+            }
+        }
+        let [flags, gso_type] = start;
+        start == [0; 2] || features::permits(self.features, flags, gso_type)
     }
 
     /// Frames of this batch; they have the numbers from 0 on.
@@ -274,9 +298,11 @@ pub(crate) fn report(status: &QueueStatus, failing: &mut bool, errno: i32) {
     if matches!(errno, libc::EIO | libc::EBADFD | libc::ENODEV) && !*failing {
         *failing = true;
         status.host_error(errno, 0);
-        log::warn!(
-            "tap: {}; frames are dropped until it is up",
-            io::Error::from_raw_os_error(errno)
-        );
+        let reason = io::Error::from_raw_os_error(errno);
+        if errno == libc::EIO {
+            log::warn!("tap: {reason}; frames are dropped until it is up");
+        } else {
+            log::warn!("tap: {reason}; its interface is gone: frames are dropped");
+        }
     }
 }

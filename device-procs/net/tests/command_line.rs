@@ -44,12 +44,13 @@ fn a_tap_that_cannot_be_used_is_named_with_the_remedy() {
     ip(&["tuntap", "add", "tun0", "mode", "tun"]);
     ip(&["tuntap", "add", "one0", "mode", "tap"]);
     ip(&["tuntap", "add", "many0", "mode", "tap", "multi_queue"]);
-    let busy = Tap::attach("one0", 1).unwrap();
+    let busy = Tap::attach("one0", 1, None).unwrap();
     for (tap, pairs, expected) in [
         ("tun0", "1", "exists and is no tap"),
         ("lo", "1", "exists and is no tap"),
         ("one0", "1", "in use by another process"),
         ("one0", "2", "multi_queue"),
+        ("lo", "2", "exists and is no tap"),
     ] {
         let args = ["--socket", socket, "--tap", tap, "--queue-pairs", pairs];
         let (status, said) = refused(&args);
@@ -57,6 +58,40 @@ fn a_tap_that_cannot_be_used_is_named_with_the_remedy() {
         assert!(said.contains(tap) && said.contains(expected), "{said}");
     }
     drop(busy);
+    // More than the tap has would be lost on the way to the guest.
+    let socket_ = ["--socket", socket, "--tap", "many0", "--mtu"];
+    let (status, said) = refused(&[socket_.as_slice(), &["1501"]].concat());
+    assert_eq!(status, 1, "{said}");
+    assert!(
+        said.contains("its MTU is 1500, 1501 is asked for"),
+        "{said}"
+    );
+    drop(Net::listen(socket.as_ref(), "many0", &["--mtu", "1500"]));
+    // One that is made here has what is asked for.
+    let made = Net::listen(socket.as_ref(), "made0", &["--mtu", "9000"]);
+    let links = bulkhead_taps::Links::open().unwrap();
+    assert_eq!(links.look("made0").unwrap().unwrap().mtu, 9000);
+    drop(made);
+    // The kernel would let a second process share the frames of a tap of several queues, which is
+    // down here.
+    let shared = Tap::attach("many0", 2, None).unwrap();
+    for pairs in ["1", "2"] {
+        let args = ["--socket", socket, "--tap", "many0", "--queue-pairs", pairs];
+        let (status, said) = refused(&args);
+        assert_eq!(status, 1, "{said}");
+        assert!(
+            said.contains("many0: is in use by another process"),
+            "{said}"
+        );
+    }
+    // One who leaves soon is waited for.
+    let leaver = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        drop(shared);
+    });
+    let next = Net::listen(socket.as_ref(), "many0", &["--queue-pairs", "2"]);
+    leaver.join().unwrap();
+    drop(next);
     // A tap of several queues serves one, too.
     let mut net = Net::listen(socket.as_ref(), "many0", &[]);
     let (status, said) = refused(&["--socket", socket, "--tap", "new0"]);

@@ -37,7 +37,7 @@ struct Bed {
 
 impl Bed {
     fn new(engine: &str, pairs: u16, more: &[&str], choose: impl Fn(u64) -> u64) -> Self {
-        let tap = Tap::attach("t0", pairs).unwrap();
+        let tap = Tap::attach("t0", pairs, None).unwrap();
         up("t0");
         let args = [&["--io-engine", engine], more].concat();
         let (net, control, vhost) = Net::inherit(&tap, &args);
@@ -311,7 +311,7 @@ fn what_was_not_negotiated_is_refused() {
         return;
     }
     let keep = f::F_CTRL_VQ | (1 << 32) | (1 << 30);
-    let tap = Tap::attach("t0", 2).unwrap();
+    let tap = Tap::attach("t0", 2, None).unwrap();
     up("t0");
     let (_net, _control, vhost) = Net::inherit(&tap, &[]);
     // Without MQ the control queue is ring 2, though the device has two pairs.
@@ -599,6 +599,24 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
         ring.offer(20);
         bed.vm.kick(0);
         bed.vm.send(1, &PLAIN, &frame);
+    });
+}
+
+#[test]
+fn a_tap_that_was_removed_before_the_driver_begins_is_told_by_its_name() {
+    engines(|engine| {
+        let tap = Tap::attach("t0", 1, None).unwrap();
+        let (mut net, _control, vhost) = Net::inherit(&tap, &["--io-engine", engine]);
+        ip(&["link", "del", "t0"]);
+        let mut vm = Vm::over(vhost, 3, |offered| offered);
+        vm.start();
+        drop(vm);
+        net.wait_exit();
+        let said = net.stderr();
+        assert!(
+            said.contains("tap t0: its interface was removed from the host"),
+            "{engine}: {said}"
+        );
     });
 }
 

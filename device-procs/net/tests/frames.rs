@@ -204,6 +204,138 @@ fn sixty_four_kilobytes_of_segments_go_both_ways_in_one_piece() {
     });
 }
 
+/// Ethernet, IPv4 and UDP with so many bytes of data, checksum left to do.
+fn udp(to: [u8; 6], from: [u8; 6], data: usize) -> Vec<u8> {
+    let mut frame = tcp(to, from, data);
+    let whole = (28 + data as u16).to_be_bytes();
+    frame[16..18].copy_from_slice(&whole);
+    frame[23] = 17;
+    frame[24..26].copy_from_slice(&[0, 0]);
+    let sum: u32 = frame[14..34]
+        .chunks(2)
+        .map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])))
+        .sum();
+    let folded = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    frame[24..26].copy_from_slice(&folded.to_be_bytes());
+    let length = (8 + data as u16).to_be_bytes();
+    let pseudo: u32 = 0x0a00 * 2 + 1 + 2 + 17 + 8 + data as u32;
+    let pseudo = ((pseudo & 0xffff) + (pseudo >> 16)) as u16;
+    let mut header = vec![0x12, 0x34, 0x56, 0x78, length[0], length[1]];
+    header.extend(pseudo.to_be_bytes());
+    frame.splice(34..54, header);
+    frame
+}
+
+/// The header of such a frame: checksum to do, datagrams of 1000 bytes to cut.
+const DATAGRAMS: [u8; 10] = [1, 5, 42, 0, 0xe8, 3, 34, 0, 6, 0];
+
+#[test]
+fn datagrams_go_both_ways_in_one_piece_where_that_was_negotiated() {
+    engines(|engine, args| {
+        let scratch = Scratch::new(&format!("uso-{engine}"));
+        let socket = scratch.path("s");
+        let tap = format!("t-{engine}");
+        let _net = Net::listen(&socket, &tap, args);
+        let mut vm = Vm::connect(&socket, 3);
+        let needed = f::F_HOST_USO | f::F_GUEST_USO4 | f::F_GUEST_USO6;
+        if vm.features & needed != needed {
+            eprintln!("not tested here: this kernel has no datagram offload (Linux 6.2)");
+            return;
+        }
+        vm.start();
+        let wire = Wire::new(&tap, true);
+        let out = udp(PEER, MAC_BYTES, 5000);
+        let mut header = PLAIN;
+        header[..10].copy_from_slice(&DATAGRAMS);
+        vm.send(1, &header, &out);
+        let got = wire.receive();
+        assert_eq!(got[10..], out, "{engine}: out in one piece");
+        assert_eq!((got[1], &got[4..6]), (5, &DATAGRAMS[4..6]));
+
+        vm.offer_buffers(0, 0, 63);
+        let back = udp(MAC_BYTES, PEER, 5000);
+        wire.send(&[DATAGRAMS.as_slice(), &back].concat());
+        let got = vm.receive(0);
+        assert_eq!(got[HEADER..], back, "{engine}: in, in one piece");
+        assert_eq!((got[1], &got[4..6]), (5, &DATAGRAMS[4..6]));
+
+        // A driver that did not accept it gets datagrams, each by itself and finished.
+        drop(vm);
+        let stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        let mut vm = Vm::over(stream, 3, |offered| {
+            offered & !(f::F_GUEST_USO4 | f::F_GUEST_USO6 | f::F_GUEST_CSUM)
+        });
+        vm.start();
+        vm.offer_buffers(0, 0, 63);
+        wire.send(&[DATAGRAMS.as_slice(), &back].concat());
+        for number in 0..5 {
+            let got = vm.receive(0);
+            assert_eq!(got.len(), HEADER + 42 + 1000, "{engine}: {number}");
+            assert_eq!(got[..2], [0, 0], "nothing left to do");
+        }
+    });
+}
+
+#[test]
+fn a_frame_with_work_left_that_was_never_negotiated_is_dropped_and_counted_and_others_pass() {
+    engines(|engine, args| {
+        let scratch = Scratch::new(&format!("gso-{engine}"));
+        let socket = scratch.path("s");
+        let tap = format!("t-{engine}");
+        let _net = Net::listen(&socket, &tap, args);
+        let host = f::F_HOST_TSO4 | f::F_HOST_TSO6 | f::F_HOST_ECN | f::F_HOST_UFO | f::F_HOST_USO;
+        let plain = ether(PEER, MAC_BYTES, 100, 3);
+        let wire = |vm: &mut Vm, wire: &Wire, header: [u8; 10], frame: &[u8]| {
+            let mut whole = PLAIN;
+            whole[..10].copy_from_slice(&header);
+            vm.send(1, &whole, frame);
+            // What comes next tells whether that came.
+            vm.send(1, &PLAIN, &plain);
+            let got = wire.receive();
+            let passed = got[10..] != plain;
+            if passed {
+                assert_eq!(wire.receive()[10..], plain);
+            }
+            passed
+        };
+        let tap_wire = Wire::new(&tap, true);
+        for (accepted, tso, uso, sum) in [
+            (0, false, false, false),
+            (f::F_CSUM, false, false, true),
+            (f::F_CSUM | f::F_HOST_TSO4, true, false, true),
+            (f::F_CSUM | f::F_HOST_USO, false, true, true),
+            (f::F_HOST_TSO4 | f::F_HOST_USO, false, false, false),
+        ] {
+            let stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+            let mut vm = Vm::over(stream, 3, |offered| {
+                offered & !(host | f::F_CSUM) | offered & accepted
+            });
+            if vm.features & accepted != accepted {
+                eprintln!("not tested here: this kernel lacks {accepted:#x}");
+                continue;
+            }
+            vm.start();
+            let (segments, datagrams) = (tcp(PEER, MAC_BYTES, 4000), udp(PEER, MAC_BYTES, 4000));
+            let short = tcp(PEER, MAC_BYTES, 400);
+            let only_sum = [1, 0, 0, 0, 0, 0, 34, 0, 16, 0];
+            let name = format!("{engine} {accepted:#x}");
+            assert_eq!(wire(&mut vm, &tap_wire, SEGMENTS, &segments), tso, "{name}");
+            assert_eq!(
+                wire(&mut vm, &tap_wire, DATAGRAMS, &datagrams),
+                uso,
+                "{name}"
+            );
+            assert_eq!(wire(&mut vm, &tap_wire, only_sum, &short), sum, "{name}");
+            // Of no kind that there is, congestion marks without having said so, UFO.
+            for gso in [2, 6, 0x81, 3] {
+                let mut header = SEGMENTS;
+                header[1] = gso;
+                assert!(!wire(&mut vm, &tap_wire, header, &segments), "{name} {gso}");
+            }
+        }
+    });
+}
+
 #[test]
 fn a_guest_that_takes_no_offloads_gets_finished_frames() {
     engines(|engine, args| {

@@ -54,7 +54,7 @@ struct Bed {
 impl Bed {
     fn new(pairs: u16) -> Option<Self> {
         let files = vhost_net(pairs)?;
-        let tap = Tap::attach("t0", pairs).unwrap();
+        let tap = Tap::attach("t0", pairs, None).unwrap();
         up("t0");
         let (net, control, vhost) = Net::inherit_with(&tap, &files, &[]);
         let client = BlockingClient::new(control, CONTROL_MAX_FRAME);
@@ -251,7 +251,7 @@ fn a_descriptor_that_is_no_vhost_net_is_named() {
     if !isolated() {
         return;
     }
-    let tap = Tap::attach("t0", 1).unwrap();
+    let tap = Tap::attach("t0", 1, None).unwrap();
     let null = [File::open("/dev/null").unwrap()];
     let (mut net, _control, _vhost) = Net::inherit_with(&tap, &null, &[]);
     assert_eq!(net.wait_exit().code(), Some(1));

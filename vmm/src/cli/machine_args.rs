@@ -154,7 +154,44 @@ impl MachineArgs {
             config.rngs.push(rng);
         }
         config.serial = Some(parse_serial(&self.serial)?).into();
+        // What no option shows by itself: queues and vCPUs, two devices on one tap.
+        crate::api::config::validate(&config).map_err(|why| self.in_options(&why))?;
         Ok(config)
+    }
+
+    /// A refusal that names a field of the configuration, with the option named instead.
+    fn in_options(&self, why: &str) -> String {
+        let lists = [
+            ("disks", "--disk", &self.disks),
+            ("nets", "--net", &self.nets),
+            ("vhost_users", "--vhost-user", &self.vhost_users),
+            ("rngs", "--rng", &self.rngs),
+        ];
+        for (list, option, texts) in lists {
+            for (index, text) in texts.iter().enumerate() {
+                let field = format!("config.{list}[{index}]");
+                if let Some(rest) = why.strip_prefix(&field) {
+                    let rest = rest.trim_start_matches(['.', ':', ' ']);
+                    let rest = rest.replace(&format!("{field}."), "");
+                    return format!("{option} {text}: {rest}");
+                }
+            }
+        }
+        let fields = [
+            ("kernel", "--kernel"),
+            ("initrd", "--initrd"),
+            ("cmdline", "--cmdline"),
+            ("memory", "--memory"),
+            ("cpus", "--cpus"),
+            ("hotplug_ports", "--hotplug-ports"),
+            ("serial", "--serial"),
+        ];
+        let field = why.strip_prefix("config.");
+        let known = field.and_then(|rest| fields.iter().find(|(name, _)| rest.starts_with(name)));
+        match (field, known) {
+            (Some(rest), Some((_, option))) => format!("{option}: {rest}"),
+            _ => why.to_owned(),
+        }
     }
 }
 
@@ -430,6 +467,39 @@ mod tests {
         ] {
             assert!(parse_cpus(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_no_option_shows_by_itself_is_refused_by_the_options_name() {
+        let refused = |nets: &[&str]| {
+            let args = MachineArgs {
+                kernel: "/k".into(),
+                initrd: None,
+                cmdline: String::new(),
+                memory: "128M".into(),
+                cpus: "2".into(),
+                disks: Vec::new(),
+                nets: nets.iter().map(|net| (*net).to_owned()).collect(),
+                vhost_users: Vec::new(),
+                rngs: Vec::new(),
+                hotplug_ports: None,
+                serial: "none".into(),
+            };
+            args.to_config().unwrap_err()
+        };
+        let line = refused(&["user", "tap=a,queues=3"]);
+        assert!(
+            line.starts_with("--net tap=a,queues=3: queues is 3: give at most 2"),
+            "{line}"
+        );
+        let line = refused(&["tap=a", "tap=a,id=b"]);
+        assert!(
+            line.starts_with("--net tap=a,id=b: tap.name: a is another device's tap"),
+            "{line}"
+        );
+        let line = refused(&["fd=5", "fd=5"]);
+        assert!(line.starts_with("--net fd=5: "), "{line}");
+        assert!(!line.contains("config"), "{line}");
     }
 
     #[test]

@@ -41,6 +41,7 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
     let mut net = NetConfig::new();
     let mut forwards = Vec::new();
     let (mut server, mut datapath) = (None, None);
+    let (mut limit, mut resource) = (None, None);
     let parts = split_option(text);
     let mut keys = Keys::default();
     for part in parts.iter().map(String::as_str) {
@@ -114,11 +115,13 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
                 });
             }
             key if resource_args::KEYS.contains(&key) && key != "io" => {
+                resource = Some(key.to_owned());
                 let resources = net.resources.mut_or_insert_default();
                 resource_args::set(resources, key, value).map_err(|e| format!("{option}: {e}"))?;
             }
             "required" => net.optional = !parse_switch(&option, key, value)?,
             "rx-bps" | "rx-pps" | "tx-bps" | "tx-pps" => {
+                limit = Some(key.to_owned());
                 let limits = if key.starts_with("rx") {
                     net.to_guest.mut_or_insert_default()
                 } else {
@@ -144,12 +147,39 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
             if let Some(datapath) = datapath.take() {
                 tap.datapath = datapath.into();
             }
+            if limit.is_some() && tap.datapath.enum_value() == Ok(Datapath::VHOST_NET) {
+                return Err(format!(
+                    "{option}: backend=vhost-net: the kernel moves the packets and knows no limits: choose backend=user, or leave rx-…= and tx-…= out"
+                ));
+            }
+            let count = u32::try_from(tap.fds.len()).unwrap_or(u32::MAX);
+            if count != 0 && net.queues != 0 && net.queues != count {
+                return fail(
+                    "queues",
+                    &net.queues.to_string(),
+                    "as many as fd= has, or leave it out",
+                );
+            }
+            limit = None;
         }
         Some(net_config::Backend::VhostUser(switch)) => {
             switch.server = server.take().unwrap_or_default();
         }
         Some(net_config::Backend::User(user)) => user.forwards = std::mem::take(&mut forwards),
         Some(_) => return Err(format!("{option}: is of a form that is not built")),
+    }
+    if let Some(key) = limit {
+        return misplaced(&key, "tap=NAME or fd=N");
+    }
+    if let (Some(key), Some(net_config::Backend::VhostUser(_))) = (resource, &net.backend) {
+        return misplaced(
+            &key,
+            "a process of ours, started for tap=NAME, fd=N or user,",
+        );
+    }
+    if net.queues > 1 && matches!(net.backend, Some(net_config::Backend::User(_))) {
+        let queues = net.queues.to_string();
+        return fail("queues", &queues, "1: a user-mode network has one pair");
     }
     if server.is_some() {
         return misplaced("server", "vhost-user=SOCKET");
@@ -198,7 +228,10 @@ pub fn set_limit(limits: &mut NetLimits, key: &str, value: &str) -> Result<(), S
     let bucket = number(rate).and_then(|per_second| {
         let mut bucket = TokenBucket::new();
         bucket.per_second = per_second;
-        bucket.burst = burst.map_or(Some(0), number)?;
+        bucket.burst = match burst {
+            None => 0,
+            Some(burst) => number(burst).filter(|burst| *burst > 0 && per_second > 0)?,
+        };
         Some(bucket)
     });
     let Some(bucket) = bucket else {
@@ -207,7 +240,9 @@ pub fn set_limit(limits: &mut NetLimits, key: &str, value: &str) -> Result<(), S
         } else {
             "packets per second and packets, such as 50000:1000"
         };
-        return Err(format!("{key}={value}: give N or N:BURST, {what}"));
+        return Err(format!(
+            "{key}={value}: give N or N:BURST, {what}; 0 for no limit"
+        ));
     };
     if bytes {
         limits.bytes = Some(bucket).into();
@@ -482,6 +517,20 @@ mod tests {
             ("tap=a,rx-bps=fast", "rx-bps="),
             ("tap=a,tx-pps=5K", "tx-pps="),
             ("tap=a,rx-bps=5:", "rx-bps="),
+            ("tap=a,rx-bps=1:0", "rx-bps="),
+            ("tap=a,tx-pps=0:5", "tx-pps="),
+            ("user,rx-bps=5", "rx-bps= goes with tap=NAME or fd=N only"),
+            (
+                "vhost-user=/s,tx-pps=5",
+                "tx-pps= goes with tap=NAME or fd=N only",
+            ),
+            ("vhost-user=/s,cpu=50", "cpu="),
+            (
+                "tap=a,backend=vhost-net,tx-bps=5M",
+                "backend=vhost-net: the kernel",
+            ),
+            ("fd=5:6,queues=3", "queues=3: "),
+            ("user,queues=2", "queues=2: "),
             ("vhost-user=", "empty"),
             ("tap=a,id=../b", "id="),
             ("tap=a,colour=red", "colour"),

@@ -169,14 +169,16 @@ pub fn spawn_helper(
         .and_then(|index| programs.get(index))
         .ok_or_else(|| {
             fail(format!(
-                "no {} was given when the VMM was started: start it with --passt PATH",
-                printable(&order.kind)
+                "no {} {}",
+                printable(&order.kind),
+                helper::NOT_GIVEN
             ))
         })?;
     if args.rights == Rights::Root {
         return Err(fail(format!(
-            "{} confines itself by a user namespace, and this host forbids them: {}",
+            "{} {}: {}",
             order.kind,
+            helper::NO_NAMESPACE,
             namespace_remedy(true)
         )));
     }

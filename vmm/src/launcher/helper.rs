@@ -24,6 +24,10 @@ use super::{isolate, printable};
 
 /// passt's kind.
 pub const PASST: &str = "passt";
+/// Said of a helper whose program the launcher does not have.
+pub const NOT_GIVEN: &str = "was given when the VMM was started: start it with --passt PATH";
+/// Said of a helper on a host without user namespaces.
+pub const NO_NAMESPACE: &str = "confines itself by a user namespace, and this host forbids them";
 /// Where passt is looked for.
 const PASST_PATHS: [&str; 3] = ["/usr/bin/passt", "/usr/local/bin/passt", "/bin/passt"];
 /// The directories that a dynamic program's loader looks in.
@@ -32,6 +36,11 @@ const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
 pub const FIRST_FD: usize = 3;
 /// Most options of a helper.
 const MAX_OPTIONS: usize = 80;
+
+/// Whether a refusal to start a helper stands as long as the launcher lives.
+pub fn lasting(why: &str) -> bool {
+    why.ends_with(NOT_GIVEN) || why.contains(NO_NAMESPACE)
+}
 
 /// A helper's program, opened before confinement.
 #[derive(Debug)]

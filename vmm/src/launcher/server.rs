@@ -83,6 +83,8 @@ struct Server {
     _ids: Option<OwnedFd>,
     cgroups: Cgroups,
     paths: Paths,
+    /// Asks the kernel for taps: opened before confinement, after which no such socket is.
+    interfaces: tap::Interfaces,
     sink: Sink,
     outgoing: VecDeque<Outgoing>,
 }
@@ -148,6 +150,7 @@ impl Server {
         let ids = if args.ids_held { others.next() } else { None };
         let sink = Sink::stderr();
         let children = sys::child_signals().map_err(|error| format!("signalfd: {error}"))?;
+        let interfaces = tap::Interfaces::open().map_err(|error| format!("rtnetlink: {error}"))?;
         let confined = confine::launcher(&args);
         let hello = match &confined {
             // Not empty: a packet without bytes would read as the end of the connection.
@@ -169,6 +172,7 @@ impl Server {
             devices: Vec::new(),
             kept: Kept::default(),
             _ids: ids,
+            interfaces,
             sink,
             outgoing: VecDeque::from([hello]),
         };
@@ -332,7 +336,7 @@ impl Server {
         let result = match request.op {
             Some(wire::request::Op::OpenPath(op)) => self.open(id, &op),
             Some(wire::request::Op::BindUnix(op)) => self.bind(id, &op),
-            Some(wire::request::Op::OpenTap(op)) => open_tap(id, &op),
+            Some(wire::request::Op::OpenTap(op)) => self.open_tap(id, &op),
             Some(wire::request::Op::SpawnHelper(op)) => self.spawn_helper(id, op, packet.fds),
             Some(wire::request::Op::ConnectUnix(op)) => self.connect(id, &op),
             Some(wire::request::Op::Spawn(op)) => self.spawn(id, op, packet.fds),
@@ -580,6 +584,29 @@ impl Server {
         Ok(outgoing)
     }
 
+    /// A tap's queues, and as many descriptors of vhost-net if asked for and to be had.
+    fn open_tap(&self, id: u64, op: &wire::OpenTap) -> Result<Outgoing, String> {
+        let queues = op.queues.max(1);
+        if queues > MAX_QUEUE_PAIRS {
+            return Err(format!(
+                "tap {}: {queues} queues: at most {MAX_QUEUE_PAIRS} are served",
+                printable(&op.name)
+            ));
+        }
+        let opened = tap::open(&self.interfaces, &op.name, queues, 0)?;
+        let answer = wire::Tap {
+            name: opened.name,
+            mtu: opened.mtu,
+            ..Default::default()
+        };
+        let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Tap(answer)));
+        if op.vhost_net {
+            outgoing.fds = tap::open_vhost_net(opened.queues.len())?;
+        }
+        outgoing.fds.splice(..0, opened.queues);
+        Ok(outgoing)
+    }
+
     fn grow(&self, id: u64, op: &wire::GrowFile) -> Result<Outgoing, String> {
         let answer = wire::Grown {
             size: self.kept.grow(&op.device_id, op.index, op.size)?,
@@ -619,29 +646,6 @@ fn cgroups(args: &Args, inherited: &mut impl Iterator<Item = OwnedFd>) -> Cgroup
         })
     });
     Cgroups::new(group, args.cgroup_note.clone())
-}
-
-/// A tap's queues, and as many descriptors of vhost-net if asked for and to be had.
-fn open_tap(id: u64, op: &wire::OpenTap) -> Result<Outgoing, String> {
-    let queues = op.queues.max(1);
-    if queues > MAX_QUEUE_PAIRS {
-        return Err(format!(
-            "tap {}: {queues} queues: at most {MAX_QUEUE_PAIRS} are served",
-            printable(&op.name)
-        ));
-    }
-    let opened = tap::open(&op.name, queues, 0)?;
-    let answer = wire::Tap {
-        name: opened.name,
-        mtu: opened.mtu,
-        ..Default::default()
-    };
-    let mut outgoing = Outgoing::success(id, Some(wire::reply::Result::Tap(answer)));
-    if op.vhost_net {
-        outgoing.fds = tap::open_vhost_net(opened.queues.len())?;
-    }
-    outgoing.fds.splice(..0, opened.queues);
-    Ok(outgoing)
 }
 
 /// A role as it may stand at the head of a line.

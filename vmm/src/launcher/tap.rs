@@ -14,17 +14,22 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::Instant;
 
-use super::tap_sys::{self, Interfaces, flag};
+pub use super::tap_sys::Interfaces;
+use super::tap_sys::{self, flag};
 use super::{printable, sys};
 
 /// Of a tap that is somebody else's.
 const BUSY: &str = "busy: another program is attached to it: stop that, or choose another tap";
 
+/// Of a tap that is on its way out.
+const LEAVING: &str = "it is being removed: try again";
+
 /// Where taps are made.
 const TUN: &str = "/dev/net/tun";
 /// Where the kernel's own back-end is had.
-const VHOST_NET: &str = "/dev/vhost-net";
+pub const VHOST_NET: &str = "/dev/vhost-net";
 
 /// A tap, one descriptor for each queue pair, non-blocking.
 #[derive(Debug)]
@@ -46,37 +51,64 @@ fn reason(error: &io::Error) -> String {
         .to_lowercase()
 }
 
+/// [`open`], but waits for somebody who is just ending.
+///
+/// # Errors
+/// One line.
+pub fn open_patiently(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
+    let interfaces = Interfaces::open()
+        .map_err(|e| format!("tap {}: a socket: {}", printable(name), reason(&e)))?;
+    let until = Instant::now() + bulkhead_taps::PATIENCE;
+    loop {
+        match open(&interfaces, name, queues, mtu) {
+            Err(why) if passing(&why) && Instant::now() < until => {
+                std::thread::sleep(bulkhead_taps::PAUSE);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Whether a refusal of [`open`] may be gone when it is asked again.
+pub fn passing(why: &str) -> bool {
+    why.ends_with(BUSY) || why.ends_with(LEAVING)
+}
+
 /// Attaches to the tap `name` by `queues` queues. A tap that does not exist is made where
 /// that is permitted, brought up, and given `mtu` (0: leave it); it ends when the last
 /// descriptor of it is closed.
 ///
 /// # Errors
 /// One line.
-pub fn open(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
+pub fn open(interfaces: &Interfaces, name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
     let say = |why: String| format!("tap {}: {why}", printable(name));
-    let interfaces = Interfaces::open().map_err(|e| say(format!("a socket: {}", reason(&e))))?;
+    let explain = |queues, existed, e: &io::Error| explain(interfaces, name, queues, existed, e);
     let existed = match interfaces.mtu(name) {
         Ok(_) => true,
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => false,
         Err(error) => return Err(say(reason(&error))),
     };
-    // A tap of several queues lets anybody attach to what is left, who then gets a share of the
-    // other's frames.
-    let shared = existed && interfaces.has_carrier(name);
-    let mut fds = vec![attach_first(name, queues, existed).map_err(say)?];
-    if shared {
+    // See `bulkhead_taps`: before, so as not to take frames of another's for a moment; after,
+    // because only that is sure.
+    let attached = || interfaces.tun(name).and_then(|tun| tun.queues).unwrap_or(0);
+    if existed && attached() > 0 {
         return Err(say(BUSY.to_owned()));
     }
+    let first = attach_first(name, queues, &|e| explain(queues, existed, e));
+    let mut fds = vec![first.map_err(say)?];
     for have in 1..queues {
         let fd = attach(name, flag::MULTI_QUEUE).map_err(|e| {
             say(match e.raw_os_error() {
                 Some(libc::E2BIG) => {
                     format!("the kernel gives it {have} queues and no more: ask for {have}")
                 }
-                _ => format!("queue {have}: {}", explain(name, queues, existed, &e)),
+                _ => format!("queue {have}: {}", explain(queues, existed, &e)),
             })
         })?;
         fds.push(fd);
+    }
+    if attached() > queues.max(1) {
+        return Err(say(BUSY.to_owned()));
     }
     if !existed {
         if mtu != 0 {
@@ -112,7 +144,11 @@ fn attach(name: &str, extra: i16) -> io::Result<OwnedFd> {
 }
 
 /// The first queue. One queue of a tap with several is as good as a tap with one.
-fn attach_first(name: &str, queues: u32, existed: bool) -> Result<OwnedFd, String> {
+fn attach_first(
+    name: &str,
+    queues: u32,
+    explain: &dyn Fn(&io::Error) -> String,
+) -> Result<OwnedFd, String> {
     open_tun().map_err(|error| match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             format!("{TUN}: {}; load the kernel module tun", reason(&error))
@@ -122,37 +158,37 @@ fn attach_first(name: &str, queues: u32, existed: bool) -> Result<OwnedFd, Strin
             reason(&error)
         ),
     })?;
-    if queues > 1 {
-        return attach(name, flag::MULTI_QUEUE).map_err(|e| explain(name, queues, existed, &e));
-    }
-    match attach(name, 0) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            attach(name, flag::MULTI_QUEUE).map_err(|e| explain(name, queues, existed, &e))
+    let attached = match attach(name, if queues > 1 { flag::MULTI_QUEUE } else { 0 }) {
+        Err(error) if queues <= 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+            attach(name, flag::MULTI_QUEUE)
         }
-        other => other.map_err(|e| explain(name, queues, existed, &e)),
-    }
+        other => other,
+    };
+    attached.map_err(|error| explain(&error))
 }
 
-/// What is wrong with a tap that cannot be attached to, and what to do. sysfs is asked for
-/// the words only.
-fn explain(name: &str, queues: u32, existed: bool, error: &io::Error) -> String {
-    let attribute = |what: &str| {
-        fs::read_to_string(format!("/sys/class/net/{name}/{what}"))
-            .ok()
-            .map(|text| text.trim().to_owned())
-    };
+/// What is wrong with a tap that cannot be attached to, and what to do.
+fn explain(
+    interfaces: &Interfaces,
+    name: &str,
+    queues: u32,
+    existed: bool,
+    error: &io::Error,
+) -> String {
     let several = if queues > 1 { " multi_queue" } else { "" };
     // Named for root, too: some kernels let nobody but CAP_NET_ADMIN at a tap without owner.
     let (uid, _) = super::isolate::effective_ids();
-    let add = format!("`ip tuntap add {name} mode tap{several} user {uid}`");
+    let make = |name: &str| format!("`ip tuntap add {name} mode tap{several} user {uid}`");
+    let add = make(name);
+    let other = make("NAME");
     match (error.raw_os_error(), existed) {
         (Some(libc::EPERM), false) => format!(
             "there is no such interface, and to make one takes CAP_NET_ADMIN: run {add} first"
         ),
         (Some(libc::EPERM), true) => {
-            let owner = match attribute("owner").as_deref() {
-                Some("-1") => "to nobody".to_owned(),
-                Some(owner) => format!("to user {owner}"),
+            let owner = match interfaces.tun(name).map(|tun| tun.owner) {
+                Some(None) => "to nobody".to_owned(),
+                Some(Some(owner)) => format!("to user {owner}"),
                 None => "to another user".to_owned(),
             };
             format!("belongs {owner}: make it with {add}, or run bulkhead as its owner")
@@ -161,33 +197,22 @@ fn explain(name: &str, queues: u32, existed: bool, error: &io::Error) -> String 
         (Some(libc::E2BIG), _) => {
             "busy: all its queues are taken: stop who holds them, or choose another tap".into()
         }
-        (Some(libc::EINVAL), true) => match attribute("tun_flags").as_deref().map(parse_flags) {
-            None => {
-                format!("is no tap, or not one of {queues} queues: name a tap, made with {add}")
+        (Some(libc::EINVAL), true) => match interfaces.tun(name) {
+            None => format!("is an interface of another kind, no tap: name one made with {other}"),
+            Some(tun) if !tun.tap => {
+                format!("is a tun (layer 3), not a tap: name one made with {other}")
             }
-            Some(Some(flags)) if flags & i32::from(flag::TUN) != 0 => {
-                format!("is a tun (layer 3), not a tap: make another with {add}")
-            }
-            Some(Some(flags)) if queues > 1 && flags & i32::from(flag::MULTI_QUEUE) == 0 => {
-                format!(
-                    "has one queue, {queues} are asked for: make it with {add}, or ask for queues=1"
-                )
-            }
+            Some(tun) if queues > 1 && tun.queues.is_none() => format!(
+                "has one queue, {queues} are asked for: make it with {add}, or ask for queues=1"
+            ),
             Some(_) => format!("{}; make it anew with {add}", reason(error)),
         },
-        (Some(libc::EBADF | libc::ENODEV), _) => {
-            format!("{}; it is being removed: try again", reason(error))
-        }
+        (Some(libc::EBADF | libc::ENODEV), _) => format!("{}; {LEAVING}", reason(error)),
         _ => format!(
             "{}; see whether `ip link show {name}` knows it",
             reason(error)
         ),
     }
-}
-
-/// sysfs's `tun_flags`: hexadecimal with 0x.
-fn parse_flags(text: &str) -> Option<i32> {
-    i32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
 }
 
 /// A queue of a tap or tun that this process inherited, and what the kernel says of it: a

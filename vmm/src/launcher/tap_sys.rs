@@ -5,9 +5,10 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
+
+use bulkhead_taps::{Links, Tun};
 
 /// <linux/if_tun.h>: _IOW('T', 202, int) and _IOR('T', 210, unsigned int).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -16,6 +17,7 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 /// IFF_* of <linux/if_tun.h> that matter here.
 pub mod flag {
     /// Layer 3 packets.
+    #[cfg(test)]
     pub const TUN: i16 = 0x0001;
     /// Ethernet frames.
     pub const TAP: i16 = 0x0002;
@@ -81,16 +83,16 @@ pub fn describe(fd: BorrowedFd<'_>) -> Option<(String, i16)> {
 
 /// A socket by which interfaces of this network namespace are asked for; the kernel does not
 /// mind of which family it is.
-pub struct Interfaces(OwnedFd);
+#[derive(Debug)]
+pub struct Interfaces(Links);
 
 impl Interfaces {
     /// Opens it.
     pub fn open() -> io::Result<Self> {
-        UnixDatagram::unbound().map(|socket| Self(socket.into()))
+        Links::open().map(Self)
     }
 
     fn call(&self, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
-        use std::os::fd::AsFd;
         ioctl(self.0.as_fd(), number, request)
     }
 
@@ -103,27 +105,9 @@ impl Interfaces {
         u32::try_from(mtu).map_err(io::Error::other)
     }
 
-    /// SIOCETHTOOL, ETHTOOL_GLINK: whether a tap that is up has a carrier, which it has as long
-    /// as somebody is attached to it. `false` where the interface does not say.
-    pub fn has_carrier(&self, name: &str) -> bool {
-        /// `struct ethtool_value`
-        #[repr(C)]
-        struct Value {
-            cmd: u32,
-            data: u32,
-        }
-        const ETHTOOL_GLINK: u32 = 0x0a;
-        let mut value = Value {
-            cmd: ETHTOOL_GLINK,
-            data: 0,
-        };
-        let Ok(mut request) = request(name) else {
-            return false;
-        };
-        request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        self.call(libc::SIOCETHTOOL as libc::c_ulong, &mut request)
-            .is_ok()
-            && value.data != 0
+    /// What is known of a tap or tun by this name; `None` for what is neither, or absent.
+    pub fn tun(&self, name: &str) -> Option<Tun> {
+        self.0.look(name).ok().flatten()
     }
 
     /// SIOCSIFMTU.

@@ -15,7 +15,7 @@ use super::device_table::DeviceTable;
 use super::disk;
 use super::mem;
 use super::net;
-use super::net_external;
+use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
 use super::rng;
 use crate::arch::x86_64::boot::{self, BootSource};
@@ -48,6 +48,8 @@ pub struct Parts {
     pub pci: Arc<RootComplex>,
     /// One process each.
     pub devices: DeviceTable,
+    /// Devices that the machine starts without, and why.
+    pub absent: Vec<(String, String)>,
     /// KVM.
     pub kvm: Arc<KvmVm>,
     /// Guest memory.
@@ -147,10 +149,12 @@ pub fn build(
     for net in &config.nets {
         devices.devices.push(net::make(net, prepared, &site)?);
     }
+    let mut absent = Vec::new();
     for device in &config.vhost_users {
-        devices
-            .devices
-            .extend(net_external::make_any(device, &site)?);
+        match net_external::make_any(device, &site)? {
+            Foreign::Made(made) => devices.devices.push(*made),
+            Foreign::Absent(why) => absent.push((device.id.clone(), why)),
+        }
     }
 
     for rng in &config.rngs {
@@ -202,6 +206,7 @@ pub fn build(
         hotplug,
         pci,
         devices: devices.keep().into(),
+        absent,
         kvm,
         ram,
     })

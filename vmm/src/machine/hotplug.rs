@@ -11,8 +11,9 @@ use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, RngConfig, V
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
+use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
-use super::{disk, net, net_external, rng};
+use super::{disk, net, rng};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -226,15 +227,13 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
             net::make(config, &mut prepared, &site)
         }
         Addition::Rng(config) => rng::spawn(config, &site),
-        Addition::VhostUser(config) => {
-            let made = net_external::make_any(config, &site)?;
-            made.ok_or_else(|| {
-                format!(
-                    "device {}: its back-end is not there: start that first",
-                    config.id
-                )
-            })
-        }
+        Addition::VhostUser(config) => match net_external::make_any(config, &site)? {
+            Foreign::Made(device) => Ok(*device),
+            Foreign::Absent(_) => Err(format!(
+                "device {}: its back-end is not there: start that first",
+                config.id
+            )),
+        },
     }
 }
 

@@ -16,7 +16,7 @@ use super::device::{self, Device, Site, Special};
 use super::net_kinds;
 use super::net_mac::MacAddress;
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
-use crate::launcher::{Program, printable, sys};
+use crate::launcher::{Program, helper, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -49,7 +49,13 @@ pub fn helpers(
     match Program::find(passt.as_deref()) {
         Ok(program) => Ok(vec![program]),
         Err(why) if !users.is_empty() && users.iter().all(|optional| *optional) => {
-            log::warn!("{why}");
+            // The device says that it has none; why one that was named cannot be had, only this.
+            let level = if passt.is_some() {
+                log::Level::Warn
+            } else {
+                log::Level::Debug
+            };
+            log::log!(level, "{why}");
             Ok(Vec::new())
         }
         Err(why) => Err(why),
@@ -63,6 +69,8 @@ struct First {
     frontend: Option<Frontend>,
     /// passt's.
     process: Option<HelperProcess>,
+    /// Why it is not there.
+    missing: Option<String>,
 }
 
 /// A network device behind a switch, behind passt, or (`Nothing`, by `absent`) behind
@@ -94,6 +102,7 @@ pub fn make_absent(net: &NetConfig, why: String, site: &Site<'_>) -> Result<Devi
         origin: Origin::Nothing(why),
         frontend: None,
         process: None,
+        missing: None,
     };
     finish_net(net, first, site)
 }
@@ -109,11 +118,19 @@ fn finish_net(net: &NetConfig, first: First, site: &Site<'_>) -> Result<Device, 
     finish("net", options, first, Some(facts), site)
 }
 
+/// A device of somebody else's, or why the machine starts without it.
+pub enum Foreign {
+    /// It is there.
+    Made(Box<Device>),
+    /// Its back-end is not, and it may be missing: kind and reason.
+    Absent(String),
+}
+
 /// Any other device.
 ///
 /// # Errors
 /// One line that names the device or its socket, and the remedy; nothing stays behind.
-pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Option<Device>, String> {
+pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Foreign, String> {
     let known = net_kinds::by_id(config.device_id);
     let name = known.map_or_else(
         || format!("virtio-{}", config.device_id),
@@ -126,9 +143,13 @@ pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Option<Devi
         config.optional,
         site,
     )?;
-    if first.frontend.is_none() {
-        // What it offers nobody knows before it is there, and it cannot be plugged in later.
-        return Ok(None);
+    if let Some(why) = first.missing {
+        // What it offers nobody knows before it is there: the guest gets no device at all, and
+        // nobody is to connect in vain.
+        if let Origin::Listen(path, _) = &first.origin {
+            let _ = site.launcher.forget(path);
+        }
+        return Ok(Foreign::Absent(format!("{name}: {why}")));
     }
     let queues = match u16::try_from(config.queues) {
         Ok(0) => known.map_or(UNKNOWN_QUEUES, |k| k.queues),
@@ -141,7 +162,7 @@ pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Option<Devi
     if let Ok(size @ 1..) = u16::try_from(config.queue_size) {
         options.queue_size = size;
     }
-    finish(&name, options, first, None, site).map(Some)
+    finish(&name, options, first, None, site).map(|made| Foreign::Made(Box::new(made)))
 }
 
 /// Puts the function in front.
@@ -156,6 +177,7 @@ fn finish(
         origin,
         frontend,
         process,
+        missing,
     } = first;
     let id = options.id.clone();
     let queues = options.queues.into();
@@ -176,6 +198,10 @@ fn finish(
         format!("device {id}: {origin}: {}", of_others(&id, &why))
     })?;
     let mut switch = Switch::new(&id, kind, origin, net, serving, Instant::now());
+    if let Some(why) = missing {
+        // It was told: the same again is no news.
+        switch.news(&why);
+    }
     if let Some(process) = process {
         switch = switch.with_process(1, process);
     }
@@ -238,6 +264,7 @@ fn reach(
             origin,
             frontend: Some(frontend),
             process: None,
+            missing: None,
         }),
         Err(why) if optional => {
             log::warn!("device {id}: {why}; the machine starts without it");
@@ -245,6 +272,7 @@ fn reach(
                 origin,
                 frontend: None,
                 process: None,
+                missing: Some(why),
             })
         }
         Err(why) => Err(format!("device {id}: {why}")),
@@ -339,13 +367,27 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
             origin,
             frontend: Some(frontend),
             process: Some(process),
+            missing: None,
         }),
+        Err(why) if net.optional && helper::lasting(&why) => {
+            // Nothing was started, but its place was made.
+            let _ = site.launcher.kill_and_forget(&net.id, 1);
+            let why = of_others(&net.id, &why);
+            log::warn!("device {}: {why}; its link stays down", net.id);
+            Ok(First {
+                origin: Origin::Nothing(why),
+                frontend: None,
+                process: None,
+                missing: None,
+            })
+        }
         Err(why) if net.optional => {
             log::warn!("{why}; the machine starts without its network");
             Ok(First {
                 origin,
                 frontend: None,
                 process: None,
+                missing: Some(why),
             })
         }
         Err(why) => Err(why),

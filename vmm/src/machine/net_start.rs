@@ -78,7 +78,8 @@ impl Prepared {
             Datapath::USER => open(false),
             Datapath::VHOST_NET => open(true),
             Datapath::AUTO => match open(true) {
-                Err(LauncherError::Refused(_)) => open(false),
+                // It is /dev/vhost-net that cannot be had, not the tap.
+                Err(LauncherError::Refused(why)) if why.starts_with(tap::VHOST_NET) => open(false),
                 other => other,
             },
         };
@@ -141,7 +142,7 @@ impl Prepared {
 
 /// Opens a tap by its name with the rights of the caller.
 fn open(net: &NetConfig, backend: &TapBackend) -> Result<Link, String> {
-    let tap = tap::open(&backend.name, queue_pairs(net), net.mtu)?;
+    let tap = tap::open_patiently(&backend.name, queue_pairs(net), net.mtu)?;
     let vhost = match datapath(net, backend) {
         Datapath::USER => Vec::new(),
         Datapath::AUTO => tap::open_vhost_net(tap.queues.len()).unwrap_or_default(),

@@ -28,6 +28,7 @@ mod net;
 mod net_bad;
 mod net_handed;
 mod net_modes;
+mod net_native;
 mod recovery;
 mod recovery_net;
 mod resources;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_memory::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
+        tests.extend(net_native::native());
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());

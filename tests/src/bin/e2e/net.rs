@@ -3,9 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{Namespace, sh};
+use bulkhead_tests::host::{Namespace, Undo, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl};
+
+use crate::net_native::Served;
 
 /// Nothing fails by slowness.
 pub const LIMIT: Duration = Duration::from_secs(240);
@@ -35,6 +37,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "ethtool -L changes the queues under traffic (vhost-net)",
             || queues("vhost-net"),
+        ),
+        test(
+            "backend=auto takes vhost-net where it is, and user space where it is not",
+            auto,
         ),
         test(
             "the guest sees its link go down and come up, and traffic with it",
@@ -218,15 +224,29 @@ fn queues(backend: &str) -> Verdict {
     host.tap("tap0", "10.5.0.1/24", "multi_queue")?;
     let down = scratch.disk("down", 6 << 20, 79)?;
     let socket = scratch.path("api");
-    let script = "echo AT-FIRST=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
+    // Each change is read back, and the second queue carries what its CPU sends, or nothing.
+    let script = "pairs() { ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }'; }
+second() { ethtool -S eth0 | awk '/tx(_queue_)?1_kicks/ { n = $2 } END { print n + 0 }'; }
+echo AT-FIRST=$(pairs)
 (for n in 1 2 3 4; do echo GOT-$n=$(socat -u TCP:10.5.0.1:700$n,retry=50,interval=0.2 - | sha256sum); done; echo ALL >/tmp/all) &
 changes=0
 until [ -e /tmp/all ]; do
-  for n in 1 2; do ethtool -L eth0 combined $n 2>/dev/null; changes=$((changes + 1)); sleep 0.1; done
+  for n in 1 2; do
+    ethtool -L eth0 combined $n || echo WRONG: $n refused
+    [ $(pairs) = $n ] || echo WRONG: $(pairs) pairs, not $n
+    before=$(second)
+    taskset -c 1 ping -q -c 3 -i 0.2 -W 2 10.5.0.1 >/dev/null
+    after=$(second)
+    case $n in
+      1) [ $after = $before ] || echo WRONG: the second queue went on from $before to $after ;;
+      2) [ $after -gt $before ] || echo WRONG: the second queue stays at $after ;;
+    esac
+    changes=$((changes + 1))
+  done
 done
 wait
 echo CHANGES=$changes
-ethtool -L eth0 combined 2; echo AT-LAST=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
+echo AT-LAST=$(pairs)
 ethtool -L eth0 combined 3 2>/dev/null || echo THREE=refused
 ping -q -c 3 -i 0.2 10.5.0.1 >/dev/null && echo PING=good
 echo DONE; read -r line";
@@ -256,10 +276,48 @@ echo DONE; read -r line";
             vmm.story(&format!("no {wanted}"))
         })?;
     }
+    check(!output.contains("WRONG"), || {
+        vmm.story("a change did not take hold")
+    })?;
     check(stats["net"]["queue_pairs"] == 2, || stats.to_string())?;
+    if backend == "user" {
+        let sent = stats["queues"][3]["requests"].as_u64();
+        check(sent.unwrap_or(0) > 0, || stats.to_string())?;
+    }
     let changes = output.lines().find_map(|l| l.strip_prefix("CHANGES="));
     println!("[{} changes under traffic]", changes.unwrap_or("?").trim());
     Ok(())
+}
+
+fn auto() -> Verdict {
+    let scratch = Scratch::new("auto")?;
+    let host = Namespace::new("auto")?;
+    host.tap("tap0", "10.5.0.1/24", "user root")?;
+    let datapath = |name: &str, net: &str| -> Result<String, String> {
+        let served = Served::new(&host, &scratch, name)?;
+        served.create(&["--net", net])?;
+        let stats = ctl(&served.socket, &["stats", "net0"])?;
+        served.end()?;
+        Ok(stats["net"]["datapath"].to_string())
+    };
+    let (plain, limited) = ("tap=tap0,id=net0", "tap=tap0,id=net0,rx-bps=1M");
+    sh("[ -c /dev/vhost-net ]")?;
+    for (net, wanted) in [(plain, "\"vhost-net\""), (limited, "\"tap\"")] {
+        let got = datapath("with", net)?;
+        check(got == wanted, || format!("{net}: {got}, not {wanted}"))?;
+    }
+    let number = sh("stat -c '%Hr %Lr' /dev/vhost-net")?;
+    let _again = Undo::new(format!("mknod -m 600 /dev/vhost-net c {}", number.trim()));
+    sh("rm /dev/vhost-net")?;
+    let got = datapath("without", plain)?;
+    check(got == "\"tap\"", || format!("without vhost-net: {got}"))?;
+    let served = Served::new(&host, &scratch, "asked")?;
+    let refused = served.create(&["--net", "tap=tap0,id=net0,backend=vhost-net"]);
+    let told = refused
+        .as_ref()
+        .is_err_and(|e| e.contains("/dev/vhost-net: ") && e.contains("load the kernel module"));
+    check(told, || format!("{refused:?}"))?;
+    served.end()
 }
 
 fn link(backend: &str) -> Verdict {

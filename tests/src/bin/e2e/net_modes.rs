@@ -33,6 +33,10 @@ pub fn tests() -> Vec<Test> {
             "a generic vhost-user device: qemu-storage-daemon's disk, also after its restart",
             generic,
         ),
+        test(
+            "a generic vhost-user device with config=HEX: the guest reads that, not the back-end's",
+            given_config,
+        ),
     ]
 }
 
@@ -317,33 +321,60 @@ done";
     vmm.ends_with(0, LIMIT)
 }
 
+/// qemu-storage-daemon with this disk at this socket.
+fn storage_daemon(disk: &str, socket: &str) -> Result<Vmm, String> {
+    let _ = std::fs::remove_file(socket);
+    let mut command = std::process::Command::new("qemu-storage-daemon");
+    command
+        .args([
+            "--blockdev",
+            &format!("driver=file,node-name=f,filename={disk},locking=off"),
+        ])
+        .arg("--export")
+        .arg(format!(
+            "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
+        ));
+    let daemon = Vmm::spawn(command)?;
+    let end = std::time::Instant::now() + patience(LIMIT);
+    while !std::path::Path::new(socket).exists() {
+        check(std::time::Instant::now() < end, || {
+            daemon.story("qemu-storage-daemon does not listen")
+        })?;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Ok(daemon)
+}
+
+/// The back-end says 8192 sectors, `config=` 4096: that is what the guest reads.
+fn given_config() -> Verdict {
+    let scratch = Scratch::new("config")?;
+    let socket = scratch.path("blk");
+    let disk = scratch.disk("disk", 4 << 20, 101)?;
+    // struct virtio_blk_config (VIRTIO 1.2 section 5.2.4).
+    let mut space = 4096u64.to_le_bytes().to_vec();
+    space.extend([0, 126, 0, 512].map(u32::to_le_bytes).concat());
+    space.extend([0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1, 0]);
+    space.extend([32768, 1, 8, 32768, 1, 1].map(u32::to_le_bytes).concat());
+    let hex: String = space.iter().map(|byte| format!("{byte:02x}")).collect();
+    let _daemon = storage_daemon(&disk, &socket)?;
+    let script =
+        "for d in vda vdb vdc; do [ $(cat /sys/block/$d/size) = 4096 ] && dev=/dev/$d; done
+echo SIZES $(cat /sys/block/vd?/size)
+echo FIRST=$(dd if=$dev bs=64k iflag=direct status=none | sha256sum)";
+    let device = format!("socket={socket},device-id=2,queues=1,id=foreign,config={hex}");
+    let mut vmm = debian(&scratch, script, &[] as &[&str], &["--vhost-user", &device])?;
+    let half = sh(&format!("head -c 2M {disk} | sha256sum"))?;
+    let half = half.split_whitespace().next().unwrap_or("?");
+    vmm.wait_for(&format!("FIRST={half}"), LIMIT)?;
+    vmm.ends_with(0, LIMIT)
+}
+
 fn generic() -> Verdict {
     let scratch = Scratch::new("generic")?;
     let socket = scratch.path("blk");
     let disk = scratch.disk("disk", 4 << 20, 97)?;
     let before = sh(&format!("sha256sum <{disk}"))?;
-    let start = || -> Result<Vmm, String> {
-        let _ = std::fs::remove_file(&socket);
-        let mut command = std::process::Command::new("qemu-storage-daemon");
-        command
-            .args([
-                "--blockdev",
-                &format!("driver=file,node-name=f,filename={disk},locking=off"),
-            ])
-            .arg("--export")
-            .arg(format!(
-                "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
-            ));
-        let daemon = Vmm::spawn(command)?;
-        let end = std::time::Instant::now() + patience(LIMIT);
-        while !std::path::Path::new(&socket).exists() {
-            check(std::time::Instant::now() < end, || {
-                daemon.story("qemu-storage-daemon does not listen")
-            })?;
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
-        Ok(daemon)
-    };
+    let start = || storage_daemon(&disk, &socket);
     // Disks of ours first: vda (root), vdb (script); the foreign one is found by its size.
     let script =
         "for d in vda vdb vdc; do [ $(cat /sys/block/$d/size) = 8192 ] && dev=/dev/$d; done

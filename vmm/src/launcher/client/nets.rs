@@ -6,12 +6,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
 use super::{DEADLINE, Launcher, LauncherError, PATH_DEADLINE, path_text};
-use crate::launcher::tap::Tap;
+use crate::launcher::sys;
+use crate::launcher::tap::{self, Tap};
 
 /// Connections and helpers that may be under way or not yet taken.
 const MAX_LINKS: usize = 64;
@@ -58,7 +60,7 @@ impl Launcher {
     }
 
     /// Attaches to the tap `name` by `queues` queues; with `vhost_net`, as many descriptors of
-    /// /dev/vhost-net come along.
+    /// /dev/vhost-net come along. Asks again while somebody who may just be ending has it.
     pub fn open_tap(
         &self,
         name: &str,
@@ -71,8 +73,19 @@ impl Launcher {
             vhost_net,
             ..Default::default()
         };
-        let op = wire::request::Op::OpenTap(op);
-        let (reply, mut fds, _) = self.call(op, &[], DEADLINE, "tap")?;
+        let until = Instant::now() + bulkhead_taps::PATIENCE;
+        let (reply, mut fds, _) = loop {
+            let op = wire::request::Op::OpenTap(op.clone());
+            match self.call(op, &[], DEADLINE, "tap") {
+                Err(LauncherError::Refused(why))
+                    if tap::passing(&why) && Instant::now() < until =>
+                {
+                    // Others' requests come in between.
+                    let _ = sys::poll(&[], Some(Instant::now() + bulkhead_taps::PAUSE));
+                }
+                other => break other?,
+            }
+        };
         let count = usize::try_from(queues.max(1)).unwrap_or(usize::MAX);
         let wanted = if vhost_net {
             count.saturating_mul(2)

@@ -2,6 +2,17 @@
 
 use super::*;
 
+/// As the launcher does it.
+fn open(name: &str, queues: u32, mtu: u32) -> Result<Tap, String> {
+    super::open(&Interfaces::open().unwrap(), name, queues, mtu)
+}
+
+fn ip(args: &[&str]) {
+    let done = std::process::Command::new("ip").args(args).output();
+    let done = done.unwrap();
+    assert!(done.status.success(), "{args:?}: {done:?}");
+}
+
 /// A name nobody else uses. `None`, with a note, where taps cannot be made: not root.
 fn fresh(letter: char) -> Option<String> {
     let name = format!("bt{:x}{letter}", std::process::id());
@@ -46,12 +57,92 @@ fn a_tap_is_made_with_its_queues_and_mtu_and_ends_with_its_descriptors() {
     let wanted = flag::TAP | flag::NO_PI | flag::VNET_HDR | flag::MULTI_QUEUE;
     assert_eq!(flags & wanted, wanted);
     let up = fs::read_to_string(format!("/sys/class/net/{name}/flags")).unwrap();
-    assert_eq!(parse_flags(up.trim()).unwrap() & libc::IFF_UP, libc::IFF_UP);
+    let up = i32::from_str_radix(up.trim().trim_start_matches("0x"), 16).unwrap();
+    assert_eq!(up & libc::IFF_UP, libc::IFF_UP);
     // The kernel would let a second user have what is left of its queues.
     let busy = line(open(&name, 1, 0));
     assert!(busy.contains("busy"), "{busy}");
     drop(tap);
     assert!(!fs::exists(format!("/sys/class/net/{name}")).unwrap());
+}
+
+#[test]
+fn a_tap_of_several_queues_that_is_down_or_unplugged_or_switched_off_is_busy_all_the_same() {
+    let Some(name) = fresh('e') else { return };
+    let held = open(&name, 2, 0).unwrap();
+    let refused = |how: &str| {
+        for queues in [1, 2] {
+            let busy = line(open(&name, queues, 0));
+            assert!(passing(&busy), "{how}: {busy}");
+        }
+        let count = Interfaces::open().unwrap().tun(&name).unwrap().queues;
+        assert_eq!(count, Some(2), "{how}: nothing of it stays");
+    };
+    refused("up");
+    ip(&["link", "set", &name, "down"]);
+    refused("down");
+    ip(&["link", "set", &name, "up"]);
+    // TUNSETCARRIER, as bulkhead-net sets a link down.
+    let off: libc::c_int = 0;
+    #[allow(unsafe_code)] // an ioctl of a test
+    // SAFETY: TUNSETCARRIER reads one int, which lives through the call.
+    let set = unsafe {
+        use std::os::fd::AsRawFd;
+        libc::ioctl(held.queues[0].as_raw_fd(), 0x4004_54e2, &raw const off)
+    };
+    assert_eq!(set, 0);
+    refused("its link is down");
+    // Only one queue is left on: the guest uses one pair.
+    #[allow(unsafe_code)] // an ioctl of a test
+    // SAFETY: all zeroes is an ifreq; TUNSETQUEUE reads one, with IFF_DETACH_QUEUE.
+    let set = unsafe {
+        use std::os::fd::AsRawFd;
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_ifru.ifru_flags = 0x0400;
+        libc::ioctl(held.queues[1].as_raw_fd(), 0x4004_54d9, &raw mut request)
+    };
+    assert_eq!(set, 0);
+    refused("one queue is switched off");
+    drop(held);
+    open(&name, 2, 0).unwrap();
+}
+
+#[test]
+fn who_is_just_ending_is_waited_for_and_nobody_else() {
+    let Some(name) = fresh('f') else { return };
+    let held = open(&name, 2, 0).unwrap();
+    let leaver = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(held);
+    });
+    let second = open_patiently(&name, 2, 0).unwrap();
+    leaver.join().unwrap();
+    let start = Instant::now();
+    assert!(passing(&line(open_patiently(&name, 1, 0))));
+    assert!(start.elapsed() >= bulkhead_taps::PATIENCE);
+    drop(second);
+}
+
+#[test]
+fn of_two_that_attach_at_the_same_time_never_both_have_it() {
+    let Some(name) = fresh('g') else { return };
+    // It is to outlive its queues.
+    ip(&["tuntap", "add", &name, "mode", "tap", "multi_queue"]);
+    let both = std::sync::Barrier::new(2);
+    for _ in 0..100 {
+        let attempt = || {
+            both.wait();
+            let tap = open(&name, 2, 0);
+            both.wait();
+            tap.is_ok()
+        };
+        let had = std::thread::scope(|scope| {
+            let other = scope.spawn(attempt);
+            (attempt(), other.join().unwrap())
+        });
+        assert_ne!(had, (true, true));
+    }
+    ip(&["link", "del", &name]);
 }
 
 #[test]
@@ -69,6 +160,8 @@ fn a_tap_that_is_busy_or_of_another_kind_is_refused_by_name() {
     drop(held);
     let lo = line(open("lo", 1, 0));
     assert!(lo.starts_with("tap lo: ") && lo.contains("no tap"), "{lo}");
+    // The remedy is not to make a tap by the name of what is there.
+    assert!(!lo.contains("add lo"), "{lo}");
 
     let tun = open_tun().unwrap();
     tap_sys::attach(tun.as_fd(), &name, flag::TUN | flag::NO_PI).unwrap();

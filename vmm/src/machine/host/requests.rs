@@ -91,6 +91,9 @@ impl Host {
         for device in parts.devices.iter() {
             announce(&self.log, &self.launcher, device);
         }
+        for (id, why) in parts.absent.drain(..) {
+            self.log.publish("device.absent", &id, &why);
+        }
         for process in parts.devices.iter_mut().filter_map(|d| d.process.as_mut()) {
             process.life = Life::new(self.restarts);
         }
