@@ -511,14 +511,22 @@ impl AsFd for Launcher {
     }
 }
 
-impl Drop for Launcher {
-    fn drop(&mut self) {
+impl Launcher {
+    /// Ends it, and with it every process and socket that is its own; waits for that, within
+    /// bounds. Whoever still asks for something is told that it is gone.
+    pub fn end(&self) {
         // The end of its socket tells the launcher to end everything. A confined VMM may
         // neither signal nor reap it; it watches the VMM's pidfd besides, and this process is
         // about to end.
         self.lock().socket = None;
         let deadline = Instant::now() + END_DEADLINE;
         let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -113,7 +113,7 @@ pub fn build(
         &mmio,
         &pio,
         mem64.clone(),
-        (count(config), &config.hotplug_ports),
+        &device::ports(config, count(config)),
     )?;
     let cpus = config.cpus.clone().unwrap_or_default();
     let complex = Arc::downgrade(&pci);
@@ -137,20 +137,27 @@ pub fn build(
         port: None,
         hook: &hooks.helper,
     };
+    // Behind the port that the configuration places it behind, or the first that is free.
+    let behind = |id: &str| {
+        let place = config.ports.iter().find(|port| port.behind == id);
+        let port = place.map(|port| port.name.as_str());
+        Site { port, ..site }
+    };
     let mut devices = Undo {
         devices: Vec::new(),
         launcher,
     };
     for disk in &config.disks {
-        devices.devices.push(disk::spawn(disk, &site)?);
+        devices.devices.push(disk::spawn(disk, &behind(&disk.id))?);
     }
     for net in &config.nets {
+        let site = behind(&net.id);
         devices.devices.push(net::make(net, prepared, &site)?);
     }
     for device in &config.vhost_users {
         devices
             .devices
-            .extend(net_external::make_any(device, &site)?);
+            .extend(net_external::make_any(device, &behind(&device.id))?);
     }
 
     for rng in &config.rngs {
@@ -158,6 +165,7 @@ pub fn build(
     }
 
     if let Some(area) = ram.pluggable() {
+        let site = behind(mem::ID);
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
     }
 

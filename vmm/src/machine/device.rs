@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bulkhead_proto::common::Resources;
 use bulkhead_proto::device::{HelloRequest, HelloResponse};
-use bulkhead_proto::machine::DeviceInfo;
+use bulkhead_proto::machine::{DeviceInfo, MachineConfig};
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 use vmm_sys_util::epoll::EventSet;
@@ -215,8 +215,34 @@ impl MemoryMap for SharedRam {
     }
 }
 
-/// The root complex with a port for each of `devices` and those that are `empty`, on the buses.
-/// A port that nothing is behind costs the guest some 450 exits of bus enumeration.
+/// The root ports of a configuration: those that it places itself, or one for each of its
+/// `devices` and those that are empty at first. A port that nothing is behind costs the guest
+/// some 450 exits of bus enumeration.
+pub fn ports(config: &MachineConfig, devices: usize) -> Vec<PortConfig> {
+    let port = |(device, name, hotplug)| PortConfig {
+        name,
+        device,
+        slot: u16::from(device),
+        hotplug,
+    };
+    if !config.ports.is_empty() {
+        let placed = config.ports.iter().map(|place| {
+            // Checked with the configuration: 1 to 31.
+            let device = u8::try_from(place.device).unwrap_or(u8::MAX);
+            port((device, place.name.clone(), place.hotplug))
+        });
+        return placed.collect();
+    }
+    let empty = &config.hotplug_ports;
+    let first = devices.max(usize::from(empty.is_empty()));
+    let names = (1..=first).map(|number| format!("port{number}"));
+    (1..=MAX_PORTS)
+        .zip(names.chain(empty.iter().cloned()))
+        .map(|(device, name)| port((device, name, true)))
+        .collect()
+}
+
+/// The root complex with these ports, on the buses.
 ///
 /// # Errors
 /// One line.
@@ -224,18 +250,8 @@ pub fn root_complex(
     mmio: &Arc<Bus>,
     pio: &Arc<Bus>,
     mem64: Range<u64>,
-    (devices, empty): (usize, &[String]),
+    ports: &[PortConfig],
 ) -> Result<Arc<RootComplex>, String> {
-    let first = devices.max(usize::from(empty.is_empty()));
-    let names = (1..=first).map(|number| format!("port{number}"));
-    let ports: Vec<PortConfig> = (1..=MAX_PORTS)
-        .zip(names.chain(empty.iter().cloned()))
-        .map(|(device, name)| PortConfig {
-            name,
-            device,
-            slot: u16::from(device),
-        })
-        .collect();
     let windows = Windows {
         mem32: AddressRange {
             start: layout::PCI_MEM32_START,
@@ -246,7 +262,7 @@ pub fn root_complex(
             size: mem64.end.saturating_sub(mem64.start),
         },
     };
-    let complex = RootComplex::new(Arc::clone(mmio), windows, &ports)
+    let complex = RootComplex::new(Arc::clone(mmio), windows, ports)
         .map_err(|e| format!("PCIe root complex: {e}"))?;
     complex
         .attach_to_buses(mmio, pio)
@@ -255,6 +271,7 @@ pub fn root_complex(
 }
 
 /// What a device is made with.
+#[derive(Clone, Copy)]
 pub struct Site<'a> {
     /// Who starts its process.
     pub launcher: &'a Launcher,
@@ -459,7 +476,9 @@ pub fn attach(
         let address = attach(port).map_err(|e| e.to_string())?;
         return Ok((function, address, port.to_owned()));
     }
-    for port in site.pci.ports().into_iter().filter(|p| !p.occupied) {
+    let mut ports = site.pci.ports();
+    ports.retain(|p| p.hotplug && !p.occupied);
+    for port in ports {
         match attach(&port.name) {
             Ok(address) => return Ok((function, address, port.name)),
             // Another one was faster.

@@ -44,8 +44,11 @@ impl Addition {
         }
     }
 
-    /// Adds it to a configuration.
-    pub fn enter(&self, config: &mut MachineConfig) {
+    /// Adds it to a configuration, behind this port where that places its ports itself.
+    pub fn enter(&self, config: &mut MachineConfig, port: &str) {
+        if let Some(place) = config.ports.iter_mut().find(|place| place.name == port) {
+            self.id().clone_into(&mut place.behind);
+        }
         match self {
             Self::Disk(disk) => config.disks.push(disk.clone()),
             Self::Net(net) => config.nets.push(net.clone()),
@@ -62,7 +65,8 @@ impl Addition {
         let mut config = machine.clone();
         // Ports are counted when one is looked for.
         config.hotplug_ports.clear();
-        self.enter(&mut config);
+        config.ports.clear();
+        self.enter(&mut config, "");
         let field = match self {
             Self::Disk(_) => format!("config.disks[{}]", machine.disks.len()),
             Self::Net(_) => format!("config.nets[{}]", machine.nets.len()),
@@ -85,6 +89,11 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
     config.nets.retain(|net| net.id != id);
     config.vhost_users.retain(|device| device.id != id);
     config.rngs.retain(|rng| rng.id != id);
+    for port in &mut config.ports {
+        if port.behind == id {
+            port.behind.clear();
+        }
+    }
 }
 
 /// What a thread that makes a device needs of the machine.
@@ -271,7 +280,7 @@ mod tests {
         assert!(wrong.starts_with("disk.path is \"relative\""), "{wrong}");
         let bare = Addition::Net(NetConfig::new());
         assert!(bare.validate(&machine).is_err());
-        good.enter(&mut machine);
+        good.enter(&mut machine, "");
         assert_eq!(machine.disks.len(), 2);
         leave(&mut machine, "data");
         leave(&mut machine, "nothing");

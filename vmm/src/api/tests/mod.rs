@@ -89,7 +89,7 @@ impl Fixture {
             listener,
             Arc::new(service),
             Arc::clone(&events),
-            limits,
+            (Services::Vm, limits),
             admits,
             crate::threads::no_hook(),
         )

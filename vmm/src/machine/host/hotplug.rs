@@ -110,6 +110,12 @@ fn precondition(line: impl Into<String>) -> RpcStatus {
     RpcStatus::failed_precondition(line.into())
 }
 
+fn not_hotplug(port: &str) -> RpcStatus {
+    precondition(format!(
+        "port {port}: it was made without hotplug, for what is behind it from the start: use one that was made with it"
+    ))
+}
+
 impl Host {
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
@@ -167,13 +173,16 @@ impl Host {
                     port.name
                 )));
             }
+            Some(port) if !port.hotplug => return Err(not_hotplug(&port.name)),
             None if !port.is_empty() => {
                 return Err(RpcStatus::new(
                     Code::NotFound,
                     format!("port {port}: there is none of this name: see Info"),
                 ));
             }
-            None if ports.iter().all(|p| p.occupied) => return Err(precondition(NO_PORT)),
+            None if ports.iter().all(|p| p.occupied || !p.hotplug) => {
+                return Err(precondition(NO_PORT));
+            }
             _ => {}
         }
         let workshop = Workshop {
@@ -297,7 +306,7 @@ impl Host {
             announce(&self.log, device);
         }
         if let Some(machine) = &mut self.machine {
-            what.enter(&mut machine.config);
+            what.enter(&mut machine.config, &port);
         }
         self.note_slot(&port);
         self.hotplug.unused.push((id, Instant::now() + USE_LIMIT));

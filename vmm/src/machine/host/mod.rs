@@ -16,7 +16,7 @@ use super::state::{MachineState, Transition};
 use super::stop::StopReason;
 use super::supervise::Budget;
 use super::told;
-use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
+use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
@@ -34,6 +34,7 @@ mod resources;
 mod source;
 mod supervision;
 mod updating;
+mod vmservice;
 
 use source::Source;
 
@@ -60,6 +61,8 @@ pub struct HostOptions {
     pub cgroup: CgroupChoice,
     /// Where to serve the API.
     pub api_socket: Option<PathBuf>,
+    /// What to serve there.
+    pub services: Services,
     /// The machine to create and boot at once.
     pub first: Option<MachineConfig>,
     /// How often a device's process may be replaced.
@@ -128,6 +131,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
                 listener,
                 Arc::new(sender),
                 Arc::clone(&log),
+                options.services,
                 confine::helper_hook(),
             )
             .map_err(|e| format!("API server: {e}"))?,
@@ -157,14 +161,23 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         hotplug: hotplug::Hotplug::new()?,
         resize: None,
         memory: memory::Progress::default(),
+        calls: vmservice::Calls::default(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
     };
     let result = host.main(options.first);
-    host.teardown();
-    if let Some(api) = api {
-        api.stop(API_GRACE);
+    match (options.services, api) {
+        (Services::Vm, Some(api)) => {
+            host.see_out(|| api.clients());
+            api.stop(API_GRACE);
+        }
+        (_, api) => {
+            host.teardown();
+            if let Some(api) = api {
+                api.stop(API_GRACE);
+            }
+        }
     }
     result
 }
@@ -238,6 +251,8 @@ struct Host {
     resize: Option<cpus::Resize>,
     /// A change of the guest's memory.
     memory: memory::Progress,
+    /// Calls that wait for the machine's end.
+    calls: vmservice::Calls,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
