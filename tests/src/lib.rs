@@ -3,5 +3,6 @@
 
 pub mod host;
 pub mod hostile;
+pub mod kata;
 pub mod runner;
 pub mod vmm;

@@ -109,6 +109,9 @@ pub(super) struct Connection {
     calls: BTreeMap<u32, InFlight>,
     subscriptions: BTreeMap<u32, Subscription>,
     next_call: u64,
+    /// It has called `vmservice.VM`: its client has this one connection for the machine's
+    /// life, and is not asked to make another one.
+    stays: bool,
     /// Since when the client has read nothing although bytes wait for it.
     stalled: Option<Instant>,
     last_active: Instant,
@@ -133,6 +136,7 @@ impl Connection {
             calls: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
             next_call: 0,
+            stays: false,
             stalled: None,
             last_active: now,
             read_closed: false,
@@ -148,7 +152,8 @@ impl Connection {
 
     /// Nothing is asked for or owed; the server may close it to make room.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        let owes = !self.calls.is_empty()
+        let owes = self.stays
+            || !self.calls.is_empty()
             || !self.subscriptions.is_empty()
             || !self.outbox.is_empty()
             || !self.unread.is_empty();
@@ -330,7 +335,10 @@ impl Connection {
         let services = context.services;
         match request::parse(services, request.service, request.method, request.payload)? {
             Call::Unary(request) => self.submit(header.stream_id, request, false, timeout, context),
-            Call::Vm(request) => self.submit(header.stream_id, request, true, timeout, context),
+            Call::Vm(request) => {
+                self.stays = true;
+                self.submit(header.stream_id, request, true, timeout, context)
+            }
             Call::Events(wanted) => self.subscribe(header.stream_id, wanted, timeout, context),
         }
     }

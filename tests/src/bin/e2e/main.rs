@@ -22,6 +22,8 @@ mod hostile_guest;
 mod hotplug;
 mod hotplug_beside;
 mod hotplug_memory;
+mod kata;
+mod kata_native;
 mod net;
 mod net_bad;
 mod net_handed;
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_memory::native());
+        tests.extend(kata_native::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
         tests.extend(hostile_device::tests());
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_beside::tests());
         tests.extend(hotplug_memory::tests());
         tests.extend(rng::tests());
+        tests.extend(kata::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));
