@@ -15,7 +15,7 @@ use bulkhead_proto::vmservice::{
 };
 use bulkhead_proto::{BlockingClient, Code, VM_SERVICE};
 
-use crate::vmm::{Vmm, bin};
+use crate::vmm::{Vmm, bin, bulkhead_processes};
 
 /// How long Kata waits for an answer, and for the socket.
 const CALL: Duration = Duration::from_secs(30);
@@ -238,6 +238,27 @@ pub fn create(
     let pcie = config.pcie.mut_or_insert_default();
     pcie.root_complexes.push(complex);
     request
+}
+
+/// Fails if more of a VM is left than its own process. The launcher that has ended stays as
+/// an entry without anything until that process ends.
+///
+/// # Errors
+/// What is left.
+pub fn alone(pid: u32) -> Result<(), String> {
+    let mut left = bulkhead_processes();
+    left.retain(|(other, _)| {
+        let stat = std::fs::read_to_string(format!("/proc/{other}/stat")).unwrap_or_default();
+        let ended = stat
+            .rsplit(") ")
+            .next()
+            .is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'));
+        !ended && i32::try_from(pid) != Ok(*other)
+    });
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(format!("after TeardownVM: {left:?}"))
 }
 
 /// Names of the threads of a process that begin with Kata's prefix for vCPUs.

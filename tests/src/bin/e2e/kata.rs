@@ -13,7 +13,7 @@ use bulkhead_proto::vmservice::VMState;
 use bulkhead_tests::host::{Namespace, rootfs, sh};
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead_processes, guest_file, nothing_left, patience};
+use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
 use crate::net_modes::tool;
@@ -226,8 +226,7 @@ fn replay() -> Verdict {
 
     let began = Instant::now();
     client.plain("TeardownVM")?;
-    let left = bulkhead_processes();
-    check(left.len() == 1, || format!("after TeardownVM: {left:?}"))?;
+    kata::alone(vmm.pid())?;
     client.plain("Quit")?;
     vmm.ends_with(0, LIMIT)?;
     check(began.elapsed() < QUIT, || {
@@ -238,7 +237,7 @@ fn replay() -> Verdict {
         check(!Path::new(path).exists(), || format!("{path} is left"))?;
     }
     // The tap is Kata's, and free again; there is no other interface.
-    host.sh("[ \"$(ls /sys/class/net | grep -v -e '^lo$' | tr '\\n' ' ')\" = 'tap0_kata ' ] && ip link del tap0_kata")?;
+    host.sh("ip link del tap0_kata && [ $(ip -o link show | wc -l) = 1 ]")?;
     drop(fs);
     Ok(())
 }

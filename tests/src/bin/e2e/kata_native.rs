@@ -7,17 +7,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::frame::{self, TYPE_REQUEST};
+use bulkhead_proto::machine::{InfoRequest, InfoResponse};
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::protobuf::well_known_types::empty::Empty;
 use bulkhead_proto::vmservice::{
     CapabilitiesVMResponse, CreateVMRequest, ModifyResourceRequest, ModifyType, VMState,
     VirtioVsock, virtio_device::Kind,
 };
-use bulkhead_proto::{Code, VM_SERVICE, envelope};
+use bulkhead_proto::{BlockingClient, Code, MACHINE_SERVICE, VM_SERVICE, envelope};
 use bulkhead_tests::host::sh;
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead_processes, ctl, guest_file, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left};
 
 use super::disk::sparse;
 
@@ -157,8 +158,7 @@ fn whole_life() -> Verdict {
         || format!("{properties}"),
     )?;
     // All but the process itself is gone, and it still answers.
-    let left = bulkhead_processes();
-    check(left.len() == 1, || format!("after TeardownVM: {left:?}"))?;
+    kata::alone(vmm.pid())?;
     for path in [&serial, &socket] {
         check(!Path::new(path).exists(), || format!("{path} is left"))?;
     }
@@ -168,6 +168,14 @@ fn whole_life() -> Verdict {
     client.plain("Quit")?;
     ends(&mut vmm, 0)?;
     nothing_left(QUIT)
+}
+
+/// What bulkhead.v1.Machine says on the same socket.
+fn info(socket: &str) -> Result<InfoResponse, String> {
+    let mut client = BlockingClient::new(connect(socket)?, 1 << 20);
+    let request = InfoRequest::new();
+    let info = client.call(MACHINE_SERVICE, "Info", &request, LIMIT);
+    info.map_err(|e| e.to_string())
 }
 
 /// Devices come and go behind the ports that are for it, and no others.
@@ -198,14 +206,11 @@ fn ports(scratch: &Scratch, socket: &str, client: &mut Client) -> Verdict {
     for _ in 0..3 {
         client.add("hp0", disk(&data, false))?;
         client.refused("AddPcieDevice", &add("hp0"), precondition, "port hp0")?;
-        let info = ctl(socket, &["info"])?;
-        let ports = info["ports"].as_array().cloned().unwrap_or_default();
-        let hp0 = ports.iter().find(|port| port["name"] == "hp0");
+        let info = info(socket)?;
+        let hp0 = info.ports.iter().find(|port| port.name == "hp0");
         check(
-            ports.len() == 25
-                && hp0.is_some_and(|port| {
-                    port["device"] == "hp0" && port["pci_address"] == "0000:00:08.0"
-                }),
+            info.ports.len() == 25
+                && hp0.is_some_and(|p| p.device == "hp0" && p.pci_address == "0000:00:08.0"),
             || format!("{info}"),
         )?;
         client.remove("hp0")?;

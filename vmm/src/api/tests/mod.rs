@@ -22,6 +22,7 @@ mod devices;
 mod end;
 mod limits;
 mod streams;
+mod vm;
 
 /// Ends every wait of a test that should not have waited.
 const LONG: Duration = Duration::from_secs(60);

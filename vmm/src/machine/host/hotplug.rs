@@ -161,10 +161,7 @@ impl Host {
         let Some(machine) = &self.machine else {
             return Err(precondition("no machine yet: create one with the device"));
         };
-        addition
-            .validate(&machine.config)
-            .map_err(RpcStatus::invalid_argument)?;
-        // A wrong port should cost nothing else.
+        // First, so that a client that names devices after their ports is told of the port.
         let ports = machine.parts.pci.ports();
         match ports.iter().find(|p| p.name == port) {
             Some(port) if port.occupied => {
@@ -185,6 +182,9 @@ impl Host {
             }
             _ => {}
         }
+        addition
+            .validate(&machine.config)
+            .map_err(RpcStatus::invalid_argument)?;
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
             prepared: Arc::clone(&self.prepared),

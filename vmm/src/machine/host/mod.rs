@@ -84,7 +84,10 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     if let Some(first) = &options.first {
         crate::api::config::validate(first)?;
     }
-    let prepared = Prepared::new(options.first.as_ref());
+    let mut prepared = Prepared::new(options.first.as_ref());
+    if options.services == Services::Vm {
+        prepared = prepared.with_taps_of_the_pod();
+    }
     let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
     let dev_kvm = kvm::open_dev_kvm().map_err(|e| no_kvm(&e))?;
     let stdio = Stdio {

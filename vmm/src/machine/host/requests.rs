@@ -101,6 +101,7 @@ impl Host {
             &self.hooks,
         )
         .map_err(RpcStatus::failed_precondition)?;
+        prepared.let_go();
         for device in parts.devices.iter() {
             announce(&self.log, device);
         }
