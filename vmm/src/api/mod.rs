@@ -19,6 +19,7 @@ mod config_net;
 mod config_ports;
 mod config_resources;
 mod config_rng;
+mod config_vsock;
 mod connection;
 pub mod events;
 mod reply;

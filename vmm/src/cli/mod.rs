@@ -25,6 +25,7 @@ pub mod net_args;
 pub mod resource_args;
 pub mod rng_args;
 pub mod run;
+pub mod vsock_args;
 
 /// Exit code of a wrong command line.
 pub const EXIT_USAGE: u8 = 2;

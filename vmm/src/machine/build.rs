@@ -18,6 +18,7 @@ use super::net;
 use super::net_external;
 use super::net_start::Prepared;
 use super::rng;
+use super::vsock;
 use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
@@ -164,6 +165,10 @@ pub fn build(
         devices.devices.push(rng::spawn(rng, &site)?);
     }
 
+    if let Some(vsock) = config.vsock.as_ref() {
+        devices.devices.push(vsock::spawn(vsock, &site)?);
+    }
+
     if let Some(area) = ram.pluggable() {
         let site = behind(mem::ID);
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
@@ -224,6 +229,7 @@ fn count(config: &MachineConfig) -> usize {
         .len()
         .saturating_add(nets)
         .saturating_add(config.rngs.len())
+        .saturating_add(usize::from(config.vsock.is_some()))
         .saturating_add(memory)
 }
 

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,6 +132,8 @@ pub enum Special {
     Net,
     /// An entropy device.
     Rng,
+    /// A socket device, and where it listens.
+    Vsock(PathBuf),
     /// The memory that comes and goes.
     Memory(Box<Memory>),
     /// A device whose back-end is somebody else's.
@@ -189,6 +192,9 @@ impl Device {
             return Ok(());
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
+        if let Special::Vsock(path) = &self.special {
+            launcher.forget(path).map_err(|e| e.to_string())?;
+        }
         ended.map_err(|e| e.to_string())
     }
 }

@@ -94,6 +94,9 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
             port.behind.clear();
         }
     }
+    if config.vsock.id == id {
+        config.vsock = None.into();
+    }
 }
 
 /// What a thread that makes a device needs of the machine.

@@ -34,6 +34,7 @@ mod resources;
 mod rng;
 mod update;
 mod vhost_user;
+mod vsock;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         tests.extend(kata_native::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
+        tests.extend(vsock::native());
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_memory::tests());
         tests.extend(rng::tests());
         tests.extend(kata::tests());
+        tests.extend(vsock::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));
