@@ -223,10 +223,7 @@ const MAX_MESSAGE_FDS: usize = 33;
 
 /// Takes bytes off a socket without waiting, and the descriptors that travel with them.
 /// None: nothing there yet.
-pub(crate) fn receive(
-    fd: BorrowedFd<'_>,
-    buf: &mut [u8],
-) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+pub fn receive(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
     const INT: usize = size_of::<libc::c_int>();
     // In units of u64, so that the headers in it are aligned.
     let mut control = [0u64; (MAX_MESSAGE_FDS * INT).div_ceil(8) + 4];

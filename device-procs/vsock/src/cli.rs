@@ -13,16 +13,19 @@ const DEFAULT_CID: u64 = 3;
 pub const HELP: &str = "\
 bulkhead-vsock: the virtio socket device process of Bulkhead
 
-Joins clients of a unix socket of the host's to ports of a guest's. Bulkhead starts it confined, with
-its channels and the listening socket as inherited file descriptors.
+Joins clients of a unix socket of the host's to ports of a guest's, and the guest's to sockets of the
+host's beside it. Bulkhead starts it confined, with its channels and the listening socket as inherited
+file descriptors.
 
 Usage:
-  bulkhead-vsock --control-fd 3 --vhost-fd 4 --listen-fd 5 [--cid N]
+  bulkhead-vsock --control-fd 3 --vhost-fd 4 --listen-fd 5 [--dial-fd 6] [--cid N]
 
   --control-fd N       inherited control channel (ttrpc)
   --vhost-fd N         inherited vhost-user channel
   --fence-fd N         inherited write end of a pipe, kept open until all I/O has ended
   --listen-fd N        inherited listening socket
+  --dial-fd N          inherited channel to ask the launcher for connections; without it the guest
+                       can begin none
   --cid N              the guest's address [default: 3]
   -v, --verbose        log more
   -h, --help           this text
@@ -45,6 +48,8 @@ pub struct Options {
     pub fence: Option<RawFd>,
     /// Where clients come.
     pub listener: RawFd,
+    /// Where connections are asked for.
+    pub dial: Option<RawFd>,
     /// The guest's address.
     pub cid: u64,
     /// Log more.
@@ -57,6 +62,7 @@ struct Raw {
     vhost: Option<RawFd>,
     fence: Option<RawFd>,
     listener: Option<RawFd>,
+    dial: Option<RawFd>,
     cid: Option<u64>,
     verbose: bool,
 }
@@ -83,6 +89,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("listen-fd") => {
                 raw.listener = Some(fd("--listen-fd", &parser.value()?.string()?)?)
             }
+            Long("dial-fd") => raw.dial = Some(fd("--dial-fd", &parser.value()?.string()?)?),
             Long("cid") => {
                 raw.cid = match parser.value()?.string()?.parse::<u32>() {
                     Ok(cid) if (3..u32::MAX).contains(&cid) => Some(cid.into()),
@@ -107,12 +114,14 @@ impl Raw {
         };
         let mut numbers = vec![control, vhost, listener];
         numbers.extend(self.fence);
+        numbers.extend(self.dial);
         distinct("--listen-fd", numbers)?;
         Ok(Options {
             control,
             vhost,
             fence: self.fence,
             listener,
+            dial: self.dial,
             cid: self.cid.unwrap_or(DEFAULT_CID),
             verbose: self.verbose,
         })
@@ -133,17 +142,18 @@ mod tests {
 
     #[test]
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
-        let whole = "--control-fd 3 --vhost-fd 4 --listen-fd 5 --fence-fd 6 --cid 77";
+        let whole = "--control-fd 3 --vhost-fd 4 --listen-fd 5 --fence-fd 6 --dial-fd 7 --cid 77";
         let options = serve(whole).unwrap();
         assert_eq!(
-            (options.listener, options.fence, options.cid),
-            (5, Some(6), 77)
+            (options.listener, options.fence, options.dial, options.cid),
+            (5, Some(6), Some(7), 77)
         );
         for (from, to) in [
             ("--control-fd 3", ""),
             ("--listen-fd 5", ""),
             ("--listen-fd 5", "--listen-fd 4"),
             ("--listen-fd 5", "--listen-fd 1"),
+            ("--dial-fd 7", "--dial-fd 6"),
             ("77", "2"),
             ("77", "4294967295"),
             ("77", "x"),

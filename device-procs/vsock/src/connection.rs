@@ -5,6 +5,8 @@
 //!       │                          │ RST                │ RST                            │ RST, time
 //!       └──────────────────────────┴────────────────────┴──────────▶ gone ◀──────────────┘
 //! ```
+//!
+//! One that the guest has begun is here from the time on at which the host's end is there: Open.
 
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -69,6 +71,7 @@ pub struct Connection {
     told: u32,
     /// Packets to be sent.
     request: bool,
+    response: bool,
     credit: bool,
     shutdown: u32,
     /// The host sends no more.
@@ -98,6 +101,7 @@ impl Connection {
             forwarded: 0,
             told: 0,
             request: false,
+            response: false,
             credit: false,
             shutdown: 0,
             ended: false,
@@ -105,6 +109,19 @@ impl Connection {
             guest_done: 0,
             told_end: false,
             readable: false,
+        }
+    }
+
+    /// One that the guest has asked for by this packet, with the host's end of it.
+    pub fn begun(socket: UnixStream, request: &Header, now: Instant) -> Self {
+        Self {
+            phase: Phase::Open,
+            until: None,
+            guest_port: request.src_port,
+            peer_alloc: request.buf_alloc,
+            peer_forwarded: request.fwd_cnt,
+            response: true,
+            ..Self::new(socket, now)
         }
     }
 
@@ -301,6 +318,7 @@ impl Connection {
     /// Whether there is, or may be, a packet for the guest.
     pub fn has_packet(&self) -> bool {
         self.request
+            || self.response
             || self.credit
             || self.shutdown != 0
             || (self.readable && self.room() > 0 && matches!(self.phase, Phase::Open))
@@ -316,6 +334,9 @@ impl Connection {
         if self.request {
             self.request = false;
             header.op = Op::Request;
+        } else if self.response {
+            self.response = false;
+            header.op = Op::Response;
         } else if self.shutdown != 0 {
             header.op = Op::Shutdown;
             header.flags = std::mem::take(&mut self.shutdown);

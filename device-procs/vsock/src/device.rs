@@ -2,29 +2,34 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_runtime::device::{Device, Worker};
 use bulkhead_runtime::mailbox::WorkerPort;
 
+use crate::dial::Dialer;
 use crate::streams::Streams;
 use crate::worker::{self, QUEUES};
 
 /// One socket device.
 pub struct Vsock {
     listener: Arc<UnixListener>,
+    /// Until there is a worker, which takes it.
+    dial: Mutex<Option<Dialer>>,
     cid: u64,
     /// No two processes of a device begin with the same, as a rule.
     mark: u32,
 }
 
 impl Vsock {
-    /// A device of a guest with this address, for the clients that come here.
-    pub fn new(listener: UnixListener, cid: u64) -> Self {
+    /// A device of a guest with this address, for the clients that come here, and that asks for
+    /// others there.
+    pub fn new(listener: UnixListener, dial: Option<Dialer>, cid: u64) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             listener: Arc::new(listener),
+            dial: Mutex::new(dial),
             cid,
             mark: since.map_or(0, |time| (time.as_micros() & 0xffff_ffff) as u32),
         }
@@ -68,7 +73,8 @@ impl Device for Vsock {
     fn shared_worker(&self, ports: Vec<WorkerPort>) -> io::Result<Worker> {
         let listener = Arc::clone(&self.listener);
         let streams = Streams::new(self.cid, self.mark);
-        let worker = worker::Worker::new(ports, listener, streams)
+        let mut dial = self.dial.lock().unwrap_or_else(PoisonError::into_inner);
+        let worker = worker::Worker::new(ports, listener, dial.take(), streams)
             .ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
         Ok(Box::new(move |prepared| {
             prepared.ready();

@@ -4,13 +4,16 @@
 //!   client ── unix socket, "CONNECT port" ──▶ Streams ◀── packets ──▶ worker ── rings ── guest
 //! ```
 //!
-//! Clients of a listening socket that the launcher made are joined to ports of the guest's. The
-//! process makes no socket and connects to none: it accepts.
+//! Clients of a listening socket that the launcher made are joined to ports of the guest's, and
+//! programs in the guest to whoever listens for them beside that socket. The process makes no
+//! socket and connects to none: it accepts, and asks the launcher.
 
+pub mod asked;
 pub mod buffer;
 pub mod cli;
 pub mod connection;
 pub mod device;
+pub mod dial;
 pub mod packet;
 pub mod streams;
 pub mod worker;

@@ -12,6 +12,7 @@ use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
 use bulkhead_vsock::cli::{self, HELP, Options};
 use bulkhead_vsock::device::Vsock;
+use bulkhead_vsock::dial::Dialer;
 use bulkhead_vsock::streams;
 
 /// Descriptors of the process itself, those that come and go with messages, and a stream each.
@@ -26,6 +27,8 @@ enum MainError {
     Channel(#[from] ChannelError),
     #[error("inherited fd {0} (listener) cannot be used: {1}; start this program through bulkhead")]
     Listener(i32, std::io::Error),
+    #[error("inherited fd {0} (requests) is not open: {1}; start this program through bulkhead")]
+    Dial(i32, std::io::Error),
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
@@ -50,7 +53,13 @@ fn run(options: &Options) -> Result<(), MainError> {
     let listener = sys::take_inherited(options.listener)
         .and_then(|fd| sys::set_nonblocking(fd.as_fd()).map(|()| fd))
         .map_err(|e| MainError::Listener(options.listener, e))?;
-    let device = Arc::new(Vsock::new(UnixListener::from(listener), options.cid));
+    let dial = options.dial.map(|fd| {
+        sys::take_inherited(fd)
+            .map(Dialer::new)
+            .map_err(|e| MainError::Dial(fd, e))
+    });
+    let listener = UnixListener::from(listener);
+    let device = Arc::new(Vsock::new(listener, dial.transpose()?, options.cid));
     serve(
         device,
         ServeOptions {

@@ -84,7 +84,7 @@ impl Bed {
             fwd_cnt: 0,
         };
         change(&mut header);
-        self.streams.packet(&header, data);
+        self.streams.packet(&header, data, self.now);
     }
 
     fn client(&mut self, line: &str) -> UnixStream {
@@ -271,7 +271,6 @@ fn either_end_may_be_the_first_to_say_no_more() {
 fn what_is_no_streams_is_answered_by_a_reset_and_what_is_not_ours_by_nothing() {
     let mut bed = Bed::new();
     for op in [
-        Op::Request,
         Op::Response,
         Op::Data,
         Op::Shutdown,
@@ -285,6 +284,9 @@ fn what_is_no_streams_is_answered_by_a_reset_and_what_is_not_ours_by_nothing() {
             (Op::Reset, 1024, 33)
         );
     }
+    // No stream: SOCK_SEQPACKET.
+    bed.say((1024, 33), Op::Request, |h| h.kind = 2, &[]);
+    assert_eq!(bed.said().0.op, Op::Reset);
     bed.say((1024, 33), Op::Reset, |_| {}, &[]);
     bed.say((1024, 33), Op::Request, |h| h.dst_cid = 5, &[]);
     bed.say((1024, 33), Op::Request, |h| h.src_cid = 5, &[]);
@@ -300,12 +302,172 @@ fn what_is_no_streams_is_answered_by_a_reset_and_what_is_not_ours_by_nothing() {
     // What the guest cannot know of yet.
     let mut early = bed.client("CONNECT 12\n");
     bed.poll();
-    let port = *bed.streams.connections.keys().last().unwrap();
+    let (port, _) = *bed.streams.connections.keys().last().unwrap();
     bed.say((port, 12), Op::Response, |_| {}, &[]);
     assert_eq!(bed.said().0.op, Op::Reset);
     assert_eq!(bed.said().0.op, Op::Request);
     early.set_nonblocking(true).unwrap();
     assert!(early.read(&mut byte).is_err());
+}
+
+/// The port that the launcher is asked for, and its ticket.
+fn asked(bed: &mut Bed, port: u32) -> Ticket {
+    let (ticket, of) = bed.streams.next_asked().unwrap();
+    assert_eq!(of, port);
+    ticket
+}
+
+#[test]
+fn the_guest_is_joined_to_whom_the_launcher_finds() {
+    let mut bed = Bed::new();
+    let ports = (1234, 700);
+    bed.say(ports, Op::Request, |_| {}, &[]);
+    assert_eq!(bed.packet(), None, "nothing is promised before it is there");
+    let ticket = asked(&mut bed, 1234);
+    assert!(bed.streams.next_asked().is_none() && bed.streams.is_waiting());
+    let (mut host, socket) = UnixStream::pair().unwrap();
+    host.write_all(b"at once").unwrap();
+    bed.streams.answered(ticket, Some(socket), bed.now);
+    let (response, _) = bed.said();
+    assert_eq!(
+        (response.op, response.src_port, response.dst_port),
+        (Op::Response, 1234, 700)
+    );
+    assert_eq!(response.buf_alloc as usize, ROOM);
+    assert_eq!(bed.said().1, b"at once");
+    // The host has no line to say, nor to hear.
+    bed.say(ports, Op::Data, |_| {}, b"from the guest");
+    bed.say(ports, Op::Shutdown, |h| h.flags = NO_SEND, &[]);
+    let mut text = String::new();
+    host.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "from the guest");
+    // The same port of the host's, by another one of the guest's.
+    bed.say((1234, 701), Op::Request, |_| {}, &[]);
+    let ticket = asked(&mut bed, 1234);
+    let (_second, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(ticket, Some(socket), bed.now);
+    assert_eq!((bed.said().0.dst_port, bed.streams.len()), (701, 2));
+    host.write_all(b"and back").unwrap();
+    assert_eq!(bed.said().1, b"and back");
+    drop(host);
+    assert_eq!(bed.said().0.op, Op::Reset);
+    assert_eq!(bed.streams.len(), 1);
+    // Asking for what it has, the guest loses it.
+    bed.say((1234, 701), Op::Request, |_| {}, &[]);
+    assert_eq!(bed.said().0.op, Op::Reset);
+    assert!(bed.streams.is_empty() && !bed.streams.is_waiting());
+}
+
+#[test]
+fn where_nobody_listens_the_guest_is_told_at_once() {
+    let mut bed = Bed::new();
+    for port in [1, 1025, u32::MAX] {
+        bed.say((port, 700), Op::Request, |_| {}, &[]);
+        let ticket = asked(&mut bed, port);
+        bed.streams.answered(ticket, None, bed.now);
+        let (reset, _) = bed.said();
+        assert_eq!(
+            (reset.op, reset.src_port, reset.dst_port),
+            (Op::Reset, port, 700)
+        );
+    }
+    // A launcher that is slow, and one that is silent.
+    bed.say((5, 700), Op::Request, |_| {}, &[]);
+    let late = asked(&mut bed, 5);
+    bed.streams.expire(bed.now + Duration::from_secs(9));
+    assert_eq!(bed.packet(), None);
+    bed.streams.expire(bed.now + Duration::from_secs(11));
+    assert_eq!(bed.said().0.op, Op::Reset);
+    let (mut host, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(late, Some(socket), bed.now);
+    assert!(ended(&mut host) && bed.streams.is_empty());
+    bed.say((6, 700), Op::Request, |_| {}, &[]);
+    bed.say((6, 701), Op::Request, |_| {}, &[]);
+    asked(&mut bed, 6);
+    bed.streams.unanswered();
+    assert_eq!((bed.said().0.op, bed.said().0.op), (Op::Reset, Op::Reset));
+    assert!(bed.streams.is_empty() && !bed.streams.is_waiting());
+}
+
+#[test]
+fn what_the_guest_gives_up_is_let_go_of_and_what_it_asks_for_anew_is_another() {
+    let mut bed = Bed::new();
+    bed.say((5, 700), Op::Request, |_| {}, &[]);
+    let first = asked(&mut bed, 5);
+    bed.say((5, 700), Op::Reset, |_| {}, &[]);
+    assert!(bed.streams.is_empty());
+    bed.say((5, 700), Op::Request, |_| {}, &[]);
+    let second = asked(&mut bed, 5);
+    let (mut stale, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(first, Some(socket), bed.now);
+    assert!(ended(&mut stale));
+    assert_eq!(bed.packet(), None);
+    let (_host, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(second, Some(socket), bed.now);
+    assert_eq!(bed.said().0.op, Op::Response);
+    // An answer to nobody.
+    let (mut stale, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(second, Some(socket), bed.now);
+    assert!(ended(&mut stale) && bed.streams.len() == 1);
+    // A driver that goes takes its wishes with it.
+    bed.say((6, 700), Op::Request, |_| {}, &[]);
+    let ticket = asked(&mut bed, 6);
+    bed.streams.clear();
+    let (mut stale, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(ticket, Some(socket), bed.now);
+    assert!(ended(&mut stale) && bed.streams.is_empty());
+}
+
+#[test]
+fn a_guest_that_asks_and_asks_has_so_many_and_keeps_nobody_from_an_answer() {
+    let mut bed = Bed::new();
+    for port in 0..MOST as u32 {
+        bed.say((5, port), Op::Request, |_| {}, &[]);
+    }
+    assert!(!bed.streams.has_room());
+    bed.say((5, 5000), Op::Request, |_| {}, &[]);
+    assert_eq!(bed.said().0.dst_port, 5000);
+    let mut open = Vec::new();
+    while let Some((ticket, _)) = bed.streams.next_asked() {
+        open.push(ticket);
+    }
+    assert!(open.len() < 100, "{}", open.len());
+    // Asked for and given up, again and again: no list grows.
+    for _ in 0..10 * MOST {
+        bed.say((5, 0), Op::Reset, |_| {}, &[]);
+        bed.say((5, 0), Op::Request, |_| {}, &[]);
+        while bed.packet().is_some() {}
+    }
+    assert!(bed.streams.len() <= MOST);
+    let mut answers = 0;
+    while let Some(ticket) = open.pop() {
+        bed.streams.answered(ticket, None, bed.now);
+        while let Some((ticket, _)) = bed.streams.next_asked() {
+            open.push(ticket);
+        }
+        while let Some((reset, _)) = bed.packet() {
+            assert_eq!(reset.op, Op::Reset);
+            answers += 1;
+        }
+    }
+    assert!(answers >= MOST - 1 && bed.streams.is_empty(), "{answers}");
+}
+
+#[test]
+fn a_client_and_the_guest_can_not_have_the_same_ports() {
+    let mut bed = Bed::new();
+    let mut client = bed.client("CONN");
+    bed.poll();
+    let (ours, _) = *bed.streams.connections.keys().last().unwrap();
+    bed.say((ours, 9), Op::Request, |_| {}, &[]);
+    client.write_all(b"ECT 9\n").unwrap();
+    bed.poll();
+    assert!(ended(&mut client), "the guest was the first");
+    let ticket = asked(&mut bed, ours);
+    let (_host, socket) = UnixStream::pair().unwrap();
+    bed.streams.answered(ticket, Some(socket), bed.now);
+    assert_eq!(bed.said().0.op, Op::Response);
+    assert_eq!((bed.packet(), bed.streams.len()), (None, 1));
 }
 
 #[test]

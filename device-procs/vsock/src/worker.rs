@@ -1,25 +1,25 @@
 //! The worker of all three queues: packets to the guest, packets from it, and events. One thread,
-//! which sleeps on kicks, orders, the listening socket and those of the streams at once.
+//! which sleeps on kicks, orders, the listening socket, the launcher's answers and the streams'
+//! sockets at once.
 //!
 //! A packet of the guest's is done when it is taken, and one for it is written into a buffer only
 //! when it is there: nothing is in flight in between. Streams end with the process, and with the
 //! driver: a driver that was there before is told by an event (VIRTIO 1.2 section 5.10.6.7).
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use bulkhead_runtime::active::ActiveRing;
 use bulkhead_runtime::chain::{Buffer, Chain};
 use bulkhead_runtime::clock;
-use bulkhead_runtime::mailbox::{Answer, Order, WorkerPort};
+use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
+use bulkhead_runtime::seat::Seat;
 use bulkhead_runtime::sys::{self, PollFd};
 
+use crate::dial::Dialer;
 use crate::packet::{HEADER, Header};
-use crate::streams::{MOST, Streams};
+use crate::streams::{MOST, Ports, Streams};
 
 /// The queues.
 const RECEIVE: usize = 0;
@@ -31,25 +31,26 @@ pub const QUEUES: usize = 3;
 const BATCH: u32 = 64;
 /// Most bytes of data in a packet, either way.
 const DATA: usize = 64 << 10;
-/// Clients accepted before anything else is looked at.
+/// Clients accepted, and answers of the launcher's taken, before anything else is looked at.
 const CLIENTS: u32 = 16;
+/// Where in ppoll's list the listening socket, the launcher's channel and the streams are: behind
+/// orders and kicks.
+const LISTENER: usize = 2 * QUEUES;
+const LAUNCHER: usize = LISTENER + 1;
+const STREAMS: usize = LAUNCHER + 1;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
-struct Place {
-    port: WorkerPort,
-    ring: Option<ActiveRing>,
-}
-
 /// The worker.
 pub struct Worker {
-    places: [Place; QUEUES],
+    seats: [Seat; QUEUES],
     listener: Arc<UnixListener>,
+    dial: Option<Dialer>,
     streams: Streams,
     chain: Chain,
     packet: Box<[u8]>,
     fds: Vec<PollFd>,
-    ports: Vec<u32>,
+    ports: Vec<Ports>,
     /// The driver is to be told that no stream of before exists.
     reset: bool,
 }
@@ -59,13 +60,14 @@ impl Worker {
     pub fn new(
         ports: Vec<WorkerPort>,
         listener: Arc<UnixListener>,
+        dial: Option<Dialer>,
         streams: Streams,
     ) -> Option<Self> {
-        let places = ports.into_iter().map(|port| Place { port, ring: None });
-        let places: Vec<Place> = places.collect();
+        let seats: Vec<Seat> = ports.into_iter().map(Seat::new).collect();
         Some(Self {
-            places: places.try_into().ok()?,
+            seats: seats.try_into().ok()?,
             listener,
+            dial,
             streams,
             chain: Chain::new(),
             packet: vec![0; HEADER.saturating_add(DATA)].into(),
@@ -89,8 +91,9 @@ impl Worker {
         let mut more = self.transmit();
         more |= self.receive();
         more |= self.tell();
-        for place in &mut self.places {
-            if let Some(ring) = &mut place.ring {
+        self.ask();
+        for seat in &mut self.seats {
+            if let Some(ring) = &mut seat.ring {
                 ring.flush();
             }
         }
@@ -101,15 +104,16 @@ impl Worker {
     fn transmit(&mut self) -> bool {
         let [
             _,
-            Place {
+            Seat {
                 port,
                 ring: Some(ring),
             },
             _,
-        ] = &mut self.places
+        ] = &mut self.seats
         else {
             return false;
         };
+        let now = clock::now();
         for _ in 0..BATCH {
             if !self.streams.takes_packets() {
                 return false;
@@ -123,7 +127,7 @@ impl Worker {
                 return false;
             };
             let data = self.packet.get(HEADER..len).unwrap_or_default();
-            self.streams.packet(&header, data);
+            self.streams.packet(&header, data, now);
             ring.complete(head, 0);
             port.status().requests.add(1);
             port.status().written_bytes.add(header.len.into());
@@ -134,13 +138,13 @@ impl Worker {
     /// Fills buffers of the guest's.
     fn receive(&mut self) -> bool {
         let [
-            Place {
+            Seat {
                 port,
                 ring: Some(ring),
             },
             _,
             _,
-        ] = &mut self.places
+        ] = &mut self.seats
         else {
             return false;
         };
@@ -187,11 +191,11 @@ impl Worker {
         let [
             _,
             _,
-            Place {
+            Seat {
                 port,
                 ring: Some(ring),
             },
-        ] = &mut self.places
+        ] = &mut self.seats
         else {
             return false;
         };
@@ -210,21 +214,28 @@ impl Worker {
 
     /// Whether the guest takes part.
     fn is_joined(&self) -> bool {
-        let [receive, transmit, _] = &self.places;
+        let [receive, transmit, _] = &self.seats;
         receive.ring.is_some() && transmit.ring.is_some()
     }
 
-    /// The kick of a queue, if anything would come of it.
-    fn kick(&self, queue: usize) -> Option<Arc<File>> {
-        let ring = self.places.get(queue)?.ring.as_ref()?;
-        (!ring.is_broken()).then(|| Arc::clone(ring.kick()))
+    /// Asks the launcher for the host's ends of streams that the guest wants.
+    fn ask(&mut self) {
+        while let Some((ticket, port)) = self.streams.next_asked() {
+            let asked = self
+                .dial
+                .as_ref()
+                .is_some_and(|dial| dial.ask(ticket, port));
+            if !asked {
+                self.streams.answered(ticket, None, clock::now());
+            }
+        }
     }
 
     /// Sleeps until there is something to do; then does what concerns orders and sockets.
     fn wait(&mut self, mut more: bool) {
-        let takes = match &mut self.places {
+        let takes = match &mut self.seats {
             [
-                Place {
+                Seat {
                     ring: Some(ring), ..
                 },
                 _,
@@ -236,21 +247,22 @@ impl Worker {
             }
             _ => false,
         };
+        let kick = |queue: usize| self.seats.get(queue).and_then(Seat::kick);
         let kicks: [_; QUEUES] = [
-            (!takes).then(|| self.kick(RECEIVE)).flatten(),
+            (!takes).then(|| kick(RECEIVE)).flatten(),
             self.streams
                 .takes_packets()
-                .then(|| self.kick(TRANSMIT))
+                .then(|| kick(TRANSMIT))
                 .flatten(),
             (self.reset && self.is_joined())
-                .then(|| self.kick(EVENT))
+                .then(|| kick(EVENT))
                 .flatten(),
         ];
         self.fds.clear();
         self.ports.clear();
-        for place in &self.places {
+        for seat in &self.seats {
             self.fds
-                .push(PollFd::new(place.port.wakeup().as_fd(), libc::POLLIN));
+                .push(PollFd::new(seat.port.wakeup().as_fd(), libc::POLLIN));
         }
         for kick in &kicks {
             self.fds.push(match kick {
@@ -263,9 +275,14 @@ impl Worker {
         } else {
             PollFd::none()
         });
-        for (port, socket, events) in self.streams.events(takes) {
+        let asked = self.dial.as_ref().filter(|_| self.streams.is_waiting());
+        self.fds.push(match asked.and_then(Dialer::fd) {
+            Some(fd) => PollFd::new(fd, libc::POLLIN),
+            None => PollFd::none(),
+        });
+        for (ports, socket, events) in self.streams.events(takes) {
             self.fds.push(PollFd::new(socket.as_fd(), events));
-            self.ports.push(port);
+            self.ports.push(ports);
         }
         let timeout = match (more, self.streams.next_end()) {
             (true, _) => 0,
@@ -275,7 +292,7 @@ impl Worker {
                 i32::try_from(left.saturating_add(1)).unwrap_or(i32::MAX)
             }
         };
-        let [first, ..] = &self.places;
+        let [first, ..] = &self.seats;
         first.port.status().syscalls.add(1);
         // An error of ppoll (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut self.fds, timeout);
@@ -283,14 +300,18 @@ impl Worker {
         let ordered: [bool; QUEUES] = std::array::from_fn(|queue| happened(queue) != 0);
         let kicked: [i16; QUEUES] =
             std::array::from_fn(|queue| happened(queue.saturating_add(QUEUES)));
-        let called = happened(QUEUES.saturating_add(QUEUES)) != 0;
+        let called = happened(LISTENER) != 0;
+        let answered = happened(LAUNCHER) != 0;
         self.sockets();
         if called {
             self.accept();
         }
+        if answered {
+            self.answers();
+        }
         for (queue, (kick, events)) in kicks.iter().zip(kicked).enumerate() {
-            if let (Some(kick), true) = (kick, events != 0) {
-                self.drain(queue, kick, events);
+            if let (Some(kick), true, Some(seat)) = (kick, events != 0, self.seats.get_mut(queue)) {
+                seat.drain(kick, events);
             }
         }
         for (queue, ordered) in ordered.into_iter().enumerate() {
@@ -303,11 +324,10 @@ impl Worker {
     /// What has happened on streams' sockets.
     fn sockets(&mut self) {
         let now = clock::now();
-        let first = QUEUES.saturating_mul(2).saturating_add(1);
-        let fds = self.fds.get(first..).unwrap_or_default();
-        for (port, fd) in self.ports.iter().zip(fds) {
+        let fds = self.fds.get(STREAMS..).unwrap_or_default();
+        for (ports, fd) in self.ports.iter().zip(fds) {
             if fd.revents() != 0 {
-                self.streams.happened(*port, fd.revents(), now);
+                self.streams.happened(*ports, fd.revents(), now);
             }
         }
     }
@@ -328,65 +348,33 @@ impl Worker {
         }
     }
 
-    fn drain(&mut self, queue: usize, mut kick: &File, events: i16) {
-        let Some(place) = self.places.get_mut(queue) else {
-            return;
-        };
-        place.port.status().kicks.add(1);
-        let mut count = [0; 8];
-        let sound = events & libc::POLLIN != 0 && matches!(kick.read(&mut count), Ok(8));
-        if let (false, Some(ring)) = (sound, &mut place.ring) {
-            ring.break_because(&"the kick descriptor is no eventfd");
+    /// Takes what the launcher has found.
+    fn answers(&mut self) {
+        let now = clock::now();
+        for _ in 0..CLIENTS {
+            match self.dial.as_mut().map(Dialer::answer) {
+                Some(Ok(Some(answer))) => self.streams.answered(answer.ticket, answer.stream, now),
+                Some(Ok(None)) => return,
+                Some(Err(why)) => {
+                    log::warn!("{why}: the guest can begin no connections");
+                    return self.streams.unanswered();
+                }
+                None => return self.streams.unanswered(),
+            }
         }
     }
 
     fn order(&mut self, queue: usize) {
-        let Some(place) = self.places.get_mut(queue) else {
+        let Some(seat) = self.seats.get_mut(queue) else {
             return;
         };
-        let order = place.port.take();
-        place.port.take_refresh();
-        let Some(order) = order else {
-            return;
-        };
-        let answer = match order {
-            Order::Start(setup) => {
-                match ActiveRing::start(*setup, place.port.index(), place.port.status()) {
-                    Ok(ring) => {
-                        place.ring = Some(ring);
-                        Answer::Done
-                    }
-                    Err(why) => Answer::Refused(why.to_string()),
-                }
-            }
-            Order::Stop => {
-                // Whoever comes next knows nothing of the streams.
-                if place.ring.is_some() && queue != EVENT {
-                    self.streams.clear();
-                    self.reset = true;
-                }
-                Answer::Stopped {
-                    next_avail: place.ring.take().map(ActiveRing::stop),
-                }
-            }
-            Order::Memory(memory) => match place.ring.as_mut().map(|r| r.swap_memory(memory)) {
-                Some(Err(why)) => Answer::Refused(why.to_string()),
-                _ => Answer::Done,
-            },
-            Order::Call(call) => {
-                if let Some(ring) = &mut place.ring {
-                    ring.set_call(call);
-                }
-                Answer::Done
-            }
-            Order::Err(err) => {
-                if let Some(ring) = &mut place.ring {
-                    ring.set_err(err);
-                }
-                Answer::Done
-            }
-        };
-        place.port.answer(answer);
+        let began = seat.ring.is_some();
+        seat.order(|| {});
+        // Whoever comes next knows nothing of the streams.
+        if began && seat.ring.is_none() && queue != EVENT {
+            self.streams.clear();
+            self.reset = true;
+        }
     }
 }
 

@@ -1,13 +1,17 @@
 //! A worker on a thread, with a driver's three rings on one side and clients on the other.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bulkhead_runtime::driver::{Desc, DriverRing, WRITE, guest};
-use bulkhead_runtime::mailbox::{RingSetup, WorkerHandle, mailbox};
+use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
 use bulkhead_runtime::ring::RingFeatures;
+
+use proptest::prelude::*;
 
 use super::*;
 use crate::packet::{HOST_CID, Op, STREAM};
@@ -28,6 +32,8 @@ struct Bed {
     memory: Arc<Memory>,
     rings: Vec<DriverRing>,
     path: std::path::PathBuf,
+    /// The launcher's end, and who listens for the guest.
+    launcher: Option<OwnedFd>,
     /// Of the transmit ring.
     sent: u16,
 }
@@ -53,7 +59,10 @@ impl Bed {
             handles.push(handle);
             ports.push(port);
         }
-        let worker = Worker::new(ports, Arc::new(listener), Streams::new(CID, 1)).unwrap();
+        let (launcher, end) = UnixStream::pair().unwrap();
+        let dial = Some(Dialer::new(end.into()));
+        let streams = Streams::new(CID, 1);
+        let worker = Worker::new(ports, Arc::new(listener), dial, streams).unwrap();
         std::thread::spawn(move || worker.run());
         let event = || Arc::new(sys::eventfd().unwrap());
         let ring = |n: u64| {
@@ -68,6 +77,7 @@ impl Bed {
             rings: (0..3).map(ring).collect(),
             memory,
             path,
+            launcher: Some(launcher.into()),
             sent: 0,
         }
     }
@@ -336,4 +346,128 @@ fn what_is_no_packet_breaks_the_ring_and_nothing_else() {
     bed.start();
     let _client = bed.client(5);
     assert!(sys::wait_readable(&*bed.errs[0], 20_000).unwrap());
+}
+
+impl Bed {
+    /// What the launcher is asked.
+    fn asked(&self) -> (u32, u32) {
+        let launcher = self.launcher.as_ref().unwrap();
+        assert!(sys::wait_readable(launcher, 20_000).unwrap());
+        let mut bytes = [0; 8];
+        assert_eq!(
+            sys::receive_now(launcher.as_fd(), &mut bytes).unwrap(),
+            Some(8)
+        );
+        let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        (number(0), number(4))
+    }
+
+    /// What it says; a connection goes with it.
+    fn answer(&self, ticket: u32, status: u32, stream: Option<&UnixStream>) {
+        let launcher = self.launcher.as_ref().unwrap();
+        let bytes = [ticket.to_le_bytes(), status.to_le_bytes()].concat();
+        let sent = sys::send_now(launcher.as_fd(), &bytes, stream.map(AsFd::as_fd));
+        assert_eq!(sent.unwrap(), 8);
+    }
+}
+
+#[test]
+fn the_guest_reaches_whom_the_launcher_finds_and_is_told_where_there_is_nobody() {
+    let mut bed = Bed::started();
+    bed.say((1025, 9), Op::Request, &[]);
+    let (ticket, port) = bed.asked();
+    assert_eq!(port, 1025);
+    let (mut host, theirs) = UnixStream::pair().unwrap();
+    host.set_read_timeout(Some(PATIENCE)).unwrap();
+    bed.answer(ticket, 0, Some(&theirs));
+    drop(theirs);
+    assert_eq!(bed.packet().0.op, Op::Response);
+    bed.say((1025, 9), Op::Data, b"question");
+    let mut text = [0; 8];
+    host.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"question");
+    host.write_all(b"answer").unwrap();
+    assert_eq!(bed.packet().1, b"answer");
+    // Nobody; and something else than what was promised.
+    for (status, stream) in [(1, None), (1, Some(&host)), (0, None)] {
+        bed.say((1026, 9), Op::Request, &[]);
+        let (ticket, _) = bed.asked();
+        bed.answer(ticket, status, stream);
+        assert_eq!(bed.packet().0.op, Op::Reset);
+    }
+    // The launcher is not there any more: those that wait, and those that come.
+    bed.say((1027, 9), Op::Request, &[]);
+    let _ = bed.asked();
+    bed.launcher = None;
+    assert_eq!(bed.packet().0.op, Op::Reset);
+    bed.say((1028, 9), Op::Request, &[]);
+    assert_eq!(bed.packet().0.op, Op::Reset);
+    // What there is goes on.
+    host.write_all(b"still").unwrap();
+    assert_eq!(bed.packet().1, b"still");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn no_ring_of_a_hostile_guest_ends_the_worker(
+        descs in prop::collection::vec((0u16..RING, any::<u64>(), any::<u32>(), 0u16..8, any::<u16>(), any::<bool>()), 1..24),
+        heads in prop::collection::vec((0usize..3, any::<u16>(), any::<bool>()), 1..24),
+        headers in prop::collection::vec((any::<[u8; 32]>(), any::<[u8; 12]>(), any::<bool>()), RING as usize),
+        index in any::<u16>(),
+    ) {
+        let mut bed = Bed::new();
+        // Packets that are nearly sound, so that some get far.
+        for (head, (low, high, sound)) in headers.iter().enumerate() {
+            let mut bytes = [low.as_slice(), high.as_slice()].concat();
+            if *sound {
+                bytes[..8].copy_from_slice(&CID.to_le_bytes());
+                bytes[8..16].copy_from_slice(&HOST_CID.to_le_bytes());
+                bytes[24..28].copy_from_slice(&u32::from(low[24]).to_le_bytes());
+                bytes[28..30].copy_from_slice(&STREAM.to_le_bytes());
+                bytes[30..32].copy_from_slice(&u16::from(low[30] % 9).to_le_bytes());
+            }
+            prop_assert!(bed.memory.write(Bed::place(1, head as u16), &bytes));
+        }
+        for queue in 0..3 {
+            for (at, addr, len, flags, next, inside) in &descs {
+                let (addr, len) = if *inside {
+                    (Bed::place(queue, *at), len % 0x2000)
+                } else {
+                    (*addr, *len)
+                };
+                let next = if *inside { next % RING } else { *next };
+                bed.rings[queue].desc(*at, Desc { addr, len, flags: *flags, next });
+            }
+        }
+        for (queue, head, inside) in &heads {
+            bed.rings[*queue].offer(if *inside { head % RING } else { *head });
+        }
+        if index % 4 == 0 {
+            // An index from nowhere.
+            bed.rings[usize::from(index) % 3].set_avail_idx(index);
+        }
+        bed.start();
+        let _client = bed.client(7);
+        for kick in &bed.kicks {
+            sys::signal(kick);
+        }
+        // It obeys, whatever it found.
+        for queue in 0..3 {
+            let answer = bed.order(queue, Order::Stop);
+            let stopped = matches!(answer, Answer::Stopped { .. });
+            prop_assert!(stopped, "{answer:?}");
+            bed.rings[queue].reset();
+        }
+        bed.sent = 0;
+        for queue in [0, 2] {
+            for head in 0..RING {
+                bed.give(queue, head);
+            }
+        }
+        bed.start();
+        prop_assert_eq!(bed.used(2), (0, 4));
+        bed.joined(9);
+    }
 }

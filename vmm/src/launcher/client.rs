@@ -308,6 +308,7 @@ impl Launcher {
             args,
             incarnation,
             fds,
+            dial,
             fence,
         } = spec;
         let refused = |why: &str| {
@@ -325,6 +326,8 @@ impl Launcher {
         if fds.len().saturating_add(2) > MAX_FDS {
             return refused("too many descriptors");
         }
+        let dial = dial.map(|path| path_text(&path, "vsock")).transpose()?;
+        let dial = dial.unwrap_or_default();
         let pair = || UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e));
         let (control, control_end) = pair()?;
         let (vhost, vhost_end) = pair()?;
@@ -337,6 +340,7 @@ impl Launcher {
             incarnation,
             policy,
             fence,
+            dial,
             ..Default::default()
         };
         let called = self.call(wire::request::Op::Spawn(op), &passed, DEADLINE, "spawn");

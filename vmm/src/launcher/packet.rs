@@ -45,6 +45,12 @@ impl AsFd for PacketSocket {
     }
 }
 
+impl From<PacketSocket> for OwnedFd {
+    fn from(socket: PacketSocket) -> Self {
+        socket.0
+    }
+}
+
 impl From<OwnedFd> for PacketSocket {
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
@@ -222,8 +228,8 @@ pub fn send_descriptor(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result
     PacketSocket::send_on(socket, &[0], &[fd], None)
 }
 
-/// Reads from a stream socket without waiting, and takes the first descriptor that comes
-/// beside the bytes; others are closed. 0 bytes: the end.
+/// Reads from a socket without waiting, and takes the first descriptor that comes beside the
+/// bytes; others are closed, and so is what of a packet does not fit. 0 bytes: the end.
 pub fn receive_stream(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -305,6 +305,8 @@ pub struct Order<'a> {
     pub args: Vec<String>,
     /// Descriptors of its own, which it finds from 5 on.
     pub fds: Vec<OwnedFd>,
+    /// Its own socket, if it may ask for connections to the listeners beside that.
+    pub dial: Option<&'a Path>,
     /// Virtqueues.
     pub queues: u32,
     /// A network device's MTU as the guest is told; 0: nothing is said.
@@ -326,6 +328,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         variant,
         mut args,
         fds,
+        dial,
         ..
     } = order;
     // The launcher sets the policy, so that the engine is not left for the process to choose.
@@ -344,7 +347,11 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         },
     };
     // Behind its own descriptors.
-    let fence = FIRST_OWN_FD.saturating_add(fds.len());
+    let mut fence = FIRST_OWN_FD.saturating_add(fds.len());
+    if dial.is_some() {
+        args.extend(["--dial-fd".to_owned(), fence.to_string()]);
+        fence = fence.saturating_add(1);
+    }
     args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
     let usage = place(launcher, id, &order.resources, &order.block_device)?;
@@ -357,6 +364,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
             args,
             incarnation,
             fds,
+            dial: dial.map(Path::to_owned),
             fence: true,
         })
         // Its cgroup is there, and where the answer came too late, its process may be.

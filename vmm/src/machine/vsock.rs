@@ -45,6 +45,7 @@ fn start(
         args: args(vsock),
         fds: vec![listener.into()],
         queues: kind.max_queues.into(),
+        dial: Some(path),
         mtu: 0,
         resources: vsock.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),
@@ -70,6 +71,7 @@ fn start(
             "control channel".to_owned(),
             "vhost-user channel".to_owned(),
             format!("{} (listening)", printable(&vsock.socket)),
+            format!("requests to be joined to {}_PORT", printable(&vsock.socket)),
         ],
     })
 }
