@@ -89,9 +89,10 @@ impl Worker {
     fn serve(&mut self) -> bool {
         self.streams.expire(clock::now());
         let mut more = self.transmit();
+        // What cannot be asked for is refused, by a packet.
+        self.ask();
         more |= self.receive();
         more |= self.tell();
-        self.ask();
         for seat in &mut self.seats {
             if let Some(ring) = &mut seat.ring {
                 ring.flush();

@@ -162,11 +162,13 @@ pub fn build(
     }
 
     for rng in &config.rngs {
-        devices.devices.push(rng::spawn(rng, &site)?);
+        devices.devices.push(rng::spawn(rng, &behind(&rng.id))?);
     }
 
     if let Some(vsock) = config.vsock.as_ref() {
-        devices.devices.push(vsock::spawn(vsock, &site)?);
+        devices
+            .devices
+            .push(vsock::spawn(vsock, &behind(&vsock.id))?);
     }
 
     if let Some(area) = ram.pluggable() {

@@ -7,12 +7,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig};
+use bulkhead_proto::machine::{
+    DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
 use super::net_start::Prepared;
-use super::{disk, net, net_external, rng};
+use super::{disk, net, net_external, rng, vsock};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -31,6 +33,8 @@ pub enum Addition {
     VhostUser(VhostUserConfig),
     /// An entropy device.
     Rng(RngConfig),
+    /// The socket device.
+    Vsock(VsockConfig),
 }
 
 impl Addition {
@@ -41,6 +45,7 @@ impl Addition {
             Self::Net(net) => &net.id,
             Self::VhostUser(device) => &device.id,
             Self::Rng(rng) => &rng.id,
+            Self::Vsock(vsock) => &vsock.id,
         }
     }
 
@@ -54,6 +59,7 @@ impl Addition {
             Self::Net(net) => config.nets.push(net.clone()),
             Self::VhostUser(device) => config.vhost_users.push(device.clone()),
             Self::Rng(rng) => config.rngs.push(rng.clone()),
+            Self::Vsock(vsock) => config.vsock = Some(vsock.clone()).into(),
         }
     }
 
@@ -62,6 +68,12 @@ impl Addition {
     /// # Errors
     /// One line that names the field and what it takes.
     pub fn validate(&self, machine: &MachineConfig) -> Result<(), String> {
+        if let (Self::Vsock(_), Some(vsock)) = (self, machine.vsock.as_ref()) {
+            return Err(format!(
+                "vsock: the machine has a socket device, {}: a guest has one address",
+                vsock.id
+            ));
+        }
         let mut config = machine.clone();
         // Ports are counted when one is looked for.
         config.hotplug_ports.clear();
@@ -72,12 +84,14 @@ impl Addition {
             Self::Net(_) => format!("config.nets[{}]", machine.nets.len()),
             Self::VhostUser(_) => format!("config.vhost_users[{}]", machine.vhost_users.len()),
             Self::Rng(_) => format!("config.rngs[{}]", machine.rngs.len()),
+            Self::Vsock(_) => "config.vsock".to_owned(),
         };
         let name = match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::VhostUser(_) => "vhost_user",
             Self::Rng(_) => "rng",
+            Self::Vsock(_) => "vsock",
         };
         config::validate(&config).map_err(|why| why.replace(&field, name))
     }
@@ -238,6 +252,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
             net::make(config, &mut prepared, &site)
         }
         Addition::Rng(config) => rng::spawn(config, &site),
+        Addition::Vsock(config) => vsock::spawn(config, &site),
         Addition::VhostUser(config) => {
             let made = net_external::make_any(config, &site)?;
             made.ok_or_else(|| {
@@ -283,6 +298,15 @@ mod tests {
         assert!(wrong.starts_with("disk.path is \"relative\""), "{wrong}");
         let bare = Addition::Net(NetConfig::new());
         assert!(bare.validate(&machine).is_err());
+        let mut socket = VsockConfig::new();
+        (socket.id, socket.socket) = ("v".into(), "/run/v".into());
+        let socket = Addition::Vsock(socket);
+        assert_eq!(socket.validate(&machine), Ok(()));
+        socket.enter(&mut machine, "");
+        let second = socket.validate(&machine).unwrap_err();
+        assert!(second.starts_with("vsock: the machine has"), "{second}");
+        leave(&mut machine, "v");
+        assert_eq!(socket.validate(&machine), Ok(()));
         good.enter(&mut machine, "");
         assert_eq!(machine.disks.len(), 2);
         leave(&mut machine, "data");

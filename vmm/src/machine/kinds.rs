@@ -82,10 +82,10 @@ pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) ->
             (None, _) => true,
             // It is there from the start or never.
             (Some(config), "mem") => config.memory_max_bytes != 0,
-            (Some(config), "vsock") => config.vsock.is_some(),
             (Some(config), "blk") if !config.disks.is_empty() => true,
             (Some(config), "net") if taps(config) => true,
             (Some(config), "rng") if !config.rngs.is_empty() => true,
+            (Some(config), "vsock") if config.vsock.is_some() => true,
             (Some(_), _) => grows && installed(kind),
         })
         .map(|kind| kind.binary.to_owned())

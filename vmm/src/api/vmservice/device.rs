@@ -3,11 +3,11 @@
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    DiskConfig, NetConfig, TapBackend, VhostUserConfig, disk_config::Cache,
+    DiskConfig, NetConfig, RngConfig, TapBackend, VhostUserConfig, VsockConfig, disk_config::Cache,
 };
 use bulkhead_proto::vmservice::{
-    PcieDeviceKind, VhostUser, VhostUserFs, VhostUserOther, VirtioBlk, VirtioNet, disk_backend,
-    nic_backend, pcie_device_kind, tap_backend, vhost_user_device, virtio_device,
+    PcieDeviceKind, VhostUser, VhostUserFs, VhostUserOther, VirtioBlk, VirtioNet, VirtioVsock,
+    disk_backend, nic_backend, pcie_device_kind, tap_backend, vhost_user_device, virtio_device,
 };
 
 use super::{not_offered, wrong};
@@ -28,6 +28,8 @@ pub(super) enum Part {
     Disk(DiskConfig),
     Net(NetConfig),
     VhostUser(VhostUserConfig),
+    Rng(RngConfig),
+    Vsock(VsockConfig),
 }
 
 /// A device of this id, for a machine with `cpus` vCPUs.
@@ -39,7 +41,6 @@ pub(super) fn part(
 ) -> Result<Part, RpcStatus> {
     use pcie_device_kind::Kind as Endpoint;
     use virtio_device::Kind;
-    let no_process = "this version has no such device: leave it out";
     let virtio = match kind.kind {
         Some(Endpoint::Virtio(virtio)) => virtio,
         Some(Endpoint::Nvme(_)) => {
@@ -57,18 +58,20 @@ pub(super) fn part(
         Some(Kind::VhostUser(device)) => {
             vhost_user(&format!("{field}.vhost_user"), id, device).map(Part::VhostUser)
         }
-        Some(Kind::Rng(_)) => Err(not_offered(&format!("{field}.rng"), no_process)),
-        Some(Kind::Vsock(_)) => Err(not_offered(
-            &format!("{field}.vsock"),
-            "this version has no such device: leave it out, or give vhost_user.other with \
-             device_id 19 and a back-end such as vhost-device-vsock",
-        )),
+        Some(Kind::Rng(_)) => {
+            let mut rng = RngConfig::new();
+            rng.id = id.to_owned();
+            Ok(Part::Rng(rng))
+        }
+        Some(Kind::Vsock(vsock)) => {
+            vsock_config(&format!("{field}.vsock"), id, vsock).map(Part::Vsock)
+        }
         Some(Kind::Console(_)) => Err(not_offered(
             &format!("{field}.console"),
             "use serial port 0, config.serial_config",
         )),
         _ => Err(wrong(format!(
-            "{field} is empty: give blk, net or vhost_user"
+            "{field} is empty: give blk, net, rng, vsock or vhost_user"
         ))),
     }
 }
@@ -88,6 +91,15 @@ fn disk_config(field: &str, id: &str, from: VirtioBlk) -> Result<DiskConfig, Rpc
         false => Cache::WRITEBACK.into(),
     };
     Ok(disk)
+}
+
+/// The guest's address is 3: the message has none.
+fn vsock_config(field: &str, id: &str, from: VirtioVsock) -> Result<VsockConfig, RpcStatus> {
+    path(&format!("{field}.socket_path"), &from.socket_path).map_err(wrong)?;
+    let mut vsock = VsockConfig::new();
+    vsock.id = id.to_owned();
+    vsock.socket = from.socket_path;
+    Ok(vsock)
 }
 
 fn net_config(field: &str, id: &str, from: VirtioNet, cpus: u32) -> Result<NetConfig, RpcStatus> {

@@ -115,6 +115,8 @@ fn add(request: AddPcieDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         device::Part::Disk(disk) => Device::Disk(disk),
         device::Part::Net(net) => Device::Net(net),
         device::Part::VhostUser(device) => Device::VhostUser(device),
+        device::Part::Rng(rng) => Device::Rng(rng),
+        device::Part::Vsock(vsock) => Device::Vsock(vsock),
     });
     add.port = port;
     Ok(ApiRequest::AddDevice(Box::new(add)))

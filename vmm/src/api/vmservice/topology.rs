@@ -65,6 +65,12 @@ pub(super) fn ports(
                 Part::Disk(disk) => config.disks.push(disk),
                 Part::Net(net) => config.nets.push(net),
                 Part::VhostUser(device) => config.vhost_users.push(device),
+                Part::Rng(rng) => config.rngs.push(rng),
+                Part::Vsock(_) if config.vsock.is_some() => {
+                    let field = format!("{field}.virtio.vsock: a second one");
+                    return Err(not_offered(&field, "a guest has one address: leave it out"));
+                }
+                Part::Vsock(vsock) => config.vsock = Some(vsock).into(),
             }
         }
         config.ports.push(made);

@@ -126,8 +126,9 @@ impl Host {
                 Addition::VhostUser(device.clone())
             }
             Some(add_device_request::Device::Rng(rng)) => Addition::Rng(rng.clone()),
+            Some(add_device_request::Device::Vsock(vsock)) => Addition::Vsock(vsock.clone()),
             _ => {
-                let line = "device is missing: give disk, net, vhost_user or rng";
+                let line = "device is missing: give disk, net, vhost_user, rng or vsock";
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };

@@ -21,7 +21,7 @@ use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
 use crate::launcher::{CgroupChoice, IdRange, Launcher, LauncherConfig, LauncherEvent};
-use crate::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::terminal::{RawTerminal, Terminal};
 
 mod cpus;
@@ -109,6 +109,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     config.ids = options.ids;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
+    // A confined VMM cannot reap it.
+    signals::forget_children();
     let listener = match &options.api_socket {
         Some(path) => {
             let path = std::path::absolute(path).map_err(|e| format!("API socket: {e}"))?;

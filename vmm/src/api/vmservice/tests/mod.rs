@@ -55,7 +55,13 @@ fn fs(tag: &str) -> virtio_device::Kind {
     virtio_device::Kind::VhostUser(device)
 }
 
-/// What Kata sends, without its vsock.
+fn vsock(path: &str) -> virtio_device::Kind {
+    let mut vsock = VirtioVsock::new();
+    vsock.socket_path = path.into();
+    virtio_device::Kind::Vsock(vsock)
+}
+
+/// What Kata sends.
 fn kata() -> CreateVMRequest {
     let mut request = CreateVMRequest::new();
     request.log_id = "sandbox".into();
@@ -87,6 +93,9 @@ fn kata() -> CreateVMRequest {
     complex
         .root_ports
         .push(port("sharefs", 2, false, Some(fs("kataShared"))));
+    complex
+        .root_ports
+        .push(port("vsock", 3, false, Some(vsock("/run/vm.vsock"))));
     complex.root_ports.push(port(
         "net0",
         4,
@@ -133,6 +142,13 @@ fn katas_machine_is_the_one_it_means() {
     assert_eq!(made.cpus.boot, 2);
     let (mode, path) = (Mode::SOCKET.into(), "/run/serial.sock");
     assert_eq!((made.serial.mode, made.serial.path.as_str()), (mode, path));
+    let (id, path) = ("vsock", "/run/vm.vsock");
+    assert_eq!(
+        (made.vsock.id.as_str(), made.vsock.socket.as_str()),
+        (id, path)
+    );
+    let behind = made.ports.iter().find(|port| port.behind == "vsock");
+    assert_eq!(behind.map(|port| port.device), Some(3));
     let disk = &made.disks[0];
     assert_eq!(
         (disk.id.as_str(), disk.path.as_str()),
@@ -350,32 +366,28 @@ fn what_is_not_offered_is_refused_by_its_name() {
             "RC.root_ports[0].attached.device.vfio",
         ),
         (
-            |r| attach(r, virtio_device::Kind::Rng(VirtioRng::new())),
-            "RC.root_ports[26].attached.device.virtio.rng",
-        ),
-        (
-            |r| attach(r, virtio_device::Kind::Vsock(VirtioVsock::new())),
-            "RC.root_ports[26].attached.device.virtio.vsock",
+            |r| attach(r, vsock("/run/another.sock")),
+            "RC.root_ports[27].attached.device.virtio.vsock: a second one",
         ),
         (
             |r| attach(r, virtio_device::Kind::Console(VirtioConsole::new())),
-            "RC.root_ports[26].attached.device.virtio.console",
+            "RC.root_ports[27].attached.device.virtio.console",
         ),
         (
             |r| attach(r, nic(|b| b.set_dio(DioBackend::new()))),
-            "RC.root_ports[26].attached.device.virtio.net.backend.dio",
+            "RC.root_ports[27].attached.device.virtio.net.backend.dio",
         ),
         (
             |r| attach(r, nic(|b| b.set_consomme(ConsommeBackend::new()))),
-            "RC.root_ports[26].attached.device.virtio.net.backend.consomme",
+            "RC.root_ports[27].attached.device.virtio.net.backend.consomme",
         ),
         (
             |r| attach(r, nic(|b| b.mut_tap().set_fd_name("x".into()))),
-            "RC.root_ports[26].attached.device.virtio.net.backend.tap.fd_name",
+            "RC.root_ports[27].attached.device.virtio.net.backend.tap.fd_name",
         ),
         (
             |r| attach(r, other(&[64, 128])),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.device.other.queue_sizes",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.device.other.queue_sizes",
         ),
         // Fields of a later version, at any depth.
         (|r| future(&mut r.special_fields), "99"),
@@ -482,47 +494,47 @@ fn what_is_wrong_is_refused_by_its_name() {
         ),
         (
             |r| attach(r, virtio_device::Kind::Blk(VirtioBlk::new())),
-            "RC.root_ports[26].attached.device.virtio.blk.backend",
+            "RC.root_ports[27].attached.device.virtio.blk.backend",
         ),
         (
             |r| attach(r, blk("disk", false, true)),
-            "RC.root_ports[26].attached.device.virtio.blk.backend.file.path",
+            "RC.root_ports[27].attached.device.virtio.blk.backend.file.path",
         ),
         (
             |r| attach(r, net("a/b", "")),
-            "RC.root_ports[26].attached.device.virtio.net.backend.tap.name",
+            "RC.root_ports[27].attached.device.virtio.net.backend.tap.name",
         ),
         (
             |r| attach(r, net("tap1", "02:00:00:00:00:01")),
-            "RC.root_ports[26].attached.device.virtio.net.mac_address",
+            "RC.root_ports[27].attached.device.virtio.net.mac_address",
         ),
         (
             |r| attach(r, net("tap1", "03-00-00-00-00-01")),
-            "RC.root_ports[26].attached.device.virtio.net.mac_address",
+            "RC.root_ports[27].attached.device.virtio.net.mac_address",
         ),
         (
             |r| attach(r, net("tap1", "2-00-00-00-00-0-1")),
-            "RC.root_ports[26].attached.device.virtio.net.mac_address",
+            "RC.root_ports[27].attached.device.virtio.net.mac_address",
         ),
         (
             |r| attach(r, fs("")),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.device.fs.tag",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.device.fs.tag",
         ),
         (
             |r| attach(r, fs(&"x".repeat(37))),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.device.fs.tag",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.device.fs.tag",
         ),
         (
             |r| attach(r, other(&[])),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.device.other.queue_sizes",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.device.other.queue_sizes",
         ),
         (
             |r| attach(r, other(&[100])),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.device.other: queue size 100",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.device.other: queue size 100",
         ),
         (
             |r| attach(r, virtio_device::Kind::VhostUser(VhostUser::new())),
-            "RC.root_ports[26].attached.device.virtio.vhost_user.socket_path",
+            "RC.root_ports[27].attached.device.virtio.vhost_user.socket_path",
         ),
     ];
     refused(cases, Code::InvalidArgument);
