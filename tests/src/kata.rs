@@ -11,7 +11,7 @@ use bulkhead_proto::protobuf::{Message, MessageField};
 use bulkhead_proto::vmservice::{
     AddPcieDeviceRequest, CreateVMRequest, PcieDeviceKind, PciePort, PcieRootComplex,
     PropertiesType, PropertiesVMRequest, PropertiesVMResponse, RemovePcieDeviceRequest, VhostUser,
-    VirtioBlk, VirtioNet, serial_config, virtio_device::Kind,
+    VirtioBlk, VirtioNet, VirtioRng, VirtioVsock, serial_config, virtio_device::Kind,
 };
 use bulkhead_proto::{BlockingClient, Code, VM_SERVICE};
 
@@ -188,6 +188,18 @@ pub fn file_system(socket: &str, tag: &str) -> Kind {
     Kind::VhostUser(device)
 }
 
+/// A socket device.
+pub fn vsock(path: &str) -> Kind {
+    let mut vsock = VirtioVsock::new();
+    vsock.socket_path = path.into();
+    Kind::Vsock(vsock)
+}
+
+/// An entropy device.
+pub fn rng() -> Kind {
+    Kind::Rng(VirtioRng::new())
+}
+
 /// CreateVM as Kata sends it: these devices at their places, and hp0 to hp23, at 8 to 31.
 pub fn create(
     (kernel, initrd, cmdline): (&str, &str, &str),
@@ -240,21 +252,25 @@ pub fn create(
     request
 }
 
-/// Fails if more of a VM is left than its own process. The launcher that has ended stays as
-/// an entry without anything until that process ends.
+/// Fails if more of a VM is left than its own process, be it an entry in the process table.
 ///
 /// # Errors
 /// What is left.
 pub fn alone(pid: u32) -> Result<(), String> {
-    let mut left = bulkhead_processes();
-    left.retain(|(other, _)| {
-        let stat = std::fs::read_to_string(format!("/proc/{other}/stat")).unwrap_or_default();
-        let ended = stat
-            .rsplit(") ")
-            .next()
-            .is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'));
-        !ended && i32::try_from(pid) != Ok(*other)
-    });
+    let others = || {
+        let mut left = bulkhead_processes();
+        left.retain(|(other, _)| i32::try_from(pid) != Ok(*other));
+        left
+    };
+    // A pidfd tells of the end a moment before the entry goes.
+    let mut left = others();
+    for _ in 0..20 {
+        if left.is_empty() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        left = others();
+    }
     if left.is_empty() {
         return Ok(());
     }

@@ -100,8 +100,8 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     }
     super::config_net::validate(config, &mut ids)?;
     super::config_rng::validate(config, &mut ids)?;
-    super::config_ports::validate(config, &ids)?;
     super::config_vsock::validate(config, &mut ids)?;
+    super::config_ports::validate(config, &ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }

@@ -40,7 +40,7 @@ impl Dial {
         if !paths.has_bound(path) {
             return refuse(ROLE, path, "was not bound by this VM");
         }
-        let pair = PacketSocket::pair();
+        let pair = PacketSocket::plain_pair();
         let (ours, theirs) =
             pair.or_else(|error| refuse(ROLE, path, &format!("socketpair: {error}")))?;
         let dial = Self {

@@ -62,8 +62,8 @@ fn last_error() -> io::Error {
 }
 
 impl PacketSocket {
-    /// Two connected ends; the first one learns pids.
-    pub fn pair() -> io::Result<(Self, Self)> {
+    /// Two connected ends.
+    pub fn plain_pair() -> io::Result<(Self, Self)> {
         let mut fds = [-1; 2];
         let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
         // SAFETY: `fds` holds the two integers that socketpair fills; on success both are
@@ -74,11 +74,17 @@ impl PacketSocket {
             }
             (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
         };
+        Ok((Self(here), Self(there)))
+    }
+
+    /// Two connected ends; the first one learns pids.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (here, there) = Self::plain_pair()?;
         let on: libc::c_int = 1;
         // SAFETY: SO_PASSCRED takes an int, whose size is told.
         let result = unsafe {
             libc::setsockopt(
-                here.as_raw_fd(),
+                here.0.as_raw_fd(),
                 libc::SOL_SOCKET,
                 libc::SO_PASSCRED,
                 ptr::from_ref(&on).cast(),
@@ -88,7 +94,7 @@ impl PacketSocket {
         if result < 0 {
             return Err(last_error());
         }
-        Ok((Self(here), Self(there)))
+        Ok((here, there))
     }
 
     /// Sends one packet, or none: `WouldBlock` when the peer does not read. `pid` (in this

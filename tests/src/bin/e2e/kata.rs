@@ -2,7 +2,7 @@
 //! AddPcieDevice at once, … TeardownVM, Quit.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +16,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
+use super::vsock::{accept, connect, echo, pattern};
 use crate::net_modes::tool;
 
 /// The tests.
@@ -118,14 +119,21 @@ fn sum(path: &str) -> Result<String, String> {
 const SCRIPT: &str = r#"
 disk() { ls -d /sys/bus/pci/devices/0000:00:$1.0/*:00.0/virtio*/block/vd* 2>/dev/null; }
 sum() { until [ -n "$(disk $1)" ]; do sleep 0.1; done; sha256sum <"/dev/$(basename "$(disk $1)")" | cut -d' ' -f1; }
+modprobe -q vmw_vsock_virtio_transport
+echo "RANDOM=$(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
+socat -t 60 VSOCK-LISTEN:1024,fork EXEC:cat &
 echo "FIRST=$(sum 08) ROOT=$(basename "$(disk 01)")"
 ip link set eth0 up; ip addr add 10.6.0.2/24 dev eth0
 echo "MAC=$(cat /sys/class/net/eth0/address) NET=$(ls -d /sys/bus/pci/devices/0000:00:04.0/*:00.0/virtio*/net/eth0 | wc -l)"
 echo "GOT=$(socat -u TCP:10.6.0.1:7000,retry=50,interval=0.2 - | sha256sum | cut -d' ' -f1)"
 mkdir /tmp/share && mount -t virtiofs kataShared /tmp/share && echo "SHARED=$(cat /tmp/share/file)" && echo from-the-guest >/tmp/share/back && sync
+echo log-of-the-guest | socat -u - VSOCK-CONNECT:2:1025,retry=50,interval=0.2 && echo LOGGED
+until [ -e /sys/bus/pci/devices/0000:00:09.0/*:00.0/virtio*/net/* ]; do sleep 0.1; done
+ip link set eth1 up; ip addr add 10.7.0.2/24 dev eth1
+echo "SECOND=$(cat /sys/class/net/eth1/address) $(socat -u TCP:10.7.0.1:7001,retry=50,interval=0.2 - | sha256sum | cut -d' ' -f1)"
 echo "LAST=$(sum 1f)"
 echo TURN-1; read -r line
-[ -z "$(disk 08)" ] && echo FIRST-IS-GONE
+[ -z "$(disk 08)" ] && ! [ -e /sys/class/net/eth1 ] && echo FIRST-IS-GONE
 echo TURN-2; read -r line
 echo "AGAIN=$(sum 08)"
 dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace' && echo KERNEL-COMPLAINS
@@ -150,6 +158,13 @@ fn replay() -> Verdict {
     let _sender = host.spawn(&format!(
         "socat -u FILE:{sent} TCP-LISTEN:7000,bind=10.6.0.1,reuseaddr"
     ))?;
+    // One that is added later: the launcher attaches to it, so that it has an owner.
+    host.tap("tap1_kata", "10.7.0.1/24", "user 0")?;
+    let _second = host.spawn(&format!(
+        "socat -u FILE:{sent} TCP-LISTEN:7001,bind=10.7.0.1,reuseaddr"
+    ))?;
+    let vsock = scratch.path("vm.vsock");
+    let log = UnixListener::bind(format!("{vsock}_1025")).map_err(|e| e.to_string())?;
     let enter = host.enter();
     let by: Vec<&str> = enter.iter().map(String::as_str).collect();
     let mut vmm = kata::start(&by, &socket)?;
@@ -165,9 +180,10 @@ fn replay() -> Verdict {
         vec![
             ("rootfs", 1, disk(&rootfs()?, true)),
             ("sharefs", 2, kata::file_system(&fs_socket, "kataShared")),
-            // In the place of vsock.
-            ("script", 3, disk(&script, true)),
+            ("vsock", 3, kata::vsock(&vsock)),
             ("net0", 4, kata::net("tap0_kata", "02-AB-CD-00-00-01")),
+            ("script", 5, disk(&script, true)),
+            ("rng", 6, kata::rng()),
         ],
     );
     client.tell("CreateVM", &create)?;
@@ -175,21 +191,41 @@ fn replay() -> Verdict {
     client.plain("ResumeVM")?;
     // At once: the guest has not made its first steps.
     client.add("hp0", disk(&first, false))?;
+    // The agent is not there yet: at once, not after a time, since Kata tries again and again.
+    let early = Instant::now();
+    check(connect(&vsock, 1024)?.is_none(), || "who answered?".into())?;
+    check(early.elapsed() < patience(Duration::from_secs(5)), || {
+        format!("turned away after {:?}", early.elapsed())
+    })?;
     let threads = kata::vcpu_threads(vmm.pid());
     check(threads == ["vp-0", "vp-1"], || format!("{threads:?}"))?;
     console.wait_for(&format!("FIRST={} ROOT=vda", sum(&first)?), &vmm)?;
+    console.wait_for("RANDOM=virtio_rng.0 64", &vmm)?;
+    // In lower case, as Kata writes it.
+    echo(&vsock, &pattern(300_000, 7))?;
     console.wait_for("MAC=02:ab:cd:00:00:01 NET=1", &vmm)?;
     console.wait_for(&format!("GOT={}", sum(&sent)?), &vmm)?;
     console.wait_for("SHARED=from-the-host", &vmm)?;
+    let mut stream = accept(&log)?;
+    let mut text = String::new();
+    stream
+        .read_to_string(&mut text)
+        .map_err(|e| e.to_string())?;
+    check(text == "log-of-the-guest\n", || text)?;
+    console.wait_for("LOGGED", &vmm)?;
+    client.add("hp1", kata::net("tap1_kata", "02-AB-CD-00-00-02"))?;
+    let second = format!("SECOND=02:ab:cd:00:00:02 {}", sum(&sent)?);
     // Into a guest that runs, at the far end.
     client.add("hp23", disk(&last, true))?;
     console.wait_for(&format!("LAST={}", sum(&last)?), &vmm)?;
+    console.wait_for(&second, &vmm)?;
     console.wait_for("TURN-1", &vmm)?;
     let back = scratch.path("share/back");
     let back = std::fs::read_to_string(&back).map_err(|e| format!("{back}: {e}"))?;
     check(back.trim() == "from-the-guest", || back)?;
 
     client.remove("hp0")?;
+    client.remove("hp1")?;
     console.go_on()?;
     console.wait_for("FIRST-IS-GONE", &vmm)?;
     console.wait_for("TURN-2", &vmm)?;
@@ -238,11 +274,13 @@ fn replay() -> Verdict {
         format!("it took {:?}", began.elapsed())
     })?;
     nothing_left(QUIT)?;
-    for path in [&socket, &serial] {
+    for path in [&socket, &serial, &vsock] {
         check(!Path::new(path).exists(), || format!("{path} is left"))?;
     }
     // The tap is Kata's, and free again; there is no other interface.
-    host.sh("ip link del tap0_kata && [ $(ip -o link show | wc -l) = 1 ]")?;
+    host.sh(
+        "ip link del tap0_kata && ip link del tap1_kata && [ $(ip -o link show | wc -l) = 1 ]",
+    )?;
     drop(fs);
     Ok(())
 }

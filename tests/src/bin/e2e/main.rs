@@ -35,6 +35,7 @@ mod rng;
 mod update;
 mod vhost_user;
 mod vsock;
+mod vsock_guest;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         tests.extend(rng::tests());
         tests.extend(kata::tests());
         tests.extend(vsock::tests());
+        tests.extend(vsock_guest::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ fn pid_of(socket: &str) -> Result<i64, String> {
     pid.ok_or_else(|| format!("no vsock: {found:?}"))
 }
 
-fn kill_process(socket: &str) -> Verdict {
+pub(crate) fn kill_process(socket: &str) -> Verdict {
     let pid = pid_of(socket)?;
     sh(&format!("kill -9 {pid}"))?;
     let end = Instant::now() + patience(LIMIT);
@@ -59,12 +59,12 @@ fn audited(socket: &str) -> Verdict {
     check(output.status.success() && named, || text)
 }
 
-fn io(what: &'static str) -> impl Fn(std::io::Error) -> String {
+pub(crate) fn io(what: &'static str) -> impl Fn(std::io::Error) -> String {
     move |e| format!("{what}: {e}")
 }
 
 /// A client joined to a port; `None`: it was turned away.
-fn connect(path: &str, port: u32) -> Result<Option<UnixStream>, String> {
+pub(crate) fn connect(path: &str, port: u32) -> Result<Option<UnixStream>, String> {
     let mut client = UnixStream::connect(path).map_err(io("connect"))?;
     let limit = Some(patience(LIMIT));
     client.set_read_timeout(limit).map_err(io("limit"))?;
@@ -90,12 +90,32 @@ fn connect(path: &str, port: u32) -> Result<Option<UnixStream>, String> {
     Ok(Some(client))
 }
 
-fn joined(path: &str, port: u32) -> Result<UnixStream, String> {
+/// The next who calls.
+pub(crate) fn accept(listener: &UnixListener) -> Result<UnixStream, String> {
+    listener.set_nonblocking(true).map_err(io("accept"))?;
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                let limit = Some(patience(LIMIT));
+                stream.set_nonblocking(false).map_err(io("accept"))?;
+                stream.set_read_timeout(limit).map_err(io("limit"))?;
+                return Ok(stream);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(format!("accept: {e}")),
+        }
+        check(Instant::now() < end, || "nobody calls".into())?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn joined(path: &str, port: u32) -> Result<UnixStream, String> {
     connect(path, port)?.ok_or_else(|| format!("turned away from port {port}"))
 }
 
 /// Sends bytes to a program that sends them back, and says no more before it has read them all.
-fn echo(path: &str, bytes: &[u8]) -> Verdict {
+pub(crate) fn echo(path: &str, bytes: &[u8]) -> Verdict {
     let mut client = joined(path, 1024)?;
     let mut writer = client.try_clone().map_err(io("clone"))?;
     std::thread::scope(|scope| {
@@ -115,7 +135,7 @@ fn echo(path: &str, bytes: &[u8]) -> Verdict {
     })
 }
 
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
+pub(crate) fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len)
         .map(|n| ((n * 31 + seed + (n >> 13)) % 251) as u8)
         .collect()
