@@ -165,7 +165,7 @@ fn katas_machine_is_the_one_it_means() {
     assert_eq!((fs.device_id, fs.queues, fs.config.len()), (26, 2, 40));
     assert_eq!(&fs.config[..11], b"kataShared\0");
     assert_eq!(fs.config[36..], [1, 0, 0, 0]);
-    assert_eq!(made.ports.len(), 27);
+    assert_eq!(made.ports.len(), 28);
     let hp3 = made.ports.iter().find(|port| port.name == "hp3").unwrap();
     assert_eq!(
         (hp3.device, hp3.hotplug, hp3.behind.as_str()),
@@ -188,7 +188,7 @@ fn ports_without_a_place_take_what_is_free() {
     ports[3].devfn = None;
     let made = create(&request).unwrap();
     let places: Vec<u32> = made.ports.iter().map(|port| port.device).collect();
-    assert_eq!(places, [2, 1, 4, 3]);
+    assert_eq!(places, [2, 1, 3, 4]);
 }
 
 /// A change of Kata's request, and how its refusal begins.
@@ -466,7 +466,7 @@ fn what_is_wrong_is_refused_by_its_name() {
         (|r| complex(r).end_bus = 256, "RC.end_bus is 256"),
         (
             |r| complex(r).root_ports.extend(vec![PciePort::new(); 5]),
-            "RC.root_ports has 32",
+            "RC.root_ports has 33",
         ),
         (
             |r| complex(r).root_ports[1].devfn = Some(8),
