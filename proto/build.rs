@@ -7,11 +7,12 @@ use std::{env, fs, io};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 4] = [
+const PROTOS: [&str; 5] = [
     "proto/common.proto",
     "proto/device.proto",
     "proto/launcher.proto",
     "proto/machine.proto",
+    "proto/vmservice.proto",
 ];
 
 fn main() -> io::Result<()> {

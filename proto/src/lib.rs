@@ -1,6 +1,6 @@
 //! What Bulkhead's processes say to each other, and how the bytes are bounded.
 //!
-//! [`device`], [`launcher`] and [`machine`] are generated from `proto/*.proto`. The rest is
+//! [`device`], [`launcher`], [`machine`] and [`vmservice`] are generated from `proto/*.proto`. The rest is
 //! ttrpc without ttrpc's own servers and clients, which set no bounds: [`frame`] and
 //! [`envelope`] read and write the wire without I/O, [`server::ControlServer`] is the
 //! device's end of its control channel, [`AsyncClient`] the VMM's end, and
@@ -31,7 +31,7 @@ pub mod sys;
 pub use async_client::{AsyncClient, AsyncLimits, Completion};
 pub use block_map::BlockMap;
 pub use client::{BlockingClient, ClientError, Subscription};
-pub use generated::{common, device, launcher, machine};
+pub use generated::{common, device, launcher, machine, vmservice};
 pub use protobuf;
 pub use server::ControlServer;
 pub use status::{Code, RpcStatus};
@@ -40,6 +40,9 @@ pub use status::{Code, RpcStatus};
 pub const DEVICE_SERVICE: &str = "bulkhead.device.v1.Device";
 /// Full name of the service that the VMM serves on its API socket.
 pub const MACHINE_SERVICE: &str = "bulkhead.v1.Machine";
+/// Full name of the service that Kata Containers' runtime calls, which the VMM serves on the
+/// socket of `bulkhead --ttrpc`. (A code generator would write `vmservice.Vm`.)
+pub const VM_SERVICE: &str = "vmservice.VM";
 
 /// The reference implementation's generated clients and servers, to test against.
 #[cfg(feature = "stubs")]

@@ -201,6 +201,26 @@ const ALLOWED: &[(&str, &[Call], &[Call])] = &[
         ],
     ),
     (
+        "bulkhead-vsock",
+        &[
+            (libc::SYS_mmap, &[0, 4096, RW, SHARED, 7]),
+            (libc::SYS_sendmsg, &[8, 0, int(libc::MSG_NOSIGNAL)]),
+            (libc::SYS_accept4, &[5, 0, 0, int(libc::SOCK_CLOEXEC)]),
+            (libc::SYS_shutdown, &[8, int(libc::SHUT_WR)]),
+        ],
+        &[
+            (libc::SYS_accept4, &[5, 0, 0, 0]),
+            (libc::SYS_accept, &[5, 0, 0]),
+            (libc::SYS_shutdown, &[5, int(libc::SHUT_RDWR)]),
+            (libc::SYS_sendto, &[8, 0x1000, 1, 0, 0x2000, 16]),
+            (
+                libc::SYS_mmap,
+                &[0, 4096, RW, int(libc::MAP_SHARED | libc::MAP_LOCKED), 7],
+            ),
+            (libc::SYS_sendmsg, &[8, 0, int(libc::MSG_OOB)]),
+        ],
+    ),
+    (
         "bulkhead-net-vhost",
         &[(libc::SYS_ioctl, &[3, 0x4008_af30])],
         &[
@@ -313,6 +333,7 @@ fn what_no_device_does_is_stopped_in_every_device_policy() {
             "bulkhead-net",
             "bulkhead-mem",
             "bulkhead-rng",
+            "bulkhead-vsock",
         ]
         .iter()
         .any(|d| policy.name.starts_with(d));
@@ -325,7 +346,7 @@ fn what_no_device_does_is_stopped_in_every_device_policy() {
             assert_ne!(judged, Judgement::Proceed, "{} {call:?}", policy.name);
         }
     }
-    assert!(seen >= 13, "{seen}");
+    assert!(seen >= 14, "{seen}");
 }
 
 #[test]

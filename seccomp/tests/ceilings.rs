@@ -16,6 +16,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("bulkhead-net", 12),
     ("bulkhead-mem", 11),
     ("bulkhead-rng", 10),
+    ("bulkhead-vsock", 14),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 48),
 ];

@@ -41,6 +41,7 @@ fn missing(named: &str, subjects: &str) -> Option<String> {
                 "bulkhead-net" => "device-procs/net",
                 "bulkhead-mem" => "device-procs/mem",
                 "bulkhead-rng" => "device-procs/rng",
+                "bulkhead-vsock" => "device-procs/vsock",
                 "bulkhead-runtime" => "device-procs/runtime",
                 "bulkhead-seccomp" => "seccomp",
                 "bulkhead-proto" => "proto",

@@ -4,5 +4,6 @@
 pub mod chaos;
 pub mod host;
 pub mod hostile;
+pub mod kata;
 pub mod runner;
 pub mod vmm;

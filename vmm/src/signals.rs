@@ -16,6 +16,13 @@ pub struct Signals {
     fd: OwnedFd,
 }
 
+/// From now on the kernel keeps nothing of a child that has ended. Not inherited by those that
+/// were started before.
+pub fn forget_children() {
+    // SAFETY: SIG_IGN is a valid disposition and runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
 impl Signals {
     /// Blocks the ending signals in this thread (and in those it will start) and opens a
     /// signalfd for them. SIGPIPE is ignored: a client that hangs up must not end a VM.

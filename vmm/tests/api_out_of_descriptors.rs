@@ -51,6 +51,7 @@ fn a_client_that_comes_while_no_descriptor_is_left_is_served_later() {
         listener,
         Arc::new(Prompt),
         Arc::new(EventLog::new()),
+        bulkhead_vmm::api::Services::Machine,
         bulkhead_vmm::threads::no_hook(),
     )
     .unwrap();

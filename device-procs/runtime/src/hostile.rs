@@ -3,7 +3,7 @@
 //!
 //! Which attempt a process makes is told by its arguments (`serial=hostile-N` of a disk, the MAC
 //! address 02:b0:b0:b0:b0:N of a network device, N and one times 128 MiB of memory, or of an entropy
-//! device's burst), since most end it. It is made once, on the main thread, when the VMM asks for its
+//! device's burst, the guest's address 1000000N of a socket device), since most end it. It is made once, on the main thread, when the VMM asks for its
 //! statistics the first time; what it came to is a log line `hostile: NAME: …`, unless it came to an
 //! end.
 #![allow(unsafe_code)] // Calls that must not work are made bare.
@@ -58,6 +58,10 @@ pub(crate) fn choose() {
         }
         if let Some(octet) = argument.strip_prefix("02:b0:b0:b0:b0:") {
             return usize::from_str_radix(octet, 16).ok();
+        }
+        // --cid N
+        if let Some(number) = argument.strip_prefix("1000000") {
+            return number.parse().ok();
         }
         // --area START:SIZE, --bps N:BURST
         let (start, size) = argument.split_once(':')?;

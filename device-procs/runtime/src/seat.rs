@@ -1,6 +1,8 @@
 //! The place of a ring in a worker that has nothing in flight between requests: it sleeps in
-//! ppoll on the ring's kick and on the main thread's orders, and obeys those.
+//! ppoll on the ring's kick and on the main thread's orders, and obeys those. A worker of several
+//! rings, or of sockets beside them, sleeps by itself, and has a seat for each ring.
 
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -43,10 +45,7 @@ impl Seat {
         let timeout = wait.limit.map_or(-1, |left| {
             i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
-        let kick = match &self.ring {
-            Some(ring) if wait.kick && !ring.is_broken() => Some(Arc::clone(ring.kick())),
-            _ => None,
-        };
+        let kick = wait.kick.then(|| self.kick()).flatten();
         let mut fds = [
             PollFd::new(self.port.wakeup().as_fd(), libc::POLLIN),
             kick.as_ref()
@@ -60,21 +59,36 @@ impl Seat {
         if let Some(kick) = kick
             && kicked.revents() != 0
         {
-            self.port.status().kicks.add(1);
-            let mut count = [0; 8];
-            let sound =
-                kicked.revents() & libc::POLLIN != 0 && matches!((&*kick).read(&mut count), Ok(8));
-            if let (false, Some(ring)) = (sound, &mut self.ring) {
-                ring.break_because(&"the kick descriptor is no eventfd");
-            }
+            self.drain(&kick, kicked.revents());
         }
         if ordered.revents() != 0 {
-            if let Some(order) = self.port.take() {
-                let answer = self.obey(order, starting);
-                self.port.answer(answer);
-            }
-            self.port.take_refresh();
+            self.order(starting);
         }
+    }
+
+    /// The kick of its ring, if anything would come of it.
+    pub fn kick(&self) -> Option<Arc<File>> {
+        let ring = self.ring.as_ref().filter(|ring| !ring.is_broken())?;
+        Some(Arc::clone(ring.kick()))
+    }
+
+    /// Empties a kick on which ppoll has told these events.
+    pub fn drain(&mut self, mut kick: &File, events: i16) {
+        self.port.status().kicks.add(1);
+        let mut count = [0; 8];
+        let sound = events & libc::POLLIN != 0 && matches!(kick.read(&mut count), Ok(8));
+        if let (false, Some(ring)) = (sound, &mut self.ring) {
+            ring.break_because(&"the kick descriptor is no eventfd");
+        }
+    }
+
+    /// Obeys an order, if there is one. `starting` is called before a ring is begun.
+    pub fn order(&mut self, starting: impl FnOnce()) {
+        if let Some(order) = self.port.take() {
+            let answer = self.obey(order, starting);
+            self.port.answer(answer);
+        }
+        self.port.take_refresh();
     }
 
     fn obey(&mut self, order: Order, starting: impl FnOnce()) -> Answer {

@@ -183,6 +183,10 @@ pub fn is_unix_stream(fd: BorrowedFd<'_>, listening: bool) -> bool {
 /// Looks at the first bytes of a socket's receive queue without taking them, and without
 /// waiting; descriptors that travel with them stay in the queue. None: nothing there yet.
 pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    take_bytes(fd, buf, libc::MSG_PEEK | libc::MSG_DONTWAIT)
+}
+
+fn take_bytes(fd: BorrowedFd<'_>, buf: &mut [u8], flags: libc::c_int) -> io::Result<Option<usize>> {
     let mut iov = libc::iovec {
         iov_base: buf.as_mut_ptr().cast(),
         iov_len: buf.len(),
@@ -192,13 +196,7 @@ pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
     msg.msg_iov = &raw mut iov;
     msg.msg_iovlen = 1;
     // SAFETY: msg points at one iovec over the live buffer, and at nothing else.
-    let n = unsafe {
-        libc::recvmsg(
-            fd.as_raw_fd(),
-            &raw mut msg,
-            libc::MSG_PEEK | libc::MSG_DONTWAIT,
-        )
-    };
+    let n = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut msg, flags) };
     match usize::try_from(n) {
         Ok(n) => Ok(Some(n)),
         Err(_) => match io::Error::last_os_error() {
@@ -214,15 +212,18 @@ pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
     }
 }
 
+/// Takes bytes off a socket without waiting; descriptors that travel with them are not taken, and
+/// are closed by the kernel. None: nothing there yet.
+pub fn receive_now(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    take_bytes(fd, buf, libc::MSG_DONTWAIT)
+}
+
 /// Room for the descriptors of one message: as many as SET_MEM_TABLE carries, and one more.
 const MAX_MESSAGE_FDS: usize = 33;
 
 /// Takes bytes off a socket without waiting, and the descriptors that travel with them.
 /// None: nothing there yet.
-pub(crate) fn receive(
-    fd: BorrowedFd<'_>,
-    buf: &mut [u8],
-) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+pub fn receive(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
     const INT: usize = size_of::<libc::c_int>();
     // In units of u64, so that the headers in it are aligned.
     let mut control = [0u64; (MAX_MESSAGE_FDS * INT).div_ceil(8) + 4];
@@ -289,11 +290,7 @@ pub(crate) fn receive(
 
 /// Sends what fits into a socket's buffer right now, with a copy of a descriptor if there is
 /// one; the number of bytes.
-pub(crate) fn send_now(
-    to: BorrowedFd<'_>,
-    bytes: &[u8],
-    fd: Option<BorrowedFd<'_>>,
-) -> io::Result<usize> {
+pub fn send_now(to: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
     const INT: u32 = size_of::<libc::c_int>() as u32;
     // In units of u64, so that the header in it is aligned; more than one needs.
     let mut control = [0u64; 8];

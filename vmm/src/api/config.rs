@@ -16,7 +16,7 @@ const MAX_PATH: usize = 4095;
 /// architectures take more.
 const MAX_CMDLINE: usize = 8192;
 /// Devices behind root ports on bus 0.
-const MAX_DEVICES: usize = 31;
+pub(super) const MAX_DEVICES: usize = 31;
 
 /// Checks the form of a configuration.
 ///
@@ -70,6 +70,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("nets", config.nets.len()),
         ("vhost_users", config.vhost_users.len()),
         ("rngs", config.rngs.len()),
+        ("vsock", usize::from(config.vsock.is_some())),
         ("hotplug_ports", config.hotplug_ports.len()),
         (
             "memory_max_bytes",
@@ -99,6 +100,8 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     }
     super::config_net::validate(config, &mut ids)?;
     super::config_rng::validate(config, &mut ids)?;
+    super::config_vsock::validate(config, &mut ids)?;
+    super::config_ports::validate(config, &ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }

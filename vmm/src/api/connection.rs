@@ -22,7 +22,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::MachineService;
 use super::events::{EventLog, Lookup};
 use super::reply::{ApiResponse, CallKey, Replies};
-use super::request::{self, ApiRequest, Call, EventsFrom};
+use super::request::{self, ApiRequest, Call, EventsFrom, Services};
+
+/// How long a call takes that waits for the machine's end: ten years.
+const ENDLESS: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 /// What one client, and all of them together, may make the server hold.
 #[derive(Clone, Copy, Debug)]
@@ -76,11 +79,14 @@ pub(super) struct Context<'a> {
     pub(super) replies: &'a Arc<Replies>,
     pub(super) events: &'a EventLog,
     pub(super) limits: &'a Limits,
+    pub(super) services: Services,
     pub(super) now: Instant,
 }
 
 struct InFlight {
     call: u64,
+    /// Of `vmservice.VM`.
+    vm: bool,
     deadline: Instant,
     abandoned: Arc<AtomicBool>,
 }
@@ -103,6 +109,9 @@ pub(super) struct Connection {
     calls: BTreeMap<u32, InFlight>,
     subscriptions: BTreeMap<u32, Subscription>,
     next_call: u64,
+    /// It has called `vmservice.VM`: its client has this one connection for the machine's
+    /// life, and is not asked to make another one.
+    stays: bool,
     /// Since when the client has read nothing although bytes wait for it.
     stalled: Option<Instant>,
     last_active: Instant,
@@ -127,6 +136,7 @@ impl Connection {
             calls: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
             next_call: 0,
+            stays: false,
             stalled: None,
             last_active: now,
             read_closed: false,
@@ -142,7 +152,8 @@ impl Connection {
 
     /// Nothing is asked for or owed; the server may close it to make room.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        let owes = !self.calls.is_empty()
+        let owes = self.stays
+            || !self.calls.is_empty()
             || !self.subscriptions.is_empty()
             || !self.outbox.is_empty()
             || !self.unread.is_empty();
@@ -208,17 +219,14 @@ impl Connection {
         outcome: Result<ApiResponse, RpcStatus>,
         limits: &Limits,
     ) {
-        let due = self
-            .calls
-            .get(&key.stream_id)
-            .is_some_and(|call| call.call == key.call);
-        if due {
+        let due = self.calls.get(&key.stream_id);
+        if let Some(vm) = due.filter(|call| call.call == key.call).map(|call| call.vm) {
             self.calls.remove(&key.stream_id);
-            self.reply(
-                key.stream_id,
-                outcome.and_then(|response| response.encode()),
-                limits,
-            );
+            let encoded = outcome.and_then(|response| match vm {
+                true => response.encode_for_vm(),
+                false => response.encode(),
+            });
+            self.reply(key.stream_id, encoded, limits);
         }
     }
 
@@ -324,8 +332,13 @@ impl Connection {
             Ok(nanos) => Some(Duration::from_nanos(nanos)),
             Err(_) => return Err(RpcStatus::invalid_argument("timeout_nano is negative")),
         };
-        match request::parse(request.service, request.method, request.payload)? {
-            Call::Unary(request) => self.submit(header.stream_id, request, timeout, context),
+        let services = context.services;
+        match request::parse(services, request.service, request.method, request.payload)? {
+            Call::Unary(request) => self.submit(header.stream_id, request, false, timeout, context),
+            Call::Vm(request) => {
+                self.stays = true;
+                self.submit(header.stream_id, request, true, timeout, context)
+            }
             Call::Events(wanted) => self.subscribe(header.stream_id, wanted, timeout, context),
         }
     }
@@ -334,10 +347,14 @@ impl Connection {
         &mut self,
         stream_id: u32,
         request: ApiRequest,
+        vm: bool,
         timeout: Option<Duration>,
         context: &Context<'_>,
     ) -> Result<(), RpcStatus> {
-        let limit = context.limits.call_time;
+        let limit = match request.is_endless() {
+            true => ENDLESS,
+            false => context.limits.call_time,
+        };
         let span = timeout.map_or(limit, |timeout| timeout.min(limit));
         let deadline = context.now.checked_add(span).unwrap_or(context.now);
         let call = self.next_call;
@@ -362,6 +379,7 @@ impl Connection {
             stream_id,
             InFlight {
                 call,
+                vm,
                 deadline,
                 abandoned,
             },

@@ -1,5 +1,5 @@
 //! The outward API: service `bulkhead.v1.Machine` (proto/proto/machine.proto), ttrpc over
-//! the API socket.
+//! the API socket; and `vmservice.VM` (`vmservice`), which becomes the same requests.
 //!
 //! ```text
 //!  clients ──▶ [ thread `api`: server ─ connections ] ──submit──▶ MachineService (the manager)
@@ -16,8 +16,10 @@
 pub mod config;
 mod config_disk;
 mod config_net;
+mod config_ports;
 mod config_resources;
 mod config_rng;
+mod config_vsock;
 mod connection;
 pub mod events;
 mod reply;
@@ -26,11 +28,12 @@ mod request_hotplug;
 mod server;
 #[cfg(test)]
 mod tests;
+mod vmservice;
 
 pub(crate) use config_net::check_interface_name;
 pub use events::EventLog;
 pub use reply::{ApiResponse, ReplyHandle};
-pub use request::ApiRequest;
+pub use request::{ApiRequest, Services};
 pub use server::{ApiServer, ApiServerHandle};
 
 /// What carries out the API's requests: the manager.

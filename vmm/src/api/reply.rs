@@ -10,6 +10,7 @@ use bulkhead_proto::machine::{
     UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::vmservice::{CapabilitiesVMResponse, PropertiesVMResponse};
 use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -39,6 +40,10 @@ pub enum ApiResponse {
     ResourcesUpdated(UpdateResourcesResponse),
     /// The answer to UpdateDevice.
     DeviceUpdated(UpdateDeviceResponse),
+    /// The answer to CapabilitiesVM.
+    VmCapabilities(CapabilitiesVMResponse),
+    /// The answer to PropertiesVM.
+    VmProperties(Box<PropertiesVMResponse>),
 }
 
 impl ApiResponse {
@@ -57,8 +62,18 @@ impl ApiResponse {
             Self::MemoryResized(memory) => memory.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
             Self::DeviceUpdated(device) => device.write_to_bytes(),
+            Self::VmCapabilities(capabilities) => capabilities.write_to_bytes(),
+            Self::VmProperties(properties) => properties.write_to_bytes(),
         };
         encoded.map_err(|error| RpcStatus::internal(format!("cannot encode the reply: {error}")))
+    }
+
+    /// The response message of `vmservice.VM`: most are empty, whatever was done.
+    pub(super) fn encode_for_vm(&self) -> Result<Vec<u8>, RpcStatus> {
+        match self {
+            Self::VmCapabilities(_) | Self::VmProperties(_) => self.encode(),
+            _ => Ok(Vec::new()),
+        }
     }
 }
 

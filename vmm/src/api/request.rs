@@ -12,14 +12,14 @@ use bulkhead_proto::machine::{
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
-use bulkhead_proto::{MACHINE_SERVICE, RpcStatus};
+use bulkhead_proto::{MACHINE_SERVICE, RpcStatus, VM_SERVICE};
 
-use super::{config, config_disk, config_net, config_resources, request_hotplug};
+use super::{config, config_disk, config_net, config_resources, request_hotplug, vmservice};
 use crate::cli::machine_args::check_id;
 
 /// How long a guest has to switch itself off, or a device to drain, when the client does not
 /// say.
-const WAIT_DEFAULT: Duration = Duration::from_secs(30);
+pub(super) const WAIT_DEFAULT: Duration = Duration::from_secs(30);
 /// Longest path of a binary, bytes.
 const MAX_BINARY: usize = 4095;
 /// How long it may have at most.
@@ -109,6 +109,53 @@ pub enum ApiRequest {
         /// How long the guest has.
         timeout: Duration,
     },
+    /// created or paused → running.
+    Go,
+    /// Answered when the machine has ended.
+    Wait,
+    /// End the machine and all that is its own; the process stays for [`Quit`](Self::Quit).
+    Teardown,
+    /// End the process.
+    Quit,
+    /// What can be changed of the machine?
+    Capabilities,
+    /// What is the machine, and what does it use?
+    Properties {
+        /// Of memory.
+        memory: bool,
+        /// Of processors.
+        processor: bool,
+    },
+    /// Remove what is behind a root port.
+    RemoveBehind {
+        /// The port.
+        port: String,
+        /// How long the guest has.
+        timeout: Duration,
+    },
+    /// Add the vCPU of this number, or have the guest give it up.
+    PlugCpu {
+        /// The next one, or the last.
+        index: u32,
+        /// Or have it given up.
+        add: bool,
+    },
+}
+
+impl ApiRequest {
+    /// It may take as long as the machine lives, unless the client says otherwise.
+    pub(super) fn is_endless(&self) -> bool {
+        *self == Self::Wait
+    }
+}
+
+/// Which services a socket has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Services {
+    /// `bulkhead.v1.Machine`.
+    Machine,
+    /// `vmservice.VM`, and `bulkhead.v1.Machine` beside it.
+    Vm,
 }
 
 /// A subscription to the event log.
@@ -126,11 +173,21 @@ pub(super) struct EventsFrom {
 #[derive(Debug, PartialEq)]
 pub(super) enum Call {
     Unary(ApiRequest),
+    /// Of `vmservice.VM`, most of whose responses are empty.
+    Vm(ApiRequest),
     Events(EventsFrom),
 }
 
 /// Reads a call.
-pub(super) fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call, RpcStatus> {
+pub(super) fn parse(
+    services: Services,
+    service: &str,
+    method: &str,
+    payload: &[u8],
+) -> Result<Call, RpcStatus> {
+    if services == Services::Vm && service == VM_SERVICE {
+        return vmservice::parse(method, payload).map(Call::Vm);
+    }
     if service != MACHINE_SERVICE {
         return Err(RpcStatus::unimplemented(&short(service), &short(method)));
     }
@@ -289,7 +346,7 @@ fn update_net(request: UpdateNetRequest) -> Result<ApiRequest, RpcStatus> {
 }
 
 /// A name from the wire, fit for one line of an answer.
-fn short(name: &str) -> String {
+pub(super) fn short(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
@@ -297,6 +354,10 @@ fn short(name: &str) -> String {
 mod tests {
     use super::*;
     use bulkhead_proto::Code;
+
+    fn parse(service: &str, method: &str, payload: &[u8]) -> Result<Call, RpcStatus> {
+        super::parse(Services::Machine, service, method, payload)
+    }
     use proptest::prelude::*;
 
     #[test]

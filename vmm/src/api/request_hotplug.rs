@@ -18,7 +18,8 @@ pub(super) fn add(request: AddDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         Some(add_device_request::Device::Net(net)) => &net.id,
         Some(add_device_request::Device::VhostUser(device)) => &device.id,
         Some(add_device_request::Device::Rng(rng)) => &rng.id,
-        _ => return invalid("device is missing: give disk, net, vhost_user or rng"),
+        Some(add_device_request::Device::Vsock(vsock)) => &vsock.id,
+        _ => return invalid("device is missing: give disk, net, vhost_user, rng or vsock"),
     };
     if let Err(why) = check_id(id) {
         return invalid(&format!("the device's id: {why}"));

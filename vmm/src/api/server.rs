@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use super::MachineService;
 use super::connection::{Connection, Context, Limits};
 use super::events::EventLog;
 use super::reply::Replies;
+use super::request::Services;
 use crate::threads::{self, ThreadHook};
 
 const BELL: u64 = 0;
@@ -53,18 +55,20 @@ impl ApiServer {
         listener: UnixListener,
         service: Arc<dyn MachineService>,
         events: Arc<EventLog>,
+        services: Services,
         hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
         let own = sys::effective_uid();
         let admits = Box::new(move |peer: &PeerCredentials| admits(own, peer));
-        Self::start_with(listener, service, events, Limits::default(), admits, hook)
+        let limits = Limits::default();
+        Self::start_with(listener, service, events, (services, limits), admits, hook)
     }
 
     pub(super) fn start_with(
         listener: UnixListener,
         service: Arc<dyn MachineService>,
         events: Arc<EventLog>,
-        limits: Limits,
+        (services, limits): (Services, Limits),
         admits: Admission,
         hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
@@ -78,6 +82,7 @@ impl ApiServer {
         )?;
         events.attach(Arc::clone(&bell));
         let stop = Arc::new(Mutex::new(None));
+        let clients = Arc::new(AtomicUsize::new(0));
         let mut server = Server {
             epoll,
             listener,
@@ -88,15 +93,18 @@ impl ApiServer {
             stop: Arc::clone(&stop),
             service,
             events,
+            services,
             limits,
             admits,
             connections: BTreeMap::new(),
+            clients: Arc::clone(&clients),
             next_token: FIRST_CONNECTION,
         };
         let thread = threads::spawn("api".into(), hook, || Ok(()), move || server.run())?;
         Ok(ApiServerHandle {
             stop,
             bell,
+            clients,
             thread: Some(thread),
         })
     }
@@ -112,10 +120,16 @@ fn admits(own: u32, peer: &PeerCredentials) -> bool {
 pub struct ApiServerHandle {
     stop: Arc<Mutex<Option<Instant>>>,
     bell: Arc<EventFd>,
+    clients: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ApiServerHandle {
+    /// Clients that are connected.
+    pub fn clients(&self) -> usize {
+        self.clients.load(Ordering::Acquire)
+    }
+
     /// Ends the server: sends the answers and events there are, refuses the calls that have
     /// none, and gives clients up to `grace` to read. No client that reads loses an answer
     /// that was completed before.
@@ -155,9 +169,12 @@ struct Server {
     stop: Arc<Mutex<Option<Instant>>>,
     service: Arc<dyn MachineService>,
     events: Arc<EventLog>,
+    services: Services,
     limits: Limits,
     admits: Admission,
     connections: BTreeMap<u64, Connection>,
+    /// How many connections there are, for others.
+    clients: Arc<AtomicUsize>,
     next_token: u64,
 }
 
@@ -230,6 +247,7 @@ impl Server {
             replies: &self.replies,
             events: &self.events,
             limits: &self.limits,
+            services: self.services,
             now,
         };
         let epoll = &self.epoll;
@@ -249,6 +267,8 @@ impl Server {
                 .ctl(ControlOperation::Modify, fd, EpollEvent::new(wanted, token))
                 .is_ok()
         });
+        self.clients
+            .store(self.connections.len(), Ordering::Release);
     }
 
     fn next_deadline(&self, ending: Option<Instant>) -> Option<Instant> {

@@ -304,6 +304,10 @@ impl Judgement {
             if fd.kind == Kind::Socket && !std::mem::replace(&mut backend_channel, true) {
                 continue;
             }
+            // Those of clients that it has accepted.
+            if fd.kind == Kind::Socket && accepts(process) {
+                continue;
+            }
             self.surplus(fd);
         }
     }
@@ -417,6 +421,12 @@ fn expected(fd: &Fd, granted: Option<usize>) -> bool {
             }
         }
     }
+}
+
+/// Whether it is of the one kind that accepts clients.
+fn accepts(process: &Process) -> bool {
+    let exe = process.exe.as_deref().unwrap_or_default();
+    exe.rsplit('/').next() == Some("bulkhead-vsock")
 }
 
 fn is_kvm(kind: &Kind) -> bool {

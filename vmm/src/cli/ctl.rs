@@ -104,6 +104,8 @@ enum CtlCommand {
     AddVhostUser(ctl_hotplug::AddArgs),
     /// Add an entropy device to the machine: id=NAME[,KEY=VALUE]…
     AddRng(ctl_hotplug::AddArgs),
+    /// Add the socket device to the machine: socket=PATH,id=NAME[,KEY=VALUE]…
+    AddVsock(ctl_hotplug::AddArgs),
     /// Have the guest give a device up, and end it
     RemoveDevice(ctl_hotplug::RemoveArgs),
     /// Change the number of vCPUs
@@ -213,6 +215,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::AddNet(add) => add.run(Kind::Net, &mut session, &mut out),
         CtlCommand::AddVhostUser(add) => add.run(Kind::VhostUser, &mut session, &mut out),
         CtlCommand::AddRng(add) => add.run(Kind::Rng, &mut session, &mut out),
+        CtlCommand::AddVsock(add) => add.run(Kind::Vsock, &mut session, &mut out),
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
@@ -243,6 +246,7 @@ impl CtlCommand {
             Self::AddNet(add) => add.request(Kind::Net).map(|_| ()),
             Self::AddVhostUser(add) => add.request(Kind::VhostUser).map(|_| ()),
             Self::AddRng(add) => add.request(Kind::Rng).map(|_| ()),
+            Self::AddVsock(add) => add.request(Kind::Vsock).map(|_| ()),
             Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),
         }

@@ -10,14 +10,14 @@ use bulkhead_proto::machine::{
 
 use super::ctl::{Failure, Output, Session};
 use super::machine_args::{MAX_CPUS, parse_size, split_option};
-use super::{EXIT_USAGE, disk_args, net_args, rng_args};
+use super::{EXIT_USAGE, disk_args, net_args, rng_args, vsock_args};
 
 /// A device process may have to be waited for, and the launcher, and a back-end.
 const ADD: Duration = Duration::from_secs(120);
 /// What the VMM may take on top of the guest's time: an end that does not come.
 const MARGIN: Duration = Duration::from_secs(60);
 
-/// `ctl add-disk`, `ctl add-net`, `ctl add-vhost-user`, `ctl add-rng`.
+/// `ctl add-disk`, `ctl add-net`, `ctl add-vhost-user`, `ctl add-rng`, `ctl add-vsock`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct AddArgs {
     /// The device, as `bulkhead run` takes it; id=NAME must be there
@@ -35,6 +35,7 @@ pub(super) enum Kind {
     Net,
     VhostUser,
     Rng,
+    Vsock,
 }
 
 /// `ctl remove-device`.
@@ -113,6 +114,7 @@ impl AddArgs {
             Kind::Disk => request.set_disk(disk_args::parse_disk(text, 0).map_err(usage)?),
             Kind::Net => request.set_net(net_args::parse_net(text, 0).map_err(usage)?),
             Kind::Rng => request.set_rng(rng_args::parse_rng(text, 0).map_err(usage)?),
+            Kind::Vsock => request.set_vsock(vsock_args::parse_vsock(text).map_err(usage)?),
             Kind::VhostUser => {
                 request.set_vhost_user(net_args::parse_vhost_user(text, 0).map_err(usage)?);
             }

@@ -10,7 +10,7 @@ use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
     DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, PortInfo,
-    RngConfig, State, serial_config::Mode,
+    RngConfig, State, VsockConfig, serial_config::Mode,
 };
 use serde_json::{Value, json};
 
@@ -57,6 +57,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "nets": nets,
             "vhost_users": others,
             "rngs": rngs,
+            "vsock": config.vsock.as_ref().map(vsock_json),
             "serial": serial_text(config),
         })
     });
@@ -142,6 +143,9 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         for device in &config.rngs {
             line("rng", &rng_text(device))?;
         }
+        if let Some(device) = config.vsock.as_ref() {
+            line("vsock", &format!("{}: {}", device.id, device.socket))?;
+        }
     }
     let behind = |port: &PortInfo| match port.device.as_str() {
         "" => port.name.clone(),
@@ -192,6 +196,10 @@ fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
         Value::Null,
         |b| json!({ "per_second": b.per_second, "burst": b.burst }),
     )
+}
+
+fn vsock_json(vsock: &VsockConfig) -> Value {
+    json!({ "id": vsock.id, "socket": vsock.socket, "cid": vsock.cid })
 }
 
 fn rng_json(rng: &RngConfig) -> Value {

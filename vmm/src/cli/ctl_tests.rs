@@ -105,6 +105,7 @@ impl Fixture {
             listener,
             machine.clone(),
             events.clone(),
+            crate::api::Services::Machine,
             crate::threads::no_hook(),
         )
         .unwrap();

@@ -6,7 +6,7 @@ use std::num::{IntErrorKind, ParseIntError};
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
-use super::{disk_args, net_args, rng_args};
+use super::{disk_args, net_args, rng_args, vsock_args};
 
 /// Most root ports on the bus.
 const MAX_PORTS: usize = 31;
@@ -99,6 +99,15 @@ pub struct MachineArgs {
         verbatim_doc_comment
     )]
     pub rngs: Vec<String>,
+    /// Sockets between host and guest: socket=PATH[,KEY=VALUE]…
+    ///
+    ///   socket=PATH            clients connect there, write "CONNECT port" and are joined to that
+    ///                          port of the guest's
+    ///   cid=N                  the guest's address [default: 3]
+    ///   id=NAME                its name in the API [default: vsock]
+    ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    #[arg(long, value_name = "VSOCK", verbatim_doc_comment)]
+    pub vsock: Option<String>,
     /// Root ports that are empty at first, to add devices to a machine that runs: how many
     /// (hp1, hp2, …), or their names
     #[arg(long, value_name = "N|NAME[:NAME]…")]
@@ -152,6 +161,11 @@ impl MachineArgs {
             let rng = rng_args::parse_rng(text, index)?;
             take_id(&mut ids, &format!("--rng {text}"), &rng.id)?;
             config.rngs.push(rng);
+        }
+        if let Some(text) = &self.vsock {
+            let vsock = vsock_args::parse_vsock(text)?;
+            take_id(&mut ids, &format!("--vsock {text}"), &vsock.id)?;
+            config.vsock = Some(vsock).into();
         }
         config.serial = Some(parse_serial(&self.serial)?).into();
         // What no option shows by itself: queues and vCPUs, two devices on one tap.
@@ -482,6 +496,7 @@ mod tests {
                 nets: nets.iter().map(|net| (*net).to_owned()).collect(),
                 vhost_users: Vec::new(),
                 rngs: Vec::new(),
+                vsock: None,
                 hotplug_ports: None,
                 serial: "none".into(),
             };

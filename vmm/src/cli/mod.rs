@@ -25,6 +25,7 @@ pub mod net_args;
 pub mod resource_args;
 pub mod rng_args;
 pub mod run;
+pub mod vsock_args;
 
 /// Exit code of a wrong command line.
 pub const EXIT_USAGE: u8 = 2;
@@ -33,7 +34,9 @@ pub const EXIT_USAGE: u8 = 2;
 #[derive(Parser, Debug)]
 #[command(name = "bulkhead", version, about, max_term_width = 100)]
 #[command(
-    after_help = "Exit codes of run and serve: 0 the guest switched itself off, 1 error, \
+    after_help = "For Kata Containers: `bulkhead --ttrpc PATH` makes the socket PATH and serves \
+vmservice.VM there; further options are those of serve.\n\n\
+Exit codes of run, serve and --ttrpc: 0 the guest switched itself off, 1 error, \
 2 wrong command line, 3 the guest asked for a reset, 4 the guest triple-faulted, \
 5 the launcher died, 128+N ended by signal N."
 )]
@@ -113,6 +116,18 @@ pub struct ServeArgs {
     host: HostArgs,
 }
 
+/// `bulkhead --ttrpc`, which has no command's name: Kata's runtime gives just that option.
+#[derive(Parser, Debug)]
+#[command(name = "bulkhead", version, max_term_width = 100)]
+#[command(about = "Wait on a socket for Kata Containers' runtime to create a machine")]
+pub struct TtrpcArgs {
+    /// The unix socket to make and serve vmservice.VM on, with bulkhead.v1.Machine beside it
+    #[arg(long, value_name = "PATH")]
+    ttrpc: PathBuf,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
 fn restarts(text: &str) -> Result<Budget, String> {
     let wanted = || format!("give N or N:SECONDS, N up to {MAX_BUDGET}, such as 5:60");
     let (count, seconds) = text.split_once(':').unwrap_or((text, "60"));
@@ -142,6 +157,13 @@ fn log_level(text: &str) -> Result<log::LevelFilter, String> {
 
 /// The program.
 pub fn main() -> ExitCode {
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    if first == "--ttrpc" || first.to_string_lossy().starts_with("--ttrpc=") {
+        return match TtrpcArgs::try_parse() {
+            Ok(args) => run::ttrpc(args),
+            Err(e) => usage(&e),
+        };
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),

@@ -157,7 +157,9 @@ fn present<'a>(config: &'a MachineConfig, id: &str) -> Option<&'a Resources> {
     let rng = config.rngs.iter().find(|r| r.id == id);
     let of_net = net.and_then(|n| n.resources.as_ref());
     let of_rng = rng.and_then(|r| r.resources.as_ref());
-    of_disk.or(of_net).or(of_rng)
+    let vsock = config.vsock.as_ref().filter(|v| v.id == id);
+    let of_vsock = vsock.and_then(|v| v.resources.as_ref());
+    of_disk.or(of_net).or(of_rng).or(of_vsock)
 }
 
 /// Limits as they are given on a command line; empty: none.

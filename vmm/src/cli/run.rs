@@ -1,8 +1,10 @@
-//! `bulkhead run` and `bulkhead serve`: start the VMM in this process.
+//! `bulkhead run`, `bulkhead serve` and `bulkhead --ttrpc`: start the VMM in this process.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, RunArgs, ServeArgs, fail};
+use super::{EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, fail};
+use crate::api::Services;
 use crate::logger;
 use crate::machine::host::{self, HostOptions};
 
@@ -18,6 +20,7 @@ pub fn run(args: RunArgs) -> ExitCode {
         passt: args.host.passt,
         cgroup: args.host.cgroup.unwrap_or_default(),
         api_socket: args.api_socket,
+        services: Services::Machine,
         first: Some(config),
         restarts: args.host.restarts,
         device_dirs: args.host.device_dir,
@@ -28,17 +31,27 @@ pub fn run(args: RunArgs) -> ExitCode {
 
 /// `bulkhead serve`: wait for a client to create the machine.
 pub fn serve(args: ServeArgs) -> ExitCode {
-    logger::init(args.host.log);
+    wait_on(args.api_socket, Services::Machine, args.host)
+}
+
+/// `bulkhead --ttrpc`: the same, for a client such as Kata's runtime.
+pub fn ttrpc(args: TtrpcArgs) -> ExitCode {
+    wait_on(args.ttrpc, Services::Vm, args.host)
+}
+
+fn wait_on(socket: PathBuf, services: Services, host: HostArgs) -> ExitCode {
+    logger::init(host.log);
     finish(host::run(HostOptions {
-        libexec: args.host.libexec,
-        passt: args.host.passt,
-        cgroup: args.host.cgroup.unwrap_or_default(),
-        api_socket: Some(args.api_socket),
+        libexec: host.libexec,
+        passt: host.passt,
+        cgroup: host.cgroup.unwrap_or_default(),
+        api_socket: Some(socket),
+        services,
         first: None,
-        restarts: args.host.restarts,
-        device_dirs: args.host.device_dir,
-        allow_paths: args.host.allow_path,
-        ids: args.host.uid_range,
+        restarts: host.restarts,
+        device_dirs: host.device_dir,
+        allow_paths: host.allow_path,
+        ids: host.uid_range,
     }))
 }
 

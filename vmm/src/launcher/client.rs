@@ -324,6 +324,7 @@ impl Launcher {
             args,
             incarnation,
             fds,
+            dial,
             fence,
         } = spec;
         let refused = |why: &str| {
@@ -341,6 +342,8 @@ impl Launcher {
         if fds.len().saturating_add(2) > MAX_FDS {
             return refused("too many descriptors");
         }
+        let dial = dial.map(|path| path_text(&path, "vsock")).transpose()?;
+        let dial = dial.unwrap_or_default();
         let pair = || UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e));
         let (control, control_end) = pair()?;
         let (vhost, vhost_end) = pair()?;
@@ -353,6 +356,7 @@ impl Launcher {
             incarnation,
             policy,
             fence,
+            dial,
             ..Default::default()
         };
         let called = self.call(wire::request::Op::Spawn(op), &passed, DEADLINE, "spawn");
@@ -534,14 +538,22 @@ impl AsFd for Launcher {
     }
 }
 
-impl Drop for Launcher {
-    fn drop(&mut self) {
+impl Launcher {
+    /// Ends it, and with it every process and socket that is its own; waits for that, within
+    /// bounds. Whoever still asks for something is told that it is gone.
+    pub fn end(&self) {
         // The end of its socket tells the launcher to end everything. A confined VMM may
         // neither signal nor reap it; it watches the VMM's pidfd besides, and this process is
         // about to end.
         self.lock().socket = None;
         let deadline = Instant::now() + END_DEADLINE;
         let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

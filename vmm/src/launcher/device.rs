@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use bulkhead_seccomp::confine::UNCONFINED;
 use super::args::Args;
 use super::cgroup::Cgroups;
 use super::child::{Child, Sandbox, inner_id};
+use super::dial::Dial;
 use super::helper;
 use super::identity::{Maps, Rights, namespace_remedy};
 use super::isolate;
@@ -41,6 +43,8 @@ pub struct Order {
     pub args: Vec<String>,
     /// Control end, vhost-user end, its own.
     pub fds: Vec<OwnedFd>,
+    /// Its own socket, if it may ask for connections to the ports beside that.
+    pub dial: Option<PathBuf>,
 }
 
 /// What a device process is to its device.
@@ -86,6 +90,8 @@ pub struct Device {
     pub watch: Watch,
     /// What it is to its device.
     pub standing: Standing,
+    /// What it asks for.
+    pub dial: Option<Dial>,
 }
 
 /// Starts a device process. `devices` are those that live; a free slot is chosen.
@@ -293,6 +299,7 @@ impl Start<'_> {
             log,
             watch: Watch::none(),
             standing: Standing::Only,
+            dial: None,
         };
         let started = device
             .map_ids(args, host_id)

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::device::Order;
@@ -65,6 +66,7 @@ struct KeptDevice {
     args: Vec<String>,
     fence: bool,
     files: Vec<Own>,
+    dial: Option<PathBuf>,
 }
 
 /// Devices by their ids.
@@ -88,6 +90,7 @@ impl Kept {
             args: order.args,
             fence,
             files: files.collect(),
+            dial: order.dial,
         };
         self.0.insert(order.id, device);
     }
@@ -120,6 +123,7 @@ impl Kept {
             policy: device.policy.clone(),
             args: device.args.clone(),
             fds,
+            dial: device.dial.clone(),
         };
         Ok((order, device.fence))
     }
@@ -226,6 +230,7 @@ mod tests {
             policy: "x".into(),
             args: Vec::new(),
             fds,
+            dial: None,
         }
     }
 

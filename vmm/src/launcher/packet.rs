@@ -45,6 +45,12 @@ impl AsFd for PacketSocket {
     }
 }
 
+impl From<PacketSocket> for OwnedFd {
+    fn from(socket: PacketSocket) -> Self {
+        socket.0
+    }
+}
+
 impl From<OwnedFd> for PacketSocket {
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
@@ -56,8 +62,8 @@ fn last_error() -> io::Error {
 }
 
 impl PacketSocket {
-    /// Two connected ends; the first one learns pids.
-    pub fn pair() -> io::Result<(Self, Self)> {
+    /// Two connected ends.
+    pub fn plain_pair() -> io::Result<(Self, Self)> {
         let mut fds = [-1; 2];
         let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
         // SAFETY: `fds` holds the two integers that socketpair fills; on success both are
@@ -68,11 +74,17 @@ impl PacketSocket {
             }
             (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
         };
+        Ok((Self(here), Self(there)))
+    }
+
+    /// Two connected ends; the first one learns pids.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (here, there) = Self::plain_pair()?;
         let on: libc::c_int = 1;
         // SAFETY: SO_PASSCRED takes an int, whose size is told.
         let result = unsafe {
             libc::setsockopt(
-                here.as_raw_fd(),
+                here.0.as_raw_fd(),
                 libc::SOL_SOCKET,
                 libc::SO_PASSCRED,
                 ptr::from_ref(&on).cast(),
@@ -82,7 +94,7 @@ impl PacketSocket {
         if result < 0 {
             return Err(last_error());
         }
-        Ok((Self(here), Self(there)))
+        Ok((here, there))
     }
 
     /// Sends one packet, or none: `WouldBlock` when the peer does not read. `pid` (in this
@@ -222,8 +234,8 @@ pub fn send_descriptor(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result
     PacketSocket::send_on(socket, &[0], &[fd], None)
 }
 
-/// Reads from a stream socket without waiting, and takes the first descriptor that comes
-/// beside the bytes; others are closed. 0 bytes: the end.
+/// Reads from a socket without waiting, and takes the first descriptor that comes beside the
+/// bytes; others are closed, and so is what of a packet does not fit. 0 bytes: the end.
 pub fn receive_stream(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],

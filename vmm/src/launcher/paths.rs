@@ -373,6 +373,11 @@ impl Paths {
         Ok(listener)
     }
 
+    /// Whether `bind` made a socket at this path, which is still ours.
+    pub fn has_bound(&self, path: &Path) -> bool {
+        self.bound.iter().any(|bound| bound.path == path)
+    }
+
     /// Removes a socket that `bind` made.
     pub fn forget(&mut self, path: &Path) -> Result<(), String> {
         match self.bound.iter().position(|bound| bound.path == path) {

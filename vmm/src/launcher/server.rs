@@ -19,6 +19,7 @@ use bulkhead_proto::protobuf::Message;
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
 use super::cgroup::{Cgroups, Group};
 use super::device::{self, Device, HelperOrder, Order, Standing};
+use super::dial::Dial;
 use super::isolate;
 use super::kept::Kept;
 use super::leftovers::Note;
@@ -65,6 +66,17 @@ impl Outgoing {
             ..Self::default()
         }
     }
+}
+
+/// By what a device says something.
+#[derive(Clone, Copy, Debug)]
+enum SaysBy {
+    /// Its stderr.
+    Log,
+    /// The listener of its filter.
+    Watch,
+    /// Its channel for requests.
+    Dial,
 }
 
 struct Server {
@@ -204,40 +216,30 @@ impl Server {
                 (self.vmm.as_fd(), libc::POLLIN),
                 (self.children.as_fd(), children),
             ];
-            let mut logs = Vec::new();
+            let mut says = Vec::new();
             for (index, device) in self.devices.iter().enumerate() {
-                if let Some(fd) = device.log.wants() {
-                    polled.push((fd, libc::POLLIN));
-                    logs.push((index, false));
-                }
-                if let Some(fd) = device.watch.fd() {
-                    polled.push((fd, libc::POLLIN));
-                    logs.push((index, true));
+                for (fd, says_by) in [
+                    (device.log.wants(), SaysBy::Log),
+                    (device.watch.fd(), SaysBy::Watch),
+                    (device.dial.as_ref().and_then(Dial::fd), SaysBy::Dial),
+                ] {
+                    if let Some(fd) = fd {
+                        polled.push((fd, libc::POLLIN));
+                        says.push((index, says_by));
+                    }
                 }
             }
             let revents = sys::poll(&polled, waits.then(|| now + LOOK_AGAIN))
                 .map_err(|error| format!("poll: {error}"))?;
-            let [control, vmm, children, log_events @ ..] = revents.as_slice() else {
+            let [control, vmm, children, said @ ..] = revents.as_slice() else {
                 return Err("poll: fewer answers than questions".into());
             };
             if *vmm != 0 {
                 return Ok(());
             }
-            for (_, (index, listener)) in log_events
-                .iter()
-                .zip(logs)
-                .filter(|(events, _)| **events != 0)
-            {
-                let Some(device) = self.devices.get_mut(index) else {
-                    continue;
-                };
-                if !listener {
-                    device.log.on_readable(&mut self.sink);
-                } else if device.watch.on_readable()
-                    && let Err(why) = device.kill()
-                {
-                    self.sink.line("bulkhead-launcher", &why);
-                }
+            let said = said.iter().zip(says).filter(|(events, _)| **events != 0);
+            for (_, (index, by)) in said {
+                self.listen_to(index, by);
             }
             if *control & libc::POLLOUT != 0 {
                 if self.flush().is_err() {
@@ -269,6 +271,28 @@ impl Server {
                 self.cgroups.prune();
                 if self.flush().is_err() {
                     return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Takes what a device has to say.
+    fn listen_to(&mut self, index: usize, by: SaysBy) {
+        let Some(device) = self.devices.get_mut(index) else {
+            return;
+        };
+        match by {
+            SaysBy::Log => device.log.on_readable(&mut self.sink),
+            SaysBy::Watch => {
+                if device.watch.on_readable()
+                    && let Err(why) = device.kill()
+                {
+                    self.sink.line("bulkhead-launcher", &why);
+                }
+            }
+            SaysBy::Dial => {
+                if let Some(dial) = &mut device.dial {
+                    dial.on_readable(&self.paths);
                 }
             }
         }
@@ -405,6 +429,7 @@ impl Server {
             policy: op.policy,
             args: op.args,
             fds,
+            dial: (!op.dial.is_empty()).then(|| op.dial.into()),
         };
         if !self.kept.has_room(&order.id) {
             return Err(format!("there are {MAX_DEVICES} devices already"));
@@ -483,10 +508,19 @@ impl Server {
         begin: Instant,
         standing: Standing,
     ) -> Result<Outgoing, String> {
+        let name = printable(&order.id);
+        let own = order.fds.len();
+        let mut dial = None;
+        if let Some(path) = &order.dial {
+            let (ours, theirs) = Dial::new(path, &self.paths)
+                .map_err(|why| format!("device {name}: its requests: {why}"))?;
+            order.fds.push(theirs);
+            dial = Some(ours);
+        }
         let mut read_end = None;
         if fence {
-            let (read, write) = sys::pipe()
-                .map_err(|error| format!("device {}: its fence: {error}", printable(&order.id)))?;
+            let (read, write) =
+                sys::pipe().map_err(|error| format!("device {name}: its fence: {error}"))?;
             order.fds.push(write);
             read_end = Some(read);
         }
@@ -498,10 +532,9 @@ impl Server {
             &mut self.cgroups,
         )?;
         device.standing = standing;
-        if fence {
-            // Only the process holds it.
-            order.fds.pop();
-        }
+        device.dial = dial;
+        // Only the process holds these.
+        order.fds.truncate(own);
         let mut outgoing = self.started(id, device, begin)?;
         outgoing.fds.extend(read_end);
         Ok(outgoing)

@@ -7,7 +7,8 @@
 //! (`bulkhead run`, with the caller's own rights: root, or whoever has CAP_NET_ADMIN, gets a
 //! tap made, which ends with the machine). For a machine that comes by the API, the launcher
 //! opens it: it has no capability over the host's network, so that the tap must exist, and
-//! belong to bulkhead's user (to nobody does on some kernels).
+//! belong to bulkhead's user (to nobody does on some kernels). With `--ttrpc` in a namespace that
+//! was made for the machine, the VMM attaches to the taps there before it confines itself.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -126,6 +127,18 @@ pub fn open(interfaces: &Interfaces, name: &str, queues: u32, mtu: u32) -> Resul
         queues: fds,
         mtu: has,
     })
+}
+
+/// Attaches to one queue of a tap that is there.
+///
+/// # Errors
+/// One line; also of an interface of another kind.
+pub fn open_existing(name: &str) -> Result<Tap, String> {
+    let there = Interfaces::open().and_then(|interfaces| interfaces.mtu(name));
+    match there {
+        Ok(_) => open_patiently(name, 1, 0),
+        Err(error) => Err(format!("tap {}: {}", printable(name), reason(&error))),
+    }
 }
 
 fn open_tun() -> io::Result<File> {

@@ -18,6 +18,7 @@ use super::net;
 use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
 use super::rng;
+use super::vsock;
 use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::{acpi, layout, reset_vector};
 use crate::bus::Bus;
@@ -115,7 +116,7 @@ pub fn build(
         &mmio,
         &pio,
         mem64.clone(),
-        (count(config), &config.hotplug_ports),
+        &device::ports(config, count(config)),
     )?;
     let cpus = config.cpus.clone().unwrap_or_default();
     let complex = Arc::downgrade(&pci);
@@ -139,29 +140,43 @@ pub fn build(
         port: None,
         hook: &hooks.helper,
     };
+    // Behind the port that the configuration places it behind, or the first that is free.
+    let behind = |id: &str| {
+        let place = config.ports.iter().find(|port| port.behind == id);
+        let port = place.map(|port| port.name.as_str());
+        Site { port, ..site }
+    };
     let mut devices = Undo {
         devices: Vec::new(),
         launcher,
     };
     for disk in &config.disks {
-        devices.devices.push(disk::spawn(disk, &site)?);
+        devices.devices.push(disk::spawn(disk, &behind(&disk.id))?);
     }
     for net in &config.nets {
+        let site = behind(&net.id);
         devices.devices.push(net::make(net, prepared, &site)?);
     }
     let mut absent = Vec::new();
     for device in &config.vhost_users {
-        match net_external::make_any(device, &site)? {
+        match net_external::make_any(device, &behind(&device.id))? {
             Foreign::Made(made) => devices.devices.push(*made),
             Foreign::Absent(why) => absent.push((device.id.clone(), why)),
         }
     }
 
     for rng in &config.rngs {
-        devices.devices.push(rng::spawn(rng, &site)?);
+        devices.devices.push(rng::spawn(rng, &behind(&rng.id))?);
+    }
+
+    if let Some(vsock) = config.vsock.as_ref() {
+        devices
+            .devices
+            .push(vsock::spawn(vsock, &behind(&vsock.id))?);
     }
 
     if let Some(area) = ram.pluggable() {
+        let site = behind(mem::ID);
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
     }
 
@@ -221,6 +236,7 @@ fn count(config: &MachineConfig) -> usize {
         .len()
         .saturating_add(nets)
         .saturating_add(config.rngs.len())
+        .saturating_add(usize::from(config.vsock.is_some()))
         .saturating_add(memory)
 }
 

@@ -4,12 +4,13 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_proto::common::Resources;
 use bulkhead_proto::device::{HelloRequest, HelloResponse};
-use bulkhead_proto::machine::DeviceInfo;
+use bulkhead_proto::machine::{DeviceInfo, MachineConfig};
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 use vmm_sys_util::epoll::EventSet;
@@ -131,6 +132,8 @@ pub enum Special {
     Net,
     /// An entropy device.
     Rng,
+    /// A socket device, and where it listens.
+    Vsock(PathBuf),
     /// The memory that comes and goes.
     Memory(Box<Memory>),
     /// A device whose back-end is somebody else's.
@@ -189,6 +192,9 @@ impl Device {
             return Ok(());
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
+        if let Special::Vsock(path) = &self.special {
+            launcher.forget(path).map_err(|e| e.to_string())?;
+        }
         ended.map_err(|e| e.to_string())
     }
 }
@@ -215,8 +221,34 @@ impl MemoryMap for SharedRam {
     }
 }
 
-/// The root complex with a port for each of `devices` and those that are `empty`, on the buses.
-/// A port that nothing is behind costs the guest some 450 exits of bus enumeration.
+/// The root ports of a configuration: those that it places itself, or one for each of its
+/// `devices` and those that are empty at first. A port that nothing is behind costs the guest
+/// some 450 exits of bus enumeration.
+pub fn ports(config: &MachineConfig, devices: usize) -> Vec<PortConfig> {
+    let port = |(device, name, hotplug)| PortConfig {
+        name,
+        device,
+        slot: u16::from(device),
+        hotplug,
+    };
+    if !config.ports.is_empty() {
+        let placed = config.ports.iter().map(|place| {
+            // Checked with the configuration: 1 to 31.
+            let device = u8::try_from(place.device).unwrap_or(u8::MAX);
+            port((device, place.name.clone(), place.hotplug))
+        });
+        return placed.collect();
+    }
+    let empty = &config.hotplug_ports;
+    let first = devices.max(usize::from(empty.is_empty()));
+    let names = (1..=first).map(|number| format!("port{number}"));
+    (1..=MAX_PORTS)
+        .zip(names.chain(empty.iter().cloned()))
+        .map(|(device, name)| port((device, name, true)))
+        .collect()
+}
+
+/// The root complex with these ports, on the buses.
 ///
 /// # Errors
 /// One line.
@@ -224,18 +256,8 @@ pub fn root_complex(
     mmio: &Arc<Bus>,
     pio: &Arc<Bus>,
     mem64: Range<u64>,
-    (devices, empty): (usize, &[String]),
+    ports: &[PortConfig],
 ) -> Result<Arc<RootComplex>, String> {
-    let first = devices.max(usize::from(empty.is_empty()));
-    let names = (1..=first).map(|number| format!("port{number}"));
-    let ports: Vec<PortConfig> = (1..=MAX_PORTS)
-        .zip(names.chain(empty.iter().cloned()))
-        .map(|(device, name)| PortConfig {
-            name,
-            device,
-            slot: u16::from(device),
-        })
-        .collect();
     let windows = Windows {
         mem32: AddressRange {
             start: layout::PCI_MEM32_START,
@@ -246,7 +268,7 @@ pub fn root_complex(
             size: mem64.end.saturating_sub(mem64.start),
         },
     };
-    let complex = RootComplex::new(Arc::clone(mmio), windows, &ports)
+    let complex = RootComplex::new(Arc::clone(mmio), windows, ports)
         .map_err(|e| format!("PCIe root complex: {e}"))?;
     complex
         .attach_to_buses(mmio, pio)
@@ -255,6 +277,7 @@ pub fn root_complex(
 }
 
 /// What a device is made with.
+#[derive(Clone, Copy)]
 pub struct Site<'a> {
     /// Who starts its process.
     pub launcher: &'a Launcher,
@@ -282,6 +305,8 @@ pub struct Order<'a> {
     pub args: Vec<String>,
     /// Descriptors of its own, which it finds from 5 on.
     pub fds: Vec<OwnedFd>,
+    /// Its own socket, if it may ask for connections to the listeners beside that.
+    pub dial: Option<&'a Path>,
     /// Virtqueues.
     pub queues: u32,
     /// A network device's MTU as the guest is told; 0: nothing is said.
@@ -303,6 +328,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         variant,
         mut args,
         fds,
+        dial,
         ..
     } = order;
     // The launcher sets the policy, so that the engine is not left for the process to choose.
@@ -321,7 +347,11 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         },
     };
     // Behind its own descriptors.
-    let fence = FIRST_OWN_FD.saturating_add(fds.len());
+    let mut fence = FIRST_OWN_FD.saturating_add(fds.len());
+    if dial.is_some() {
+        args.extend(["--dial-fd".to_owned(), fence.to_string()]);
+        fence = fence.saturating_add(1);
+    }
     args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
     let usage = place(launcher, id, &order.resources, &order.block_device)?;
@@ -334,6 +364,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
             args,
             incarnation,
             fds,
+            dial: dial.map(Path::to_owned),
             fence: true,
         })
         // Its cgroup is there, and where the answer came too late, its process may be.
@@ -459,7 +490,9 @@ pub fn attach(
         let address = attach(port).map_err(|e| e.to_string())?;
         return Ok((function, address, port.to_owned()));
     }
-    for port in site.pci.ports().into_iter().filter(|p| !p.occupied) {
+    let mut ports = site.pci.ports();
+    ports.retain(|p| p.hotplug && !p.occupied);
+    for port in ports {
         match attach(&port.name) {
             Ok(address) => return Ok((function, address, port.name)),
             // Another one was faster.

@@ -95,6 +95,7 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         args,
         fds,
         queues: disk.queues,
+        dial: None,
         mtu: 0,
         resources: disk.resources.as_ref().cloned().unwrap_or_default(),
         block_device,

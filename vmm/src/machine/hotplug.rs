@@ -7,13 +7,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::machine::{DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig};
+use bulkhead_proto::machine::{
+    DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
 use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
-use super::{disk, net, rng};
+use super::{disk, net, rng, vsock};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -32,6 +34,8 @@ pub enum Addition {
     VhostUser(VhostUserConfig),
     /// An entropy device.
     Rng(RngConfig),
+    /// The socket device.
+    Vsock(VsockConfig),
 }
 
 impl Addition {
@@ -42,16 +46,21 @@ impl Addition {
             Self::Net(net) => &net.id,
             Self::VhostUser(device) => &device.id,
             Self::Rng(rng) => &rng.id,
+            Self::Vsock(vsock) => &vsock.id,
         }
     }
 
-    /// Adds it to a configuration.
-    pub fn enter(&self, config: &mut MachineConfig) {
+    /// Adds it to a configuration, behind this port where that places its ports itself.
+    pub fn enter(&self, config: &mut MachineConfig, port: &str) {
+        if let Some(place) = config.ports.iter_mut().find(|place| place.name == port) {
+            self.id().clone_into(&mut place.behind);
+        }
         match self {
             Self::Disk(disk) => config.disks.push(disk.clone()),
             Self::Net(net) => config.nets.push(net.clone()),
             Self::VhostUser(device) => config.vhost_users.push(device.clone()),
             Self::Rng(rng) => config.rngs.push(rng.clone()),
+            Self::Vsock(vsock) => config.vsock = Some(vsock.clone()).into(),
         }
     }
 
@@ -60,21 +69,30 @@ impl Addition {
     /// # Errors
     /// One line that names the field and what it takes.
     pub fn validate(&self, machine: &MachineConfig) -> Result<(), String> {
+        if let (Self::Vsock(_), Some(vsock)) = (self, machine.vsock.as_ref()) {
+            return Err(format!(
+                "vsock: the machine has a socket device, {}: a guest has one address",
+                vsock.id
+            ));
+        }
         let mut config = machine.clone();
         // Ports are counted when one is looked for.
         config.hotplug_ports.clear();
-        self.enter(&mut config);
+        config.ports.clear();
+        self.enter(&mut config, "");
         let field = match self {
             Self::Disk(_) => format!("config.disks[{}]", machine.disks.len()),
             Self::Net(_) => format!("config.nets[{}]", machine.nets.len()),
             Self::VhostUser(_) => format!("config.vhost_users[{}]", machine.vhost_users.len()),
             Self::Rng(_) => format!("config.rngs[{}]", machine.rngs.len()),
+            Self::Vsock(_) => "config.vsock".to_owned(),
         };
         let name = match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::VhostUser(_) => "vhost_user",
             Self::Rng(_) => "rng",
+            Self::Vsock(_) => "vsock",
         };
         config::validate(&config).map_err(|why| why.replace(&field, name))
     }
@@ -86,6 +104,14 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
     config.nets.retain(|net| net.id != id);
     config.vhost_users.retain(|device| device.id != id);
     config.rngs.retain(|rng| rng.id != id);
+    for port in &mut config.ports {
+        if port.behind == id {
+            port.behind.clear();
+        }
+    }
+    if config.vsock.id == id {
+        config.vsock = None.into();
+    }
 }
 
 /// What a thread that makes a device needs of the machine.
@@ -227,6 +253,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
             net::make(config, &mut prepared, &site)
         }
         Addition::Rng(config) => rng::spawn(config, &site),
+        Addition::Vsock(config) => vsock::spawn(config, &site),
         Addition::VhostUser(config) => match net_external::make_any(config, &site)? {
             Foreign::Made(device) => Ok(*device),
             Foreign::Absent(_) => Err(format!(
@@ -270,7 +297,16 @@ mod tests {
         assert!(wrong.starts_with("disk.path is \"relative\""), "{wrong}");
         let bare = Addition::Net(NetConfig::new());
         assert!(bare.validate(&machine).is_err());
-        good.enter(&mut machine);
+        let mut socket = VsockConfig::new();
+        (socket.id, socket.socket) = ("v".into(), "/run/v".into());
+        let socket = Addition::Vsock(socket);
+        assert_eq!(socket.validate(&machine), Ok(()));
+        socket.enter(&mut machine, "");
+        let second = socket.validate(&machine).unwrap_err();
+        assert!(second.starts_with("vsock: the machine has"), "{second}");
+        leave(&mut machine, "v");
+        assert_eq!(socket.validate(&machine), Ok(()));
+        good.enter(&mut machine, "");
         assert_eq!(machine.disks.len(), 2);
         leave(&mut machine, "data");
         leave(&mut machine, "nothing");

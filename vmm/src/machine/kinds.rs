@@ -58,23 +58,34 @@ pub static RNG: DeviceKind = DeviceKind {
     plain_engine: None,
 };
 
+/// Virtio sockets.
+pub static VSOCK: DeviceKind = DeviceKind {
+    name: "vsock",
+    binary: "bulkhead-vsock",
+    virtio_id: 19,
+    // To the guest, from it, events.
+    max_queues: 3,
+    plain_engine: None,
+};
+
 /// Every kind.
-pub static ALL: [&DeviceKind; 4] = [&BLK, &NET, &MEM, &RNG];
+pub static ALL: [&DeviceKind; 5] = [&BLK, &NET, &MEM, &RNG, &VSOCK];
 
 /// The binaries of the kinds that a machine has, beside those that could be added to it; of all
-/// where it is not known yet, but for those of memory and entropy where they are not installed.
+/// where it is not known yet, but for those of memory, entropy and sockets where they are not installed.
 pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) -> Vec<String> {
     let installed = |kind: &DeviceKind| libexec.join(kind.binary).exists();
     let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
     ALL.iter()
         .filter(|kind| match (machine, kind.name) {
-            (None, "mem" | "rng") => installed(kind),
+            (None, "mem" | "rng" | "vsock") => installed(kind),
             (None, _) => true,
             // It is there from the start or never.
             (Some(config), "mem") => config.memory_max_bytes != 0,
             (Some(config), "blk") if !config.disks.is_empty() => true,
             (Some(config), "net") if taps(config) => true,
             (Some(config), "rng") if !config.rngs.is_empty() => true,
+            (Some(config), "vsock") if config.vsock.is_some() => true,
             (Some(_), _) => grows && installed(kind),
         })
         .map(|kind| kind.binary.to_owned())

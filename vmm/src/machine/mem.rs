@@ -85,6 +85,7 @@ pub fn spawn(area: &Pluggable, base: u64, site: &Site<'_>) -> Result<Device, Str
         args: args.map(str::to_string).to_vec(),
         fds: vec![theirs],
         queues: 1,
+        dial: None,
         mtu: 0,
         resources: bulkhead_proto::common::Resources::new(),
         block_device: String::new(),

@@ -38,3 +38,4 @@ pub mod supervise;
 pub mod told;
 pub mod trial;
 pub mod usage;
+pub mod vsock;

@@ -69,6 +69,7 @@ pub fn spawn(
         args,
         fds,
         queues,
+        dial: None,
         mtu,
         resources: net.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),

@@ -1,6 +1,6 @@
-//! Taps before confinement: those that the VMM inherited, and those that it opens by their
-//! names in the caller's network namespace because the machine is known from the start. The
-//! main thread makes a [`Prepared`] as its first act, when every open descriptor beyond the
+//! Taps before confinement: those that the VMM inherited, those that it opens by their
+//! names in the caller's network namespace because the machine is known from the start, and
+//! those of a namespace that was made for a machine which is to come (a pod's). The main thread makes a [`Prepared`] as its first act, when every open descriptor beyond the
 //! standard ones is an inherited one; the manager thread takes from it while it makes the
 //! machine, when nothing can be opened any more but by the launcher.
 
@@ -31,6 +31,8 @@ pub struct Prepared {
     vhost: Result<Vec<OwnedFd>, String>,
     /// Taps by the id of the device. An error is told when the machine is made.
     links: BTreeMap<String, Result<Link, String>>,
+    /// Taps by their names, one queue each, of a namespace that is not the host's.
+    present: BTreeMap<String, Link>,
     /// What tells this host from others.
     host: String,
 }
@@ -44,6 +46,7 @@ impl Prepared {
             vhost: tap::open_vhost_net(inherited.len()),
             inherited,
             links: BTreeMap::new(),
+            present: BTreeMap::new(),
             host: std::fs::read_to_string("/etc/machine-id").unwrap_or_default(),
         };
         for net in first.map(|c| c.nets.as_slice()).unwrap_or_default() {
@@ -55,6 +58,34 @@ impl Prepared {
             }
         }
         prepared
+    }
+
+    /// Attaches to the taps of this network namespace, unless that is PID 1's: they were made
+    /// for the machine that is to come. The launcher could attach only to those that have this
+    /// user for their owner. What cannot be had is left to the launcher, which says why.
+    #[must_use]
+    pub fn with_taps_of_the_pod(mut self) -> Self {
+        let namespace = |of: &str| std::fs::read_link(format!("/proc/{of}/ns/net"));
+        match (namespace("self"), namespace("1")) {
+            (Ok(own), Ok(hosts)) if own != hosts => {}
+            _ => return self,
+        }
+        let interfaces = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
+        for name in interface_names(&interfaces) {
+            match tap::open_existing(name) {
+                Ok(tap) => {
+                    let vhost = tap::open_vhost_net(1).unwrap_or_default();
+                    self.present.insert(name.to_owned(), Link { tap, vhost });
+                }
+                Err(why) => log::debug!("{why}"),
+            }
+        }
+        self
+    }
+
+    /// Lets go of the taps of the namespace that no device of the machine has taken.
+    pub fn let_go(&mut self) {
+        self.present.clear();
     }
 
     /// The tap of a device: opened before, inherited, or opened by the launcher now.
@@ -72,6 +103,19 @@ impl Prepared {
         }
         if let Some(link) = self.links.remove(&net.id) {
             return link;
+        }
+        // Closed where it does not fit, so that the launcher finds it free.
+        if let Some(mut link) = self.present.remove(&backend.name)
+            && queue_pairs(net) == 1
+        {
+            match datapath(net, backend) {
+                Datapath::VHOST_NET if link.vhost.is_empty() => {}
+                Datapath::USER => {
+                    link.vhost.clear();
+                    return Ok(link);
+                }
+                _ => return Ok(link),
+            }
         }
         let open = |vhost_net| launcher.open_tap(&backend.name, queue_pairs(net), vhost_net);
         let opened = match datapath(net, backend) {
@@ -140,6 +184,13 @@ impl Prepared {
     }
 }
 
+/// Interfaces in the text of /proc/net/dev: two lines of heads, then `name: numbers`.
+fn interface_names(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text.lines().skip(2);
+    let names = lines.filter_map(|line| line.split_once(':').map(|(name, _)| name.trim()));
+    names.filter(|name| *name != "lo")
+}
+
 /// Opens a tap by its name with the rights of the caller.
 fn open(net: &NetConfig, backend: &TapBackend) -> Result<Link, String> {
     let tap = tap::open_patiently(&backend.name, queue_pairs(net), net.mtu)?;
@@ -179,6 +230,7 @@ mod tests {
             inherited: BTreeMap::new(),
             vhost: Ok(Vec::new()),
             links: BTreeMap::new(),
+            present: BTreeMap::new(),
             host: "host\n".into(),
         }
     }
@@ -217,6 +269,19 @@ mod tests {
         let mut fds = net("a", "");
         fds.mut_tap().fds = vec![98, 99];
         assert_eq!(filled(vec![fds])[0].queues, 2);
+    }
+
+    #[test]
+    fn interfaces_are_read_from_what_the_kernel_prints() {
+        let text = "Inter-|   Receive    |  Transmit
+ face |bytes    packets errs
+    lo:       0       0    0
+tap0_kata: 1 2 3
+  eth0:1 2 3
+";
+        let names: Vec<&str> = interface_names(text).collect();
+        assert_eq!(names, ["tap0_kata", "eth0"]);
+        assert_eq!(interface_names("").count(), 0);
     }
 
     #[test]

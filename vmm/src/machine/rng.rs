@@ -33,6 +33,7 @@ pub fn spawn(rng: &RngConfig, site: &Site<'_>) -> Result<Device, String> {
         args: args(rng),
         fds: vec![source.into()],
         queues: 1,
+        dial: None,
         mtu: 0,
         resources: rng.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),

@@ -11,6 +11,7 @@ mod sys;
 
 pub use pluggable::Pluggable;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -226,6 +227,21 @@ impl GuestRam {
             all: join(mapped)?,
             pluggable,
         })
+    }
+
+    /// Bytes of it that the host has given pages for.
+    pub fn allocated(&self) -> u64 {
+        let mut files = BTreeMap::new();
+        for region in self.present_regions() {
+            if let Ok(stat) = rustix::fs::fstat(&region.file) {
+                // Regions may be parts of one file. Blocks are of 512 bytes, whatever its own.
+                let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
+                files.insert(stat.st_ino, blocks.saturating_mul(512));
+            }
+        }
+        files
+            .values()
+            .fold(0, |all, bytes| all.saturating_add(*bytes))
     }
 
     /// What can be plugged.

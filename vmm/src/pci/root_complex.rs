@@ -63,6 +63,8 @@ pub struct PortInfo {
     pub secondary_bus: u8,
     /// Whether a device is behind it.
     pub occupied: bool,
+    /// Whether devices may come and go behind it.
+    pub hotplug: bool,
 }
 
 /// The root complex.
@@ -182,6 +184,7 @@ impl RootComplex {
                 slot: port.config.slot,
                 secondary_bus: port.secondary_bus(),
                 occupied: port.function().is_some(),
+                hotplug: port.config.hotplug,
             })
             .collect()
     }

@@ -73,6 +73,7 @@ fn port(name: &str, device: u8) -> PortConfig {
         name: name.to_owned(),
         device,
         slot: u16::from(device),
+        hotplug: true,
     }
 }
 

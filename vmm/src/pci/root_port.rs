@@ -48,6 +48,8 @@ pub struct PortConfig {
     pub device: u8,
     /// Physical slot number, unique in the machine, below 8192.
     pub slot: u16,
+    /// Devices may come and go behind it.
+    pub hotplug: bool,
 }
 
 /// What is programmed into a port before the guest starts.

@@ -260,6 +260,12 @@ impl VcpuManager {
             .collect()
     }
 
+    /// CPU time of all vCPUs' threads so far; none when they have ended.
+    pub fn runtime(&self) -> Duration {
+        let times = self.threads.iter().filter_map(signal::runtime);
+        times.fold(Duration::ZERO, Duration::saturating_add)
+    }
+
     fn kick(&self, target: Target) {
         for index in self.control.ask(target) {
             if let Some(thread) = self.threads.get(index) {

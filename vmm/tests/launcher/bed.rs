@@ -168,6 +168,7 @@ impl Drop for FakeVmm {
 
 pub fn spec(id: &str, args: &[&str]) -> SpawnSpec {
     SpawnSpec {
+        dial: None,
         device_id: id.into(),
         binary: "bulkhead-blk".into(),
         // It installs none, and so stays under the outer one.

@@ -262,6 +262,7 @@ impl Bed {
         let spawned = self
             .launcher
             .spawn(SpawnSpec {
+                dial: None,
                 device_id: "disk".into(),
                 binary: "bulkhead-blk".into(),
                 policy: "bulkhead-blk".into(),

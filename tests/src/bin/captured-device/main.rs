@@ -95,6 +95,7 @@ fn run() -> Result<bool, String> {
         (hostile("bulkhead-net")?, "bulkhead-net"),
         (hostile("bulkhead-mem")?, "bulkhead-mem"),
         (hostile("bulkhead-rng")?, "bulkhead-rng"),
+        (hostile("bulkhead-vsock")?, "bulkhead-vsock"),
     ] {
         std::fs::copy(&from, format!("{libexec}/{name}"))
             .map_err(|e| format!("{}: {e}", from.display()))?;
@@ -107,10 +108,14 @@ fn run() -> Result<bool, String> {
         "bulkhead-net",
         "bulkhead-mem",
         "bulkhead-rng",
+        "bulkhead-vsock",
     ] {
         let attempts = attempts(kind)?;
-        // A machine has one memory device.
-        let at_once = if kind == "bulkhead-mem" { 1 } else { AT_ONCE };
+        // A machine has one memory device, and one of sockets.
+        let at_once = match kind {
+            "bulkhead-mem" | "bulkhead-vsock" => 1,
+            _ => AT_ONCE,
+        };
         for some in attempts.chunks(at_once) {
             let ends = attack(kind, some, &scratch, &libexec, &namespace)?;
             for attempt in some {
@@ -262,6 +267,10 @@ fn attack(
                 .saturating_add(96);
             create.push("--memory".into());
             create.push(format!("96M,max={max}M"));
+        } else if kind == "bulkhead-vsock" {
+            let listen = scratch.path("vsock.sock");
+            create.push("--vsock".into());
+            create.push(format!("id=a{number},socket={listen},cid=1000000{number}"));
         } else if kind == "bulkhead-rng" {
             let burst = number.saturating_add(1).saturating_mul(128);
             create.push("--rng".into());

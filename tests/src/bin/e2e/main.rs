@@ -24,6 +24,8 @@ mod hotplug;
 mod hotplug_beside;
 mod hotplug_kinds;
 mod hotplug_memory;
+mod kata;
+mod kata_native;
 mod net;
 mod net_bad;
 mod net_handed;
@@ -35,6 +37,8 @@ mod resources;
 mod rng;
 mod update;
 mod vhost_user;
+mod vsock;
+mod vsock_guest;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
@@ -56,9 +60,11 @@ fn main() -> ExitCode {
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());
         tests.extend(hotplug_memory::native());
+        tests.extend(kata_native::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
         tests.extend(net_native::native());
+        tests.extend(vsock::native());
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
@@ -87,6 +93,9 @@ fn main() -> ExitCode {
         tests.extend(hotplug_kinds::tests());
         tests.extend(hotplug_memory::tests());
         tests.extend(rng::tests());
+        tests.extend(kata::tests());
+        tests.extend(vsock::tests());
+        tests.extend(vsock_guest::tests());
         tests.extend(bad_input::tests());
     }
     tests.retain(|test| !without.iter().any(|subject| subject == test.subject));

@@ -22,6 +22,7 @@ mod devices;
 mod end;
 mod limits;
 mod streams;
+mod vm;
 
 /// Ends every wait of a test that should not have waited.
 const LONG: Duration = Duration::from_secs(60);
@@ -89,7 +90,7 @@ impl Fixture {
             listener,
             Arc::new(service),
             Arc::clone(&events),
-            limits,
+            (Services::Vm, limits),
             admits,
             crate::threads::no_hook(),
         )

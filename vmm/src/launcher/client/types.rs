@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
 use crate::launcher::sys::ExitOutcome;
 
@@ -44,7 +45,10 @@ pub struct SpawnSpec {
     pub incarnation: u64,
     /// Descriptors of its own, which it finds from 5 on.
     pub fds: Vec<OwnedFd>,
-    /// Give it the write end of a pipe behind them, to learn when all of its I/O has ended.
+    /// Path of its own socket: give it a channel behind them, by which it asks for connections
+    /// to the listeners at `<path>_<port>`.
+    pub dial: Option<PathBuf>,
+    /// Give it the write end of a pipe behind that, to learn when all of its I/O has ended.
     pub fence: bool,
 }
 

@@ -112,6 +112,12 @@ fn precondition(line: impl Into<String>) -> RpcStatus {
     RpcStatus::failed_precondition(line.into())
 }
 
+fn not_hotplug(port: &str) -> RpcStatus {
+    precondition(format!(
+        "port {port}: it was made without hotplug, for what is behind it from the start: use one that was made with it"
+    ))
+}
+
 impl Host {
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
@@ -122,8 +128,9 @@ impl Host {
                 Addition::VhostUser(device.clone())
             }
             Some(add_device_request::Device::Rng(rng)) => Addition::Rng(rng.clone()),
+            Some(add_device_request::Device::Vsock(vsock)) => Addition::Vsock(vsock.clone()),
             _ => {
-                let line = "device is missing: give disk, net, vhost_user or rng";
+                let line = "device is missing: give disk, net, vhost_user, rng or vsock";
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };
@@ -157,10 +164,7 @@ impl Host {
         let Some(machine) = &self.machine else {
             return Err(precondition("no machine yet: create one with the device"));
         };
-        addition
-            .validate(&machine.config)
-            .map_err(RpcStatus::invalid_argument)?;
-        // A wrong port should cost nothing else.
+        // First, so that a client that names devices after their ports is told of the port.
         let ports = machine.parts.pci.ports();
         match ports.iter().find(|p| p.name == port) {
             Some(port) if port.occupied => {
@@ -169,15 +173,21 @@ impl Host {
                     port.name
                 )));
             }
+            Some(port) if !port.hotplug => return Err(not_hotplug(&port.name)),
             None if !port.is_empty() => {
                 return Err(RpcStatus::new(
                     Code::NotFound,
                     format!("port {port}: there is none of this name: see Info"),
                 ));
             }
-            None if ports.iter().all(|p| p.occupied) => return Err(precondition(NO_PORT)),
+            None if ports.iter().all(|p| p.occupied || !p.hotplug) => {
+                return Err(precondition(NO_PORT));
+            }
             _ => {}
         }
+        addition
+            .validate(&machine.config)
+            .map_err(RpcStatus::invalid_argument)?;
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
             prepared: Arc::clone(&self.prepared),
@@ -302,7 +312,7 @@ impl Host {
             announce(&self.log, &self.launcher, device);
         }
         if let Some(machine) = &mut self.machine {
-            what.enter(&mut machine.config);
+            what.enter(&mut machine.config, &port);
         }
         self.note_slot(&port);
         self.hotplug.unused.push((id, Instant::now() + USE_LIMIT));

@@ -17,12 +17,12 @@ use super::stop::StopReason;
 use super::supervise::Budget;
 use super::told;
 use super::trial::Ended;
-use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle};
+use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
 use crate::launcher::{CgroupChoice, IdRange, Launcher, LauncherConfig, LauncherEvent};
-use crate::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::terminal::{RawTerminal, Terminal};
 
 mod cpus;
@@ -35,6 +35,7 @@ mod resources;
 mod source;
 mod supervision;
 mod updating;
+mod vmservice;
 
 use source::Source;
 
@@ -61,6 +62,8 @@ pub struct HostOptions {
     pub cgroup: CgroupChoice,
     /// Where to serve the API.
     pub api_socket: Option<PathBuf>,
+    /// What to serve there.
+    pub services: Services,
     /// The machine to create and boot at once.
     pub first: Option<MachineConfig>,
     /// How often a device's process may be replaced.
@@ -82,7 +85,10 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     if let Some(first) = &options.first {
         crate::api::config::validate(first)?;
     }
-    let prepared = Prepared::new(options.first.as_ref());
+    let mut prepared = Prepared::new(options.first.as_ref());
+    if options.services == Services::Vm {
+        prepared = prepared.with_taps_of_the_pod();
+    }
     let signals = Signals::block().map_err(|e| format!("signals: {e}"))?;
     let dev_kvm = kvm::open_dev_kvm().map_err(|e| no_kvm(&e))?;
     let stdio = Stdio {
@@ -104,6 +110,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     config.ids = options.ids;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
+    // A confined VMM cannot reap it.
+    signals::forget_children();
     let listener = match &options.api_socket {
         Some(path) => {
             let path = std::path::absolute(path).map_err(|e| format!("API socket: {e}"))?;
@@ -129,6 +137,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
                 listener,
                 Arc::new(sender),
                 Arc::clone(&log),
+                options.services,
                 confine::helper_hook(),
             )
             .map_err(|e| format!("API server: {e}"))?,
@@ -158,14 +167,23 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         hotplug: hotplug::Hotplug::new()?,
         resize: None,
         memory: memory::Progress::default(),
+        calls: vmservice::Calls::default(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
     };
     let result = host.main(options.first);
-    host.teardown();
-    if let Some(api) = api {
-        api.stop(API_GRACE);
+    match (options.services, api) {
+        (Services::Vm, Some(api)) => {
+            host.see_out(|| api.clients());
+            api.stop(API_GRACE);
+        }
+        (_, api) => {
+            host.teardown();
+            if let Some(api) = api {
+                api.stop(API_GRACE);
+            }
+        }
     }
     result
 }
@@ -239,6 +257,8 @@ struct Host {
     resize: Option<cpus::Resize>,
     /// A change of the guest's memory.
     memory: memory::Progress,
+    /// Calls that wait for the machine's end.
+    calls: vmservice::Calls,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.

@@ -56,6 +56,19 @@ impl Host {
             ApiRequest::ResizeMemory { size, timeout } => {
                 return self.resize_memory(size, timeout, reply);
             }
+            ApiRequest::Go => self.go().map(|()| ApiResponse::Done),
+            ApiRequest::Wait => return self.wait_for_end(reply),
+            ApiRequest::Teardown => return self.tear_down(reply),
+            ApiRequest::Quit => return self.quit(reply),
+            ApiRequest::Capabilities => Ok(ApiResponse::VmCapabilities(self.capabilities())),
+            ApiRequest::Properties { memory, processor } => {
+                let properties = self.properties(memory, processor);
+                Ok(ApiResponse::VmProperties(Box::new(properties)))
+            }
+            ApiRequest::RemoveBehind { port, timeout } => {
+                return self.remove_behind(&port, timeout, reply);
+            }
+            ApiRequest::PlugCpu { index, add } => return self.plug_cpu(index, add, reply),
         };
         reply.complete(result);
     }
@@ -88,6 +101,7 @@ impl Host {
             &self.hooks,
         )
         .map_err(RpcStatus::failed_precondition)?;
+        prepared.let_go();
         for device in parts.devices.iter() {
             announce(&self.log, &self.launcher, device);
         }
@@ -166,7 +180,7 @@ impl Host {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), RpcStatus> {
+    pub(super) fn resume(&mut self) -> Result<(), RpcStatus> {
         let (machine, next) = self.prepare(Transition::Resume)?;
         machine.parts.vcpus.resume();
         machine.state = next;

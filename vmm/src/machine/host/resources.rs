@@ -85,6 +85,8 @@ impl Host {
                 net.resources = Some(resources).into();
             } else if let Some(rng) = config.rngs.iter_mut().find(|r| r.id == id) {
                 rng.resources = Some(resources).into();
+            } else if let Some(vsock) = config.vsock.as_mut().filter(|v| v.id == id) {
+                vsock.resources = Some(resources).into();
             }
         }
         self.log

@@ -151,6 +151,7 @@ pub fn machine_in_front_of(
         name: "hp1".to_owned(),
         device: 1,
         slot: 1,
+        hotplug: true,
     };
     let complex = RootComplex::new(Arc::clone(&mmio), WINDOWS, &[port]).unwrap();
     complex.attach_to_buses(&mmio, &pio).unwrap();

@@ -7,7 +7,7 @@ use bulkhead_proto::machine::RemoveDeviceResponse;
 use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
-use super::{Waiting, precondition};
+use super::{Waiting, not_hotplug, precondition};
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::ged::GedEvents;
 use crate::machine::control::{Task, Turn};
@@ -88,6 +88,10 @@ impl Host {
                 format!("there is no device {id}: see Devices"),
             )));
         };
+        let port = self.device(index).map(|d| d.port.clone());
+        if let Some(port) = port.filter(|port| !self.is_hotplug(port)) {
+            return reply.complete(Err(not_hotplug(&port)));
+        }
         let created = self
             .machine
             .as_ref()
@@ -115,6 +119,12 @@ impl Host {
         } else {
             self.ask_guest(index);
         }
+    }
+
+    fn is_hotplug(&self, port: &str) -> bool {
+        let ports = self.machine.as_ref().map(|m| m.parts.pci.ports());
+        let ports = ports.unwrap_or_default();
+        ports.iter().any(|p| p.name == port && p.hotplug)
     }
 
     fn asked(&self, id: &str) -> Option<usize> {
@@ -268,6 +278,11 @@ impl Host {
             {
                 log::warn!("device {id}: its socket stays: {e}");
             }
+        }
+        if let Special::Vsock(path) = &device.special
+            && let Err(e) = self.launcher.begin_forget_path(path)
+        {
+            log::warn!("device {id}: its socket stays: {e}");
         }
         let (incarnation, pidfd, fence) = ending;
         if let Err(e) = self.launcher.begin_forget(&id, incarnation) {

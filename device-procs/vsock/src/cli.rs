@@ -1,0 +1,166 @@
+//! The command line: parsed once, into types that cannot hold nonsense.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
+use lexopt::prelude::*;
+
+/// Address of a guest that was given none: the first that a guest may have.
+const DEFAULT_CID: u64 = 3;
+
+/// Text of --help.
+pub const HELP: &str = "\
+bulkhead-vsock: the virtio socket device process of Bulkhead
+
+Joins clients of a unix socket of the host's to ports of a guest's, and the guest's to sockets of the
+host's beside it. Bulkhead starts it confined, with its channels and the listening socket as inherited
+file descriptors.
+
+Usage:
+  bulkhead-vsock --control-fd 3 --vhost-fd 4 --listen-fd 5 [--dial-fd 6] [--cid N]
+
+  --control-fd N       inherited control channel (ttrpc)
+  --vhost-fd N         inherited vhost-user channel
+  --fence-fd N         inherited write end of a pipe, kept open until all I/O has ended
+  --listen-fd N        inherited listening socket
+  --dial-fd N          inherited channel to ask the launcher for connections; without it the guest
+                       can begin none
+  --cid N              the guest's address [default: 3]
+  -v, --verbose        log more
+  -h, --help           this text
+  -V, --version        version
+
+Exit status: 0 when its channels close or it is told to, 1 on failure, 2 on wrong usage.
+";
+
+/// What the command line asks for.
+pub type Command = program::Command<Options>;
+
+/// All options of a serving process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Control channel.
+    pub control: RawFd,
+    /// vhost-user channel.
+    pub vhost: RawFd,
+    /// Fence.
+    pub fence: Option<RawFd>,
+    /// Where clients come.
+    pub listener: RawFd,
+    /// Where connections are asked for.
+    pub dial: Option<RawFd>,
+    /// The guest's address.
+    pub cid: u64,
+    /// Log more.
+    pub verbose: bool,
+}
+
+#[derive(Default)]
+struct Raw {
+    control: Option<RawFd>,
+    vhost: Option<RawFd>,
+    fence: Option<RawFd>,
+    listener: Option<RawFd>,
+    dial: Option<RawFd>,
+    cid: Option<u64>,
+    verbose: bool,
+}
+
+/// Reads a command line, without the program's name.
+///
+/// # Errors
+/// It makes no sense.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let mut raw = Raw::default();
+    let mut given = Given::default();
+    while let Some(arg) = parser.next()? {
+        given.once(&arg)?;
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('v') | Long("verbose") => raw.verbose = true,
+            Long("control-fd") => {
+                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
+            }
+            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
+            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
+            Long("listen-fd") => {
+                raw.listener = Some(fd("--listen-fd", &parser.value()?.string()?)?)
+            }
+            Long("dial-fd") => raw.dial = Some(fd("--dial-fd", &parser.value()?.string()?)?),
+            Long("cid") => {
+                raw.cid = match parser.value()?.string()?.parse::<u32>() {
+                    Ok(cid) if (3..u32::MAX).contains(&cid) => Some(cid.into()),
+                    _ => return bad("--cid", "must be from 3 to 4294967294"),
+                };
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    raw.check().map(Command::Serve)
+}
+
+impl Raw {
+    fn check(self) -> Result<Options, UsageError> {
+        let (Some(control), Some(vhost), Some(listener)) =
+            (self.control, self.vhost, self.listener)
+        else {
+            return bad(
+                "--control-fd",
+                "is needed, and so are --vhost-fd and --listen-fd: start this program through bulkhead",
+            );
+        };
+        let mut numbers = vec![control, vhost, listener];
+        numbers.extend(self.fence);
+        numbers.extend(self.dial);
+        distinct("--listen-fd", numbers)?;
+        Ok(Options {
+            control,
+            vhost,
+            fence: self.fence,
+            listener,
+            dial: self.dial,
+            cid: self.cid.unwrap_or(DEFAULT_CID),
+            verbose: self.verbose,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serve(text: &str) -> Result<Options, String> {
+        match parse(text.split_whitespace().map(OsString::from)) {
+            Ok(Command::Serve(options)) => Ok(options),
+            Ok(_) => Err("not to serve".into()),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
+        let whole = "--control-fd 3 --vhost-fd 4 --listen-fd 5 --fence-fd 6 --dial-fd 7 --cid 77";
+        let options = serve(whole).unwrap();
+        assert_eq!(
+            (options.listener, options.fence, options.dial, options.cid),
+            (5, Some(6), Some(7), 77)
+        );
+        for (from, to) in [
+            ("--control-fd 3", ""),
+            ("--listen-fd 5", ""),
+            ("--listen-fd 5", "--listen-fd 4"),
+            ("--listen-fd 5", "--listen-fd 1"),
+            ("--dial-fd 7", "--dial-fd 6"),
+            ("77", "2"),
+            ("77", "4294967295"),
+            ("77", "x"),
+        ] {
+            let text = whole.replacen(from, to, 1);
+            assert!(serve(&text).is_err(), "{text}");
+        }
+        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+    }
+}

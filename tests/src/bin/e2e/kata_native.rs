@@ -1,0 +1,392 @@
+//! vmservice.VM without a guest: what it makes, refuses and ends, and what hostile clients
+//! of it cannot do.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::frame::{self, TYPE_REQUEST};
+use bulkhead_proto::machine::{InfoRequest, InfoResponse};
+use bulkhead_proto::protobuf::Message;
+use bulkhead_proto::protobuf::well_known_types::empty::Empty;
+use bulkhead_proto::vmservice::{
+    CapabilitiesVMResponse, CreateVMRequest, ModifyResourceRequest, ModifyType, VMState,
+    VirtioVsock, virtio_device::Kind,
+};
+use bulkhead_proto::{BlockingClient, Code, MACHINE_SERVICE, VM_SERVICE, envelope};
+use bulkhead_tests::host::sh;
+use bulkhead_tests::kata::{self, Client, QUIT, disk};
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left};
+
+use super::disk::sparse;
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+/// What hostile clients may add to the VMM's memory, KiB.
+const MAY_GROW: u64 = 16 << 10;
+
+/// The tests.
+pub fn native() -> Vec<Test> {
+    let test = |name, run| Test {
+        subject: "kata",
+        name,
+        long: false,
+        run,
+    };
+    vec![
+        test(
+            "a machine is made, refused, changed and torn down as Kata would, and nothing is left",
+            whole_life,
+        ),
+        test(
+            "Quit ends the process at once, with a machine and without one",
+            quit,
+        ),
+        test(
+            "a client that vanishes during CreateVM, or after TeardownVM, holds nothing up",
+            vanish,
+        ),
+        test(
+            "hostile clients cost the VMM less than 16 MiB and the machine nothing",
+            abuse,
+        ),
+    ]
+}
+
+/// CreateVM of a machine with one disk, at rootfs.
+fn machine(scratch: &Scratch) -> Result<CreateVMRequest, String> {
+    let image = sparse(scratch, "image", MIB)?;
+    Ok(kata::create(
+        (&guest_file("vmlinux"), "", "console=ttyS0"),
+        (256, 2),
+        &scratch.path("serial"),
+        vec![("rootfs", 1, disk(&image, true))],
+    ))
+}
+
+fn ends(vmm: &mut Vmm, code: i32) -> Verdict {
+    let began = Instant::now();
+    vmm.ends_with(code, LIMIT)?;
+    check(began.elapsed() < QUIT, || {
+        vmm.story(&format!("it took {:?} to end", began.elapsed()))
+    })
+}
+
+fn whole_life() -> Verdict {
+    let scratch = Scratch::new("kata")?;
+    let socket = scratch.path("vm.sock");
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    let precondition = Code::FailedPrecondition;
+    for method in ["ResumeVM", "PauseVM", "TeardownVM", "WaitVM"] {
+        client.refused(method, &Empty::new(), precondition, "no machine")?;
+    }
+    let state = client.properties()?.state;
+    check(state == VMState::UNINITIALIZED.into(), || {
+        format!("{state:?}")
+    })?;
+
+    // Refused by name, before anything is made; then made.
+    let good = machine(&scratch)?;
+    let mut vsock = good.clone();
+    let pcie = vsock.config.mut_or_insert_default().pcie.as_mut();
+    let port = pcie.and_then(|pcie| pcie.root_complexes.first_mut());
+    let port = port
+        .and_then(|complex| complex.root_ports.get_mut(5))
+        .ok_or("no port")?;
+    let device = port.attached.mut_or_insert_default().mut_device();
+    device.mut_virtio().kind = Some(Kind::Vsock(VirtioVsock::new()));
+    client.refused("CreateVM", &vsock, Code::Unimplemented, "virtio.vsock")?;
+    let mut absent = good.clone();
+    absent
+        .config
+        .mut_or_insert_default()
+        .mut_direct_boot()
+        .kernel_path = "/absent/k".into();
+    client.refused("CreateVM", &absent, precondition, "/absent/k")?;
+    client.tell("CreateVM", &good)?;
+    client.refused("CreateVM", &good, precondition, "already")?;
+
+    let properties = client.properties()?;
+    let memory = properties.memory_stats.clone().unwrap_or_default();
+    check(
+        properties.state == VMState::PAUSED.into()
+            && memory.assigned_memory == 256 * MIB
+            && memory.working_set_bytes > MIB
+            && memory.working_set_bytes + memory.available_memory == 256 * MIB,
+        || format!("{properties}"),
+    )?;
+    let threads = kata::vcpu_threads(vmm.pid());
+    check(threads == ["vp-0", "vp-1"], || format!("{threads:?}"))?;
+    let can: CapabilitiesVMResponse = client
+        .call("CapabilitiesVM", &Empty::new())
+        .map_err(|e| format!("{e:?}"))?;
+    check(
+        can.supported_guest_os.len() == 1 && can.supported_resources.is_empty(),
+        || format!("{can}"),
+    )?;
+    let mut more = ModifyResourceRequest::new();
+    more.type_ = ModifyType::ADD.into();
+    more.mut_processor().processor_index = 2;
+    client.refused("ModifyResource", &more, precondition, "3 vCPUs are more")?;
+    more.mut_processor().processor_index = 7;
+    client.refused(
+        "ModifyResource",
+        &more,
+        Code::InvalidArgument,
+        "processor_index",
+    )?;
+    more.type_ = ModifyType::UPDATE.into();
+    more.mut_memory().memory_mb = 512;
+    client.refused("ModifyResource", &more, precondition, "memory")?;
+    ports(&scratch, &socket, &mut client)?;
+
+    // A second client waits for the end.
+    let (serial, other) = (scratch.path("serial"), socket.clone());
+    check(Path::new(&serial).exists(), || "no serial socket".into())?;
+    let waiter = std::thread::spawn(move || Client::connect(&other)?.plain("WaitVM"));
+    std::thread::sleep(Duration::from_millis(300));
+    check(!waiter.is_finished(), || "WaitVM did not wait".into())?;
+    client.plain("TeardownVM")?;
+    waiter.join().map_err(|_| "WaitVM panicked")??;
+    let properties = client.properties()?;
+    check(
+        properties.state == VMState::HALTED.into()
+            && properties.halt_reason.as_deref() == Some("ended by force"),
+        || format!("{properties}"),
+    )?;
+    // All but the process itself is gone, and it still answers.
+    kata::alone(vmm.pid())?;
+    for path in [&serial, &socket] {
+        check(!Path::new(path).exists(), || format!("{path} is left"))?;
+    }
+    client.plain("TeardownVM")?;
+    client.plain("WaitVM")?;
+    client.refused("ResumeVM", &Empty::new(), precondition, "has ended")?;
+    client.plain("Quit")?;
+    ends(&mut vmm, 0)?;
+    nothing_left(QUIT)
+}
+
+/// What bulkhead.v1.Machine says on the same socket.
+fn info(socket: &str) -> Result<InfoResponse, String> {
+    let mut client = BlockingClient::new(connect(socket)?, 1 << 20);
+    let request = InfoRequest::new();
+    let info = client.call(MACHINE_SERVICE, "Info", &request, LIMIT);
+    info.map_err(|e| e.to_string())
+}
+
+/// Devices come and go behind the ports that are for it, and no others.
+fn ports(scratch: &Scratch, socket: &str, client: &mut Client) -> Verdict {
+    let data = sparse(scratch, "data", MIB)?;
+    let add = |port| kata::addition(port, disk(&data, false));
+    let precondition = Code::FailedPrecondition;
+    for (port, code, words) in [
+        ("rootfs", precondition, "port rootfs: a device is behind it"),
+        ("hp24", Code::NotFound, "port hp24"),
+    ] {
+        client.refused("AddPcieDevice", &add(port), code, words)?;
+    }
+    client.refused(
+        "RemovePcieDevice",
+        &kata::removal("rootfs"),
+        precondition,
+        "hotplug",
+    )?;
+    client.refused(
+        "RemovePcieDevice",
+        &kata::removal("hp24"),
+        Code::NotFound,
+        "hp24",
+    )?;
+    let absent = kata::addition("hp0", disk("/absent/disk", false));
+    client.refused("AddPcieDevice", &absent, precondition, "/absent/disk")?;
+    for _ in 0..3 {
+        client.add("hp0", disk(&data, false))?;
+        client.refused("AddPcieDevice", &add("hp0"), precondition, "port hp0")?;
+        let info = info(socket)?;
+        let hp0 = info.ports.iter().find(|port| port.name == "hp0");
+        check(
+            info.ports.len() == 25
+                && hp0.is_some_and(|p| p.device == "hp0" && p.pci_address == "0000:00:08.0"),
+            || format!("{info}"),
+        )?;
+        client.remove("hp0")?;
+        // Again, as a client does that has missed the answer.
+        client.remove("hp0")?;
+    }
+    client.add("hp23", disk(&data, false))
+}
+
+fn quit() -> Verdict {
+    let scratch = Scratch::new("kata-quit")?;
+    let socket = scratch.path("vm.sock");
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    client.plain("Quit")?;
+    ends(&mut vmm, 0)?;
+    nothing_left(QUIT)?;
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    client.tell("CreateVM", &machine(&scratch)?)?;
+    client.plain("Quit")?;
+    ends(&mut vmm, 0)?;
+    nothing_left(QUIT)?;
+    // And a kill leaves nothing but the socket's name at most.
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    client.tell("CreateVM", &machine(&scratch)?)?;
+    vmm.kill();
+    nothing_left(QUIT)?;
+    for path in [&scratch.path("serial"), &socket] {
+        let end = Instant::now() + QUIT;
+        while Path::new(path).exists() {
+            check(Instant::now() < end, || format!("{path} is left"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(())
+}
+
+/// A call as bytes.
+fn frame_of(stream_id: u32, method: &str, payload: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    let request = envelope::RequestView {
+        service: VM_SERVICE,
+        method,
+        payload,
+        timeout_nano: 0,
+    };
+    envelope::encode_request(&mut body, &request);
+    let mut bytes = Vec::new();
+    // Far shorter than a frame may be.
+    let _ = frame::encode(&mut bytes, TYPE_REQUEST, stream_id, 0, &body);
+    bytes
+}
+
+fn connect(socket: &str) -> Result<UnixStream, String> {
+    UnixStream::connect(socket).map_err(|e| format!("{socket}: {e}"))
+}
+
+fn vanish() -> Verdict {
+    let scratch = Scratch::new("kata-vanish")?;
+    let socket = scratch.path("vm.sock");
+    let mut vmm = kata::start(&[], &socket)?;
+    drop(Client::connect(&socket)?);
+    let create = machine(&scratch)?
+        .write_to_bytes()
+        .map_err(|e| e.to_string())?;
+    let mut gone = connect(&socket)?;
+    gone.write_all(&frame_of(1, "CreateVM", &create))
+        .map_err(|e| e.to_string())?;
+    drop(gone);
+    // Begun or not, the next client has a VMM that answers.
+    let mut client = Client::connect(&socket)?;
+    let state = client.properties()?.state;
+    if state == VMState::UNINITIALIZED.into() {
+        client.tell("CreateVM", &machine(&scratch)?)?;
+    }
+    client.plain("TeardownVM")?;
+    // It goes without Quit: the process has nobody left to stay for.
+    drop(client);
+    ends(&mut vmm, 0)?;
+    nothing_left(QUIT)
+}
+
+/// Resident memory of a process, KiB.
+fn resident(pid: u32) -> Result<u64, String> {
+    let kib = sh(&format!(
+        "awk '/^RssAnon/ {{ print $2 }}' /proc/{pid}/status"
+    ))?;
+    kib.trim().parse().map_err(|e| format!("{kib:?}: {e}"))
+}
+
+fn abuse() -> Verdict {
+    let scratch = Scratch::new("kata-abuse")?;
+    let socket = scratch.path("vm.sock");
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    client.tell("CreateVM", &machine(&scratch)?)?;
+    client.properties()?;
+    let before = resident(vmm.pid())?;
+    let io = |e: std::io::Error| e.to_string();
+
+    // A whole frame of 4 MiB of empty metadata entries, again and again.
+    let entries: Vec<u8> = [0x2a, 0].repeat(2 << 20);
+    let mut big = Vec::new();
+    frame::encode(&mut big, TYPE_REQUEST, 1, 0, &entries).map_err(|e| format!("{e:?}"))?;
+    for _ in 0..8 {
+        let mut stream = connect(&socket)?;
+        stream.set_read_timeout(Some(LIMIT)).map_err(io)?;
+        // It may be cut off while it still writes.
+        let _ = stream.write_all(&big);
+        let mut answer = [0; 512];
+        let got = stream.read(&mut answer).unwrap_or(0);
+        let text = String::from_utf8_lossy(answer.get(..got).unwrap_or_default()).into_owned();
+        check(text.contains("262144 are allowed"), || {
+            format!("an oversize frame: {text:?}")
+        })?;
+    }
+    // Frames that promise more than comes, and noise.
+    let mut held = Vec::new();
+    for length in [1_u32, 200 << 10, 256 << 10] {
+        let mut stream = connect(&socket)?;
+        let mut start = length.to_be_bytes().to_vec();
+        start.extend_from_slice(&[0, 0, 0, 1, TYPE_REQUEST, 0, 1, 2, 3]);
+        stream.write_all(&start).map_err(io)?;
+        held.push(stream);
+    }
+    for seed in 0..64_u8 {
+        let mut stream = connect(&socket)?;
+        let noise: Vec<u8> = (0..=255_u8).map(|n| n.wrapping_mul(seed) ^ seed).collect();
+        let _ = stream.write_all(&noise);
+    }
+    // A client that never reads.
+    let mut deaf = connect(&socket)?;
+    deaf.set_write_timeout(Some(Duration::from_millis(500)))
+        .map_err(io)?;
+    for id in 0..20_000_u32 {
+        let call = frame_of(id * 2 + 1, "PropertiesVM", &[0x08, 0, 0x08, 1]);
+        if deaf.write_all(&call).is_err() {
+            break;
+        }
+    }
+    // A thousand that come and go, in parts of a CreateVM; and waiters that give up.
+    let create = frame_of(
+        1,
+        "CreateVM",
+        &machine(&scratch)?
+            .write_to_bytes()
+            .map_err(|e| e.to_string())?,
+    );
+    for number in 0..1000 {
+        let mut stream = connect(&socket)?;
+        let cut = create.len() * (number % 10) / 10;
+        let _ = stream.write_all(create.get(..cut).unwrap_or_default());
+    }
+    for _ in 0..300 {
+        let mut stream = connect(&socket)?;
+        let _ = stream.write_all(&frame_of(1, "WaitVM", &[]));
+    }
+    // The machine's own client was not touched by any of it.
+    let state = client.properties()?.state;
+    check(state == VMState::PAUSED.into(), || format!("{state:?}"))?;
+    let after = resident(vmm.pid())?;
+    check(after < before + MAY_GROW, || {
+        format!("from {before} KiB to {after} KiB")
+    })?;
+    let mut other = Client::connect(&socket)?;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || sender.send(other.plain("WaitVM")));
+    client.plain("TeardownVM")?;
+    receiver
+        .recv_timeout(LIMIT)
+        .map_err(|e| format!("WaitVM after the abuse: {e}"))??;
+    drop(waiter.join());
+    client.plain("Quit")?;
+    drop((held, deaf));
+    ends(&mut vmm, 0)?;
+    nothing_left(QUIT)
+}
