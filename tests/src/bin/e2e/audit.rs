@@ -1,7 +1,8 @@
 //! The audit: what the kernel says of each process, and that deviations are noticed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, ctl};
 
@@ -15,10 +16,16 @@ pub fn tests() -> Vec<Test> {
         long: false,
         run,
     };
-    vec![test(
-        "the kernel says that the disk process is confined",
-        confined,
-    )]
+    vec![
+        test(
+            "the kernel says that the disk process is confined",
+            confined,
+        ),
+        test(
+            "whatever process dies of a fault, a core pattern that is a pipe gets nothing of it",
+            cores,
+        ),
+    ]
 }
 
 fn confined() -> Verdict {
@@ -46,6 +53,17 @@ fn confined() -> Verdict {
             format!("{how:?}: {}\n{text}\n{errors}", output.status)
         })?;
         check(text.contains("bulkhead-blk"), || format!("{how:?}: {text}"))?;
+    }
+    // Started by root, it is not root.
+    let own = std::fs::read_to_string(format!("/proc/{}/status", vmm.pid()))
+        .map_err(|e| e.to_string())?;
+    for line in own
+        .lines()
+        .filter(|l| l.starts_with("Uid:") || l.starts_with("Gid:"))
+    {
+        check(!line.split_whitespace().any(|id| id == "0"), || {
+            format!("the VMM: {line}")
+        })?;
     }
     // What the kernel says, read here once more, independently of the audit.
     let devices = ctl(&socket, &["devices"])?;
@@ -108,5 +126,90 @@ fn confined() -> Verdict {
         || format!("it holds {files:?}"),
     )?;
     vmm.kill();
+    Ok(())
+}
+
+/// The host's core pattern, put back in the end.
+struct Pattern(String);
+
+impl Pattern {
+    const FILE: &str = "/proc/sys/kernel/core_pattern";
+
+    fn set(program: &str) -> Result<Self, String> {
+        let before = std::fs::read_to_string(Self::FILE).map_err(|e| e.to_string())?;
+        std::fs::write(Self::FILE, format!("|{program}")).map_err(|e| e.to_string())?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Pattern {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::FILE, self.0.trim());
+    }
+}
+
+fn cores() -> Verdict {
+    let scratch = Scratch::new("cores")?;
+    let got = scratch.path("core");
+    let program = scratch.path("take");
+    // RLIMIT_CORE does not hold a pipe back.
+    sh(&format!(
+        "printf '#!/bin/sh\\nexec head -c 1 >>{got}\\n' >{program} && chmod 755 {program}"
+    ))?;
+    let _pattern = Pattern::set(&program)?;
+    // It works where nothing stands against it.
+    sh("sh -c 'kill -SEGV $$' || true")?;
+    let end = Instant::now() + LIMIT;
+    while std::fs::metadata(&got).map_or(0, |m| m.len()) == 0 {
+        check(Instant::now() < end, || "no core of a plain process".into())?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (disk, api) = (scratch.disk("disk", 1 << 20, 41)?, scratch.path("api"));
+    let disk = format!("path={disk},id=root");
+    for victim in ["device", "launcher", "vmm"] {
+        let args = [
+            "--disk",
+            &disk,
+            "--rng",
+            "id=dice",
+            "--memory",
+            "size=256M,max=384M",
+            "--api-socket",
+            &api,
+        ];
+        let mut vmm = Vmm::boot("bh.cmd=hang", &args)?;
+        vmm.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
+        let pids = match victim {
+            "vmm" => vec![vmm.pid().to_string()],
+            "launcher" => vec![ctl(&api, &["info"])?["launcher_pid"].to_string()],
+            _ => {
+                let devices = ctl(&api, &["devices"])?;
+                let devices = devices.as_array().cloned().unwrap_or_default();
+                devices.iter().map(|d| d["pid"].to_string()).collect()
+            }
+        };
+        check(victim != "device" || pids.len() == 3, || {
+            format!("{pids:?}")
+        })?;
+        std::fs::write(&got, "").map_err(|e| e.to_string())?;
+        sh(&format!("kill -SEGV {}", pids.join(" ")))?;
+        let end = Instant::now() + LIMIT;
+        let alive = |pid: &String| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+            status.is_ok_and(|s| !s.contains("State:\tZ"))
+        };
+        while pids.iter().any(alive) {
+            check(Instant::now() < end, || {
+                format!("{victim}: {pids:?} live on")
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let len = std::fs::metadata(&got).map_err(|e| e.to_string())?.len();
+        check(len == 0, || {
+            format!("{victim}: {len} cores were given away")
+        })?;
+        vmm.kill();
+    }
     Ok(())
 }

@@ -169,8 +169,9 @@ while read -r line; do eval \"$line\"; done";
 
     // Pulled out, and two clients for one port.
     ctl(&socket, &["add-disk", &data])?;
-    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; dd if=/dev/vdc of=/dev/null bs=64k count=1 iflag=direct status=none")?;
+    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; (while dd if=/dev/vdc of=/dev/null bs=64k iflag=direct status=none; do :; done; echo PULLED-'READER') 2>/dev/null & sleep 0.5")?;
     ctl(&socket, &["remove-device", "data", "--force"])?;
+    guest.vmm.wait_for("PULLED-READER", LIMIT)?;
     guest.run("until [ ! -b /dev/vdc ]; do sleep 0.1; done")?;
     let one = format!("path={other},id=one");
     let race = |disk: &str| ctl(&socket, &["add-disk", disk, "--port", "hp1"]).is_ok();

@@ -108,6 +108,20 @@ fn beside() -> Verdict {
     ctl(&socket, &["add-net", "tap=hot0,id=lan"])?;
     guest.run("until [ -e /sys/class/net/eth1 ]; do sleep 0.1; done; ip link set eth1 up; ip addr add 10.7.0.2/24 dev eth1; ping -c 2 -w 60 10.7.0.1 >/dev/null")?;
     flows(&network, "tap0", &guest.vmm, "beside the second device")?;
+    // It goes while frames come and go on it.
+    let pings = network.spawn("ping -q -i 0.01 10.7.0.2")?;
+    guest.run(
+        "(while ping -q -i 0.01 -c 50 -w 60 10.7.0.1; do :; done) >/dev/null 2>&1 & sleep 0.5",
+    )?;
+    ctl(&socket, &["remove-device", "lan", "--timeout", "300"])?;
+    guest.run("until [ ! -e /sys/class/net/eth1 ]; do sleep 0.1; done")?;
+    drop(pings);
+    flows(
+        &network,
+        "tap0",
+        &guest.vmm,
+        "when the second device has gone",
+    )?;
 
     // Partitioned, in one port; its content is there in another one.
     let new_disk = "new() { until n=$(ls /sys/block | grep -E '^vd[d-z]$' | head -1) && [ -n \"$n\" ]; do sleep 0.1; done; until [ -b /dev/$n ]; do sleep 0.1; done; }; gone() { until ! ls /sys/block | grep -qE '^vd[d-z]$'; do sleep 0.1; done; }";
@@ -138,6 +152,19 @@ fn beside() -> Verdict {
     guest.run("new; dd if=/dev/$n of=/dev/null bs=64k count=16 iflag=direct status=none")?;
     ctl(&socket, &["remove-device", "two", "--timeout", "300"])?;
     guest.run("gone")?;
+
+    // Its process dies before the guest's driver has found it, or while it does.
+    for pause in [0, 100] {
+        ctl(&socket, &["add-disk", &two])?;
+        std::thread::sleep(Duration::from_millis(pause));
+        let pid = device(&socket, "two")?
+            .and_then(|d| d["pid"].as_i64())
+            .ok_or("no pid")?;
+        sh(&format!("kill -9 {pid}"))?;
+        guest.run("new; dd if=/dev/$n of=/dev/null bs=64k count=16 iflag=direct status=none")?;
+        ctl(&socket, &["remove-device", "two", "--timeout", "300"])?;
+        guest.run("gone")?;
+    }
 
     // Clients that vanish, each a moment later: what has begun ends, and an event says how.
     for pause in [0, 2, 5, 10, 20] {

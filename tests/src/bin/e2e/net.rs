@@ -133,7 +133,15 @@ round off
 for f in tx rx sg tso gso gro; do ethtool -K eth0 $f on; done
 round again
 kill %1";
-    let mut vmm = guest(&host, &scratch, &format!(",backend={backend}"), script, &[])?;
+    let api = scratch.path("api");
+    let more = ["--api-socket", &api];
+    let mut vmm = guest(
+        &host,
+        &scratch,
+        &format!(",backend={backend}"),
+        script,
+        &more,
+    )?;
     for round in ["on", "off", "again"] {
         let up = scratch.path("up");
         let _sender = host.spawn(&format!(
@@ -158,6 +166,8 @@ kill %1";
         host.sh(UDP_ECHO)
             .map_err(|e| vmm.story(&format!("UDP, round {round}: {e}")))?;
         host.sh("ping -q -c 5 -i 0.2 -s 1400 -p 5aa5 10.5.0.2")?;
+        // W^X, descriptors, filters: after frames of every kind as before them.
+        super::rng::audited(&api, "bulkhead-net")?;
         vmm.type_text("\n")?;
     }
     vmm.ends_with(0, LIMIT)?;

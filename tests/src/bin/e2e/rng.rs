@@ -57,10 +57,11 @@ fn given(socket: &str, id: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| stats.to_string())
 }
 
-fn audited(socket: &str) -> Verdict {
+/// Nothing deviates, and a process of this policy is among what was looked at.
+pub fn audited(socket: &str, policy: &str) -> Verdict {
     let output = bulkhead(&["audit", "--api-socket", socket])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let named = text.contains("bulkhead-rng");
+    let named = text.contains(policy);
     check(output.status.success() && named, || text)
 }
 
@@ -93,7 +94,7 @@ while read -r line; do eval \"$line\"; done";
     guest.run("head -c 300000 /dev/hwrng >/tmp/c; [ $(gzip -c /tmp/c | wc -c) -gt 300000 ] && [ $(od -An -v -tx8 -w8 /tmp/c | sort -u | wc -l) = 37500 ]")?;
     let bytes = given(&socket, "dice")?;
     check(bytes >= 300_128, || format!("{bytes} bytes given"))?;
-    audited(&socket)?;
+    audited(&socket, "bulkhead-rng")?;
 
     // The process dies under a reader, three times, and is updated.
     guest.run("(while head -c 20000 /dev/hwrng >/tmp/r && [ $(stat -c %s /tmp/r) = 20000 ]; do echo >>/tmp/rounds; done; echo READER-'ENDED') & reader=$!")?;
@@ -188,7 +189,7 @@ fn without_a_guest() -> Verdict {
     let added = ctl(&socket, &["add-rng", "id=more"])?;
     check(added["port"] == "hp1", || added.to_string())?;
     kill_process(&socket, "more")?;
-    audited(&socket)?;
+    audited(&socket, "bulkhead-rng")?;
     ctl(&socket, &["limit", "more", "--memory", "64M"])?;
     let held = device(&socket, "more")?.unwrap_or_default()["granted_fds"].clone();
     check(held[2] == "/dev/random", || held.to_string())?;
