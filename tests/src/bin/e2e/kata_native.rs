@@ -12,7 +12,7 @@ use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::protobuf::well_known_types::empty::Empty;
 use bulkhead_proto::vmservice::{
     CapabilitiesVMResponse, CreateVMRequest, ModifyResourceRequest, ModifyType, VMState,
-    VirtioVsock, virtio_device::Kind,
+    VirtioConsole, virtio_device::Kind,
 };
 use bulkhead_proto::{BlockingClient, Code, MACHINE_SERVICE, VM_SERVICE, envelope};
 use bulkhead_tests::host::sh;
@@ -90,15 +90,15 @@ fn whole_life() -> Verdict {
 
     // Refused by name, before anything is made; then made.
     let good = machine(&scratch)?;
-    let mut vsock = good.clone();
-    let pcie = vsock.config.mut_or_insert_default().pcie.as_mut();
+    let mut console = good.clone();
+    let pcie = console.config.mut_or_insert_default().pcie.as_mut();
     let port = pcie.and_then(|pcie| pcie.root_complexes.first_mut());
     let port = port
         .and_then(|complex| complex.root_ports.get_mut(5))
         .ok_or("no port")?;
     let device = port.attached.mut_or_insert_default().mut_device();
-    device.mut_virtio().kind = Some(Kind::Vsock(VirtioVsock::new()));
-    client.refused("CreateVM", &vsock, Code::Unimplemented, "virtio.vsock")?;
+    device.mut_virtio().kind = Some(Kind::Console(VirtioConsole::new()));
+    client.refused("CreateVM", &console, Code::Unimplemented, "virtio.console")?;
     let mut absent = good.clone();
     absent
         .config
