@@ -79,6 +79,8 @@ struct Target {
     granted: Option<usize>,
     /// Kind of a device ("blk"), where the API tells.
     kind: Option<String>,
+    /// Landlock's ABI that is in force in it, as a device says.
+    landlock: Option<u32>,
     /// What is wrong with its place among the processes.
     misplaced: Vec<String>,
 }
@@ -282,8 +284,16 @@ fn report(target: Target) -> Report {
         pid,
         granted,
         kind,
-        misplaced,
+        landlock,
+        mut misplaced,
     } = target;
+    let newest = landlock_empty::of_this_kernel().abi;
+    if role == Role::Device && landlock.is_some_and(|abi| abi < newest) {
+        misplaced.push(format!(
+            "says that Landlock is in force by ABI {}, and this kernel has {newest}",
+            landlock.unwrap_or(0)
+        ));
+    }
     let name = printable(&name);
     match read {
         Ok(process) => {
@@ -341,6 +351,7 @@ type Found = (Vec<Target>, Vec<String>);
 struct Named {
     id: String,
     kind: String,
+    landlock: Option<u32>,
     pid: i32,
     granted: usize,
 }
@@ -400,6 +411,7 @@ fn named(client: &mut BlockingClient) -> Result<Vec<Named>, ClientError> {
     let devices = devices.into_iter().map(|device| Named {
         pid: device.pid,
         granted: device.granted_fds.len(),
+        landlock: device.helper.is_empty().then_some(device.landlock_abi),
         kind: device.kind,
         id: device.id,
     });
@@ -436,6 +448,7 @@ fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) 
         pid,
         granted: None,
         kind: None,
+        landlock: None,
         misplaced: Vec::new(),
     };
     let mut targets = vec![target(Role::Vmm, "vmm", vmm)];
@@ -467,6 +480,7 @@ fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) 
                 let mut entry = target(Role::Device, &device.id, device.pid);
                 entry.granted = (device.granted > 0).then_some(device.granted);
                 entry.kind = Some(device.kind.clone());
+                entry.landlock = device.landlock;
                 if tree.contains(device.pid) && tree.parent(device.pid) != launcher {
                     entry
                         .misplaced
@@ -510,6 +524,7 @@ mod tests {
         let named = pids.iter().map(|pid| Named {
             id: format!("d{pid}"),
             kind: "blk".to_owned(),
+            landlock: None,
             pid: *pid,
             granted: 3,
         });

@@ -115,7 +115,10 @@ pub fn render(audit: &Audit) -> String {
     }
     let _ = match (audit.landlock.abi, audit.landlock.missing) {
         (0, _) => writeln!(out, "note: Landlock: this kernel has none"),
-        (abi, "") => writeln!(out, "Landlock: ABI {abi}, all of it"),
+        (abi, "") => writeln!(
+            out,
+            "Landlock: ABI {abi} of this kernel's, all of it; device processes say that they use it"
+        ),
         (abi, missing) => writeln!(out, "note: Landlock: ABI {abi}, without {missing}"),
     };
     let cores = match (&audit.cores.pattern, audit.cores.piped) {

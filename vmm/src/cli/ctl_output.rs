@@ -86,6 +86,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "heartbeat_wakeups": info.counters.heartbeat_wakeups,
             "serial_bytes": info.counters.serial_bytes,
             "msi_gsis": info.counters.msi_gsis,
+            "memory_slots": info.counters.memory_slots,
         },
     })
 }
@@ -264,6 +265,7 @@ pub fn devices_json(devices: &DevicesResponse) -> Value {
                 "pci_address": device.pci_address, "port": device.port,
                 "version": device.version, "queues": device.queues,
                 "spawn_us": device.spawn_us, "granted_fds": device.granted_fds,
+                "landlock_abi": device.landlock_abi,
             })
         })
         .collect();

@@ -10,6 +10,7 @@
 mod raw;
 mod routing;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -110,6 +111,8 @@ pub struct KvmVm {
     routes: Mutex<RouteTable>,
     /// Keeps every mapping that KVM was told of for as long as `vm` exists.
     ram: Mutex<Vec<GuestRam>>,
+    /// Memory slots that are in use.
+    slots: Mutex<BTreeSet<u32>>,
 }
 
 impl KvmVm {
@@ -145,6 +148,7 @@ impl KvmVm {
             vm,
             routes: Mutex::new(routes),
             ram: Mutex::new(Vec::new()),
+            slots: Mutex::new(BTreeSet::new()),
         })
     }
 
@@ -190,8 +194,24 @@ impl KvmVm {
         for region in ram.regions() {
             raw::set_user_memory_region(&self.vm, region)
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION", REMEDY_MEMORY))?;
+            self.note_slot(region.slot, true);
         }
         Ok(())
+    }
+
+    fn note_slot(&self, slot: u32, used: bool) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if used {
+            slots.insert(slot);
+        } else {
+            slots.remove(&slot);
+        }
+    }
+
+    /// How many memory slots are in use.
+    pub(crate) fn memory_slots(&self) -> usize {
+        let slots = self.slots.lock();
+        slots.unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Gives the guest a region that can be plugged, or takes it away. It is of memory that
@@ -202,7 +222,9 @@ impl KvmVm {
             region.size = 0;
         }
         raw::set_user_memory_region(&self.vm, &region)
-            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION", REMEDY_MEMORY))
+            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION", REMEDY_MEMORY))?;
+        self.note_slot(region.slot, present);
+        Ok(())
     }
 
     /// The level-triggered line of IOAPIC pin `gsi`.

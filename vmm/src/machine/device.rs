@@ -173,6 +173,7 @@ impl Device {
             };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
+            info.landlock_abi = process.hello.confinement.landlock_abi;
             info.spawn_us = process.ready_us;
         }
         info.queues = self.queues;

@@ -122,11 +122,15 @@ fn kinds(rounds: u32) -> Verdict {
     };
     round(&mut guest)?;
     let (before, gsis) = (holdings(pid)?, counter(&api, "msi_gsis")?);
+    let slots = counter(&api, "memory_slots")?;
     for _ in 0..rounds {
         round(&mut guest)?;
     }
     settled(pid, &before)?;
     routes(&api, gsis)?;
+    check(counter(&api, "memory_slots")? == slots, || {
+        "memory slots".into()
+    })?;
 
     // Files of virtiofsd's, which goes when its only client does.
     ctl(

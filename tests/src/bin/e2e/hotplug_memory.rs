@@ -146,6 +146,13 @@ while read -r line; do eval \"$line\"; done";
     // Written before, read after: nothing that was there is disturbed.
     guest.run("dd if=/dev/urandom of=/dev/shm/old bs=1M count=40 status=none; sha256sum /dev/shm/old >/tmp/old")?;
 
+    let slots = |socket: &str| -> Result<u64, String> {
+        let info = ctl(socket, &["info"])?;
+        let slots = info["counters"]["memory_slots"].as_u64();
+        slots.ok_or_else(|| info.to_string())
+    };
+    let at_first = slots(&socket)?;
+
     // Grow, with the process killed in the middle of it.
     let asked = resize(&socket, MAX)?;
     check(asked["requested_bytes"] == MAX * MIB, || asked.to_string())?;
@@ -175,6 +182,10 @@ while read -r line; do eval \"$line\"; done";
     reaches(&socket, BASE, &guest.vmm)?;
     let left = held(&guest.vmm)?;
     check(left == 0, || format!("{left} KiB of {full} are still held"))?;
+    let now = slots(&socket)?;
+    check(now == at_first, || {
+        format!("{now} memory slots, {at_first} before")
+    })?;
     guest.run("sha256sum -c --status /tmp/old; [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -lt 400000 ]")?;
 
     // Half of it again, over the same places.

@@ -263,6 +263,8 @@ impl Host {
                     counters.pio_exits = counters.pio_exits.saturating_add(vcpu.pio);
                 }
                 counters.msi_gsis = u64::try_from(machine.parts.kvm.gsis()).unwrap_or(u64::MAX);
+                let slots = machine.parts.kvm.memory_slots();
+                counters.memory_slots = u64::try_from(slots).unwrap_or(u64::MAX);
                 info.ports = self.ports();
                 info.cpus = machine.parts.hotplug.present_cpus();
                 info.memory = self.memory_info().into();
