@@ -15,6 +15,7 @@ use bulkhead_runtime::clock;
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::seat::Seat;
+use bulkhead_runtime::status::Sleep;
 use bulkhead_runtime::sys::{self, PollFd};
 
 use crate::dial::Dialer;
@@ -293,10 +294,20 @@ impl Worker {
                 i32::try_from(left.saturating_add(1)).unwrap_or(i32::MAX)
             }
         };
-        let [first, ..] = &self.seats;
+        let [first, transmit, event] = &self.seats;
         first.port.status().syscalls.add(1);
+        // Buffers for packets and events wait for those; packets of the guest's wait where it takes
+        // no answers.
+        first.port.status().sleeps(Sleep::ByOrder);
+        event.port.status().sleeps(Sleep::ByOrder);
+        if !self.streams.takes_packets() {
+            transmit.port.status().sleeps(Sleep::ByOrder);
+        }
         // An error of ppoll (short of memory) makes this a busy loop, no worse.
         let _ = sys::poll(&mut self.fds, timeout);
+        for seat in &self.seats {
+            seat.port.status().sleeps(Sleep::Idle);
+        }
         let happened = |at: usize| self.fds.get(at).map_or(0, PollFd::revents);
         let ordered: [bool; QUEUES] = std::array::from_fn(|queue| happened(queue) != 0);
         let kicked: [i16; QUEUES] =
