@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 
 use super::supervise::{Budget, CrashReason, Decision, Supervisor};
 
-/// How long a process that hung up has to end by itself, so that it can be told why.
-pub const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long a process that hung up has to end by itself, so that it can be told why. One that was
+/// killed closes its channels first, and may then take long to let go of rings and memory; one that
+/// ends is known at once.
+pub const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a process that was killed, and its I/O, may take to be gone.
 const END_LIMIT: Duration = Duration::from_secs(30);
 /// How long a new process may take to be started, greeted and told what it must know.

@@ -163,7 +163,11 @@ impl Newcomer {
         let mut request = HelloRequest::new();
         request.device_id.clone_from(&self.id);
         request.incarnation = self.incarnation;
-        self.call(Step::Hello, "Hello", &request)
+        match self.call(Step::Hello, "Hello", &request) {
+            // That is told when its channel is looked at.
+            Ok(()) | Err(Fault::HungUp) => Ok(()),
+            Err(Fault::Wrong(why)) => Err(why),
+        }
     }
 
     /// Its control channel is ready, or a deadline may have come. True: it is ready.
@@ -183,14 +187,11 @@ impl Newcomer {
             self.advance(&payload)?;
         }
         // What it said before it broke the channel counts, but is of no use.
-        result.map_err(|error| match error {
-            ClientError::Closed => Fault::HungUp,
-            other => Fault::Wrong(explain(&other)),
-        })?;
+        result.map_err(fault)?;
         Ok(self.step == Step::Ready)
     }
 
-    fn advance(&mut self, payload: &[u8]) -> Result<(), String> {
+    fn advance(&mut self, payload: &[u8]) -> Result<(), Fault> {
         if self.step == Step::Hello {
             let hello = HelloResponse::parse_from_bytes(payload)
                 .map_err(|error| format!("it sent a malformed {}: {error}", HelloResponse::NAME))?;
@@ -207,16 +208,11 @@ impl Newcomer {
         Ok(())
     }
 
-    fn call<Req: Message>(
-        &mut self,
-        step: Step,
-        method: &str,
-        request: &Req,
-    ) -> Result<(), String> {
+    fn call<Req: Message>(&mut self, step: Step, method: &str, request: &Req) -> Result<(), Fault> {
         self.step = step;
         self.client
             .call(DEVICE_SERVICE, method, request, CALL_LIMIT, 1)
-            .map_err(|error| explain(&error))
+            .map_err(fault)
     }
 
     /// When [`on_event`](Self::on_event) is due.
@@ -250,11 +246,14 @@ impl AsFd for Newcomer {
     }
 }
 
-fn explain(error: &ClientError) -> String {
+/// What became of its channel; where it hung up, its end says more.
+fn fault(error: ClientError) -> Fault {
     match error {
-        ClientError::Closed => "it closed its control channel".into(),
-        ClientError::Timeout(span) => format!("it did not answer within {} s", span.as_secs()),
-        other => format!("its control channel: {other}"),
+        ClientError::Closed => Fault::HungUp,
+        ClientError::Timeout(span) => {
+            Fault::Wrong(format!("it did not answer within {} s", span.as_secs()))
+        }
+        other => Fault::Wrong(format!("its control channel: {other}")),
     }
 }
 
@@ -384,6 +383,13 @@ mod tests {
         bed.newcomer.greet().unwrap();
         let (_, other) = UnixStream::pair().unwrap();
         bed.device = ControlServer::new(other, CONTROL_MAX_FRAME);
+        let line = bed.newcomer.on_event(bed.now).unwrap_err();
+        assert_eq!(line, Fault::HungUp);
+        // Nor can one be blamed for it to which nothing can be said any more.
+        let mut bed = self::bed(&Changes::default(), false);
+        let (_, other) = UnixStream::pair().unwrap();
+        bed.device = ControlServer::new(other, CONTROL_MAX_FRAME);
+        bed.newcomer.greet().unwrap();
         let line = bed.newcomer.on_event(bed.now).unwrap_err();
         assert_eq!(line, Fault::HungUp);
     }

@@ -151,7 +151,7 @@ impl Supervisor {
         let step = recent.saturating_mul(5) / allowed.max(5);
         let pause = match u32::try_from(step) {
             Ok(0) => Duration::ZERO,
-            Ok(n) => FIRST_PAUSE.saturating_mul(1 << n.saturating_sub(1).min(10)),
+            Ok(n) => FIRST_PAUSE.saturating_mul(4u32.saturating_pow(n.saturating_sub(1))),
             Err(_) => LONGEST_PAUSE,
         };
         Decision::Restart(pause.min(LONGEST_PAUSE))
@@ -231,9 +231,9 @@ mod tests {
             [
                 restart(0),
                 restart(50),
-                restart(100),
                 restart(200),
-                restart(400),
+                restart(800),
+                restart(3200),
                 Decision::Quarantine
             ]
         );
