@@ -166,7 +166,8 @@ fn cores() -> Verdict {
     }
     let (disk, api) = (scratch.disk("disk", 1 << 20, 41)?, scratch.path("api"));
     let disk = format!("path={disk},id=root");
-    for victim in ["device", "launcher", "vmm"] {
+    // The launcher is the first process of its pid namespace: the kernel sends it no such signal.
+    for victim in ["device", "vmm"] {
         let args = [
             "--disk",
             &disk,
@@ -181,7 +182,6 @@ fn cores() -> Verdict {
         vmm.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
         let pids = match victim {
             "vmm" => vec![vmm.pid().to_string()],
-            "launcher" => vec![ctl(&api, &["info"])?["launcher_pid"].to_string()],
             _ => {
                 let devices = ctl(&api, &["devices"])?;
                 let devices = devices.as_array().cloned().unwrap_or_default();
