@@ -10,6 +10,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::launcher::ExitOutcome;
+use crate::vhost_user::VhostUserError;
+use crate::virtio::ReconnectError;
 
 /// Pause before the second restart within a window; it doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -49,6 +51,15 @@ impl CrashReason {
             ExitOutcome::Status(status) => Self::Exit(status),
             ExitOutcome::Signal(signal) => Self::Signal(signal),
             ExitOutcome::Violation(call) => Self::Violation(call.name()),
+        }
+    }
+
+    /// Why the process that was to take the rings over did not; `None`: its own end will tell,
+    /// or whatever it was that had the function given up.
+    pub fn from_takeover(error: &ReconnectError) -> Option<Self> {
+        match error {
+            ReconnectError::Backend(_, VhostUserError::Closed) | ReconnectError::GivenUp(_) => None,
+            other => Some(Self::Start(other.to_string())),
         }
     }
 
@@ -218,6 +229,21 @@ mod tests {
 
     fn at(start: Instant, ms: u64) -> Instant {
         start + Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_takeover_that_was_cut_short_is_explained_by_the_end_of_its_process() {
+        let cut = [
+            ReconnectError::GivenUp("vda".into()),
+            ReconnectError::Backend("vda".into(), VhostUserError::Closed),
+        ];
+        for error in cut {
+            assert_eq!(CrashReason::from_takeover(&error), None);
+        }
+        let (id, missing) = ("vda".into(), 1);
+        let unfit = ReconnectError::Features { id, missing };
+        let reason = CrashReason::from_takeover(&unfit);
+        assert_eq!(reason.map(|reason| reason.class()), Some("start"));
     }
 
     #[test]

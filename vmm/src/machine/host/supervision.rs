@@ -19,7 +19,6 @@ use crate::machine::state::MachineState;
 use crate::machine::supervise::{CrashReason, HangDetector, RingLook};
 use crate::machine::told;
 use crate::machine::trial::{Ended, Trial};
-use crate::vhost_user::VhostUserError;
 use crate::virtio::{FailReason, Indices, ReconnectError, Reconnected};
 
 /// Why a process was given up, as the supervisor has it; `None`: its end will tell.
@@ -401,10 +400,7 @@ impl Host {
         if self.hands_over(index) {
             return self.end_trial(index, &error.to_string());
         }
-        let reason = match error {
-            ReconnectError::Backend(_, VhostUserError::Closed) => None,
-            other => Some(CrashReason::Start(other.to_string())),
-        };
+        let reason = CrashReason::from_takeover(error);
         self.with_life(index, |life, now| life.lost(reason, now));
     }
 
