@@ -177,6 +177,9 @@ impl Device for Block {
         if update.size_bytes != 0 {
             done.config_changed = self.grow(update.size_bytes)?;
         }
+        if update.pulled {
+            self.disk.pull();
+        }
         if let Some((bytes, operations)) = rates {
             self.disk.limiter.set(bytes, operations, Instant::now());
         }

@@ -160,6 +160,8 @@ pub struct Disk {
     sectors: AtomicU64,
     /// The driver's choice, while it has one (VIRTIO_BLK_F_CONFIG_WCE).
     writeback: AtomicBool,
+    /// It is being pulled out: requests fail.
+    pulled: AtomicBool,
     /// Discard is offered: what was offered once stays so.
     discard: bool,
     /// Secure erase is offered.
@@ -182,6 +184,7 @@ impl Disk {
             max_size: None,
             sectors: AtomicU64::new(sectors),
             writeback: AtomicBool::new(true),
+            pulled: AtomicBool::new(false),
             discard: false,
             secure_erase: false,
             punch: AtomicBool::new(false),
@@ -296,6 +299,17 @@ impl Disk {
     /// The driver's choice of cache mode; true is writeback (5.2.5).
     pub fn set_writeback(&self, writeback: bool) {
         self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// The disk is being pulled out: from now on every request that is taken fails, for good.
+    pub fn pull(&self) {
+        self.pulled.store(true, Ordering::Release);
+    }
+
+    /// Whether it is being pulled out.
+    #[inline]
+    pub fn is_pulled(&self) -> bool {
+        self.pulled.load(Ordering::Acquire)
     }
 
     /// The cache mode as the driver reads it.

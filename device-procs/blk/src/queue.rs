@@ -225,6 +225,12 @@ impl Queue {
                     return None;
                 }
             };
+            let action = if self.disk.is_pulled() {
+                slot.transfer.finish();
+                Action::Answer(Status::IoErr, 0)
+            } else {
+                action
+            };
             if self.disk.limiter.is_limited() && !self.may_pass(index, action) {
                 self.ring.unpop(head);
                 return None;

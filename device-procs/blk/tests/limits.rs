@@ -158,6 +158,32 @@ fn a_throttled_queue_obeys_orders_at_once() {
 }
 
 #[test]
+fn requests_of_a_disk_that_is_pulled_out_fail_those_beyond_a_limit_too() {
+    engines(|engine| {
+        let (_scratch, mut blk, mut control, mut vm) = start("pulled", engine, ",iops=1:1", 1);
+        offer(&mut vm, 0, REQUESTS);
+        wait_for("the limit", || throttled(&mut control) > 0);
+        let good = control.stats().queues[0].requests;
+        control.pull().unwrap();
+        for done in 0..u64::from(REQUESTS) {
+            let (head, len) = vm.completion(0);
+            let failed = done >= good;
+            assert_eq!(len, if failed { 1 } else { 513 }, "{engine}");
+            let data = DATA + 0x400 * u64::from(head / 2);
+            assert_eq!(vm.read_mem(data + 512, 1), [u8::from(failed)], "{engine}");
+        }
+        // Those that come are no better off.
+        offer(&mut vm, 0, 1);
+        assert_eq!(vm.completion(0).1, 1, "{engine}");
+        assert_eq!(
+            control.stats().queues[0].errors,
+            u64::from(REQUESTS) - good + 1
+        );
+        assert!(blk.is_running());
+    });
+}
+
+#[test]
 fn limits_that_make_no_sense_are_refused_and_change_nothing() {
     engines(|engine| {
         let (_scratch, _blk, mut control, mut vm) = start("nonsense", engine, "", 1);

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
-use lexopt::prelude::*;
+use bulkhead_runtime::inherited::{self, Inherited, needed};
+use bulkhead_runtime::program::{self, UsageError, bad};
 
 use crate::state::Area;
 
@@ -37,29 +37,12 @@ pub type Command = program::Command<Options>;
 /// All options of a serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Control channel.
-    pub control: RawFd,
-    /// vhost-user channel.
-    pub vhost: RawFd,
-    /// Fence.
-    pub fence: Option<RawFd>,
+    /// What every such process is told.
+    pub inherited: Inherited,
     /// Bell.
     pub bell: RawFd,
     /// The memory.
     pub area: Area,
-    /// Log more.
-    pub verbose: bool,
-}
-
-#[derive(Default)]
-struct Raw {
-    control: Option<RawFd>,
-    vhost: Option<RawFd>,
-    fence: Option<RawFd>,
-    bell: Option<RawFd>,
-    area: Option<(u64, u64)>,
-    block: Option<u64>,
-    verbose: bool,
 }
 
 /// Reads a command line, without the program's name.
@@ -67,68 +50,42 @@ struct Raw {
 /// # Errors
 /// It makes no sense.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
-    let mut parser = lexopt::Parser::from_args(args);
-    let mut raw = Raw::default();
-    let mut given = Given::default();
-    while let Some(arg) = parser.next()? {
-        given.once(&arg)?;
-        match arg {
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
-            Short('v') | Long("verbose") => raw.verbose = true,
-            Long("control-fd") => {
-                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
-            }
-            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
-            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
-            Long("bell-fd") => raw.bell = Some(fd("--bell-fd", &parser.value()?.string()?)?),
-            Long("area") => {
-                let text = parser.value()?.string()?;
+    let (mut bell, mut area, mut block) = (None, None, None);
+    let command = inherited::parse(args, |name, value| {
+        match name {
+            "bell-fd" => bell = Some(value.fd("--bell-fd")?),
+            "area" => {
+                let text = value.text()?;
                 let parts = text.split_once(':').map(|(a, b)| (a.parse(), b.parse()));
-                raw.area = match parts {
+                area = match parts {
                     Some((Ok(start), Ok(size))) => Some((start, size)),
                     _ => return bad("--area", "must be START:SIZE in bytes"),
                 };
             }
-            Long("block") => {
-                raw.block = match parser.value()?.string()?.parse() {
+            "block" => {
+                block = match value.text()?.parse() {
                     Ok(block) => Some(block),
                     Err(_) => return bad("--block", "must be a number of bytes"),
                 };
             }
-            other => return Err(other.unexpected().into()),
+            _ => return Ok(false),
         }
-    }
-    raw.check().map(Command::Serve)
-}
-
-impl Raw {
-    fn check(self) -> Result<Options, UsageError> {
-        let (Some(control), Some(vhost), Some(bell)) = (self.control, self.vhost, self.bell) else {
-            return bad(
-                "--control-fd",
-                "is needed, and so are --vhost-fd and --bell-fd: start this program through bulkhead",
-            );
-        };
-        let (Some((start, size)), Some(block)) = (self.area, self.block) else {
-            return bad("--area", "is needed, and so is --block");
-        };
-        let area = match Area::new(start, size, block) {
+        Ok(true)
+    })?;
+    command.try_map(|inherited| {
+        let bell = needed("--bell-fd", bell)?;
+        let (start, size) = needed("--area", area)?;
+        let area = match Area::new(start, size, needed("--block", block)?) {
             Ok(area) => area,
             Err(why) => return bad("--area", why),
         };
-        let mut numbers = vec![control, vhost, bell];
-        numbers.extend(self.fence);
-        distinct("--bell-fd", numbers)?;
+        inherited.distinct("--bell-fd", [bell])?;
         Ok(Options {
-            control,
-            vhost,
-            fence: self.fence,
+            inherited,
             bell,
             area,
-            verbose: self.verbose,
         })
-    }
+    })
 }
 
 #[cfg(test)]
@@ -147,7 +104,7 @@ mod tests {
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --bell-fd 5 --fence-fd 6 --area 4294967296:4194304 --block 2097152";
         let options = serve(whole).unwrap();
-        assert_eq!((options.bell, options.fence), (5, Some(6)));
+        assert_eq!((options.bell, options.inherited.fence), (5, Some(6)));
         assert_eq!(options.area.size, 4 << 20);
         for (from, to) in [
             ("--control-fd 3", ""),

@@ -277,6 +277,28 @@ fn datagrams_go_both_ways_in_one_piece_where_that_was_negotiated() {
 }
 
 #[test]
+fn a_datagram_that_is_to_be_cut_into_fragments_leaves_where_that_was_negotiated() {
+    engines(|engine, args| {
+        let scratch = Scratch::new(&format!("ufo-{engine}"));
+        let socket = scratch.path("s");
+        let tap = format!("t-{engine}");
+        let _net = Net::listen(&socket, &tap, args);
+        let needed = f::F_CSUM | f::F_HOST_UFO;
+        let mut vm = Vm::connect(&socket, 3);
+        assert_eq!(vm.features & needed, needed, "every kernel's tap has it");
+        vm.start();
+        // With a header of its own, a packet socket tells of no such frame.
+        let wire = Wire::new(&tap, false);
+        let out = udp(PEER, MAC_BYTES, 4000);
+        let mut header = PLAIN;
+        header[..10].copy_from_slice(&DATAGRAMS);
+        header[1] = 3;
+        vm.send(1, &header, &out);
+        assert_eq!(wire.receive(), out, "{engine}: out in one piece");
+    });
+}
+
+#[test]
 fn a_frame_with_work_left_that_was_never_negotiated_is_dropped_and_counted_and_others_pass() {
     engines(|engine, args| {
         let scratch = Scratch::new(&format!("gso-{engine}"));

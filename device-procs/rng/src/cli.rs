@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
+use bulkhead_runtime::inherited::{self, Inherited, needed};
 use bulkhead_runtime::limit::Rate;
-use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
-use lexopt::prelude::*;
+use bulkhead_runtime::program::{self, UsageError, bad};
 
 /// Text of --help.
 pub const HELP: &str = "\
@@ -35,28 +35,12 @@ pub type Command = program::Command<Options>;
 /// All options of a serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Control channel.
-    pub control: RawFd,
-    /// vhost-user channel.
-    pub vhost: RawFd,
-    /// Fence.
-    pub fence: Option<RawFd>,
+    /// What every such process is told.
+    pub inherited: Inherited,
     /// Where random bytes are read.
     pub source: RawFd,
     /// How many a second; `None`: as many as there are.
     pub bytes: Option<Rate>,
-    /// Log more.
-    pub verbose: bool,
-}
-
-#[derive(Default)]
-struct Raw {
-    control: Option<RawFd>,
-    vhost: Option<RawFd>,
-    fence: Option<RawFd>,
-    source: Option<RawFd>,
-    bytes: Option<Rate>,
-    verbose: bool,
 }
 
 /// Reads a command line, without the program's name.
@@ -64,49 +48,24 @@ struct Raw {
 /// # Errors
 /// It makes no sense.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
-    let mut parser = lexopt::Parser::from_args(args);
-    let mut raw = Raw::default();
-    let mut given = Given::default();
-    while let Some(arg) = parser.next()? {
-        given.once(&arg)?;
-        match arg {
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
-            Short('v') | Long("verbose") => raw.verbose = true,
-            Long("control-fd") => {
-                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
-            }
-            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
-            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
-            Long("source-fd") => raw.source = Some(fd("--source-fd", &parser.value()?.string()?)?),
-            Long("bps") => raw.bytes = rate(&parser.value()?.string()?)?,
-            other => return Err(other.unexpected().into()),
+    let (mut source, mut bytes) = (None, None);
+    let command = inherited::parse(args, |name, value| {
+        match name {
+            "source-fd" => source = Some(value.fd("--source-fd")?),
+            "bps" => bytes = rate(&value.text()?)?,
+            _ => return Ok(false),
         }
-    }
-    raw.check().map(Command::Serve)
-}
-
-impl Raw {
-    fn check(self) -> Result<Options, UsageError> {
-        let (Some(control), Some(vhost), Some(source)) = (self.control, self.vhost, self.source)
-        else {
-            return bad(
-                "--control-fd",
-                "is needed, and so are --vhost-fd and --source-fd: start this program through bulkhead",
-            );
-        };
-        let mut numbers = vec![control, vhost, source];
-        numbers.extend(self.fence);
-        distinct("--source-fd", numbers)?;
+        Ok(true)
+    })?;
+    command.try_map(|inherited| {
+        let source = needed("--source-fd", source)?;
+        inherited.distinct("--source-fd", [source])?;
         Ok(Options {
-            control,
-            vhost,
-            fence: self.fence,
+            inherited,
             source,
-            bytes: self.bytes,
-            verbose: self.verbose,
+            bytes,
         })
-    }
+    })
 }
 
 /// `N[:BURST]`
@@ -134,7 +93,7 @@ mod tests {
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --source-fd 5 --fence-fd 6 --bps 1000:20";
         let options = serve(whole).unwrap();
-        assert_eq!((options.source, options.fence), (5, Some(6)));
+        assert_eq!((options.source, options.inherited.fence), (5, Some(6)));
         assert_eq!(options.bytes, Rate::new("", 1000, 20).unwrap());
         assert_eq!(
             serve("--control-fd 3 --vhost-fd 4 --source-fd 5").map(|o| o.bytes),

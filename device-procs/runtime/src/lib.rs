@@ -29,6 +29,7 @@ pub mod driver;
 #[cfg(feature = "hostile")]
 pub mod hostile;
 pub mod inflight;
+pub mod inherited;
 pub mod limit;
 mod link;
 pub mod logger;

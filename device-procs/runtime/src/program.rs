@@ -23,6 +23,20 @@ pub enum Command<O> {
     Serve(O),
 }
 
+impl<O> Command<O> {
+    /// What is to be served, in other words.
+    ///
+    /// # Errors
+    /// That of `change`.
+    pub fn try_map<P, E>(self, change: impl FnOnce(O) -> Result<P, E>) -> Result<Command<P>, E> {
+        match self {
+            Self::Help => Ok(Command::Help),
+            Self::Version => Ok(Command::Version),
+            Self::Serve(options) => change(options).map(Command::Serve),
+        }
+    }
+}
+
 /// A command line that makes no sense; exit status 2.
 #[derive(Debug, thiserror::Error)]
 pub enum UsageError {

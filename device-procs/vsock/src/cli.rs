@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use bulkhead_runtime::program::{self, Given, UsageError, bad, distinct, fd};
-use lexopt::prelude::*;
+use bulkhead_runtime::inherited::{self, Inherited, needed};
+use bulkhead_runtime::program::{self, UsageError, bad};
 
 /// Address of a guest that was given none: the first that a guest may have.
 const DEFAULT_CID: u64 = 3;
@@ -40,31 +40,14 @@ pub type Command = program::Command<Options>;
 /// All options of a serving process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Control channel.
-    pub control: RawFd,
-    /// vhost-user channel.
-    pub vhost: RawFd,
-    /// Fence.
-    pub fence: Option<RawFd>,
+    /// What every such process is told.
+    pub inherited: Inherited,
     /// Where clients come.
     pub listener: RawFd,
     /// Where connections are asked for.
     pub dial: Option<RawFd>,
     /// The guest's address.
     pub cid: u64,
-    /// Log more.
-    pub verbose: bool,
-}
-
-#[derive(Default)]
-struct Raw {
-    control: Option<RawFd>,
-    vhost: Option<RawFd>,
-    fence: Option<RawFd>,
-    listener: Option<RawFd>,
-    dial: Option<RawFd>,
-    cid: Option<u64>,
-    verbose: bool,
 }
 
 /// Reads a command line, without the program's name.
@@ -72,60 +55,31 @@ struct Raw {
 /// # Errors
 /// It makes no sense.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
-    let mut parser = lexopt::Parser::from_args(args);
-    let mut raw = Raw::default();
-    let mut given = Given::default();
-    while let Some(arg) = parser.next()? {
-        given.once(&arg)?;
-        match arg {
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
-            Short('v') | Long("verbose") => raw.verbose = true,
-            Long("control-fd") => {
-                raw.control = Some(fd("--control-fd", &parser.value()?.string()?)?)
-            }
-            Long("vhost-fd") => raw.vhost = Some(fd("--vhost-fd", &parser.value()?.string()?)?),
-            Long("fence-fd") => raw.fence = Some(fd("--fence-fd", &parser.value()?.string()?)?),
-            Long("listen-fd") => {
-                raw.listener = Some(fd("--listen-fd", &parser.value()?.string()?)?)
-            }
-            Long("dial-fd") => raw.dial = Some(fd("--dial-fd", &parser.value()?.string()?)?),
-            Long("cid") => {
-                raw.cid = match parser.value()?.string()?.parse::<u32>() {
-                    Ok(cid) if (3..u32::MAX).contains(&cid) => Some(cid.into()),
+    let (mut listener, mut dial, mut cid) = (None, None, DEFAULT_CID);
+    let command = inherited::parse(args, |name, value| {
+        match name {
+            "listen-fd" => listener = Some(value.fd("--listen-fd")?),
+            "dial-fd" => dial = Some(value.fd("--dial-fd")?),
+            "cid" => {
+                cid = match value.text()?.parse::<u32>() {
+                    Ok(cid) if (3..u32::MAX).contains(&cid) => cid.into(),
                     _ => return bad("--cid", "must be from 3 to 4294967294"),
                 };
             }
-            other => return Err(other.unexpected().into()),
+            _ => return Ok(false),
         }
-    }
-    raw.check().map(Command::Serve)
-}
-
-impl Raw {
-    fn check(self) -> Result<Options, UsageError> {
-        let (Some(control), Some(vhost), Some(listener)) =
-            (self.control, self.vhost, self.listener)
-        else {
-            return bad(
-                "--control-fd",
-                "is needed, and so are --vhost-fd and --listen-fd: start this program through bulkhead",
-            );
-        };
-        let mut numbers = vec![control, vhost, listener];
-        numbers.extend(self.fence);
-        numbers.extend(self.dial);
-        distinct("--listen-fd", numbers)?;
+        Ok(true)
+    })?;
+    command.try_map(|inherited| {
+        let listener = needed("--listen-fd", listener)?;
+        inherited.distinct("--listen-fd", [listener].into_iter().chain(dial))?;
         Ok(Options {
-            control,
-            vhost,
-            fence: self.fence,
+            inherited,
             listener,
-            dial: self.dial,
-            cid: self.cid.unwrap_or(DEFAULT_CID),
-            verbose: self.verbose,
+            dial,
+            cid,
         })
-    }
+    })
 }
 
 #[cfg(test)]
@@ -145,7 +99,12 @@ mod tests {
         let whole = "--control-fd 3 --vhost-fd 4 --listen-fd 5 --fence-fd 6 --dial-fd 7 --cid 77";
         let options = serve(whole).unwrap();
         assert_eq!(
-            (options.listener, options.fence, options.dial, options.cid),
+            (
+                options.listener,
+                options.inherited.fence,
+                options.dial,
+                options.cid
+            ),
             (5, Some(6), Some(7), 77)
         );
         for (from, to) in [

@@ -37,11 +37,18 @@ pub(super) fn validate<'a>(
     let cpus = config.cpus.as_ref().map_or(1, |cpus| cpus.boot);
     let mut taps = BTreeSet::new();
     let mut fds = BTreeSet::new();
+    let mut macs = BTreeSet::new();
     for (index, net) in config.nets.iter().enumerate() {
         let name = format!("config.nets[{index}]");
         known(&name, net)?;
         take_id(&name, &net.id, ids)?;
         check_net(&name, net, cpus)?;
+        if !net.mac.is_empty() && !macs.insert(net.mac.as_slice()) {
+            return Err(format!(
+                "{name}.mac: {} is another device's address: give each its own, or none",
+                crate::machine::net_mac::format(&net.mac)
+            ));
+        }
         if let Some(net_config::Backend::Tap(tap)) = &net.backend {
             if !tap.name.is_empty() && !taps.insert(tap.name.as_str()) {
                 return Err(format!(
@@ -485,6 +492,14 @@ mod tests {
             Vec::new(),
         );
         assert!(twice.unwrap_err().starts_with("config.nets[1].tap.name"));
+        let same = ["a", "b"].map(|name| {
+            let mut net = tap(name);
+            net.mac = vec![2, 0, 0, 0, 0, 1];
+            net
+        });
+        let same = with(same.into(), Vec::new()).unwrap_err();
+        let told = "config.nets[1].mac: 02:00:00:00:00:01 is another device's address";
+        assert!(same.starts_with(told), "{same}");
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use bulkhead_proto::ControlServer;
-use bulkhead_proto::device::{DrainResponse, HealthResponse, RingHealth, TakeRequestResponse};
+use bulkhead_proto::device::{
+    BlkUpdate, DrainResponse, HealthResponse, MemRequest, RingHealth, TakeRequestResponse,
+};
 use bulkhead_proto::server::{CONTROL_MAX_FRAME, Closed};
 
 use super::*;

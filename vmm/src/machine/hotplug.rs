@@ -75,6 +75,12 @@ impl Addition {
                 vsock.id
             ));
         }
+        if matches!(self, Self::VhostUser(device) if device.optional) {
+            return Err(
+                "vhost_user.optional (required=off) is for devices that a machine starts with: leave it out"
+                    .into(),
+            );
+        }
         let mut config = machine.clone();
         // Ports are counted when one is looked for.
         config.hotplug_ports.clear();
@@ -295,6 +301,10 @@ mod tests {
         wrong.path = "relative".into();
         let wrong = Addition::Disk(wrong).validate(&machine).unwrap_err();
         assert!(wrong.starts_with("disk.path is \"relative\""), "{wrong}");
+        let mut absent = VhostUserConfig::new();
+        absent.optional = true;
+        let why = Addition::VhostUser(absent).validate(&machine).unwrap_err();
+        assert!(why.contains("required=off"), "{why}");
         let bare = Addition::Net(NetConfig::new());
         assert!(bare.validate(&machine).is_err());
         let mut socket = VsockConfig::new();

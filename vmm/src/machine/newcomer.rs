@@ -28,11 +28,14 @@ pub struct Changes {
 impl Changes {
     /// A disk's process was told this. Its size is its file's.
     pub fn disk(&mut self, update: &BlkUpdate) {
-        if update.limits.is_some() {
-            let mut kept = BlkUpdate::new();
-            kept.limits = update.limits.clone();
-            self.blk = Some(kept);
+        if update.limits.is_none() && !update.pulled {
+            return;
         }
+        let kept = self.blk.get_or_insert_default();
+        if update.limits.is_some() {
+            kept.limits = update.limits.clone();
+        }
+        kept.pulled |= update.pulled;
     }
 
     /// A network device's process was told this.
@@ -335,6 +338,11 @@ mod tests {
         assert_eq!(changes, Changes::default(), "a size is the file's");
         update.limits = Some(DiskLimits::new()).into();
         changes.disk(&update);
+        let mut pulled = BlkUpdate::new();
+        pulled.pulled = true;
+        changes.disk(&pulled);
+        let kept = changes.request().unwrap();
+        assert!(kept.blk().pulled && kept.blk().limits.is_some());
         let mut bed = bed(&changes, true);
         bed.newcomer.greet().unwrap();
         let hello = Ok(hello(7, "blk"));

@@ -282,6 +282,13 @@ impl Control {
         self.update(update)
     }
 
+    /// The disk is pulled out.
+    pub fn pull(&mut self) -> Result<(), String> {
+        let mut update = BlkUpdate::new();
+        update.pulled = true;
+        self.update(update)
+    }
+
     pub fn resize(&mut self, bytes: u64) -> Result<(), String> {
         let mut update = BlkUpdate::new();
         update.size_bytes = bytes;

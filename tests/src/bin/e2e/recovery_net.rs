@@ -20,6 +20,11 @@ pub fn tests() -> Vec<Test> {
     };
     vec![
         test(
+            "a guest announces its address on the tap after its network process died and when its link comes back",
+            false,
+            announces,
+        ),
+        test(
             "a network process is killed 4 times during iperf3 both ways: the flow goes on",
             false,
             || killed_under_iperf("user", 4),
@@ -117,6 +122,72 @@ kill -0 $flow && kill -INT $flow && wait $flow; cat /tmp/out; echo OVER";
         output.contains("sender") && !output.contains("unable"),
         || vmm.story("the client broke off"),
     )?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(Duration::from_secs(5))
+}
+
+/// Switches on the way learn by an announcement where a guest is now. Nobody else says a word.
+fn announces() -> Verdict {
+    let scratch = Scratch::new("announce")?;
+    let socket = scratch.path("api");
+    let host = Namespace::new("announce")?;
+    let nets = [("tap0", "10.5.0", "user"), ("tap1", "10.5.1", "vhost-net")];
+    let mut options = vec!["--api-socket".to_owned(), socket.clone()];
+    for (tap, network, backend) in nets {
+        host.tap(tap, &format!("{network}.1/24"), "")?;
+        // An entry comes of an announcement, too.
+        host.sh(&format!("sysctl -q -w net.ipv4.conf.{tap}.arp_accept=1"))?;
+        options.push("--net".to_owned());
+        options.push(format!("tap={tap},id={tap},backend={backend}"));
+    }
+    let script = "for n in 0 1; do ip link set eth$n up; ip addr add 10.5.$n.2/24 dev eth$n; done
+until ping -q -c 1 -W 1 10.5.0.1 >/dev/null && ping -q -c 1 -W 1 10.5.1.1 >/dev/null; do :; done
+echo READY; read -r line; echo OVER";
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut vmm = host.debian(&scratch, script, &options)?;
+    vmm.wait_for("READY", LIMIT)?;
+    let forget = |tap: &str| -> Verdict {
+        // What the pings left may come back as long as its answers are under way.
+        let end = Instant::now() + LIMIT;
+        let mut quiet = 0;
+        while quiet < 10 {
+            check(Instant::now() < end, || format!("{tap} is not quiet"))?;
+            let known = host.sh(&format!(
+                "ip neigh show dev {tap}; ip neigh flush dev {tap}"
+            ))?;
+            quiet = if known.trim().is_empty() {
+                quiet + 1
+            } else {
+                0
+            };
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    };
+    let announced = |tap: &str, network: &str, what: &str| -> Verdict {
+        let end = Instant::now() + LIMIT;
+        while !host
+            .sh(&format!("ip neigh show dev {tap}"))?
+            .contains(&format!("{network}.2 lladdr"))
+        {
+            check(Instant::now() < end, || {
+                vmm.story(&format!("{tap}: not announced after {what}"))
+            })?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    };
+    for (tap, network, _) in nets {
+        forget(tap)?;
+        kill(&socket, tap)?;
+        announced(tap, network, "the death of its process")?;
+        ctl(&socket, &["update-net", tap, "--link", "down"])?;
+        forget(tap)?;
+        ctl(&socket, &["update-net", tap, "--link", "up"])?;
+        announced(tap, network, "its link came back")?;
+    }
+    vmm.type_text("stop\n")?;
+    vmm.wait_for("OVER", LIMIT)?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))
 }

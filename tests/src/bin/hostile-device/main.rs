@@ -103,7 +103,11 @@ fn run(trap: Option<Trap>) -> Result<(), String> {
     image_io::prepare(64 << 20).map_err(|e| say(&e))?;
     let block = Block::new(disk, options.queues, engine);
     let device: Arc<dyn Device> = match trap {
-        Some(trap) => Arc::new(Trapped { block, trap }),
+        Some(trap) => Arc::new(Trapped {
+            block,
+            trap,
+            pulled: Arc::default(),
+        }),
         None => Arc::new(block),
     };
     let options = ServeOptions {

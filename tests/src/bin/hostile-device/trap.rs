@@ -1,13 +1,15 @@
 //! A disk that serves (zeros) until the guest reads its second half: then the worker of that queue
 //! does what the disk's name says, each process of it anew. The main thread answers the VMM all
-//! the while, as an honest one does.
+//! the while, as an honest one does. Once it is told that the disk is pulled out it fails requests.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulkhead_blk::device::Block;
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::UpdateRequest;
+use bulkhead_proto::device::update_request::Kind;
 use bulkhead_runtime::chain::Chain;
 use bulkhead_runtime::device::{Device, Update, Worker};
 use bulkhead_runtime::mailbox::WorkerPort;
@@ -17,6 +19,8 @@ use bulkhead_runtime::status::Sleep;
 
 const SECTOR: u64 = 512;
 const REQUEST_IN: u32 = 0;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
 
 /// What it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +48,8 @@ pub struct Trapped {
     pub block: Block,
     /// What it does.
     pub trap: Trap,
+    /// It was pulled out.
+    pub pulled: Arc<AtomicBool>,
 }
 
 impl Device for Trapped {
@@ -72,19 +78,26 @@ impl Device for Trapped {
     }
 
     fn update(&self, request: &UpdateRequest) -> Result<Update, RpcStatus> {
+        if let Some(Kind::Blk(update)) = &request.kind
+            && update.pulled
+        {
+            self.pulled.store(true, Ordering::Release);
+        }
         self.block.update(request)
     }
 
     fn worker(&self, port: WorkerPort) -> io::Result<Worker> {
         let config = self.block.config();
         let sectors = config.first_chunk().map_or(0, |c| u64::from_le_bytes(*c));
-        let trap = self.trap;
+        let (trap, pulled) = (self.trap, Arc::clone(&self.pulled));
         Ok(Box::new(move |prepared| {
             prepared.ready();
             let mut seat = Seat::new(port);
             let mut chain = Chain::new();
             loop {
-                let kick = serve(&mut seat, &mut chain, sectors / 2, trap);
+                let pulled = pulled.load(Ordering::Acquire);
+                let trap = (!pulled).then_some((trap, sectors / 2));
+                let kick = serve(&mut seat, &mut chain, trap);
                 let wait = Wait {
                     kick,
                     limit: None,
@@ -96,8 +109,8 @@ impl Device for Trapped {
     }
 }
 
-/// Does what is there. False: it wants to hear of no more.
-fn serve(seat: &mut Seat, chain: &mut Chain, trapped: u64, trap: Trap) -> bool {
+/// Does what is there, or fails it without a trap. False: it wants to hear of no more.
+fn serve(seat: &mut Seat, chain: &mut Chain, trap: Option<(Trap, u64)>) -> bool {
     let Some(ring) = &mut seat.ring else {
         return true;
     };
@@ -110,11 +123,14 @@ fn serve(seat: &mut Seat, chain: &mut Chain, trapped: u64, trap: Trap) -> bool {
             return true;
         };
         let memory = Arc::clone(ring.memory());
-        let Some(sector) = read(chain, &memory) else {
+        let status = if trap.is_some() { OK } else { IOERR };
+        let Some(sector) = read(chain, &memory, status) else {
             ring.reject(head, &"no read");
             return true;
         };
-        if sector >= trapped {
+        if let Some((trap, trapped)) = trap
+            && sector >= trapped
+        {
             if trap == Trap::Crash {
                 // SAFETY: ends the process; no destructor of it has anything to do.
                 unsafe { libc::_exit(9) };
@@ -127,8 +143,8 @@ fn serve(seat: &mut Seat, chain: &mut Chain, trapped: u64, trap: Trap) -> bool {
     }
 }
 
-/// Fills a request's buffers with zeros, status included; the sector that it is about.
-fn read(chain: &Chain, memory: &Memory) -> Option<u64> {
+/// Fills a request's buffers with zeros, and the status; the sector that it is about.
+fn read(chain: &Chain, memory: &Memory, status: u8) -> Option<u64> {
     let mut header = [0; 16];
     let first = chain.readable().first()?;
     if !memory.read(first.addr, &mut header) {
@@ -140,11 +156,16 @@ fn read(chain: &Chain, memory: &Memory) -> Option<u64> {
         REQUEST_IN => u64::from_le_bytes(*sector),
         _ => 0,
     };
+    let last = chain.writable().last()?;
     for buffer in chain.writable() {
         let zeros = vec![0; usize::try_from(buffer.len).ok()?];
         if !memory.write(buffer.addr, &zeros) {
             return None;
         }
+    }
+    let at = last.addr.checked_add(u64::from(last.len.checked_sub(1)?))?;
+    if !memory.write(at, &[status]) {
+        return None;
     }
     let data = u64::from(chain.writable_len().saturating_sub(1));
     Some(sector.saturating_add(data / SECTOR))

@@ -407,6 +407,9 @@ impl Host {
                 if update.size_bytes != 0 {
                     done.push(format!("grown to {size} bytes"));
                 }
+                if update.pulled {
+                    done.push("fails every request: it is pulled out".to_owned());
+                }
                 if let Some(process) = &mut device.process {
                     process.changes.disk(&update);
                 }

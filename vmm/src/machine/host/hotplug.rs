@@ -5,7 +5,8 @@
 //!
 //!   RemoveDevice ──▶ asked ──────────── the guest ejects ──▶ ending ──▶ gone
 //!        │ force                                               ▲
-//!        └────────▶ draining ── off the bus, a note to the guest
+//!        ├────────▶ draining ── off the bus, a note to the guest
+//!        └─ disk ─▶ failing ───────────▲
 //! ```
 //!
 //! Nothing here waits. Requests about one device take turns; different devices do not wait for
@@ -355,6 +356,7 @@ impl Host {
     pub(super) fn hotplug_timer(&self) -> Option<Instant> {
         let leaving = self.hotplug.leaving.iter().filter_map(|l| match &l.step {
             Step::Asked { until, .. } | Step::Draining { until } => Some(*until),
+            Step::Failing(failing) => Some(failing.look_at()),
             Step::Ending { until, told, .. } => (!told).then_some(*until),
         });
         let unused = self.hotplug.unused.iter().map(|(_, at)| *at);
@@ -368,6 +370,7 @@ impl Host {
         }
         let due = self.hotplug.leaving.iter().filter(|l| match &l.step {
             Step::Asked { until, .. } | Step::Draining { until } => *until <= now,
+            Step::Failing(failing) => failing.look_at() <= now,
             Step::Ending { until, told, .. } => !told && *until <= now,
         });
         let due: Vec<u64> = due.map(|l| l.operation).collect();
@@ -461,4 +464,5 @@ pub(super) fn announce(log: &EventLog, launcher: &Launcher, device: &Device) {
     log.publish_typed("device.ready", &device.id, &detail, what);
 }
 
+mod failing;
 mod leaving;

@@ -7,6 +7,7 @@ use bulkhead_proto::machine::RemoveDeviceResponse;
 use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
+use super::failing::Failing;
 use super::{Waiting, not_hotplug, precondition};
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::ged::GedEvents;
@@ -29,6 +30,8 @@ pub(super) enum Step {
     Asked { until: Instant, timeout: Duration },
     /// It finishes what is in flight.
     Draining { until: Instant },
+    /// A disk, which answers all that is in its rings with an error.
+    Failing(Failing),
     /// It is off the bus and out of the table; its process ends.
     Ending {
         /// Its memory and descriptors go when all of it has ended.
@@ -101,7 +104,9 @@ impl Host {
         let what = if force { "remove by force" } else { "remove" };
         self.began(operation, &id, what);
         let until = now + if force { DRAIN_LIMIT } else { timeout };
-        let step = if force || created {
+        let step = if let Some(failing) = self.begin_failing(index, force && !created, now) {
+            Step::Failing(failing)
+        } else if force || created {
             Step::Draining { until }
         } else {
             Step::Asked { until, timeout }
@@ -114,6 +119,8 @@ impl Host {
         });
         if created {
             self.pull(operation);
+        } else if self.is_failing(operation) {
+            self.look_at_failing(operation, now);
         } else if force {
             self.begin_leaver_drain(operation, index);
         } else {
@@ -172,7 +179,7 @@ impl Host {
     }
 
     /// Takes a device off the bus without the guest's consent, and tells it afterwards.
-    fn pull(&mut self, operation: u64) {
+    pub(super) fn pull(&mut self, operation: u64) {
         let leaving = &self.hotplug.leaving;
         let Some(id) = leaving.iter().find(|l| l.operation == operation) else {
             return;
@@ -435,6 +442,7 @@ impl Host {
         };
         match &mut leaver.step {
             Step::Draining { .. } => self.pull(operation),
+            Step::Failing(_) => self.look_at_failing(operation, Instant::now()),
             Step::Ending {
                 told, incarnation, ..
             } => {
