@@ -140,8 +140,8 @@ put() { dd if=data of=/dev/vdb bs=64k oflag=direct conv=fsync status=none; }
 same() { [ \"$(dd if=/dev/vdb bs=64k count=64 iflag=direct status=none | sha256sum)\" = \"$sum\" ]; }
 fio_() { fio --name=v --thread --filename=/dev/vdb --direct=1 --bs=16k --rw=randwrite --offset=8M --size=16M --ioengine=libaio \\
     --iodepth=8 --verify=crc32c --verify_fatal=1 --verify_state_save=0 >/tmp/out 2>&1; }
-put && same && echo READY; read -r line; until [ -b /dev/vdc ]; do sleep 0.1; done
-(dd if=/dev/vdc of=/dev/null bs=4k count=1 skip=1536 iflag=direct status=none; echo ALIVE $?) &
+put && same && echo READY; read -r line; until [ -b /dev/vdd ]; do sleep 0.1; done
+(dd if=/dev/vdd of=/dev/null bs=4k count=1 skip=1536 iflag=direct status=none; echo ALIVE $?) &
 echo STARTED; rounds=0
 while fio_ && same && put; do rounds=$((rounds + 1)); echo ROUND; read -r -t 0.1 line && break; done
 same && fio_ && echo GOOD after $rounds || { echo BAD; tail -5 /tmp/out; }; read -r line";
