@@ -8,17 +8,17 @@ mod support;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_runtime::driver::{DriverRing, WRITE};
+use bulkhead_runtime::frontend::{
+    Numbers, Region, Step, fd, inject, negotiate, say_reset, steps, takeovers,
+};
 use bulkhead_runtime::sys::{self, PollFd};
 use support::*;
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
-use vhost::{VhostBackend, VringConfigData};
+use vhost::VhostBackend;
 
 const QUEUES: u16 = 2;
 /// Descriptors per request: header, data, status.
@@ -34,18 +34,6 @@ const DATA: u64 = GPA + 0x4000;
 /// Sectors that hold their own number and are only read.
 const READ_ONLY: u64 = 64;
 
-/// A small generator of numbers; the same ones each time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Request {
     write: bool,
@@ -56,55 +44,11 @@ struct Request {
 /// A guest that outlives its block processes, and the front-end's part that does.
 struct Machine {
     vm: Vm,
-    region: Option<(VhostUserInflight, File)>,
+    region: Region,
     flying: Vec<HashMap<u16, Request>>,
     next_sector: u64,
     next_buffer: u64,
     completed: u64,
-}
-
-/// What a front-end says before it says anything about memory or rings.
-fn negotiate(stream: UnixStream) -> Frontend {
-    let mut f = Frontend::from_stream(stream, u64::from(QUEUES));
-    f.set_owner().unwrap();
-    let features = f.get_features().unwrap();
-    f.set_features(features).unwrap();
-    let protocol = f.get_protocol_features().unwrap();
-    assert!(protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
-    f.set_protocol_features(protocol).unwrap();
-    f.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    f
-}
-
-/// A message of the setup: what it is about, and for which queue.
-#[derive(Clone, Copy, Debug)]
-enum Step {
-    Channel,
-    Inflight,
-    Memory,
-    Num(usize),
-    Base(usize),
-    Addr(usize),
-    Call(usize),
-    Err(usize),
-    Kick(usize),
-    Enable(usize),
-}
-
-fn steps() -> Vec<Step> {
-    let mut all = vec![Step::Channel, Step::Inflight, Step::Memory];
-    for q in 0..usize::from(QUEUES) {
-        all.extend([
-            Step::Num(q),
-            Step::Base(q),
-            Step::Addr(q),
-            Step::Call(q),
-            Step::Err(q),
-            Step::Kick(q),
-            Step::Enable(q),
-        ]);
-    }
-    all
 }
 
 impl Machine {
@@ -129,7 +73,7 @@ impl Machine {
 
     /// The front-end meets a new process.
     fn reconnect(&mut self, socket: &Path) {
-        self.vm.frontend = negotiate(UnixStream::connect(socket).unwrap());
+        self.vm.frontend = negotiate(UnixStream::connect(socket).unwrap(), QUEUES, |f| f).0;
     }
 
     fn ring(&self, queue: usize) -> &DriverRing {
@@ -137,50 +81,15 @@ impl Machine {
     }
 
     fn step(&mut self, step: Step) {
-        let region = self.vm.region();
+        let memory = self.vm.region();
         let Vm {
-            frontend: f,
-            queues,
-            ..
+            frontend, queues, ..
         } = &mut self.vm;
-        match step {
-            Step::Channel => {
-                let (_ours, theirs) = UnixStream::pair().unwrap();
-                f.set_backend_request_fd(&theirs).unwrap();
-            }
-            Step::Inflight => {
-                let (region, file) = self.region.get_or_insert_with(|| {
-                    let wanted = VhostUserInflight::new(0, 0, QUEUES, RING_SIZE);
-                    f.get_inflight_fd(&wanted).unwrap()
-                });
-                f.set_inflight_fd(region, file.as_raw_fd()).unwrap();
-            }
-            Step::Memory => drop(f.set_mem_table(&[region]).unwrap()),
-            Step::Num(q) => f.set_vring_num(q, RING_SIZE).unwrap(),
-            // All that a front-end can know after a crash.
-            Step::Base(q) => f.set_vring_base(q, queues[q].ring.used_idx()).unwrap(),
-            Step::Addr(q) => {
-                let l = queues[q].ring.layout();
-                let config = VringConfigData {
-                    queue_max_size: RING_SIZE,
-                    queue_size: RING_SIZE,
-                    flags: 0,
-                    desc_table_addr: l.desc,
-                    used_ring_addr: l.used,
-                    avail_ring_addr: l.avail,
-                    log_addr: None,
-                };
-                f.set_vring_addr(q, &config).unwrap();
-            }
-            Step::Call(q) => f.set_vring_call(q, &queues[q].call).unwrap(),
-            Step::Err(q) => f.set_vring_err(q, &queues[q].err).unwrap(),
-            Step::Kick(q) => f.set_vring_kick(q, &queues[q].kick).unwrap(),
-            Step::Enable(q) => f.set_vring_enable(q, true).unwrap(),
-        }
+        step.say(frontend, &memory, &mut self.region, queues);
     }
 
     fn set_up(&mut self) {
-        for step in steps() {
+        for step in steps(QUEUES) {
             self.step(step);
         }
     }
@@ -256,7 +165,7 @@ impl Machine {
                 if self.ring(queue).want_interrupt() {
                     return;
                 }
-                fds.push(PollFd::new(BorrowedCall(call).as_fd(), libc::POLLIN));
+                fds.push(PollFd::new(fd(call), libc::POLLIN));
             }
         }
         let n = sys::poll(&mut fds, PATIENCE.as_millis() as i32).unwrap();
@@ -273,42 +182,9 @@ impl Machine {
     }
 }
 
-struct BorrowedCall<'a>(&'a vmm_sys_util::eventfd::EventFd);
-
-impl AsFd for BorrowedCall<'_> {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        #[allow(unsafe_code)]
-        // SAFETY: the eventfd is open as long as it is borrowed.
-        unsafe {
-            std::os::fd::BorrowedFd::borrow_raw(self.0.as_raw_fd())
-        }
-    }
-}
-
 fn kill(mut blk: Blk) {
     blk.child.kill().unwrap();
     blk.child.wait().unwrap();
-}
-
-fn takeovers(default: u64) -> u64 {
-    std::env::var("BULKHEAD_TAKEOVERS")
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
-}
-
-/// Numbers for one test, others with another seed.
-fn numbers(own: u64) -> Numbers {
-    let seed = std::env::var("BULKHEAD_SEED").ok();
-    let seed: u64 = seed.and_then(|s| s.parse().ok()).unwrap_or(0);
-    Numbers((own ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).max(1))
-}
-
-/// Says what is injected, for whoever asked for that.
-fn say(what: impl FnOnce() -> String) {
-    if std::env::var_os("BULKHEAD_CHAOS").is_some() {
-        eprintln!("{}", what());
-    }
 }
 
 /// A disk on which the first sectors hold their numbers and there is room for the writes.
@@ -335,14 +211,14 @@ fn a_process_killed_under_load_is_replaced_and_no_request_lost_or_done_twice() {
         // Past the host's cache where that can be, so that requests take a while.
         let spec = format!("path={}", disk.display());
         let args = ["--queues", "2", "--io-engine", engine];
-        let mut numbers = numbers(0x5eed_1234_5678_9abc);
+        let mut numbers = Numbers::seeded(0x5eed_1234_5678_9abc);
         let mut blk = Blk::listen(&socket, &spec, &args);
         let mut machine = Machine::new(&socket);
         machine.set_up();
         for round in 0..takeovers(15) {
             // Some work, and the end at a moment of its own in the middle of it.
             let moment = Duration::from_micros(numbers.below(5000));
-            say(|| format!("{engine}: kill {round} after {} us", moment.as_micros()));
+            inject(|| format!("{engine}: kill {round} after {} us", moment.as_micros()));
             let killer = std::thread::spawn(move || {
                 std::thread::sleep(moment);
                 kill(blk);
@@ -378,19 +254,24 @@ fn a_process_may_be_killed_at_every_step_of_its_setup() {
     let socket = scratch.path("s");
     let spec = format!("path={},direct=off", disk.display());
     let args = ["--queues", "2"];
-    let mut numbers = numbers(0x5eed_0000_1111_2222);
+    let mut numbers = Numbers::seeded(0x5eed_0000_1111_2222);
     let mut blk = Blk::listen(&socket, &spec, &args);
     let mut machine = Machine::new(&socket);
     machine.set_up();
-    for count in 0..=steps().len() {
+    for count in 0..=steps(QUEUES).len() {
         for i in 0..10 {
             machine.submit(i % 2, i % 3 > 0, &mut numbers);
         }
-        say(|| format!("set-up: kill after {count} of {} messages", steps().len()));
+        inject(|| {
+            format!(
+                "set-up: kill after {count} of {} messages",
+                steps(QUEUES).len()
+            )
+        });
         kill(blk);
         blk = Blk::listen(&socket, &spec, &args);
         machine.reconnect(&socket);
-        for step in steps().into_iter().take(count) {
+        for step in steps(QUEUES).into_iter().take(count) {
             machine.step(step);
             // A ring may be at work before the others are set up.
             machine.reap();
@@ -412,7 +293,7 @@ fn a_process_may_be_killed_at_every_step_of_a_reset() {
     let socket = scratch.path("s");
     let spec = format!("path={},direct=off", disk.display());
     let args = ["--queues", "2"];
-    let mut numbers = numbers(0x5eed_0000_3333_4444);
+    let mut numbers = Numbers::seeded(0x5eed_0000_3333_4444);
     let mut blk = Blk::listen(&socket, &spec, &args);
     let mut machine = Machine::new(&socket);
     machine.set_up();
@@ -420,14 +301,9 @@ fn a_process_may_be_killed_at_every_step_of_a_reset() {
         for i in 0..20 {
             machine.submit(i % 2, i % 3 > 0, &mut numbers);
         }
-        say(|| format!("reset: kill after {count} messages"));
-        // Each ring is disabled, and says where it has stopped.
+        inject(|| format!("reset: kill after {count} messages"));
         for step in 0..count {
-            let f = &mut machine.vm.frontend;
-            match step % 2 {
-                0 => f.set_vring_enable(step / 2, false).unwrap(),
-                _ => drop(f.get_vring_base(step / 2).unwrap()),
-            }
+            say_reset(&mut machine.vm.frontend, step);
         }
         kill(blk);
         machine.reap();
@@ -456,7 +332,7 @@ fn a_process_may_be_killed_at_every_step_of_a_reset() {
 fn a_process_may_be_killed_while_it_drains() {
     let scratch = Scratch::new("takeover-drain");
     let disk = disk(&scratch);
-    let mut numbers = numbers(0x5eed_0000_5555_6666);
+    let mut numbers = Numbers::seeded(0x5eed_0000_5555_6666);
     let start = || {
         let file = File::options().read(true).write(true).open(&disk).unwrap();
         Blk::inherit(file, "", &["--queues", "2"])
@@ -470,14 +346,14 @@ fn a_process_may_be_killed_while_it_drains() {
             machine.submit(i % 2, i % 3 > 0, &mut numbers);
         }
         let looks = round % 4;
-        say(|| format!("drain: kill after {looks} looks"));
+        inject(|| format!("drain: kill after {looks} looks"));
         for _ in 0..looks {
             control.drain();
         }
         kill(blk);
         let (next, channel, stream) = start();
         (blk, control) = (next, Control::new(channel));
-        machine.vm.frontend = negotiate(stream);
+        machine.vm.frontend = negotiate(stream, QUEUES, |f| f).0;
         machine.set_up();
         machine.finish();
     }
@@ -492,7 +368,7 @@ fn a_region_that_was_tampered_with_costs_its_ring_until_the_driver_resets_it() {
     let socket = scratch.path("s");
     let spec = format!("path={},direct=off", disk.display());
     let args = ["--queues", "2"];
-    let mut numbers = Numbers(1);
+    let mut numbers = Numbers::seeded(1);
     let blk = Blk::listen(&socket, &spec, &args);
     let mut machine = Machine::new(&socket);
     machine.set_up();

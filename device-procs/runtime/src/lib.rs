@@ -26,6 +26,8 @@ mod crash;
 pub mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
+#[cfg(any(test, feature = "testing"))]
+pub mod frontend;
 #[cfg(feature = "hostile")]
 pub mod hostile;
 pub mod inflight;

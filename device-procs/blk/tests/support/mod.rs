@@ -27,13 +27,14 @@ use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 pub use bulkhead_runtime::driver::WRITE;
-use bulkhead_runtime::driver::{Desc, DriverRing, USER_BASE, guest};
+use bulkhead_runtime::driver::{Desc, USER_BASE, guest};
+pub use bulkhead_runtime::frontend::Vq;
+use bulkhead_runtime::frontend::{fd, negotiate};
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::sys;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Long enough for a busy machine; a test never waits that long when all is well.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -296,14 +297,6 @@ impl Control {
     }
 }
 
-/// One queue as the driver has it.
-pub struct Vq {
-    pub ring: DriverRing,
-    pub kick: EventFd,
-    pub call: EventFd,
-    pub err: EventFd,
-}
-
 /// A front-end and its guest.
 pub struct Vm {
     pub frontend: Frontend,
@@ -320,22 +313,10 @@ impl Vm {
 
     /// Negotiates, up to but without memory and rings.
     pub fn over(stream: UnixStream, queues: u16) -> Self {
-        let mut frontend = Frontend::from_stream(stream, u64::from(queues));
-        frontend.set_owner().unwrap();
-        let features = frontend.get_features().unwrap();
-        frontend.set_features(features).unwrap();
-        let protocol = frontend.get_protocol_features().unwrap();
-        assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
-        frontend.set_protocol_features(protocol).unwrap();
-        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let (frontend, features) = negotiate(stream, queues, |f| f);
         let (file, memory) = guest(GPA, RAM).unwrap();
         let queues = (0..u64::from(queues))
-            .map(|i| Vq {
-                ring: DriverRing::new(Arc::clone(&memory), RINGS + 0x1000 * i, RING_SIZE),
-                kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-                call: EventFd::new(EFD_NONBLOCK).unwrap(),
-                err: EventFd::new(EFD_NONBLOCK).unwrap(),
-            })
+            .map(|i| Vq::new(&memory, RINGS + 0x1000 * i, RING_SIZE))
             .collect();
         Self {
             frontend,
@@ -432,7 +413,7 @@ impl Vm {
             assert!(start.elapsed() < PATIENCE, "no completion");
             let _ = q.call.read();
             if !q.ring.want_interrupt() {
-                sys::wait_readable(&EventFdRef(&q.call), PATIENCE.as_millis() as i32).unwrap();
+                sys::wait_readable(&fd(&q.call), PATIENCE.as_millis() as i32).unwrap();
             }
         }
     }
@@ -477,15 +458,6 @@ impl Vm {
 
     pub fn err_fired(&self, queue: usize) -> bool {
         self.queues[queue].err.read().is_ok()
-    }
-}
-
-struct EventFdRef<'a>(&'a EventFd);
-
-impl std::os::fd::AsFd for EventFdRef<'_> {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        // SAFETY: the eventfd is open as long as it is borrowed.
-        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }
 

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,13 +14,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_net::tap::Tap;
-use bulkhead_runtime::driver::{Desc, DriverRing, USER_BASE, WRITE, guest};
+use bulkhead_runtime::driver::{Desc, USER_BASE, WRITE, guest};
+pub use bulkhead_runtime::frontend::Vq;
+use bulkhead_runtime::frontend::{fd, negotiate};
 use bulkhead_runtime::memory::Memory;
 use bulkhead_runtime::sys;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub mod host;
 pub use host::*;
@@ -105,10 +106,26 @@ impl Net {
         Self::inherit_with(tap, &[], more)
     }
 
-    /// The same, with descriptors of /dev/vhost-net behind the tap's.
+    /// The same, and what tells when all I/O of the process has ended.
+    pub fn inherit_fenced(tap: &Tap, more: &[&str]) -> (Self, OwnedFd, UnixStream, PipeReader) {
+        let (end, fence) = std::io::pipe().unwrap();
+        let (net, control, vhost) = Self::inherit_all(tap, &[], Some(&fence), more);
+        (net, control, vhost, end)
+    }
+
+    /// As [`Self::inherit`], with descriptors of /dev/vhost-net behind the tap's.
     pub fn inherit_with(
         tap: &Tap,
         vhost_net: &[File],
+        more: &[&str],
+    ) -> (Self, OwnedFd, UnixStream) {
+        Self::inherit_all(tap, vhost_net, None, more)
+    }
+
+    fn inherit_all(
+        tap: &Tap,
+        vhost_net: &[File],
+        fence: Option<&PipeWriter>,
         more: &[&str],
     ) -> (Self, OwnedFd, UnixStream) {
         let (control, control_theirs) = UnixStream::pair().unwrap();
@@ -127,6 +144,10 @@ impl Net {
         }
         if !kernel.is_empty() {
             command.args(["--vhost-net", &format!("fds={}", kernel.join(":"))]);
+        }
+        if let Some(fence) = fence {
+            numbers.push(fence.as_raw_fd());
+            command.args(["--fence-fd", &(2 + numbers.len()).to_string()]);
         }
         command
             .args(["--control-fd", "3", "--vhost-fd", "4", "--mac", MAC])
@@ -182,14 +203,6 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// One queue as the driver has it.
-pub struct Vq {
-    pub ring: DriverRing,
-    pub kick: EventFd,
-    pub call: EventFd,
-    pub err: EventFd,
-}
-
 /// A front-end and its guest.
 pub struct Vm {
     pub frontend: Frontend,
@@ -206,23 +219,10 @@ impl Vm {
 
     /// Negotiates what `choose` makes of the features, up to but without memory and rings.
     pub fn over(stream: UnixStream, queues: u16, choose: impl Fn(u64) -> u64) -> Self {
-        let mut frontend = Frontend::from_stream(stream, u64::from(queues));
-        frontend.set_owner().unwrap();
-        let offered = frontend.get_features().unwrap();
-        let features = choose(offered);
-        frontend.set_features(features).unwrap();
-        let protocol = frontend.get_protocol_features().unwrap();
-        assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
-        frontend.set_protocol_features(protocol).unwrap();
-        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let (frontend, features) = negotiate(stream, queues, choose);
         let (file, memory) = guest(GPA, RAM).unwrap();
         let queues = (0..u64::from(queues))
-            .map(|i| Vq {
-                ring: DriverRing::new(Arc::clone(&memory), RINGS + 0x2000 * i, RING_SIZE),
-                kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-                call: EventFd::new(EFD_NONBLOCK).unwrap(),
-                err: EventFd::new(EFD_NONBLOCK).unwrap(),
-            })
+            .map(|i| Vq::new(&memory, RINGS + 0x2000 * i, RING_SIZE))
             .collect();
         Self {
             frontend,
@@ -321,7 +321,7 @@ impl Vm {
             assert!(start.elapsed() < PATIENCE, "no completion");
             let _ = q.call.read();
             if !q.ring.want_interrupt() {
-                sys::wait_readable(&EventFdRef(&q.call), PATIENCE.as_millis() as i32).unwrap();
+                sys::wait_readable(&fd(&q.call), PATIENCE.as_millis() as i32).unwrap();
             }
         }
     }
@@ -391,14 +391,6 @@ impl Vm {
 
     pub fn err_fired(&self, queue: usize) -> bool {
         self.queues[queue].err.read().is_ok()
-    }
-}
-
-struct EventFdRef<'a>(&'a EventFd);
-
-impl std::os::fd::AsFd for EventFdRef<'_> {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        borrow(self.0.as_raw_fd())
     }
 }
 
