@@ -218,6 +218,7 @@ impl VirtioPciFunction {
             space.forget_writes();
             if device.control.is_some() {
                 space.set_announce(false);
+                self.signals.announce_twice.store(false, Ordering::Release);
             }
         }
         self.publish(device);

@@ -292,6 +292,7 @@ impl VirtioPciFunction {
         let memory = std::sync::Arc::clone(device.backend.memory());
         let backend = &mut device.backend;
         let mut in_use = control.in_use();
+        let mut again = false;
         let served = control.serve(memory.memory(), &mut |command| match command {
             Command::Pairs(pairs) => {
                 let done = self.use_pairs(backend, in_use, pairs);
@@ -301,7 +302,8 @@ impl VirtioPciFunction {
                 done
             }
             Command::Announced => {
-                self.lock_space().set_announce(false);
+                again |= self.signals.announce_twice.swap(false, Ordering::AcqRel);
+                self.lock_space().set_announce(again);
                 true
             }
         });
@@ -323,6 +325,10 @@ impl VirtioPciFunction {
             self.doorbells.call(vector);
         }
         self.publish(device);
+        drop(guard);
+        if again {
+            self.config_changed();
+        }
         served.more
     }
 

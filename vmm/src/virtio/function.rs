@@ -96,6 +96,9 @@ pub(super) struct Signals {
     pub(super) reset_after_failure: AtomicBool,
     /// What the API wants of a network device's link.
     pub(super) link_down: AtomicBool,
+    /// The driver is to announce itself once more after it has. Linux does it before it looks
+    /// whether the link came up with the request, and then to no one.
+    pub(super) announce_twice: AtomicBool,
     /// Copies for `status()`.
     pub(super) status: AtomicU8,
     pub(super) features: AtomicU64,
@@ -514,6 +517,7 @@ impl VirtioPciFunction {
             let announce = self.signals.features.load(Ordering::Acquire) & net::F_GUEST_ANNOUNCE;
             if went && up && announce != 0 && self.in_use() {
                 space.set_announce(true);
+                self.signals.announce_twice.store(true, Ordering::Release);
             }
             went
         };

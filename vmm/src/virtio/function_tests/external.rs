@@ -201,7 +201,14 @@ fn the_link_goes_down_with_the_switch_and_comes_up_with_its_successor() {
     );
     assert_eq!(guest.read(STATUS, 2), 3, "link up, and announce yourself");
     assert!(guest.interrupts().contains(&0x40));
+    let generation = || guest.function.signals.generation.load(Ordering::Acquire);
+    let before = generation();
     assert_eq!(command(&guest, 3, &[3, 0]), 0);
+    assert_eq!(guest.read(STATUS, 2), 3, "again, once it has seen the link");
+    while generation() == before {
+        std::thread::yield_now();
+    }
+    assert_eq!(command(&guest, 4, &[3, 0]), 0);
     assert_eq!(guest.read(STATUS, 2), 1, "it has");
 
     // A reset ends all of it.
