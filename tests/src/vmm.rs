@@ -272,6 +272,14 @@ impl Vmm {
         }
     }
 
+    /// The exit code (128+N for signal N) if the process has ended.
+    pub fn ended(&mut self) -> Option<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        let status = self.child.try_wait().ok()??;
+        let signal = status.signal().map(|s| 128 + s);
+        Some(status.code().or(signal).unwrap_or(-1))
+    }
+
     /// Waits for the end and checks the exit code.
     ///
     /// # Errors

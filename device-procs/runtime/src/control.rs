@@ -71,6 +71,12 @@ impl Control {
         }
     }
 
+    /// A stand-alone process has no VMM to ask for statistics: a front-end that connects does for that.
+    #[cfg(feature = "hostile")]
+    pub(crate) fn strike(&self) {
+        crate::hostile::strike(&self.service.queues);
+    }
+
     /// Shutdown was called, or the VMM is gone.
     pub(crate) fn wants_exit(&self) -> bool {
         self.closed || self.service.shutdown
@@ -126,7 +132,7 @@ impl Service {
             (DEVICE_SERVICE, "Stats") => {
                 decode::<StatsRequest>(body)?;
                 #[cfg(feature = "hostile")]
-                crate::hostile::strike();
+                crate::hostile::strike(&self.queues);
                 encode(&self.stats())
             }
             (DEVICE_SERVICE, "Update") => {

@@ -563,5 +563,8 @@ impl Log {
 }
 
 #[cfg(test)]
+#[path = "inflight_region_tests.rs"]
+mod region_tests;
+#[cfg(test)]
 #[path = "inflight_tests.rs"]
 mod tests;

@@ -114,6 +114,8 @@ impl WorkerPort {
     /// [`Self::take_refresh`] after it: one wakeup may stand for both.
     pub fn take(&self) -> Option<Order> {
         sys::drain(&self.shared.wakeup);
+        #[cfg(feature = "hostile")]
+        crate::hostile::strike_as_worker();
         self.status.pause.look();
         self.shared.lock().order.take()
     }

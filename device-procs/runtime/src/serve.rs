@@ -224,6 +224,8 @@ fn run(
             link = listener
                 .and_then(accept)
                 .map(|socket| Link::new(socket, Arc::clone(backend)));
+            #[cfg(feature = "hostile")]
+            lock().meanwhile().strike();
             continue;
         };
         // The handler locks the back-end itself.

@@ -15,8 +15,11 @@ struct Entry {
     process: &'static str,
     /// System calls of the steady state.
     steady_syscalls: usize,
-    /// System calls until set-up is over.
+    /// System calls until set-up is over, by the filter that is in force until then.
     setup_syscalls: usize,
+    /// The policy whose filter that is: another one for what runs on top of it. `None`: its own,
+    /// which has one stage.
+    setup_policy: Option<&'static str>,
     /// Those of the steady state, by name.
     syscalls: Vec<String>,
     /// Those that go when set-up is over.
@@ -36,15 +39,28 @@ fn names(numbers: &[u32]) -> Vec<String> {
     numbers.iter().map(name).collect()
 }
 
-fn entry(policy: &Policy) -> Result<Entry, DecodeError> {
+/// The policy by which a process is held until its own is in force, or is so fully. Of a device the
+/// launcher lets through what its outer one allows (`bulkhead_seccomp::notify`); a vCPU thread is
+/// under the VMM's. What a launcher's child is under before exec is no other program's.
+fn until_set_up(policy: &'static Policy) -> &'static Policy {
+    let outer = policy.outer.and_then(policy::get);
+    match outer {
+        Some(outer) if !outer.name.starts_with("bulkhead-launcher") => outer,
+        _ => policy,
+    }
+}
+
+fn entry(policy: &'static Policy) -> Result<Entry, DecodeError> {
     let steady = policy.syscalls(Stage::Steady)?;
-    let mut setup = policy.syscalls(Stage::Setup)?;
+    let before = until_set_up(policy);
+    let mut setup = before.syscalls(Stage::Setup)?;
     let setup_syscalls = setup.len();
     setup.retain(|nr| !steady.contains(nr));
     Ok(Entry {
         process: policy.name,
         steady_syscalls: steady.len(),
         setup_syscalls,
+        setup_policy: (before.name != policy.name || !setup.is_empty()).then_some(before.name),
         syscalls: names(&steady),
         setup_only: names(&setup),
         about: policy.about,
@@ -66,11 +82,19 @@ pub fn render(json: bool) -> Result<String, String> {
     }
     let mut text = String::new();
     for p in &all.policies {
-        let _ = writeln!(
+        let _ = write!(
             text,
-            "{}: {} system calls in the steady state, {} until set-up is over\n    {}",
-            p.process, p.steady_syscalls, p.setup_syscalls, p.about
+            "{}: {} system calls in the steady state",
+            p.process, p.steady_syscalls
         );
+        let _ = match p.setup_policy {
+            Some(name) if name != p.process => {
+                writeln!(text, ", {} until set-up is over ({name})", p.setup_syscalls)
+            }
+            Some(_) => writeln!(text, ", {} until set-up is over", p.setup_syscalls),
+            None => writeln!(text, ", in one stage"),
+        };
+        let _ = writeln!(text, "    {}", p.about);
         let _ = writeln!(text, "    steady: {}", p.syscalls.join(" "));
         if !p.setup_only.is_empty() {
             let _ = writeln!(text, "    set-up: {}", p.setup_only.join(" "));
@@ -95,6 +119,37 @@ mod tests {
             assert_eq!(p["setup_syscalls"], listed + extra);
             assert!(listed > 0);
         }
+    }
+
+    #[test]
+    fn until_set_up_a_device_has_what_the_launcher_gave_it_and_a_vcpu_what_the_vmm_has() {
+        let json: serde_json::Value = serde_json::from_str(&render(true).unwrap()).unwrap();
+        let entry = |name: &str| {
+            let mut policies = json["policies"].as_array().unwrap().iter();
+            policies.find(|p| p["process"] == name).unwrap()
+        };
+        for policy in policy::all() {
+            let setup = &entry(policy.name)["setup_syscalls"];
+            match policy.outer {
+                Some("device-outer") => {
+                    assert_eq!(*setup, entry("device-outer")["steady_syscalls"]);
+                }
+                Some("bulkhead-vmm") => {
+                    assert_eq!(*setup, entry("bulkhead-vmm")["setup_syscalls"]);
+                }
+                _ => assert_eq!(*setup, policy.syscalls(Stage::Setup).unwrap().len()),
+            }
+        }
+        assert_eq!(entry("bulkhead-blk")["setup_policy"], "device-outer");
+        assert_eq!(entry("bulkhead-vmm")["setup_policy"], "bulkhead-vmm");
+        assert!(entry("device-outer")["setup_policy"].is_null());
+        let text = render(false).unwrap();
+        let lines: Vec<&str> = text.lines().filter(|l| !l.starts_with(' ')).collect();
+        assert!(
+            lines.iter().any(|l| l.ends_with("(device-outer)")),
+            "{text}"
+        );
+        assert!(lines.iter().any(|l| l.ends_with("in one stage")), "{text}");
     }
 
     #[test]

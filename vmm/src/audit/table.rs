@@ -5,7 +5,15 @@ use std::fmt::Write;
 
 use super::grade::{capability_names, strongest};
 use super::process::{Namespace, Process};
+use super::trace::Filters;
 use super::{Audit, Report, Role, Verdict};
+
+/// The policies of a thread, each with how many system calls it lets through.
+fn by_policy(filters: &Filters) -> String {
+    let each = filters.policies.iter().zip(&filters.counts);
+    let each = each.map(|(name, count)| format!("{name} ({count})"));
+    each.collect::<Vec<_>>().join(", ")
+}
 
 /// Everything, ready to print.
 pub fn render(audit: &Audit) -> String {
@@ -63,7 +71,7 @@ pub fn render(audit: &Audit) -> String {
                 "  system calls, read from the kernel: {}: {}; by policy {}",
                 filters.syscalls.len(),
                 filters.syscalls.join(" "),
-                filters.policies.join(", ")
+                by_policy(filters)
             );
         }
         for fd in &process.fds {

@@ -27,6 +27,9 @@ pub struct Filters {
     /// The policies that its filters were compiled from, the oldest first; "?" for one that is
     /// none of this program's. The name of one in its set-up stage ends with ":setup".
     pub policies: Vec<String>,
+    /// How many system calls each of them lets through, at least for some arguments; 0 for one that
+    /// could not be followed.
+    pub counts: Vec<usize>,
     /// The system calls that all of them let through, at least for some arguments, by name.
     pub syscalls: Vec<String>,
 }
@@ -34,14 +37,16 @@ pub struct Filters {
 /// Reads the filters of a thread. `None`: the kernel does not show them to us, or it has ended.
 pub fn read(tid: i32) -> Option<Filters> {
     let stopped = Stopped::stop(tid)?;
-    let mut policies = Vec::new();
+    let (mut policies, mut counts) = (Vec::new(), Vec::new());
     let mut allowed: Option<BTreeSet<u32>> = None;
     for index in 0..MAX_FILTERS {
         let Ok(filter) = stopped.filter(index) else {
             break;
         };
         // What cannot be followed lets everything through, for all that is known.
-        if let Ok(calls) = allowed_syscalls(&filter) {
+        let calls = allowed_syscalls(&filter);
+        counts.push(calls.as_ref().map_or(0, Vec::len));
+        if let Ok(calls) = calls {
             let calls: BTreeSet<u32> = calls.into_iter().collect();
             allowed = Some(match allowed {
                 Some(before) => before.intersection(&calls).copied().collect(),
@@ -55,7 +60,11 @@ pub fn read(tid: i32) -> Option<Filters> {
         .into_iter()
         .map(|nr| syscall_name(nr).map_or_else(|| nr.to_string(), str::to_owned))
         .collect();
-    Some(Filters { policies, syscalls })
+    Some(Filters {
+        policies,
+        counts,
+        syscalls,
+    })
 }
 
 /// The policy that a filter was compiled from. Only what becomes of a call that it does not

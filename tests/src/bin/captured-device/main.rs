@@ -2,42 +2,66 @@
 //! `hostile`, in the directory `BULKHEAD_HOSTILE`) under an ordinary VMM and launcher (`BULKHEAD_BIN`),
 //! natively, with a VM of another tenant beside it. Each attempt is one device of one VM.
 //!
-//! Every attempt must end in an error, or in a kill and an event that names the system call; the
-//! VMM and the other VM live on. Prints a line for each, and how many were made and blocked.
+//! The main thread of each kind, under each of its policies, makes every attempt; then the thread that
+//! serves a ring makes each system call of them once. Every attempt must end in an error, or in a kill
+//! and an event that names the system call; the VMM and the other VM live on. Prints a line for each,
+//! and how many were made and blocked.
+//!
+//! usage: captured-device [POLICY|inside]: what has that in its policy's name attacks, and nothing else;
+//! or only what is tried from inside the namespaces of processes
 
+mod alone;
+mod attack;
 mod inside;
+mod told;
+mod variants;
+mod victim;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use attack::{Attempt, End, Ground, Seen, attack};
+use bulkhead_seccomp::policy;
 use bulkhead_tests::host::Namespace;
-use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, patience};
-use serde_json::Value;
+use bulkhead_tests::vmm::{Scratch, bin};
+use variants::Variant;
+use victim::Victim;
 
-const LIMIT: Duration = Duration::from_secs(120);
-/// Devices of one VM: one for each attempt.
-const AT_ONCE: usize = 24;
+/// VMs at once, of those that make one attempt each.
+const VMS: usize = 4;
+/// How the attempts begin that the thread alone makes which serves the rings.
+const BY_THE_WORKER: &str = "asking for connections";
 
-/// One attempt, as the hostile binary lists it.
-struct Attempt {
-    number: usize,
-    name: String,
-    call: String,
+/// The argument that asks for what [`inside`] tries, alone.
+const INSIDE: &str = "inside";
+
+const BINARIES: [&str; 5] = [
+    "bulkhead-blk",
+    "bulkhead-net",
+    "bulkhead-mem",
+    "bulkhead-rng",
+    "bulkhead-vsock",
+];
+
+/// Whose turn it is to attack.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Thread {
+    Main,
+    Worker,
 }
 
-/// What became of one.
-enum End {
-    /// The launcher stopped it, and the event names this call.
-    Stopped(String),
-    /// The kernel refused, in these words.
-    Refused(String),
-    /// It did what it may, and the VMM bore it.
-    Borne(String),
-    /// It was not blocked.
-    Through(String),
+/// What was made, and what of it did not end as it should.
+#[derive(Default)]
+struct Tally {
+    made: usize,
+    blocked: usize,
+    passed: usize,
+    failed: Vec<String>,
+    /// Policies that the kernel had in force for whoever attacked.
+    policies: BTreeSet<String>,
 }
 
 fn main() -> ExitCode {
@@ -51,17 +75,59 @@ fn main() -> ExitCode {
     }
 }
 
-fn hostile(name: &str) -> Result<std::path::PathBuf, String> {
+fn hostile(name: &str) -> Result<PathBuf, String> {
     let directory = std::env::var_os("BULKHEAD_HOSTILE")
         .ok_or("BULKHEAD_HOSTILE: name the directory of the hostile builds")?;
     Ok(Path::new(&directory).join(name))
 }
 
-fn attempts(binary: &str) -> Result<Vec<Attempt>, String> {
-    let output = Command::new(hostile(binary)?)
+impl Thread {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::Worker => "worker",
+        }
+    }
+
+    /// A directory of programs of which this thread attacks. The launcher opens the programs of it
+    /// alone.
+    fn libexec(self, scratch: &Scratch, victim: &Victim) -> Result<String, String> {
+        let libexec = scratch.path(&format!("libexec-{}", self.name()));
+        let io = |e: std::io::Error| format!("{libexec}: {e}");
+        std::fs::create_dir_all(&libexec).map_err(io)?;
+        let launcher = format!("{libexec}/bulkhead-launcher");
+        std::fs::copy(bin("bulkhead-launcher"), launcher).map_err(io)?;
+        for name in BINARIES {
+            told::copy(
+                &hostile(name)?,
+                &format!("{libexec}/{name}"),
+                self.name(),
+                victim,
+            )?;
+        }
+        Ok(libexec)
+    }
+
+    /// Those of the attempts that it makes: a filter is every thread's, so that the second thread
+    /// makes each call once. `asks`: it has the channel for that.
+    fn share(self, asks: bool, attempts: &[Attempt]) -> Vec<&Attempt> {
+        let mut calls = BTreeSet::new();
+        let attempts = attempts.iter();
+        attempts
+            .filter(|a| match self {
+                _ if a.name.starts_with(BY_THE_WORKER) => asks && self == Self::Worker,
+                Self::Main => true,
+                Self::Worker => calls.insert(a.call.as_str()),
+            })
+            .collect()
+    }
+}
+
+fn attempts(program: &str) -> Result<Vec<Attempt>, String> {
+    let output = Command::new(program)
         .arg("--attempts")
         .output()
-        .map_err(|e| format!("{binary}: {e}"))?;
+        .map_err(|e| format!("{program}: {e}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let attempts: Vec<_> = text
         .lines()
@@ -75,7 +141,7 @@ fn attempts(binary: &str) -> Result<Vec<Attempt>, String> {
         })
         .collect();
     if attempts.len() < 50 {
-        return Err(format!("{binary}: not a hostile build: {text:?}"));
+        return Err(format!("{program}: not a hostile build: {text:?}"));
     }
     Ok(attempts)
 }
@@ -86,305 +152,228 @@ fn run() -> Result<bool, String> {
         return Ok(true);
     }
     let scratch = Scratch::new("captured-device")?;
-    // The launcher opens the programs of this directory alone.
-    let libexec = scratch.path("libexec");
-    std::fs::create_dir_all(&libexec).map_err(|e| e.to_string())?;
-    for (from, name) in [
-        (bin("bulkhead-launcher"), "bulkhead-launcher"),
-        (hostile("bulkhead-blk")?, "bulkhead-blk"),
-        (hostile("bulkhead-net")?, "bulkhead-net"),
-        (hostile("bulkhead-mem")?, "bulkhead-mem"),
-        (hostile("bulkhead-rng")?, "bulkhead-rng"),
-        (hostile("bulkhead-vsock")?, "bulkhead-vsock"),
-    ] {
-        std::fs::copy(&from, format!("{libexec}/{name}"))
-            .map_err(|e| format!("{}: {e}", from.display()))?;
+    for directory in ["api", "sockets"] {
+        let directory = scratch.path(directory);
+        std::fs::create_dir_all(&directory).map_err(|e| format!("{directory}: {e}"))?;
     }
-    let victim = Victim::start(&scratch, "victim")?;
+    let victim = Victim::start(&scratch, "victim", None, &[], &[])?;
+    let before = victim.processes()?;
     let namespace = Namespace::new("hostile")?;
-    let (mut made, mut blocked, mut failed) = (0, 0, Vec::new());
-    for kind in [
-        "bulkhead-blk",
-        "bulkhead-net",
-        "bulkhead-mem",
-        "bulkhead-rng",
-        "bulkhead-vsock",
-    ] {
-        let attempts = attempts(kind)?;
-        // A machine has one memory device, and one of sockets.
-        let at_once = match kind {
-            "bulkhead-mem" | "bulkhead-vsock" => 1,
-            _ => AT_ONCE,
+    let wanted = std::env::args().nth(1);
+    let is_wanted = |policy: &str| wanted.as_ref().is_none_or(|part| policy.contains(part));
+    let (mut variants, absent) = variants::all();
+    variants.retain(|variant| is_wanted(variant.policy));
+    let mut tally = Tally::default();
+    for thread in [Thread::Main, Thread::Worker] {
+        let libexec = thread.libexec(&scratch, &victim)?;
+        let ground = Ground {
+            scratch: &scratch,
+            libexec: &libexec,
+            namespace: &namespace,
+            victim: &victim.socket,
         };
-        for some in attempts.chunks(at_once) {
-            let ends = attack(kind, some, &scratch, &libexec, &namespace)?;
-            for attempt in some {
-                made += 1;
-                let (verdict, what) = match ends.get(&attempt.number) {
-                    Some(End::Stopped(call)) if *call == attempt.call => {
-                        (true, format!("stopped at {call}"))
-                    }
-                    Some(End::Stopped(call)) => {
-                        (false, format!("stopped at {call}, not at {}", attempt.call))
-                    }
-                    Some(End::Refused(why)) => (true, format!("refused: {why}")),
-                    Some(End::Borne(what)) => (true, format!("borne: {what}")),
-                    Some(End::Through(what)) => (false, format!("NOT BLOCKED: {what}")),
-                    None => (false, "nothing was heard of it".to_owned()),
-                };
-                println!("{kind}: {}: {what}", attempt.name);
-                if verdict {
-                    blocked += 1;
-                } else {
-                    failed.push(format!("{kind}: {}: {what}", attempt.name));
-                }
+        for variant in &variants {
+            let all = attempts(&format!("{libexec}/{}", variant.binary))?;
+            let share = thread.share(variant.asks(), &all);
+            let from = format!("{}, {}", variant.policy, thread.name());
+            let (started, made) = (Instant::now(), tally.made);
+            for (turn, some) in share.chunks(variant.at_once().max(VMS)).enumerate() {
+                let seen = wave(variant, some, &ground, turn == 0)?;
+                tally.count(&from, some, &seen);
+                victim.unharmed(&before)?;
             }
-            victim.unharmed()?;
+            let made = tally.made.saturating_sub(made);
+            let seconds = started.elapsed().as_secs();
+            println!("{from}: {made} attempts in {seconds} s");
+        }
+        for alone in alone::all().0.iter().filter(|a| is_wanted(a.policy)) {
+            let all = attempts(&format!("{libexec}/{}", alone.binary))?;
+            let share = thread.share(false, &all);
+            let from = format!("{}, {}", alone.policy, thread.name());
+            let started = Instant::now();
+            let ends = all_alone(alone, &share, &ground)?;
+            tally.count(&from, &share, &ends);
+            victim.unharmed(&before)?;
+            let seconds = started.elapsed().as_secs();
+            println!("{from}: {} attempts in {seconds} s", share.len());
         }
     }
-    println!("{made} attempts made, {blocked} blocked");
-    let mut passed = blocked;
-    let neighbour = Victim::start(&scratch, "neighbour")?;
-    let device = *neighbour.pids()?.last().ok_or("the VM has no processes")?;
-    for (name, result) in inside::tests(&scratch, device, &victim.socket, &victim.pids()?) {
-        match result {
-            Ok(what) => {
-                passed += 1;
-                println!("{name}: {what}");
-            }
-            Err(what) => failed.push(format!("{name}: {what}")),
-        }
+    let alone_absent = alone::all().1;
+    let names = variants.iter().map(|v| v.policy).collect::<Vec<_>>();
+    tally.policies(&names, &absent, is_wanted);
+    for (name, why) in alone_absent.iter().filter(|(name, _)| is_wanted(name)) {
+        println!("skipped: {name}: {why}");
     }
-    victim.unharmed()?;
-    for line in &failed {
+    println!("{} attempts made, {} blocked", tally.made, tally.blocked);
+    if wanted.as_deref().is_none_or(|wanted| wanted == INSIDE) {
+        from_inside(&scratch, &victim, &mut tally)?;
+    }
+    victim.unharmed(&before)?;
+    for line in &tally.failed {
         println!("failed: {line}");
     }
-    println!("{passed} passed, {} failed", failed.len());
-    Ok(failed.is_empty())
+    let passed = tally.blocked.saturating_add(tally.passed);
+    println!("{passed} passed, {} failed", tally.failed.len());
+    Ok(tally.failed.is_empty())
 }
 
-/// A VM with an ordinary disk process.
-fn serve(socket: &str, arguments: &[&str]) -> Result<Vmm, String> {
-    let mut all = vec!["serve", "--api-socket", socket];
-    all.extend_from_slice(arguments);
-    let mut command = Command::new(bin("bulkhead"));
-    command.args(&all);
-    up(Vmm::spawn(command)?, socket)
-}
-
-fn up(vmm: Vmm, socket: &str) -> Result<Vmm, String> {
-    let end = Instant::now() + patience(LIMIT);
-    while ctl(socket, &["info"]).is_err() {
-        if Instant::now() > end || ended(&vmm) {
-            return Err(vmm.story("the API does not answer"));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(vmm)
-}
-
-fn ended(vmm: &Vmm) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", vmm.pid()));
-    stat.map_or(true, |text| text.contains(") Z "))
-}
-
-/// The VM of another tenant.
-struct Victim {
-    _vmm: Vmm,
-    socket: String,
-}
-
-impl Victim {
-    fn start(scratch: &Scratch, name: &str) -> Result<Self, String> {
-        let disk = scratch.disk(name, 1 << 20, 41)?;
-        let socket = scratch.path(&format!("{name}.sock"));
-        let vmm = serve(&socket, &[])?;
-        let disk = format!("path={disk},id={name}");
-        let kernel = guest_file("vmlinux");
-        ctl(
-            &socket,
-            &[
-                "create", "--kernel", &kernel, "--memory", "96M", "--disk", &disk,
-            ],
-        )?;
-        Ok(Self { _vmm: vmm, socket })
-    }
-
-    /// Its VMM's, launcher's and device's processes.
-    fn pids(&self) -> Result<Vec<i64>, String> {
-        let info = ctl(&self.socket, &["info"])?;
-        let devices = ctl(&self.socket, &["devices"])?;
-        let of = |value: &Value| value.as_i64().filter(|pid| *pid > 0);
-        let mut pids: Vec<_> = [&info["vmm_pid"], &info["launcher_pid"], &devices[0]["pid"]]
-            .into_iter()
-            .filter_map(of)
+/// One VM with all of these attempts, or one for each where that has a single device of the kind.
+fn wave(
+    variant: &Variant,
+    attempts: &[&Attempt],
+    ground: &Ground<'_>,
+    look: bool,
+) -> Result<Vec<Seen>, String> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = attempts
+            .chunks(variant.at_once())
+            .map(|some| scope.spawn(move || attack(variant, some, ground, look)))
             .collect();
-        pids.dedup();
-        Ok(pids)
-    }
-
-    /// All of its processes are as they should be.
-    fn unharmed(&self) -> Result<(), String> {
-        let output = bulkhead(&["audit", "--api-socket", &self.socket])?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(format!(
-            "the other VM was harmed: {}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        ))
-    }
+        running
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| "an attack panicked".to_owned())?)
+            .collect()
+    })
 }
 
-/// One VM with a device for each attempt; how each ended.
-fn attack(
-    kind: &str,
-    attempts: &[Attempt],
-    scratch: &Scratch,
-    libexec: &str,
-    namespace: &Namespace,
-) -> Result<BTreeMap<usize, End>, String> {
-    let socket = scratch.path("hostile.sock");
-    let mut command = Command::new("nsenter");
-    let [by, place] = namespace.enter();
-    debug_assert_eq!(by, "nsenter");
-    command.arg(place).arg(bin("bulkhead"));
-    command.args(["serve", "--api-socket", &socket, "--libexec", libexec]);
-    command.args(["--restarts", "0"]);
-    let mut vmm = up(Vmm::spawn(command)?, &socket)?;
-    let kernel = guest_file("vmlinux");
-    let mut create = vec!["create".to_owned(), "--kernel".into(), kernel];
-    if kind != "bulkhead-mem" {
-        create.extend(["--memory".to_owned(), "96M".into()]);
-    }
-    for attempt in attempts {
-        let number = attempt.number;
-        if kind == "bulkhead-mem" {
-            let max = number
-                .saturating_add(1)
-                .saturating_mul(128)
-                .saturating_add(96);
-            create.push("--memory".into());
-            create.push(format!("96M,max={max}M"));
-        } else if kind == "bulkhead-vsock" {
-            let listen = scratch.path("vsock.sock");
-            create.push("--vsock".into());
-            create.push(format!("id=a{number},socket={listen},cid=1000000{number}"));
-        } else if kind == "bulkhead-rng" {
-            let burst = number.saturating_add(1).saturating_mul(128);
-            create.push("--rng".into());
-            create.push(format!("id=a{number},bps=1M:{burst}M"));
-        } else if kind == "bulkhead-blk" {
-            let disk = scratch.disk(&format!("d{number}"), 1 << 16, 7)?;
-            create.push("--disk".into());
-            create.push(format!(
-                "path={disk},id=a{number},serial=hostile-{number},queues=1"
-            ));
-        } else {
-            let tap = format!("bh{number}");
-            if namespace.sh(&format!("ip link show {tap}")).is_err() {
-                namespace.tap(&tap, "", "")?;
-            }
-            create.push("--net".into());
-            create.push(format!(
-                "tap={tap},id=a{number},mac=02:b0:b0:b0:b0:{number:02x},backend=user"
-            ));
-        }
-    }
-    let create: Vec<&str> = create.iter().map(String::as_str).collect();
-    let info = ctl(&socket, &["info"])?;
-    let vmm_pid = info["vmm_pid"].as_i64().ok_or("no vmm_pid")?;
-    ctl(&socket, &create).map_err(|e| vmm.story(&e))?;
-    let before = descriptors(vmm_pid);
-    // This is what it waits for. What it does then, it may do to this very call.
-    for attempt in attempts {
-        let id = match kind {
-            "bulkhead-mem" => "memory".to_owned(),
-            _ => format!("a{}", attempt.number),
-        };
-        let _ = ctl(&socket, &["stats", &id]);
-    }
-    let end = Instant::now() + patience(LIMIT);
-    let mut ends = BTreeMap::new();
-    while ends.len() < attempts.len() && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(100));
-        let events = events(&socket).map_err(|e| vmm.story(&e))?;
-        collect(&mut ends, attempts, &events, &vmm.errors());
-    }
-    let after = descriptors(vmm_pid);
-    // Connections of its clients come and go.
-    if after > before.saturating_add(8) {
-        return Err(format!(
-            "the VMM holds {after} descriptors, before the attack {before}"
-        ));
-    }
-    // A VMM that was brought down does not answer.
-    ctl(&socket, &["info"]).map_err(|e| vmm.story(&e))?;
-    vmm.kill();
-    Ok(ends)
-}
-
-/// Every event so far.
-fn events(socket: &str) -> Result<Vec<Value>, String> {
-    let output = bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-    }
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .map(|line| serde_json::from_str(line).map_err(|e| format!("{e} in {line:?}")))
-        .collect()
-}
-
-fn descriptors(pid: i64) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
-}
-
-/// Ends by events, and by what the devices say on standard error.
-fn collect(ends: &mut BTreeMap<usize, End>, attempts: &[Attempt], events: &[Value], said: &str) {
-    for event in events {
-        let number = match event["subject"].as_str() {
-            Some("memory") => attempts.first().map(|attempt| attempt.number),
-            other => other.and_then(|id| id.strip_prefix('a')?.parse().ok()),
-        };
-        let Some(number) = number else { continue };
-        if let Some(call) = event["what"]["violation"]
-            .as_str()
-            .filter(|call| !call.is_empty())
-        {
-            ends.entry(number)
-                .or_insert_with(|| End::Stopped(call.to_owned()));
-        }
-    }
-    for line in said.lines() {
-        let Some((_, told)) = line.split_once("hostile: ") else {
-            continue;
-        };
-        // A name that begins as another one does is the longer of them.
-        let whose = attempts
-            .iter()
-            .filter_map(|a| Some((a, told.strip_prefix(a.name.as_str())?.strip_prefix(": ")?)))
-            .max_by_key(|(a, _)| a.name.len());
-        let Some((attempt, what)) = whose else {
-            continue;
-        };
-        let end = match what.split_once(": ") {
-            Some(("refused", why)) => End::Refused(why.to_owned()),
-            _ if what.starts_with("sent ") => End::Borne(what.to_owned()),
-            _ => End::Through(what.to_owned()),
-        };
-        ends.entry(attempt.number).or_insert(end);
-    }
-    // Whoever floods the VMM is ended by it, before its last word is out at times.
-    for event in events.iter().filter(|e| e["kind"] == "device.crashed") {
-        let flooder = attempts.iter().find(|a| {
-            let its = event["subject"] == "memory" || event["subject"] == format!("a{}", a.number);
-            a.call == "sendmsg" && its
+/// Stand-alone processes, several at a time.
+fn all_alone(
+    alone: &alone::Alone,
+    attempts: &[&Attempt],
+    ground: &Ground<'_>,
+) -> Result<Vec<Seen>, String> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = attempts
+            .chunks(attempts.len().div_ceil(VMS).max(1))
+            .map(|some| scope.spawn(move || alone.attack(some, ground)))
+            .collect();
+        let ends = running.into_iter().map(|thread| {
+            let ends = thread.join();
+            let ends = ends.map_err(|_| "an attack panicked".to_owned())??;
+            Ok(Seen {
+                ends,
+                policies: Vec::new(),
+            })
         });
-        if let Some(attempt) = flooder {
-            let why = format!("the VMM ended it: {}", event["detail"]);
-            ends.entry(attempt.number).or_insert(End::Borne(why));
+        ends.collect()
+    })
+}
+
+/// From inside the namespaces of every process of a VM that has devices of each kind.
+fn from_inside(scratch: &Scratch, victim: &Victim, tally: &mut Tally) -> Result<(), String> {
+    let namespace = Namespace::new("neighbour")?;
+    namespace.tap("bhtap", "", "")?;
+    let passt = std::env::var("PASST").ok().filter(|path| !path.is_empty());
+    let mut host = Vec::new();
+    let mut more = vec!["--net", "tap=bhtap,id=tap", "--rng", "id=rng"];
+    more.extend(["--memory", "96M,max=224M"]);
+    match &passt {
+        Some(path) => {
+            host.extend(["--passt", path.as_str()]);
+            more.extend(["--net", "user,id=passt"]);
+        }
+        None => println!("skipped: passt's namespaces: PASST names none"),
+    }
+    let neighbour = Victim::start(scratch, "neighbour", Some(&namespace), &host, &more)?;
+    let processes = neighbour.processes()?;
+    // The launcher may open what its user may, which of root's is everything: SECURITY.md says so.
+    let others = processes
+        .iter()
+        .filter(|(name, _)| name != "bulkhead-launcher");
+    let others: Vec<_> = others.cloned().collect();
+    let pids: Vec<i64> = victim
+        .processes()?
+        .into_iter()
+        .map(|(_, pid)| pid)
+        .collect();
+    let net = format!("/run/netns/{}", namespace.name());
+    for (name, result) in inside::tests(scratch, &others, &net, &victim.socket, &pids) {
+        match result {
+            Ok(what) => {
+                tally.passed = tally.passed.saturating_add(1);
+                println!("{name}: {what}");
+            }
+            Err(what) => tally.failed.push(format!("{name}: {what}")),
         }
     }
+    if let Err(why) = neighbour.unharmed(&processes) {
+        tally.failed.push(why);
+    }
+    Ok(())
+}
+
+impl Tally {
+    fn count(&mut self, from: &str, attempts: &[&Attempt], seen: &[Seen]) {
+        for one in seen {
+            self.policies.extend(one.policies.iter().cloned());
+        }
+        for attempt in attempts {
+            self.made = self.made.saturating_add(1);
+            let end = seen.iter().find_map(|one| one.ends.get(&attempt.number));
+            let (blocked, what) = match end {
+                Some(End::Stopped(call)) if *call == attempt.call => {
+                    (true, format!("stopped at {call}"))
+                }
+                Some(End::Stopped(call)) => {
+                    (false, format!("stopped at {call}, not at {}", attempt.call))
+                }
+                Some(End::Refused(why)) => (true, format!("refused: {why}")),
+                Some(End::Borne(what)) => (true, format!("borne: {what}")),
+                Some(End::Through(what)) => (false, format!("NOT BLOCKED: {what}")),
+                None => (false, "nothing was heard of it".to_owned()),
+            };
+            println!("{from}: {}: {what}", attempt.name);
+            if blocked {
+                self.blocked = self.blocked.saturating_add(1);
+            } else {
+                self.failed
+                    .push(format!("{from}: {}: {what}", attempt.name));
+            }
+        }
+    }
+
+    /// Every policy of a device under the launcher was in force for somebody who attacked.
+    fn policies(
+        &mut self,
+        attacked: &[&str],
+        absent: &[(&str, &str)],
+        is_wanted: impl Fn(&str) -> bool,
+    ) {
+        if self.policies.is_empty() {
+            println!("skipped: this kernel does not show the filters of a process");
+            return;
+        }
+        for built in policy::all() {
+            if built.outer != Some("device-outer") || !is_wanted(built.name) {
+                continue;
+            }
+            if let Some((_, why)) = absent.iter().find(|(name, _)| *name == built.name) {
+                println!("skipped: {}: {why}", built.name);
+                continue;
+            }
+            // Policies that are alike are one to the kernel.
+            let shown = self
+                .policies
+                .iter()
+                .any(|name| policy::get(name).is_some_and(|seen| same(seen, built)));
+            if shown && attacked.contains(&built.name) {
+                println!("{}: was in force for some of these", built.name);
+                self.passed = self.passed.saturating_add(1);
+            } else {
+                let seen = &self.policies;
+                self.failed.push(format!(
+                    "{}: nobody attacked under it, but under {seen:?}",
+                    built.name
+                ));
+            }
+        }
+    }
+}
+
+fn same(a: &policy::Policy, b: &policy::Policy) -> bool {
+    let code = |policy: &policy::Policy| -> Vec<_> {
+        let steady = policy.steady.iter();
+        steady.map(|i| (i.code, i.jt, i.jf, i.k)).collect()
+    };
+    code(a) == code(b)
 }

@@ -9,6 +9,7 @@ use bulkhead_tests::runner::{self, Test};
 
 mod api;
 mod audit;
+mod audit_native;
 mod bad_input;
 mod block;
 mod boot;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
     let mut tests: Vec<Test> = Vec::new();
     if native {
         tests.extend(bad_input::native());
+        tests.extend(audit_native::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());
@@ -80,6 +82,7 @@ fn main() -> ExitCode {
         tests.extend(vhost_user::tests());
         tests.extend(api::tests());
         tests.extend(audit::tests());
+        tests.extend(audit_native::native());
         tests.extend(death::tests());
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());

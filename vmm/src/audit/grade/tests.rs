@@ -43,6 +43,7 @@ fn device() -> Process {
                 policies: ["bulkhead-blk", "bulkhead-blk", "bulkhead-launcher"]
                     .map(str::to_owned)
                     .into(),
+                counts: vec![16, 16, 95],
                 syscalls: vec!["read".into()],
             }),
         }],
@@ -219,7 +220,7 @@ fn two_devices_in_one_namespace_are_found() {
 fn a_vcpu_thread_has_a_filter_of_its_own() {
     let filters = |names: &[&str]| Filters {
         policies: names.iter().map(|n| (*n).to_owned()).collect(),
-        syscalls: Vec::new(),
+        ..Filters::default()
     };
     let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names), None).len();
     assert_eq!(of("vp-0", &["bulkhead-vcpu", "bulkhead-vmm:setup"]), 0);

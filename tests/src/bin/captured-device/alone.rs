@@ -1,0 +1,149 @@
+//! Stand-alone device processes, for front-ends of others: no launcher is there to say at which call
+//! one was stopped, and its policy kills it (SIGSYS). Each attempt is one process, in a namespace of
+//! processes of its own, so that what it sends no signal to is nothing of the host's.
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::host::sh;
+use bulkhead_tests::vmm::{Vmm, patience};
+
+use crate::attack::{Attempt, End, Ground, said};
+use crate::victim::LIMIT;
+
+/// 128 and the signal's number.
+const KILLED_BY_POLICY: i32 = 128 + libc::SIGSYS;
+
+/// A stand-alone process under its policy.
+pub struct Alone {
+    /// The policy, by its file's name.
+    pub policy: &'static str,
+    /// The program.
+    pub binary: &'static str,
+    device: Device,
+}
+
+#[derive(Clone, Copy)]
+enum Device {
+    Raw,
+    Image,
+    Tap,
+}
+
+/// All that are to be had here; and those that are not, with the reason.
+pub fn all() -> (Vec<Alone>, Vec<(&'static str, &'static str)>) {
+    let alone = |policy, binary, device| Alone {
+        policy,
+        binary,
+        device,
+    };
+    (
+        vec![
+            alone("bulkhead-blk-socket", "bulkhead-blk", Device::Raw),
+            alone("bulkhead-blk-image-socket", "bulkhead-blk", Device::Image),
+            alone("bulkhead-net-socket", "bulkhead-net", Device::Tap),
+        ],
+        vec![(
+            "bulkhead-blk-erase-socket",
+            "it takes a block device that erases securely",
+        )],
+    )
+}
+
+impl Alone {
+    fn options(&self, number: usize, ground: &Ground<'_>) -> Result<[String; 2], String> {
+        let scratch = ground.scratch;
+        Ok(match self.device {
+            Device::Raw => {
+                let disk = scratch.disk(&format!("alone-disk-{number}"), 1 << 16, 7)?;
+                [
+                    "--disk".into(),
+                    format!("path={disk},serial=hostile-{number}"),
+                ]
+            }
+            Device::Image => {
+                let disk = scratch.path(&format!("alone-{number}.qcow2"));
+                sh(&format!("qemu-img create -q -f qcow2 {disk} 1M"))?;
+                let spec = format!("path={disk},format=qcow2,serial=hostile-{number}");
+                ["--disk".into(), spec]
+            }
+            Device::Tap => {
+                let tap = format!("al{number}");
+                if ground.namespace.sh(&format!("ip link show {tap}")).is_err() {
+                    ground.namespace.tap(&tap, "", "")?;
+                }
+                // Its last part chooses the attempt.
+                let mac = format!("02:b0:b0:b0:b0:{number:02x}");
+                ["--tap".into(), format!("{tap} --mac {mac}")]
+            }
+        })
+    }
+
+    /// Makes the attempts, one process each.
+    ///
+    /// # Errors
+    /// A process does not serve.
+    pub fn attack(
+        &self,
+        attempts: &[&Attempt],
+        ground: &Ground<'_>,
+    ) -> Result<BTreeMap<usize, End>, String> {
+        let mut ends = BTreeMap::new();
+        for attempt in attempts {
+            if let Some(end) = self.one(attempt, ground)? {
+                ends.insert(attempt.number, end);
+            }
+        }
+        Ok(ends)
+    }
+
+    fn one(&self, attempt: &Attempt, ground: &Ground<'_>) -> Result<Option<End>, String> {
+        let socket = ground
+            .scratch
+            .path(&format!("api/alone-{}", attempt.number));
+        let _ = std::fs::remove_file(&socket);
+        let [option, value] = self.options(attempt.number, ground)?;
+        let [by, place] = ground.namespace.enter();
+        let mut command = Command::new(by);
+        command.arg(place);
+        command.args(["unshare", "--pid", "--fork", "--kill-child", "--"]);
+        command.arg(format!("{}/{}", ground.libexec, self.binary));
+        command
+            .args(["--socket", &socket, &option])
+            .args(value.split(' '));
+        // What is sent to its group is sent to nobody else.
+        command.process_group(0);
+        let mut process = Vmm::spawn(command)?;
+        let end = Instant::now() + patience(LIMIT);
+        // This is what it waits for.
+        let _front_end = loop {
+            if let Ok(stream) = UnixStream::connect(&socket) {
+                break stream;
+            }
+            if Instant::now() > end || process.ended().is_some() {
+                return Err(process.story(&format!("{}: does not serve", self.policy)));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        while Instant::now() < end {
+            if let Some((_, end)) = said(&[attempt], &process.errors()).pop() {
+                process.kill();
+                return Ok(Some(end));
+            }
+            match process.ended() {
+                Some(KILLED_BY_POLICY) => {
+                    return Ok(Some(End::Stopped(attempt.call.clone())));
+                }
+                Some(other) => {
+                    return Ok(Some(End::Through(format!("it ended with status {other}"))));
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        process.kill();
+        Ok(None)
+    }
+}

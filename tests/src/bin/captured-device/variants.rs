@@ -1,0 +1,157 @@
+//! What is attacked from: each kind of device process, with each of its policies.
+
+use bulkhead_tests::host::{Namespace, sh};
+use bulkhead_tests::vmm::Scratch;
+
+/// Devices of one VM at most: one for each attempt.
+const AT_ONCE: usize = 24;
+
+/// A kind of device process under one of its policies.
+pub struct Variant {
+    /// The policy, by its file's name.
+    pub policy: &'static str,
+    /// The program.
+    pub binary: &'static str,
+    /// Whether the VM is one of a host that has io_uring.
+    pub uring: bool,
+    /// How a device is asked for: see [`Variant::option`].
+    device: Device,
+}
+
+enum Device {
+    Raw,
+    Image,
+    Tap { backend: &'static str },
+    Memory,
+    Entropy,
+    Sockets,
+}
+
+/// All that are to be had here; and those that are not, with the reason.
+pub fn all() -> (Vec<Variant>, Vec<(&'static str, &'static str)>) {
+    let variant = |policy, binary, uring, device| Variant {
+        policy,
+        binary,
+        uring,
+        device,
+    };
+    let (blk, net) = ("bulkhead-blk", "bulkhead-net");
+    let tap = |backend| Device::Tap { backend };
+    let mut all = vec![
+        variant("bulkhead-blk", blk, true, Device::Raw),
+        variant("bulkhead-blk-plain", blk, false, Device::Raw),
+        variant("bulkhead-blk-image", blk, true, Device::Image),
+        variant("bulkhead-net", net, true, tap("user")),
+        variant("bulkhead-net-plain", net, false, tap("user")),
+        variant("bulkhead-mem", "bulkhead-mem", true, Device::Memory),
+        variant("bulkhead-rng", "bulkhead-rng", true, Device::Entropy),
+        variant("bulkhead-vsock", "bulkhead-vsock", true, Device::Sockets),
+    ];
+    let mut absent = vec![(
+        "bulkhead-blk-erase",
+        "it takes a block device that erases securely",
+    )];
+    if std::fs::exists("/dev/vhost-net").unwrap_or(false) {
+        all.push(variant("bulkhead-net-vhost", net, true, tap("vhost-net")));
+    } else {
+        absent.push(("bulkhead-net-vhost", "there is no /dev/vhost-net"));
+    }
+    (all, absent)
+}
+
+impl Variant {
+    /// How many attempts one VM makes.
+    pub fn at_once(&self) -> usize {
+        match self.device {
+            // A machine has one of them.
+            Device::Memory | Device::Sockets => 1,
+            _ => AT_ONCE,
+        }
+    }
+
+    /// The device that makes attempt `number`, as the VM calls it.
+    pub fn id(&self, number: usize) -> String {
+        match self.device {
+            Device::Memory => "memory".to_owned(),
+            _ => format!("a{number}"),
+        }
+    }
+
+    /// Arguments of `create` for the device that makes attempt `number`.
+    ///
+    /// # Errors
+    /// What it needs could not be made.
+    pub fn option(
+        &self,
+        number: usize,
+        scratch: &Scratch,
+        namespace: &Namespace,
+    ) -> Result<[String; 2], String> {
+        // One and the number, since none at all is no size.
+        let size = number.saturating_add(1).saturating_mul(128);
+        let (option, value) = match self.device {
+            Device::Raw => {
+                let disk = scratch.disk(&format!("d{number}"), 1 << 16, 7)?;
+                let serial = format!("serial=hostile-{number}");
+                (
+                    "--disk",
+                    format!("path={disk},id=a{number},{serial},queues=1"),
+                )
+            }
+            Device::Image => {
+                let disk = scratch.path(&format!("d{number}.qcow2"));
+                if !std::fs::exists(&disk).unwrap_or(false) {
+                    let empty = scratch.path("empty.qcow2");
+                    if !std::fs::exists(&empty).unwrap_or(false) {
+                        sh(&format!("qemu-img create -q -f qcow2 {empty} 1M"))?;
+                    }
+                    std::fs::copy(&empty, &disk).map_err(|e| format!("{disk}: {e}"))?;
+                }
+                let serial = format!("serial=hostile-{number}");
+                let spec = format!("path={disk},format=qcow2,id=a{number},{serial},queues=1");
+                ("--disk", spec)
+            }
+            Device::Tap { backend } => {
+                let tap = format!("bh{number}");
+                if namespace.sh(&format!("ip link show {tap}")).is_err() {
+                    namespace.tap(&tap, "", "")?;
+                }
+                let mac = format!("mac=02:b0:b0:b0:b0:{number:02x}");
+                (
+                    "--net",
+                    format!("tap={tap},id=a{number},{mac},backend={backend}"),
+                )
+            }
+            Device::Memory => {
+                let max = size.saturating_add(96);
+                ("--memory", format!("96M,max={max}M"))
+            }
+            Device::Entropy => ("--rng", format!("id=a{number},bps=1M:{size}M")),
+            Device::Sockets => {
+                let listen = sockets(scratch, number);
+                let cid = format!("cid=1000000{number}");
+                ("--vsock", format!("id=a{number},socket={listen},{cid}"))
+            }
+        };
+        Ok([option.to_owned(), value])
+    }
+
+    /// Whether `option` says how much memory the VM has.
+    pub fn is_memory(&self) -> bool {
+        matches!(self.device, Device::Memory)
+    }
+
+    /// Whether it may ask for connections.
+    pub fn asks(&self) -> bool {
+        matches!(self.device, Device::Sockets)
+    }
+
+    /// The socket beside which the device that makes attempt `number` may ask for connections.
+    pub fn asks_beside(&self, number: usize, scratch: &Scratch) -> Option<String> {
+        self.asks().then(|| sockets(scratch, number))
+    }
+}
+
+fn sockets(scratch: &Scratch, number: usize) -> String {
+    scratch.path(&format!("sockets/v{number}"))
+}
