@@ -17,7 +17,7 @@ use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
 use super::args::{Args, CONTROL_FD, FIRST_BINARY_FD, VMM_FD};
-use super::cgroup::{Cgroups, Group};
+use super::cgroup::{Cgroups, Group, Least};
 use super::device::{self, Device, HelperOrder, Order, Standing};
 use super::dial::Dial;
 use super::isolate;
@@ -602,9 +602,14 @@ impl Server {
     /// Makes a device's cgroup leaf, or changes its limits.
     fn place(&mut self, id: u64, op: &wire::Place) -> Result<Outgoing, String> {
         let resources = op.resources.as_ref().cloned().unwrap_or_default();
+        let least = Least {
+            memory: op.least_memory,
+            data: op.least_data,
+            pids: op.least_pids,
+        };
         let placed = self
             .cgroups
-            .place(&op.device_id, &resources, &op.block_device)?;
+            .place(&op.device_id, &resources, &op.block_device, least)?;
         let (names, fds): (Vec<&str>, Vec<OwnedFd>) = placed.files.into_iter().unzip();
         let answer = wire::Placed {
             cgroup: placed.path,

@@ -30,7 +30,7 @@ use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
-use crate::launcher::{Launcher, SpawnSpec};
+use crate::launcher::{Launcher, Least, SpawnSpec};
 use crate::memory::GuestRam;
 use crate::pci::{
     AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows,
@@ -355,7 +355,8 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     }
     args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
-    let usage = place(launcher, id, &order.resources, &order.block_device)?;
+    let least = kind.least(order.queues, variant);
+    let usage = place(launcher, id, &order.resources, &order.block_device, least)?;
     let incarnation = 1;
     let spawned = launcher
         .spawn(SpawnSpec {
@@ -423,7 +424,7 @@ pub fn ended(launcher: &Launcher, id: &str, incarnation: u64, program: &str) -> 
         .map(|(outcome, said)| outcome.with_last_line(program, &said))
 }
 
-/// Makes a cgroup leaf for a device's processes, with these limits.
+/// Makes a cgroup leaf for a device's processes, with these limits, if one can start with them.
 ///
 /// # Errors
 /// One line.
@@ -432,9 +433,10 @@ pub fn place(
     id: &str,
     resources: &Resources,
     block_device: &str,
+    least: Least,
 ) -> Result<Arc<Usage>, String> {
     let placed = launcher
-        .place(id, resources, block_device)
+        .place(id, resources, block_device, least)
         .map_err(|e| e.to_string())?;
     for line in &placed.not_enforced {
         log::warn!("device {id}: a limit is not enforced: {line}");

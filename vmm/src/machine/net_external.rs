@@ -16,7 +16,7 @@ use super::device::{self, Device, Site, Special};
 use super::net_kinds;
 use super::net_mac::MacAddress;
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
-use crate::launcher::{Program, helper, printable, sys};
+use crate::launcher::{Least, Program, helper, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -339,7 +339,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
     let options = passt_options(net, user);
     let origin = Origin::Passt(options.clone());
     let resources = net.resources.as_ref().cloned().unwrap_or_default();
-    device::place(site.launcher, &net.id, &resources, "")?;
+    device::place(site.launcher, &net.id, &resources, "", Least::default())?;
     let started = site
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)
