@@ -124,6 +124,14 @@ pub struct Process {
     pub ready_us: u64,
 }
 
+impl Process {
+    /// The incarnation that serves, or that is on its way in to do so.
+    pub fn latest(&self) -> u64 {
+        let newcomer = self.newcomer.as_ref();
+        newcomer.map_or(self.incarnation, |newcomer| newcomer.incarnation)
+    }
+}
+
 /// What only devices of one kind have.
 pub enum Special {
     /// A disk.

@@ -539,5 +539,5 @@ mod requests;
 /// Tells that a device's process was started.
 pub(super) fn tell_spawned(log: &EventLog, id: &str, (pid, incarnation): (i32, u64)) {
     let what = told::spawned(pid, incarnation);
-    log.publish_typed("device.spawned", id, &format!("pid {pid}"), Some(what));
+    log.publish_typed("device.spawned", id, "", Some(what));
 }
