@@ -173,11 +173,10 @@ impl Device {
         }
         .to_string();
         if let Some(process) = &self.process {
-            // One that has ended has none: its number may be another's by now.
-            info.pid = if process.life.has_exited() {
-                0
-            } else {
-                process.pid
+            // One that has ended, or is about to, has none: its number may be another's by now.
+            info.pid = match process.life.is_manned() {
+                true => process.pid,
+                false => 0,
             };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
