@@ -172,7 +172,7 @@ impl Host {
             ""
         };
         let by = self.foreign_came(index);
-        let by = by.as_deref().unwrap_or("another process");
+        let by = by.as_deref().unwrap_or("another back-end");
         let detail = format!("{by} serves {queues} queues{reset}");
         self.tell(index, "device.reconnected", &detail);
     }
