@@ -56,6 +56,7 @@ fn main() -> ExitCode {
     let mut tests: Vec<Test> = Vec::new();
     if native {
         tests.extend(bad_input::native());
+        tests.extend(death::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());
