@@ -17,6 +17,7 @@ mod disk;
 mod disk_devices;
 mod disk_faults;
 mod disk_formats;
+mod events;
 mod hostile_device;
 mod hostile_disk;
 mod hostile_guest;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(death::native());
+        tests.extend(events::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());
