@@ -4,7 +4,7 @@
 //! a subscriber keeps a position in it and no copy, so a slow one costs nothing, and one
 //! that falls behind by more than the ring holds is told so.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,6 +18,8 @@ pub const CAPACITY: usize = 1024;
 /// Longest kind and subject, and longest detail, in bytes; longer ones are cut.
 const MAX_NAME: usize = 128;
 const MAX_DETAIL: usize = 1024;
+/// Processes whose pids are remembered: more than may run at a time, two for each device.
+const MAX_PIDS: usize = 256;
 
 struct Inner {
     /// Number of the event that `publish` makes next.
@@ -25,6 +27,9 @@ struct Inner {
     /// The newest events, encoded; the last has number `next - 1`.
     ring: VecDeque<Arc<[u8]>>,
     bells: Vec<Arc<EventFd>>,
+    /// Pids of processes that run, by device and incarnation: who tells of their end often knows no
+    /// more than those.
+    pids: BTreeMap<(String, u64), i32>,
 }
 
 /// A bounded, numbered log of events. Numbers start at 1.
@@ -61,6 +66,7 @@ impl EventLog {
             next: 1,
             ring: VecDeque::new(),
             bells: Vec::new(),
+            pids: BTreeMap::new(),
         };
         Self {
             inner: Mutex::new(inner),
@@ -76,20 +82,30 @@ impl EventLog {
         self.publish_typed(kind, subject, detail, None)
     }
 
-    /// The same with what programs need of it. Its texts are to be bounded.
+    /// The same with what programs need of it. Its texts are to be bounded. A process is named in
+    /// the line, too; its pid is added where only its incarnation is given.
     pub fn publish_typed(
         &self,
         kind: &str,
         subject: &str,
         detail: &str,
-        what: Option<What>,
+        mut what: Option<What>,
     ) -> u64 {
         let mut event = Event::new();
-        event.what = what;
         event.kind = bounded(kind, MAX_NAME);
         event.subject = bounded(subject, MAX_NAME);
         event.detail = bounded(detail, MAX_DETAIL);
         let mut inner = self.lock();
+        if let Some(what) = &mut what {
+            inner.add_pid(&event.subject, what);
+            if let Some(name) = whose(what) {
+                event.detail = match event.detail.as_str() {
+                    "" => name,
+                    detail => format!("{detail} ({name})"),
+                };
+            }
+        }
+        event.what = what;
         // Under the lock, so that times do not run backwards along the numbers.
         event.time_ns = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -156,7 +172,47 @@ pub(super) fn gap(first: u64, oldest: u64) -> Vec<u8> {
     event.write_to_bytes().unwrap_or_default()
 }
 
+/// What a process is called in a line for people.
+pub fn process_name(pid: i32, incarnation: u64) -> String {
+    match pid {
+        ..=0 => format!("incarnation {incarnation}"),
+        pid => format!("pid {pid}, incarnation {incarnation}"),
+    }
+}
+
+/// The name of the process that an event is about.
+fn whose(what: &What) -> Option<String> {
+    let (pid, incarnation) = match what {
+        What::Spawned(e) => (e.pid, e.incarnation),
+        What::Ready(e) => (e.pid, e.incarnation),
+        What::Restarted(e) => (e.pid, e.incarnation),
+        What::Updated(e) => (e.pid, e.incarnation),
+        What::Crashed(e) => (e.pid, e.incarnation),
+        What::Exited(e) => (e.pid, e.incarnation),
+        _ => return None,
+    };
+    Some(process_name(pid, incarnation))
+}
+
 impl Inner {
+    /// Remembers a process that is new, and names the pid of one that is told of later.
+    fn add_pid(&mut self, subject: &str, what: &mut What) {
+        let key = |incarnation| (subject.to_owned(), incarnation);
+        match what {
+            What::Spawned(e) => {
+                if self.pids.len() >= MAX_PIDS {
+                    self.pids.pop_first();
+                }
+                self.pids.insert(key(e.incarnation), e.pid);
+            }
+            What::Crashed(e) => {
+                e.pid = self.pids.get(&key(e.incarnation)).copied().unwrap_or(0);
+            }
+            What::Exited(e) => e.pid = self.pids.remove(&key(e.incarnation)).unwrap_or(0),
+            _ => {}
+        }
+    }
+
     fn oldest(&self) -> u64 {
         self.next.saturating_sub(self.ring.len() as u64)
     }
@@ -219,6 +275,41 @@ mod tests {
         };
         let event = Event::parse_from_bytes(&bytes).unwrap();
         assert_eq!(*event.crashed(), crashed);
+    }
+
+    #[test]
+    fn a_process_is_named_from_its_start_to_its_end() {
+        use crate::launcher::ExitOutcome;
+        use crate::machine::supervise::CrashReason;
+        use crate::machine::told;
+        let log = EventLog::new();
+        let told = |kind: &str, detail: &str, what: What| {
+            let number = log.publish_typed(kind, "d", detail, Some(what));
+            let Lookup::Event(bytes) = log.get(number) else {
+                panic!("it was just published")
+            };
+            Event::parse_from_bytes(&bytes).unwrap()
+        };
+        let event = told("device.spawned", "", told::spawned(12, 3));
+        assert_eq!(event.detail, "pid 12, incarnation 3");
+        let reason = CrashReason::Signal(9);
+        let event = told("device.crashed", "signal: 9", told::crashed(3, &reason));
+        assert_eq!(event.detail, "signal: 9 (pid 12, incarnation 3)");
+        assert_eq!(event.crashed().pid, 12);
+        let outcome = ExitOutcome::Signal(9);
+        let event = told("device.exited", "signal 9", told::exited(3, &outcome));
+        assert_eq!(event.detail, "signal 9 (pid 12, incarnation 3)");
+        assert_eq!(event.exited().pid, 12);
+        // Its number is another's from then on; and nobody knows it of one that was never told.
+        for incarnation in [3, 4] {
+            let event = told("device.exited", "", told::exited(incarnation, &outcome));
+            assert_eq!(event.detail, format!("incarnation {incarnation}"));
+            assert_eq!(event.exited().pid, 0);
+        }
+        for n in 0..2000 {
+            told("device.spawned", "", told::spawned(1, n));
+        }
+        assert_eq!(log.lock().pids.len(), MAX_PIDS);
     }
 
     #[test]

@@ -31,7 +31,7 @@ mod tests;
 mod vmservice;
 
 pub(crate) use config_net::check_interface_name;
-pub use events::EventLog;
+pub use events::{EventLog, process_name};
 pub use reply::{ApiResponse, ReplyHandle};
 pub use request::{ApiRequest, Services};
 pub use server::{ApiServer, ApiServerHandle};

@@ -14,11 +14,11 @@ pub fn what(event: &Event) -> Value {
             json!({ "pid": e.pid, "incarnation": e.incarnation, "ready_us": e.ready_us })
         }
         Some(What::Exited(e)) => json!({
-            "incarnation": e.incarnation, "status": e.status, "signal": e.signal,
+            "pid": e.pid, "incarnation": e.incarnation, "status": e.status, "signal": e.signal,
             "violation": e.violation,
         }),
         Some(What::Crashed(e)) => json!({
-            "incarnation": e.incarnation, "why": word(&format!("{:?}", e.why)),
+            "pid": e.pid, "incarnation": e.incarnation, "why": word(&format!("{:?}", e.why)),
             "status": e.status, "signal": e.signal, "queue": e.queue, "what": e.what,
         }),
         Some(What::Restarted(e)) => json!({

@@ -53,6 +53,42 @@ pub struct Fallback {
     pub pids: Option<u64>,
 }
 
+/// What a process of a device needs to start: with less, no other could take its place. 0: nothing
+/// is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Least {
+    /// Of memory.max, bytes.
+    pub memory: u64,
+    /// Of RLIMIT_DATA, which counts address space, used or not.
+    pub data: u64,
+    /// Threads, those that the kernel makes for its I/O among them.
+    pub pids: u32,
+}
+
+impl Least {
+    /// Whether a process can start with these limits. `bounded`: memory is limited by a cgroup, not
+    /// by a resource limit.
+    fn check(&self, resources: &Resources, bounded: bool) -> Result<(), String> {
+        let (memory, pids) = (resources.memory_bytes, resources.pids);
+        let (least, how) = match bounded {
+            true => (self.memory, ""),
+            false => (self.data, ", where RLIMIT_DATA limits it,"),
+        };
+        if memory != 0 && memory < least {
+            return Err(format!(
+                "memory={memory}: its process needs {least} bytes{how} to start: give at least {least}, or 0 for no limit"
+            ));
+        }
+        if pids != 0 && pids < self.pids {
+            return Err(format!(
+                "pids={pids}: its process needs {least} threads: give at least {least}, or 0 for no limit",
+                least = self.pids
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// The VM's group, as the VMM prepared it.
 #[derive(Debug)]
 pub struct Group {
@@ -70,6 +106,7 @@ struct Leaf {
     directory: Option<File>,
     resources: Resources,
     block_device: String,
+    least: Least,
     /// The device is gone; its process may not be.
     doomed: bool,
 }
@@ -109,8 +146,15 @@ impl Cgroups {
         id: &str,
         resources: &Resources,
         block_device: &str,
+        least: Least,
     ) -> Result<Placed, String> {
         let say = |why: String| format!("device {}: its cgroup: {why}", printable(id));
+        let of_leaf = self.leaves.get(id).filter(|leaf| !leaf.doomed);
+        let bounded = of_leaf.is_none_or(|leaf| leaf.directory.is_some()) && self.has("memory");
+        of_leaf
+            .map_or(least, |leaf| leaf.least)
+            .check(resources, bounded)
+            .map_err(|why| format!("device {}: {why}", printable(id)))?;
         if !valid_id(id) {
             return Err(say("no such id".into()));
         }
@@ -136,6 +180,7 @@ impl Cgroups {
                 directory,
                 resources: Resources::new(),
                 block_device: block_device.to_owned(),
+                least,
                 doomed: false,
             };
             self.leaves.insert(id.to_owned(), leaf);
@@ -143,7 +188,11 @@ impl Cgroups {
         let Some(leaf) = self.leaves.get_mut(id) else {
             return Err(say("it is lost".into()));
         };
-        leaf.doomed = false;
+        if leaf.doomed {
+            // Another device of that name.
+            (leaf.doomed, leaf.least) = (false, least);
+            leaf.block_device = block_device.to_owned();
+        }
         leaf.resources = resources.clone();
         let controllers = self
             .group
@@ -401,7 +450,9 @@ mod tests {
         (resources.cpu_percent, resources.memory_bytes) = (50, 64 << 20);
         resources.pids = 9;
         resources.io.mut_or_insert_default().read_bps = 1;
-        let placed = cgroups.place("d", &resources, "8:0").unwrap();
+        let placed = cgroups
+            .place("d", &resources, "8:0", Least::default())
+            .unwrap();
         assert!(placed.path.is_empty() && placed.files.is_empty());
         let told = &placed.not_enforced;
         assert_eq!(told.len(), 4, "{told:?}");
@@ -412,11 +463,59 @@ mod tests {
         assert_eq!(fallback.pids, Some(9));
         assert_eq!(cgroups.fallback("e"), Fallback::default());
         // Nothing is asked for: nothing is missing.
-        let placed = cgroups.place("d", &Resources::new(), "").unwrap();
+        let placed = cgroups
+            .place("d", &Resources::new(), "", Least::default())
+            .unwrap();
         assert_eq!(placed.not_enforced, Vec::<String>::new());
-        assert!(cgroups.place("../x", &resources, "").is_err());
+        assert!(
+            cgroups
+                .place("../x", &resources, "", Least::default())
+                .is_err()
+        );
         cgroups.forget("d");
         assert_eq!(cgroups.fallback("d"), Fallback::default());
+    }
+
+    #[test]
+    fn limits_with_which_no_process_could_start_are_refused_and_change_nothing() {
+        let mut cgroups = Cgroups::new(None, String::new());
+        let least = Least {
+            memory: 8 << 20,
+            data: 20 << 20,
+            pids: 3,
+        };
+        let limits = |memory_bytes, pids| {
+            let mut resources = Resources::new();
+            (resources.memory_bytes, resources.pids) = (memory_bytes, pids);
+            resources
+        };
+        let refused = cgroups.place("d", &limits(0, 2), "", least).unwrap_err();
+        assert!(refused.contains("at least 3"), "{refused}");
+        assert!(cgroups.leaf("d").is_none() && cgroups.leaves.is_empty());
+        cgroups.place("d", &limits(20 << 20, 3), "", least).unwrap();
+        // What it needs is known from then on.
+        let unknown = Least::default();
+        for (memory, pids, words) in [
+            ((20 << 20) - 1, 3, "at least 20971520"),
+            (8 << 20, 0, "RLIMIT_DATA"),
+            (0, 2, "at least 3"),
+        ] {
+            let refused = cgroups.place("d", &limits(memory, pids), "", unknown);
+            let refused = refused.unwrap_err();
+            assert!(refused.contains(words), "{refused}");
+            assert_eq!(cgroups.fallback("d").memory, Some(20 << 20));
+            assert_eq!(cgroups.fallback("d").pids, Some(3));
+        }
+        cgroups.place("d", &limits(0, 0), "", unknown).unwrap();
+        assert_eq!(cgroups.fallback("d"), Fallback::default());
+        // By memory.max less is enough.
+        assert_eq!(least.check(&limits(8 << 20, 0), true), Ok(()));
+        assert!(least.check(&limits((8 << 20) - 1, 0), true).is_err());
+        // Another device of that name, of which nothing is known.
+        cgroups.forget("d");
+        cgroups
+            .place("d", &limits(8 << 20, 1), "", unknown)
+            .unwrap();
     }
 
     #[test]
@@ -424,11 +523,19 @@ mod tests {
         let mut cgroups = Cgroups::new(None, String::new());
         for n in 0..MAX_DEVICES {
             cgroups
-                .place(&format!("d{n}"), &Resources::new(), "")
+                .place(&format!("d{n}"), &Resources::new(), "", Least::default())
                 .unwrap();
         }
-        assert!(cgroups.place("one-more", &Resources::new(), "").is_err());
+        assert!(
+            cgroups
+                .place("one-more", &Resources::new(), "", Least::default())
+                .is_err()
+        );
         cgroups.forget("d3");
-        assert!(cgroups.place("one-more", &Resources::new(), "").is_ok());
+        assert!(
+            cgroups
+                .place("one-more", &Resources::new(), "", Least::default())
+                .is_ok()
+        );
     }
 }

@@ -30,7 +30,7 @@ use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
-use crate::launcher::{Launcher, SpawnSpec};
+use crate::launcher::{Launcher, Least, SpawnSpec};
 use crate::memory::GuestRam;
 use crate::pci::{
     AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows,
@@ -124,6 +124,14 @@ pub struct Process {
     pub ready_us: u64,
 }
 
+impl Process {
+    /// The incarnation that serves, or that is on its way in to do so.
+    pub fn latest(&self) -> u64 {
+        let newcomer = self.newcomer.as_ref();
+        newcomer.map_or(self.incarnation, |newcomer| newcomer.incarnation)
+    }
+}
+
 /// What only devices of one kind have.
 pub enum Special {
     /// A disk.
@@ -165,11 +173,10 @@ impl Device {
         }
         .to_string();
         if let Some(process) = &self.process {
-            // One that has ended has none: its number may be another's by now.
-            info.pid = if process.life.has_exited() {
-                0
-            } else {
-                process.pid
+            // One that has ended, or is about to, has none: its number may be another's by now.
+            info.pid = match process.life.is_manned() {
+                true => process.pid,
+                false => 0,
             };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
@@ -355,7 +362,8 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
     }
     args.extend(["--fence-fd".to_owned(), fence.to_string()]);
     let started = std::time::Instant::now();
-    let usage = place(launcher, id, &order.resources, &order.block_device)?;
+    let least = kind.least(order.queues, variant);
+    let usage = place(launcher, id, &order.resources, &order.block_device, least)?;
     let incarnation = 1;
     let spawned = launcher
         .spawn(SpawnSpec {
@@ -423,7 +431,7 @@ pub fn ended(launcher: &Launcher, id: &str, incarnation: u64, program: &str) -> 
         .map(|(outcome, said)| outcome.with_last_line(program, &said))
 }
 
-/// Makes a cgroup leaf for a device's processes, with these limits.
+/// Makes a cgroup leaf for a device's processes, with these limits, if one can start with them.
 ///
 /// # Errors
 /// One line.
@@ -432,9 +440,10 @@ pub fn place(
     id: &str,
     resources: &Resources,
     block_device: &str,
+    least: Least,
 ) -> Result<Arc<Usage>, String> {
     let placed = launcher
-        .place(id, resources, block_device)
+        .place(id, resources, block_device, least)
         .map_err(|e| e.to_string())?;
     for line in &placed.not_enforced {
         log::warn!("device {id}: a limit is not enforced: {line}");

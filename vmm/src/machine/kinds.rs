@@ -5,6 +5,8 @@ use std::path::Path;
 
 use bulkhead_proto::machine::MachineConfig;
 
+use crate::launcher::Least;
+
 /// What the VMM knows of a device kind.
 #[derive(Debug)]
 pub struct DeviceKind {
@@ -19,6 +21,47 @@ pub struct DeviceKind {
     /// `--io-engine` where io_uring is not to be had; its policy's name ends in `-plain`.
     /// `None`: it has no use for io_uring anywhere.
     pub plain_engine: Option<&'static str>,
+    /// Queues that a thread of its process serves.
+    pub queues_per_thread: u32,
+    /// Threads of the kernel's beside each of those: one makes progress with I/O that must wait
+    /// (io_uring).
+    pub kernel_threads: u32,
+    /// Address space that its process sets apart at its start.
+    pub heap: u64,
+    /// The same for each queue.
+    pub queue_heap: u64,
+}
+
+/// The same of a disk in a format, whose tables are held in memory.
+const IMAGE_HEAP: u64 = 384 << 20;
+/// Memory of a process before it has a queue, and for each of them: its program, what it allocates
+/// at its start, rings of io_uring.
+const MEMORY: u64 = 8 << 20;
+const QUEUE_MEMORY: u64 = 1 << 20;
+/// Address space beside the heap: the program's data, and for each thread its stack and buffers.
+const DATA: u64 = 4 << 20;
+const THREAD_DATA: u64 = 256 << 10;
+
+impl DeviceKind {
+    /// What a process with so many queues needs to start. `variant`: as in the name of its policy.
+    pub fn least(&self, queues: u32, variant: Option<&str>) -> Least {
+        let threads = queues.div_ceil(self.queues_per_thread);
+        let heap = match variant {
+            Some("image") => IMAGE_HEAP,
+            _ => {
+                let queues = self.queue_heap.saturating_mul(queues.into());
+                self.heap.saturating_add(queues)
+            }
+        };
+        let all = threads.saturating_add(1);
+        Least {
+            memory: MEMORY.saturating_add(QUEUE_MEMORY.saturating_mul(queues.into())),
+            data: heap
+                .saturating_add(DATA)
+                .saturating_add(THREAD_DATA.saturating_mul(all.into())),
+            pids: all.saturating_add(threads.saturating_mul(self.kernel_threads)),
+        }
+    }
 }
 
 /// virtio-blk.
@@ -28,6 +71,10 @@ pub static BLK: DeviceKind = DeviceKind {
     virtio_id: 2,
     max_queues: 64,
     plain_engine: Some("preadv2"),
+    queues_per_thread: 1,
+    kernel_threads: 1,
+    heap: 8 << 20,
+    queue_heap: 10 << 20,
 };
 
 /// virtio-net on a tap.
@@ -38,6 +85,12 @@ pub static NET: DeviceKind = DeviceKind {
     // A pair each, and the control queue.
     max_queues: 65,
     plain_engine: Some("plain"),
+    // The control queue has one of its own.
+    queues_per_thread: 2,
+    kernel_threads: 0,
+    heap: 8 << 20,
+    // Frames of a pair that are under way.
+    queue_heap: 1280 << 10,
 };
 
 /// virtio-mem.
@@ -47,6 +100,10 @@ pub static MEM: DeviceKind = DeviceKind {
     virtio_id: 24,
     max_queues: 1,
     plain_engine: None,
+    queues_per_thread: 1,
+    kernel_threads: 0,
+    heap: 8 << 20,
+    queue_heap: 0,
 };
 
 /// Virtio entropy.
@@ -56,6 +113,10 @@ pub static RNG: DeviceKind = DeviceKind {
     virtio_id: 4,
     max_queues: 1,
     plain_engine: None,
+    queues_per_thread: 1,
+    kernel_threads: 0,
+    heap: 8 << 20,
+    queue_heap: 0,
 };
 
 /// Virtio sockets.
@@ -66,6 +127,10 @@ pub static VSOCK: DeviceKind = DeviceKind {
     // To the guest, from it, events.
     max_queues: 3,
     plain_engine: None,
+    queues_per_thread: 3,
+    kernel_threads: 0,
+    heap: 8 << 20,
+    queue_heap: 0,
 };
 
 /// Every kind.
@@ -90,4 +155,24 @@ pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) ->
         })
         .map(|kind| kind.binary.to_owned())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_needs_what_its_queues_do() {
+        const MIB: u64 = 1 << 20;
+        let disk = BLK.least(2, None);
+        assert_eq!((disk.pids, disk.memory), (5, 10 * MIB));
+        assert_eq!(disk.data, 28 * MIB + 4 * MIB + 3 * MIB / 4);
+        assert!(BLK.least(1, Some("image")).data > 384 * MIB);
+        // Two pairs and the control queue.
+        assert_eq!(NET.least(5, None).pids, 4);
+        assert_eq!(NET.least(3, Some("vhost")).pids, 3);
+        for (kind, queues) in [(&MEM, 1), (&RNG, 1), (&VSOCK, 3)] {
+            assert_eq!(kind.least(queues, None).pids, 2, "{}", kind.name);
+        }
+    }
 }

@@ -132,6 +132,17 @@ impl Life {
         self.exited
     }
 
+    /// The device has a process that serves it or is getting its rings; or one that was given up for
+    /// good and has not ended. One that is being replaced does not count, whether it has ended or
+    /// not, nor one that has not said yet that it is ready.
+    pub fn is_manned(&self) -> bool {
+        match self.phase {
+            Phase::Serving | Phase::Quarantined { .. } => !self.exited,
+            Phase::TakingOver { .. } => true,
+            Phase::Ending { .. } | Phase::Starting { .. } => false,
+        }
+    }
+
     /// A new process is on its way in and may be spoken to.
     pub fn starting(&self) -> bool {
         matches!(self.phase, Phase::Starting { .. })
@@ -289,10 +300,12 @@ impl Life {
         };
         self.tell_quarantine(&mut actions);
         self.supervisor.pardon();
+        // Why the process had to go may still be for its end to tell.
+        let told = self.exited || self.outage.as_ref().is_none_or(|outage| outage.told);
         self.outage = Some(Outage {
             since: now,
             reason: None,
-            told: true,
+            told,
         });
         self.phase = Phase::Ending {
             kill_at,

@@ -55,6 +55,44 @@ fn a_process_that_dies_is_replaced_once_nothing_of_it_is_left() {
 }
 
 #[test]
+fn a_device_that_restarts_has_no_process_until_the_next_one_has_answered() {
+    let (mut life, now) = life();
+    assert!(life.is_manned());
+    life.lost(None, now);
+    assert!(!life.is_manned(), "it is ending");
+    life.exited(KILLED, now);
+    assert!(!life.is_manned(), "it has ended");
+    life.fence_fell(now);
+    assert_eq!((life.starting(), life.is_manned()), (true, false));
+    assert!(life.answered(now));
+    assert!(life.is_manned(), "the next one gets the rings");
+    life.took_over("", now);
+    assert!(life.serving() && life.is_manned());
+    // The same where the next one does not come up.
+    life.exited(KILLED, now);
+    life.fence_fell(now);
+    life.on_timer(now + ms(60));
+    assert!(life.starting());
+    life.lost(Some(CrashReason::Start("late".into())), now + ms(70));
+    assert!(!life.is_manned());
+    // One that is given up for good is named until it has ended.
+    let (mut life, now) = (
+        Life::new(Budget {
+            restarts: 0,
+            ..Budget::default()
+        }),
+        now,
+    );
+    life.lost(None, now);
+    assert_eq!(
+        (life.state(), life.is_manned()),
+        (Some("quarantined"), true)
+    );
+    life.exited(KILLED, now);
+    assert!(!life.is_manned());
+}
+
+#[test]
 fn the_end_may_be_told_before_the_hang_up_and_the_fence_before_both() {
     let (mut life, now) = life();
     assert!(life.fence_fell(now).is_empty());
@@ -219,6 +257,25 @@ fn one_that_dies_while_it_takes_over_is_replaced_and_the_outage_goes_on() {
             format!("after {whole} us, x")
         )]
     );
+}
+
+#[test]
+fn one_that_is_revived_before_it_has_ended_is_told_to_have_crashed_all_the_same() {
+    let budget = Budget {
+        restarts: 0,
+        ..Budget::default()
+    };
+    let (mut life, now) = (Life::new(budget), Instant::now());
+    assert_eq!(kinds(&life.lost(None, now)), ["suspend", "fail"]);
+    assert_eq!(kinds(&life.revive(now).1), ["device.quarantined"]);
+    assert_eq!(kinds(&life.ends(KILLED, now)), ["device.crashed"]);
+    life.is_reaped(now);
+    assert_eq!(kinds(&life.fence_fell(now)), ["quiesced", "start"]);
+    // Once is enough.
+    let mut life = Life::new(budget);
+    life.exited(KILLED, now);
+    life.revive(now);
+    assert_eq!(kinds(&life.fence_fell(now)), ["quiesced", "start"]);
 }
 
 /// What can be seen of a process, from without.

@@ -16,7 +16,7 @@ use super::device::{self, Device, Site, Special};
 use super::net_kinds;
 use super::net_mac::MacAddress;
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
-use crate::launcher::{Program, helper, printable, sys};
+use crate::launcher::{Least, Program, helper, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -279,18 +279,15 @@ fn reach(
     }
 }
 
-/// The words for a device process of ours, for somebody else's; and the device's name, which
-/// stands before them already, left out.
+/// Why a back-end that is somebody else's does not serve, with a remedy; the device's name, which
+/// stands before it already, left out.
 fn of_others(id: &str, why: &str) -> String {
-    let why = why
-        .strip_prefix(&format!("device {id}: "))
-        .unwrap_or(why)
-        .replace("the device process", "the back-end")
-        .replace("its process", "the back-end");
+    let name = format!("device {id}: ");
+    let why = why.strip_prefix(&name).unwrap_or(why);
     let remedy = REMEDIES.iter().find(|(sign, _)| why.contains(sign));
     match remedy {
         Some((_, remedy)) => format!("{why}: {remedy}"),
-        None => why,
+        None => why.to_owned(),
     }
 }
 
@@ -339,7 +336,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
     let options = passt_options(net, user);
     let origin = Origin::Passt(options.clone());
     let resources = net.resources.as_ref().cloned().unwrap_or_default();
-    device::place(site.launcher, &net.id, &resources, "")?;
+    device::place(site.launcher, &net.id, &resources, "", Least::default())?;
     let started = site
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)
@@ -440,10 +437,10 @@ mod tests {
 
     #[test]
     fn somebody_elses_process_is_called_a_back_end_and_named_once() {
-        let why = "device n0: its process does not offer VIRTIO_F_VERSION_1";
+        let why = "device n0: its back-end does not offer VIRTIO_F_VERSION_1";
         assert_eq!(
             of_others("n0", why),
-            "the back-end does not offer VIRTIO_F_VERSION_1"
+            "its back-end does not offer VIRTIO_F_VERSION_1"
         );
         for why in [
             crate::vhost_user::VhostUserError::Closed,

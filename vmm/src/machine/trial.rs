@@ -114,6 +114,17 @@ impl Trial {
         matches!(self.stage, Stage::HandingOver(_))
     }
 
+    /// Its pid, once the launcher has told it; else 0.
+    pub fn pid(&self) -> i32 {
+        let started = match &self.stage {
+            Stage::Starting(newcomer) => newcomer.started.as_ref(),
+            Stage::Draining(candidate) | Stage::HandingOver(candidate) => {
+                candidate.process.as_ref()
+            }
+        };
+        started.map_or(0, |(pid, _)| *pid)
+    }
+
     /// When it is to be looked at.
     pub fn next_timer(&self) -> Option<Instant> {
         match &self.stage {

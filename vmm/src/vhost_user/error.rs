@@ -41,22 +41,22 @@ pub enum Violation {
 #[derive(Debug, thiserror::Error)]
 pub enum VhostUserError {
     /// The whole message was not there in time.
-    #[error("the device process did not answer {0} in time")]
+    #[error("the back-end did not answer {0} in time")]
     Timeout(&'static str),
     /// The other end is gone.
-    #[error("the device process closed its vhost-user channel")]
+    #[error("the back-end closed its vhost-user channel")]
     Closed,
     /// The connection failed before; nothing is sent any more.
     #[error("the vhost-user channel has failed before")]
     Broken,
     /// The back-end broke the protocol.
-    #[error("the device process broke the vhost-user protocol: {0}")]
+    #[error("the back-end broke the vhost-user protocol: {0}")]
     Violation(#[from] Violation),
     /// The back-end understood and answered with an error.
-    #[error("the device process refused {0}")]
+    #[error("the back-end refused {0}")]
     Refused(&'static str),
     /// The back-end lacks something that is needed.
-    #[error("the device process does not offer {0}")]
+    #[error("the back-end does not offer {0}")]
     Unsupported(&'static str),
     /// What the VMM was asked to send does not fit the protocol.
     #[error("cannot express {0} in vhost-user")]

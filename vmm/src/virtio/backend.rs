@@ -34,7 +34,7 @@ pub enum StartError {
     BadRing(u16),
     /// Requests were in flight when the process before this one ended, and there is no log
     /// that says which.
-    #[error("nobody knows which requests of queue {0} the last process had in flight")]
+    #[error("nobody knows which requests of queue {0} the last back-end had in flight")]
     Unknown(u16),
     /// The device process refused or failed.
     #[error(transparent)]

@@ -58,26 +58,26 @@ pub struct PollFd {
     pub events: u32,
 }
 
-/// Why a function has no device process, or gave it up.
+/// Why a function has no back-end, or gave it up: one of our processes or of somebody else's, which is not known here.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FailReason {
     /// It has not been there yet.
     #[error("its back-end has not been there yet")]
     Absent,
-    /// The process closed its channel.
-    #[error("its process closed the vhost-user channel")]
+    /// It closed its channel.
+    #[error("its back-end closed the vhost-user channel")]
     Hangup,
-    /// The process did not answer in time.
-    #[error("its process did not answer {0} in time")]
+    /// It did not answer in time.
+    #[error("its back-end did not answer {0} in time")]
     Timeout(&'static str),
-    /// The process broke the protocol.
-    #[error("its process broke the vhost-user protocol: {0}")]
+    /// It broke the protocol.
+    #[error("its back-end broke the vhost-user protocol: {0}")]
     Violation(String),
-    /// The process refused to stop: it may write to memory that the driver has taken back.
-    #[error("its process refused to stop its rings")]
+    /// It refused to stop: it may write to memory that the driver has taken back.
+    #[error("its back-end refused to stop its rings")]
     Unquiet,
-    /// The process refused to let go of memory that is taken from the guest.
-    #[error("its process keeps memory that is taken back")]
+    /// It refused to let go of memory that is taken from the guest.
+    #[error("its back-end keeps memory that is taken back")]
     Keeps,
     /// Another failure of the channel.
     #[error("{0}")]

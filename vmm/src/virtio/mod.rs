@@ -90,7 +90,7 @@ pub enum VirtioError {
         allowed: &'static str,
     },
     /// The device process serves fewer queues than asked for.
-    #[error("device {id}: its process serves {limit} queues, not {asked}; ask for fewer")]
+    #[error("device {id}: its back-end serves {limit} queues, not {asked}; ask for fewer")]
     TooManyQueues {
         /// The device.
         id: String,
@@ -100,7 +100,7 @@ pub enum VirtioError {
         limit: u16,
     },
     /// Not a modern device.
-    #[error("device {0}: its process does not offer VIRTIO_F_VERSION_1")]
+    #[error("device {0}: its back-end does not offer VIRTIO_F_VERSION_1")]
     Legacy(String),
     /// Nobody serves a configuration space.
     #[error(

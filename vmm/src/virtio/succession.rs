@@ -45,14 +45,14 @@ pub struct Reconnected {
 #[derive(Debug, thiserror::Error)]
 pub enum ReconnectError {
     /// Another one is on its way in.
-    #[error("device {0}: another process is just taking over")]
+    #[error("device {0}: another back-end is just taking over")]
     Busy(String),
     /// The function was given up meanwhile.
-    #[error("device {0}: it was given up while a new process took over")]
+    #[error("device {0}: it was given up while a new back-end took over")]
     GivenUp(String),
     /// It does not offer what the driver uses.
     #[error(
-        "device {id}: its new process lacks features that the driver uses ({missing:#x}): \
+        "device {id}: its new back-end lacks features that the driver uses ({missing:#x}): \
          start one that has them"
     )]
     Features {
@@ -65,7 +65,7 @@ pub enum ReconnectError {
     #[error(transparent)]
     Unfit(#[from] VirtioError),
     /// Talking to it failed.
-    #[error("device {0}: its new process: {1}")]
+    #[error("device {0}: taking over: {1}")]
     Backend(String, #[source] VhostUserError),
 }
 
@@ -114,7 +114,7 @@ impl VirtioPciFunction {
         let result = self.take_over(frontend, ends, &ticket, begun);
         match &result {
             Ok(done) => log::info!(
-                "device {}: another process serves {} queues after {:?}",
+                "device {}: another back-end serves {} queues after {:?}",
                 id(),
                 done.queues,
                 done.took

@@ -1,9 +1,16 @@
 //! Processes die: what is left, who notices, what goes on.
 
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
+use bulkhead_tests::host::Namespace;
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, ctl, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
+
+use crate::hotplug::device;
+use crate::net_modes::tool;
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -27,6 +34,16 @@ pub fn tests() -> Vec<Test> {
         ),
         test("SIGINT and SIGTERM end the VM and all of it", signals),
     ]
+}
+
+/// Those that need no guest.
+pub fn native() -> Vec<Test> {
+    vec![Test {
+        subject: "death",
+        name: "a killed VMM with passt, a switch's socket and a disk leaves nothing, and the next one has them all at once",
+        long: false,
+        run: all_at_once,
+    }]
 }
 
 struct Running {
@@ -145,6 +162,116 @@ fn signals() -> Verdict {
         check(!std::path::Path::new(&r.socket).exists(), || {
             format!("{} is left", r.socket)
         })?;
+    }
+    Ok(())
+}
+
+/// `bulkhead serve` in a namespace from which passt reaches a network.
+fn serve(host: &Namespace, socket: &str, passt: &str) -> Result<Vmm, String> {
+    let [first, second] = host.enter();
+    let mut command = Command::new(first);
+    command.arg(second).arg(bin("bulkhead"));
+    command.args(["serve", "--api-socket", socket, "--passt", passt]);
+    let vmm = Vmm::spawn(command)?;
+    let end = Instant::now() + patience(LIMIT);
+    while ctl(socket, &["info"]).is_err() {
+        check(Instant::now() < end, || vmm.story("no API"))?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(vmm)
+}
+
+/// Where its cgroup is, if cgroup v2 is mounted.
+fn group(socket: &str) -> Result<Option<PathBuf>, String> {
+    let info = ctl(socket, &["info"])?;
+    let path = info["cgroup"].as_str().unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| e.to_string())?;
+    let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+    let mount = mount.and_then(|line| line.split(' ').nth(4));
+    let beneath = path.trim_start_matches('/');
+    Ok(mount
+        .filter(|_| !path.is_empty())
+        .map(|mount| Path::new(mount).join(beneath)))
+}
+
+fn all_at_once() -> Verdict {
+    let passt = tool("PASST")?;
+    let scratch = Scratch::new("all-at-once")?;
+    let host = Namespace::new("all")?;
+    host.sh(
+        "ip link add up0 type veth peer name down0; ip link set down0 up
+ip addr add 192.0.2.2/24 dev up0; ip link set up0 up; ip route add default via 192.0.2.1",
+    )?;
+    let (api, switch) = (scratch.path("api"), scratch.path("switch"));
+    let image = scratch.disk("image", 1 << 20, 3)?;
+    let kernel = guest_file("vmlinux");
+    let (disk, net) = (
+        format!("path={image},id=disk"),
+        format!("vhost-user={switch},server=on,required=off,id=switch"),
+    );
+    let create = [
+        "create",
+        "--kernel",
+        &kernel,
+        "--memory",
+        "96M",
+        "--serial",
+        "none",
+        "--disk",
+        &disk,
+        "--net",
+        "user,id=user",
+        "--net",
+        &net,
+    ];
+    for round in 0..3 {
+        let mut vmm = serve(&host, &api, &passt)?;
+        // What the one before had is to be had at the first try.
+        ctl(&api, &create).map_err(|e| format!("round {round}: {e}"))?;
+        let mut pids = Vec::new();
+        for (id, state) in [
+            ("disk", "ready"),
+            ("user", "ready"),
+            ("switch", "disconnected"),
+        ] {
+            let found = device(&api, id)?.unwrap_or_default();
+            check(found["state"] == state, || found.to_string())?;
+            pids.extend(found["pid"].as_i64().filter(|pid| *pid > 0));
+        }
+        check(pids.len() == 2, || format!("{pids:?}"))?;
+        let group = group(&api)?;
+        if let Some(group) = &group {
+            check(group.join("dev-disk").exists(), || {
+                format!("no leaf in {}", group.display())
+            })?;
+        }
+        let second = bulkhead(&["serve", "--api-socket", &api])?;
+        check(!second.status.success(), || "two VMMs at one socket".into())?;
+        // A switch that says nothing.
+        let mut connection = None;
+        if round > 0 {
+            connection = Some(UnixStream::connect(&switch).map_err(|e| e.to_string())?);
+        }
+        vmm.kill();
+        nothing_left(Duration::from_secs(5))?;
+        let end = Instant::now() + Duration::from_secs(5);
+        let left = || -> Vec<String> {
+            let processes = pids.iter().map(|pid| format!("/proc/{pid}"));
+            let places = [api.clone(), switch.clone()];
+            let group = group.iter().map(|group| group.display().to_string());
+            let all = processes.chain(places).chain(group);
+            all.filter(|path| Path::new(path).exists()).collect()
+        };
+        while !left().is_empty() {
+            check(Instant::now() < end, || {
+                format!("left behind: {:?}", left())
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        drop(connection);
+        let reaped = bulkhead(&["reap", "--dry-run"])?;
+        let text = String::from_utf8_lossy(&reaped.stdout).into_owned();
+        check(!text.contains(&api) && !text.contains(&switch), || text)?;
     }
     Ok(())
 }

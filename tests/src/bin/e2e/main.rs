@@ -18,6 +18,7 @@ mod disk;
 mod disk_devices;
 mod disk_faults;
 mod disk_formats;
+mod events;
 mod hostile_device;
 mod hostile_disk;
 mod hostile_guest;
@@ -58,6 +59,8 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
+        tests.extend(death::native());
+        tests.extend(events::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());

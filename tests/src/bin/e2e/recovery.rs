@@ -7,6 +7,7 @@ use bulkhead_tests::chaos::{self, kills};
 use bulkhead_tests::host::{Undo, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, nothing_left};
+use serde_json::Value;
 
 use crate::disk::{LIMIT, sparse};
 
@@ -44,7 +45,7 @@ pub fn tests() -> Vec<Test> {
             quarantined,
         ),
         test(
-            "a process that is stopped under load is replaced, a disk that is merely slow is left alone",
+            "a process that is stopped under load is replaced, a disk that is merely slow is left alone, and when that one is killed its successor makes exactly what was in flight again",
             hung,
         ),
         test("a quarantined disk can be pulled, another works on", pulled),
@@ -74,6 +75,7 @@ pub fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value
 
 pub fn kill(socket: &str, device: &str) -> Verdict {
     let pid = pid_of(socket, device)?;
+    check(pid > 0, || format!("{device} has no process"))?;
     sh(&format!("kill -9 {pid}")).map(drop)
 }
 
@@ -290,10 +292,8 @@ fn reset_told() -> Verdict {
 
 fn hung() -> Verdict {
     let scratch = Scratch::new("hung")?;
-    let (stopped, beneath) = (
-        sparse(&scratch, "stopped", 8 * MIB)?,
-        sparse(&scratch, "beneath", 8 * MIB)?,
-    );
+    let stopped = sparse(&scratch, "stopped", 8 * MIB)?;
+    let beneath = scratch.disk("beneath", 8 << 20, 7)?;
     let name = format!("bh-slow-{}", std::process::id());
     let device = sh(&format!(
         "device=$(losetup --find --show {beneath})
@@ -306,7 +306,11 @@ dmsetup mknodes {name} >/dev/null; echo $device"
     ));
     let socket = scratch.path("api");
     let script = "echo READY; read -r line
-(dd if=/dev/vdc of=/dev/null bs=64k iflag=direct status=none && echo SLOW-OK) &
+(for i in 0 1 2 3 4 5 6 7; do
+  dd if=/dev/vdc of=/tmp/$i bs=64k count=16 skip=$((i * 16)) iflag=direct status=none || echo BAD &
+done
+wait; echo SLOW-OK $(cat /tmp/[0-7] | md5sum)) &
+until read -r reads rest </sys/block/vdc/inflight && [ $reads = 8 ]; do sleep 0.1; done; echo FLYING
 i=0; while [ $i -lt 400 ]; do dd if=/dev/vdb of=/dev/null bs=64k iflag=direct status=none || echo BAD; i=$((i + 1)); read -r -t 0.01 line && break; done
 echo STOPPED-OK; wait";
     let mut vmm = debian(
@@ -341,16 +345,47 @@ echo STOPPED-OK; wait";
     check(!vmm.output().contains("SLOW-OK"), || {
         vmm.story("the slow disk was not slow")
     })?;
+    check(field(&socket, "slow", "incarnation")? == 1, || {
+        "slow was replaced".into()
+    })?;
+    // What it has in flight can neither end nor grow: a request of each reader.
+    vmm.wait_for("FLYING", LIMIT)?;
+    kill(&socket, "slow")?;
+    chaos::injected("SIGKILL of a disk's process with 8 requests in flight");
+    state(&socket, "slow", "restarting")?;
+    let pid = pid_of(&socket, "slow")?;
+    check(pid == 0, || {
+        format!("{pid} is named while there is no process")
+    })?;
     sh(&format!("dmsetup resume {name}"))?;
+    state(&socket, "slow", "running")?;
+    let told = restarts(&socket, "slow")?;
+    let made_again: Vec<&Value> = told.iter().map(|what| &what["resubmitted"]).collect();
+    check(made_again == [&Value::from(8)], || {
+        format!("8 requests were in flight: {told:?}")
+    })?;
     vmm.type_text("stop\n")?;
     vmm.wait_for("STOPPED-OK", LIMIT)?;
     vmm.wait_for("SLOW-OK", LIMIT)?;
     check(!vmm.output().contains("BAD"), || vmm.story("an error"))?;
-    check(field(&socket, "slow", "incarnation")? == 1, || {
-        "slow was replaced".into()
-    })?;
+    let sum = sh(&format!("md5sum {beneath}"))?;
+    let sum = sum.split_whitespace().next().unwrap_or_default();
+    vmm.wait_for(&format!("SLOW-OK {sum}"), LIMIT)?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(Duration::from_secs(5))
+}
+
+/// What programs are told of each restart of a device.
+fn restarts(socket: &str, device: &str) -> Result<Vec<Value>, String> {
+    let output = bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let events = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(events
+        .filter(|e| e["kind"] == "device.restarted" && e["subject"] == device)
+        .map(|mut e| e["what"].take())
+        .collect())
 }
 
 fn remembered() -> Verdict {

@@ -23,6 +23,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn native() -> Vec<Test> {
     vec![
         test("limits, usage, audit and an end without a trace", limits),
+        test(
+            "limits with which the next process could not start are refused, with the least that it starts with",
+            least,
+        ),
         test("reap takes what is dead and nothing else", reap),
         test("a cgroup that cannot do is refused or noted", choices),
     ]
@@ -245,6 +249,72 @@ fn limits() -> Verdict {
     left()?;
     gone(Path::new(&served.socket))?;
     gone(&group)
+}
+
+fn least() -> Verdict {
+    let served = serve("least", &[], &[])?;
+    let raw = served.scratch.disk("raw", 1 << 20, 1)?;
+    let image = served.scratch.path("image");
+    sh(&format!("qemu-img create -q -f qcow2 {image} 64M"))?;
+    let kernel = guest_file("vmlinux");
+    let create = |limits: &str| {
+        let (raw, many, image) = (
+            format!("path={raw},id=raw{limits}"),
+            format!("path={raw},id=many,queues=8,lock=off"),
+            format!("path={image},id=image,format=qcow2"),
+        );
+        let args = [
+            "create", "--kernel", &kernel, "--memory", "128M", "--serial", "none", "--cpus", "8",
+            "--disk", &raw, "--disk", &many, "--disk", &image, "--rng", "id=rng",
+        ];
+        ctl(&served.socket, &args)
+    };
+    let at_least = |result: Result<Value, String>| -> Result<String, String> {
+        let line = match result {
+            Ok(done) => return Err(format!("it was taken: {done}")),
+            Err(line) => line,
+        };
+        let rest = line.split_once("give at least ").map(|(_, rest)| rest);
+        let number = rest.and_then(|rest| rest.split_once(','));
+        number.map(|(n, _)| n.to_owned()).ok_or(line)
+    };
+    // Nothing stays of a machine that could not be made.
+    at_least(create(",queues=1,lock=off,pids=2"))?;
+    create(",queues=1,lock=off")?;
+    for id in ["raw", "many", "image", "rng"] {
+        let limit = |option: &str, value: &str| ctl(&served.socket, &["limit", id, option, value]);
+        let limits = || served.usage(id).map(|mut usage| usage["limits"].take());
+        let before = limits()?;
+        // Two threads are what the least of them has.
+        let threads = match id {
+            "rng" => "2".to_owned(),
+            _ => at_least(limit("--pids", "2"))?,
+        };
+        let memory = at_least(limit("--memory", "8M"))?;
+        check(limits()? == before, || format!("{id}: {before}"))?;
+        limit("--pids", &threads)?;
+        limit("--memory", &memory)?;
+        // And the next process starts with it.
+        for incarnation in 2..4 {
+            kill(&served.device(id)?["pid"])?;
+            let end = Instant::now() + LIMIT;
+            loop {
+                let device = served.device(id)?;
+                if device["incarnation"] == incarnation && device["state"] == "ready" {
+                    break;
+                }
+                check(Instant::now() < end, || {
+                    served.vmm.story(&format!(
+                        "{id}, {threads} threads, {memory} bytes: {device}"
+                    ))
+                })?;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            ctl(&served.socket, &["stats", id])?;
+        }
+    }
+    ctl(&served.socket, &["shutdown", "--force"])?;
+    left()
 }
 
 /// The audit, and whether all was as it should be.

@@ -8,6 +8,7 @@ use bulkhead_tests::chaos;
 use bulkhead_tests::host::{Namespace, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left};
+use serde_json::Value;
 
 use crate::disk::{LIMIT, sparse};
 
@@ -274,14 +275,27 @@ fn false_ones() -> Verdict {
     let socket = scratch.path("api");
     let _vmm = made(&socket, &[&binaries], &[format!("path={disk},id=d")])?;
     let first = program(&socket, "d")?;
-    for (fault, why) in [
+    for (incarnation, (fault, why)) in (2..).zip([
         ("exit", "the process before it goes on"),
         ("hang", "did not answer within"),
         ("version", "9.9.9 speaks control protocol 99, this VMM 1"),
         ("kind", "says that it is \"tap\""),
         ("rings", "the process before it goes on"),
-    ] {
+    ]) {
         refused(&socket, "d", &binaries.fault(fault)?, why)?;
+        // Why it had to go is told before its end, which the next one must wait for.
+        let wanted = ["device.spawned", "device.not-updated", "device.exited"];
+        let end = Instant::now() + LIMIT;
+        loop {
+            let told = told_of(&socket, incarnation)?;
+            if told == wanted {
+                break;
+            }
+            check(Instant::now() < end && told.len() < 3, || {
+                format!("{fault}: {told:?}")
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
         check(program(&socket, "d")? == first, || fault.into())?;
         // It takes requests again: a drain can be asked for and taken back.
         ctl(&socket, &["drain", "d"])?;
@@ -297,6 +311,19 @@ fn false_ones() -> Verdict {
     update(&socket, "d", &good)?;
     check(program(&socket, "d")? == good, || "not the good one".into())?;
     processes(1)
+}
+
+/// The kinds of the events of a process.
+fn told_of(socket: &str, incarnation: u64) -> Result<Vec<String>, String> {
+    let name = format!("incarnation {incarnation}");
+    let events = ctl_events(socket)?;
+    let events = events.lines().map(serde_json::from_str::<Value>);
+    let of = events.filter_map(Result::ok).filter(|event| {
+        let detail = event["detail"].as_str().unwrap_or_default();
+        detail.trim_end_matches(')').ends_with(&name)
+    });
+    let kinds = of.map(|event| event["kind"].as_str().unwrap_or_default().to_owned());
+    Ok(kinds.collect())
 }
 
 /// All events as lines of JSON.

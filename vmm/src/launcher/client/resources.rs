@@ -8,7 +8,7 @@ use bulkhead_proto::launcher as wire;
 
 use super::disks::{busy, send};
 use super::{DEADLINE, Launcher, LauncherError};
-use crate::launcher::printable;
+use crate::launcher::{Least, printable};
 
 /// Changes that may be under way.
 const MAX_PLACES: usize = 64;
@@ -36,25 +36,35 @@ pub(super) fn lines(lines: &[String]) -> Vec<String> {
         .collect()
 }
 
-fn request(device_id: &str, resources: &Resources, block_device: &str) -> wire::request::Op {
+fn request(
+    device_id: &str,
+    resources: &Resources,
+    block_device: &str,
+    least: Least,
+) -> wire::request::Op {
     wire::request::Op::Place(wire::Place {
         device_id: device_id.to_owned(),
         resources: Some(resources.clone()).into(),
         block_device: block_device.to_owned(),
+        least_memory: least.memory,
+        least_data: least.data,
+        least_pids: least.pids,
         ..Default::default()
     })
 }
 
 impl Launcher {
     /// Makes a leaf for a device, before its first process is started. `block_device` is the
-    /// MAJOR:MINOR that limits on I/O are for, or empty.
+    /// MAJOR:MINOR that limits on I/O are for, or empty; limits below `least` are refused, now and
+    /// later.
     pub fn place(
         &self,
         device_id: &str,
         resources: &Resources,
         block_device: &str,
+        least: Least,
     ) -> Result<Placed, LauncherError> {
-        let op = request(device_id, resources, block_device);
+        let op = request(device_id, resources, block_device, least);
         let (reply, fds, _) = self.call(op, &[], DEADLINE, "limits")?;
         match reply.result {
             Some(wire::reply::Result::Placed(placed)) if placed.files.len() == fds.len() => {
@@ -83,7 +93,8 @@ impl Launcher {
         if inner.inbox.places.len() >= MAX_PLACES {
             return Err(busy());
         }
-        send(&inner, id, request(device_id, resources, ""))?;
+        let op = request(device_id, resources, "", Least::default());
+        send(&inner, id, op)?;
         inner.last_id = id;
         inner.inbox.begun.insert(id);
         inner.inbox.places.insert(id);

@@ -8,6 +8,7 @@ use std::time::Instant;
 use bulkhead_proto::launcher as wire;
 
 use super::super::MAX_DEVICES;
+use super::super::cgroup::Least;
 use super::super::device::{self, Device, HelperOrder, Order, Standing};
 use super::super::dial::Dial;
 use super::super::programs::{self, Owners};
@@ -203,9 +204,14 @@ impl Server {
     /// Makes a device's cgroup leaf, or changes its limits.
     pub(super) fn place(&mut self, id: u64, op: &wire::Place) -> Result<Outgoing, String> {
         let resources = op.resources.as_ref().cloned().unwrap_or_default();
+        let least = Least {
+            memory: op.least_memory,
+            data: op.least_data,
+            pids: op.least_pids,
+        };
         let placed = self
             .cgroups
-            .place(&op.device_id, &resources, &op.block_device)?;
+            .place(&op.device_id, &resources, &op.block_device, least)?;
         let (names, fds): (Vec<&str>, Vec<OwnedFd>) = placed.files.into_iter().unzip();
         let answer = wire::Placed {
             cgroup: placed.path,

@@ -172,7 +172,7 @@ impl Host {
             ""
         };
         let by = self.foreign_came(index);
-        let by = by.as_deref().unwrap_or("another process");
+        let by = by.as_deref().unwrap_or("another back-end");
         let detail = format!("{by} serves {queues} queues{reset}");
         self.tell(index, "device.reconnected", &detail);
     }
@@ -542,5 +542,5 @@ mod requests;
 /// Tells that a device's process was started.
 pub(super) fn tell_spawned(log: &EventLog, id: &str, (pid, incarnation): (i32, u64)) {
     let what = told::spawned(pid, incarnation);
-    log.publish_typed("device.spawned", id, &format!("pid {pid}"), Some(what));
+    log.publish_typed("device.spawned", id, "", Some(what));
 }

@@ -451,7 +451,7 @@ pub(super) fn announce(log: &EventLog, launcher: &Launcher, device: &Device) {
         return;
     }
     let how = match &device.process {
-        Some(process) => format!("pid {} in {} us", process.pid, process.ready_us),
+        Some(process) => format!("in {} us", process.ready_us),
         None => "its back-end is somebody else's".to_owned(),
     };
     let detail = format!("{} {how}", device.kind);

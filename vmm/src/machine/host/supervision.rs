@@ -53,7 +53,7 @@ fn what(kind: &str, detail: &str, process: &Process) -> Option<What> {
     match kind {
         "device.crashed" => {
             let reason = told.crash.as_ref()?;
-            Some(told::crashed(process.incarnation, reason))
+            Some(told::crashed(process.latest(), reason))
         }
         "device.restarted" => Some(told::restarted(
             (process.pid, process.incarnation),
@@ -187,11 +187,13 @@ impl Host {
             return;
         };
         process.incarnation = newcomer.incarnation;
-        if newcomer.started.is_none() {
-            // The launcher's answer brings the fence.
+        let Some((pid, pidfd)) = newcomer.started.take() else {
+            // The launcher's answer brings its number and the fence.
+            process.pid = 0;
             newcomer.abandoned = true;
             return;
-        }
+        };
+        (process.pid, process.pidfd) = (pid, pidfd);
         let fd = newcomer.as_fd().as_raw_fd();
         process.fence = newcomer.fence.take().or(process.fence.take());
         process.newcomer = None;
@@ -250,10 +252,14 @@ impl Host {
         match linked {
             Ok(linked) => self.on_started(index, linked),
             Err(why) => {
-                let abandoned = self
-                    .process(index)
-                    .and_then(|p| p.newcomer.take())
-                    .is_some_and(|n| n.abandoned);
+                let abandoned = self.process(index).is_some_and(|process| {
+                    let newcomer = process.newcomer.take();
+                    // What is told from here on is told of this one, which there never was.
+                    if let Some(newcomer) = &newcomer {
+                        process.incarnation = newcomer.incarnation;
+                    }
+                    newcomer.is_some_and(|n| n.abandoned)
+                });
                 if abandoned {
                     // There is no process, and so nothing of it is left.
                     self.with_life(index, |life, now| life.fence_fell(now));
@@ -286,9 +292,8 @@ impl Host {
             .and_then(|fd| self.watch(fd, Source::Fence { index: number }, EventSet::empty()));
         if let Some(device) = self.device(index) {
             let id = device.id.clone();
-            let detail = format!("pid {pid}");
             self.log
-                .publish_typed("device.spawned", &id, &detail, Some(spawned));
+                .publish_typed("device.spawned", &id, "", Some(spawned));
         }
         if abandoned {
             return self.abandon_newcomer(index);

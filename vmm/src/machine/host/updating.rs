@@ -11,7 +11,7 @@ use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, Source};
-use crate::api::ApiResponse;
+use crate::api::{ApiResponse, process_name};
 use crate::launcher::{Linked, printable};
 use crate::machine::newcomer::{Fault, Newcomer, Ready};
 use crate::machine::supervise::CrashReason;
@@ -106,8 +106,7 @@ impl Host {
         let control = newcomer.as_fd().as_raw_fd();
         let fence_fd = fence.as_ref().map(AsRawFd::as_raw_fd);
         trial.fence = fence;
-        let detail = format!("pid {pid}, on trial");
-        self.tell_typed(index, "device.spawned", &detail, Some(spawned));
+        self.tell_typed(index, "device.spawned", "on trial", Some(spawned));
         greeted?;
         let fence_fd = fence_fd.ok_or("its fence is missing")?;
         let index = u16::try_from(index).unwrap_or(u16::MAX);
@@ -319,7 +318,10 @@ impl Host {
         }
     }
 
-    /// Nothing comes of a live update: the process on trial goes, the other one goes on.
+    /// Nothing comes of a live update: the process on trial goes, the other one goes on. Of each
+    /// process first the reason why it had to go is told and then its end: `device.not-updated` is
+    /// the reason of the one on trial, as `device.crashed` is of one that served. So it comes first
+    /// also where the process had ended before; where it is killed only now, its end is still to come.
     pub(super) fn end_trial(&mut self, index: usize, why: &str) {
         let Self {
             machine, launcher, ..
@@ -348,7 +350,8 @@ impl Host {
         let binary = printable(&trial.binary);
         let line = format!("device {id}: {binary}: {why}; {other}");
         let status = RpcStatus::failed_precondition(line);
-        self.tell(index, "device.not-updated", why);
+        let name = process_name(trial.pid(), trial.incarnation);
+        self.tell(index, "device.not-updated", &format!("{why} ({name})"));
         // Also where it was not drained: what the other one did to what they share (a tap's
         // settings) is put right.
         let resume = !drained && !lost;

@@ -384,7 +384,7 @@ fn back_ends_that_cannot_serve_are_refused_with_the_reason() {
         let made = VirtioPciFunction::new(options, frontend, ram, hypervisor, &decoder);
         made.err().unwrap().to_string()
     };
-    let one_pair = "device net0: its process serves 1 queues, not 2; ask for fewer";
+    let one_pair = "device net0: its back-end serves 1 queues, not 2; ask for fewer";
     let text = refused(net_options(), &|r| {
         switch_with(PAIRS)(r);
         r.offered &= !net::F_MQ;

@@ -455,7 +455,7 @@ fn options_are_checked_against_limits_and_the_process() {
     let text = refused(|o| o.queues = 3, |_| {});
     assert_eq!(
         text,
-        "device disk0: its process serves 2 queues, not 3; ask for fewer"
+        "device disk0: its back-end serves 2 queues, not 3; ask for fewer"
     );
     assert!(refused(|o| o.queues = 0, |_| {}).contains("queues"));
     assert!(refused(|o| o.queue_size = 100, |_| {}).contains("queue size"));
@@ -465,8 +465,8 @@ fn options_are_checked_against_limits_and_the_process() {
     let text = refused(|_| {}, |process| process.offered = 1 << 30);
     assert_eq!(
         text,
-        "device disk0: its process does not offer VIRTIO_F_VERSION_1"
+        "device disk0: its back-end does not offer VIRTIO_F_VERSION_1"
     );
     let text = refused(|o| o.config = ConfigSource::Backend(9), |_| {});
-    assert_eq!(text, "device disk0: the device process refused GET_CONFIG");
+    assert_eq!(text, "device disk0: the back-end refused GET_CONFIG");
 }

@@ -312,7 +312,7 @@ fn a_successor_that_lacks_what_the_driver_uses_fails_the_function_until_one_has_
     assert!(error.is_permanent());
     assert_eq!(
         error.to_string(),
-        "device disk0: its new process lacks features that the driver uses (0x2): start one \
+        "device disk0: its new back-end lacks features that the driver uses (0x2): start one \
          that has them"
     );
     assert_eq!(guest.device_status(), 15 | bits::NEEDS_RESET);
@@ -324,7 +324,7 @@ fn a_successor_that_lacks_what_the_driver_uses_fails_the_function_until_one_has_
     let error = succeed(&mut guest, |recorder| recorder.queues = 1).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "device disk0: its process serves 1 queues, not 2; ask for fewer"
+        "device disk0: its back-end serves 1 queues, not 2; ask for fewer"
     );
     // A function that was given up is brought back.
     succeed(&mut guest, |_| {}).unwrap();
