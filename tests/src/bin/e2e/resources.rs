@@ -314,6 +314,7 @@ fn least() -> Verdict {
         }
     }
     ctl(&served.socket, &["shutdown", "--force"])?;
+    drop(served);
     left()
 }
 
