@@ -93,6 +93,9 @@ fn threads_that_allocate(count: usize) -> String {
                 let held = std::hint::black_box(vec![1_u8; 4096]);
                 together.wait();
                 drop(held);
+                // Many small blocks, which malloc gives back to the kernel when they are free.
+                let blocks: Vec<_> = (0..128).map(|_| vec![1_u8; 64 << 10]).collect();
+                drop(std::hint::black_box(blocks));
             });
         }
     });

@@ -50,7 +50,6 @@ pub enum ConfineError {
 pub struct Confinement {
     rlimits: Rlimits,
     landlock: bool,
-    arenas: libc::c_int,
     identity: Option<u32>,
 }
 
@@ -61,7 +60,6 @@ impl Confinement {
         Self {
             rlimits,
             landlock: true,
-            arenas: allocator::ARENAS,
             identity: None,
         }
     }
@@ -73,14 +71,6 @@ impl Confinement {
         self
     }
 
-    /// For a process whose filter has no mprotect(2), by which all of malloc's arenas grow
-    /// but the first.
-    #[must_use]
-    pub fn single_arena(mut self) -> Self {
-        self.arenas = 1;
-        self
-    }
-
     /// For the launcher, which opens files for others: no Landlock.
     #[must_use]
     pub fn without_landlock(mut self) -> Self {
@@ -89,12 +79,12 @@ impl Confinement {
     }
 
     /// Step one, while the process has one thread: capabilities, securebits, no_new_privs,
-    /// dumpable off, rlimits, Landlock; and malloc's arenas are bound.
+    /// dumpable off, rlimits, Landlock; and malloc has one arena.
     ///
     /// # Errors
     /// Something is still open; end the process.
     pub fn lock_down(&self) -> Result<LockedDown, ConfineError> {
-        if !allocator::bind_arenas(self.arenas) {
+        if !allocator::bind_arenas() {
             return Err(ConfineError::Allocator);
         }
         if UNCONFINED {

@@ -92,9 +92,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         kept: device.kept_bytes(),
     })
     .map_err(ServeError::Inflight)?;
-    let locked = Confinement::new(options.rlimits)
-        .single_arena()
-        .lock_down()?;
+    let locked = Confinement::new(options.rlimits).lock_down()?;
     // Which has allowed a few arenas; here one must do, or threads would need mprotect.
     sys::one_arena();
     let (control, vhost, listener, fence) = match options.channels {

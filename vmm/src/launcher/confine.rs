@@ -15,11 +15,11 @@ use super::isolate;
 /// Descriptors of the launcher: two or three per device, sockets, binaries.
 const LAUNCHER_NOFILE: u64 = 4096;
 /// Descriptors of a device: its own, eventfds of its queues, guest memory. A device lowers
-/// it to what it needs; the most is a network device's, with MAX_QUEUE_PAIRS queue pairs: two
-/// descriptors and six eventfds for each.
-const DEVICE_NOFILE: u64 = 512;
-/// Threads of a device, io_uring's workers included.
-const DEVICE_NPROC: u64 = 64;
+/// it to what it needs; the most is a disk's, with 64 queues: ten for each.
+const DEVICE_NOFILE: u64 = 1024;
+/// Threads of a device, io_uring's workers included: the most is a disk's, with 64 queues, two for
+/// each and its own (`machine::kinds`).
+const DEVICE_NPROC: u64 = 160;
 
 /// Confines the launcher: capabilities, limits, no_new_privs, not dumpable, filter.
 pub fn launcher(args: &Args) -> Result<(), String> {

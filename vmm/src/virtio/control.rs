@@ -302,8 +302,9 @@ impl VirtioPciFunction {
                 done
             }
             Command::Announced => {
+                let mut space = self.lock_space();
                 again |= self.signals.announce_twice.swap(false, Ordering::AcqRel);
-                self.lock_space().set_announce(again);
+                space.set_announce(again);
                 true
             }
         });

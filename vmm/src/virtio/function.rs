@@ -410,14 +410,15 @@ impl VirtioPciFunction {
     }
 
     /// How far each ring that a process serves has come: a look from the manager thread, now
-    /// and then. Nothing while the driver is just setting the device up. Never blocks.
-    pub fn progress(&self) -> Vec<(u16, Indices)> {
+    /// and then. `None` while the driver is just setting the device up, or another process takes
+    /// it over. Never blocks.
+    pub fn progress(&self) -> Option<Vec<(u16, Indices)>> {
         let device = match self.device.try_lock() {
             Ok(device) => device,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Vec::new(),
+            Err(TryLockError::WouldBlock) => return None,
         };
-        device.backend.progress(&device.common)
+        Some(device.backend.progress(&device.common))
     }
 
     /// The process has hung up: has the rings looked at before the driver adds requests that

@@ -73,7 +73,7 @@ impl Alone {
             Device::Tap => {
                 let tap = format!("al{number}");
                 if ground.namespace.sh(&format!("ip link show {tap}")).is_err() {
-                    ground.namespace.tap(&tap, "", "")?;
+                    ground.namespace.tap(&tap, "", "user root")?;
                 }
                 // Its last part chooses the attempt.
                 let mac = format!("02:b0:b0:b0:b0:{number:02x}");

@@ -262,7 +262,7 @@ fn all_alone(
 /// From inside the namespaces of every process of a VM that has devices of each kind.
 fn from_inside(scratch: &Scratch, victim: &Victim, tally: &mut Tally) -> Result<(), String> {
     let namespace = Namespace::new("neighbour")?;
-    namespace.tap("bhtap", "", "")?;
+    namespace.tap("bhtap", "", "user root")?;
     let passt = std::env::var("PASST").ok().filter(|path| !path.is_empty());
     let mut host = Vec::new();
     let mut more = vec!["--net", "tap=bhtap,id=tap", "--rng", "id=rng"];

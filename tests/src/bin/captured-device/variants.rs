@@ -114,7 +114,7 @@ impl Variant {
             Device::Tap { backend } => {
                 let tap = format!("bh{number}");
                 if namespace.sh(&format!("ip link show {tap}")).is_err() {
-                    namespace.tap(&tap, "", "")?;
+                    namespace.tap(&tap, "", "user root")?;
                 }
                 let mac = format!("mac=02:b0:b0:b0:b0:{number:02x}");
                 (

@@ -8,6 +8,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left, patience};
 
 use super::disk::{LIMIT, sparse};
+use super::recovery::{field, kill};
 
 const MIB: u64 = 1 << 20;
 
@@ -48,6 +49,11 @@ pub fn native() -> Vec<Test> {
             "31 devices are added behind 31 ports, several at once, and no more",
             false,
             full_bus,
+        ),
+        test(
+            "a disk of as many queues as there may be is added, and replaced when it dies",
+            false,
+            widest,
         ),
         test(
             "a device process that ends in the middle of its own hot-add leaves nothing",
@@ -169,7 +175,7 @@ while read -r line; do eval \"$line\"; done";
 
     // Pulled out, and two clients for one port.
     ctl(&socket, &["add-disk", &data])?;
-    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; (while dd if=/dev/vdc of=/dev/null bs=64k iflag=direct status=none; do :; done; echo PULLED-'READER') 2>/dev/null & sleep 0.5")?;
+    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; (while [ -b /dev/vdc ]; do dd if=/dev/vdc of=/dev/null bs=512 iflag=direct conv=noerror count=2000 status=none; done; echo PULLED-'READER') >/dev/null 2>&1 & sleep 0.5")?;
     ctl(&socket, &["remove-device", "data", "--force"])?;
     guest.vmm.wait_for("PULLED-READER", LIMIT)?;
     guest.run("until [ ! -b /dev/vdc ]; do sleep 0.1; done")?;
@@ -462,6 +468,23 @@ fn unspawned() -> Verdict {
             )
         })
     })?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    drop(vmm);
+    nothing_left(Duration::from_secs(20))
+}
+
+fn widest() -> Verdict {
+    let scratch = Scratch::new("hotplug-widest")?;
+    let disk = format!("path={},id=wide,queues=64", sparse(&scratch, "disk", MIB)?);
+    let (vmm, socket) = created(&scratch, None, 1)?;
+    ctl(&socket, &["add-disk", &disk])?;
+    kill(&socket, "wide")?;
+    let end = Instant::now() + LIMIT;
+    while field(&socket, "wide", "incarnation")? != 2 || field(&socket, "wide", "state")? != "ready"
+    {
+        check(Instant::now() < end, || vmm.story("it does not come back"))?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
     ctl(&socket, &["shutdown", "--force"])?;
     drop(vmm);
     nothing_left(Duration::from_secs(20))

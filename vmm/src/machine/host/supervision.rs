@@ -548,7 +548,7 @@ impl Host {
         }
         let all_excused = paused || device.drained || !process.control.only_heartbeat();
         let mut hung = None;
-        for (queue, Indices { available, used }) in device.function.progress() {
+        for (queue, Indices { available, used }) in device.function.progress().unwrap_or_default() {
             let at = usize::from(queue);
             if process.detectors.len() <= at {
                 process.detectors.resize_with(at + 1, HangDetector::default);

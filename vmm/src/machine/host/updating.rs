@@ -322,7 +322,7 @@ impl Host {
     /// process first the reason why it had to go is told and then its end: `device.not-updated` is
     /// the reason of the one on trial, as `device.crashed` is of one that served. So it comes first
     /// also where the process had ended before; where it is killed only now, its end is still to come.
-    pub(super) fn end_trial(&mut self, index: usize, why: &str) {
+    pub(in crate::machine::host) fn end_trial(&mut self, index: usize, why: &str) {
         let Self {
             machine, launcher, ..
         } = self;

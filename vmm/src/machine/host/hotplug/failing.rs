@@ -1,7 +1,11 @@
 //! Disks that are pulled out without the guest's consent: their processes answer all that is in
-//! the rings with an error before the disk leaves the bus. What a guest has in flight when it
-//! learns that a device is gone nobody answers any more, and Linux waits for it without end.
+//! the rings, and what comes, with an error, and the guest is asked for the disk meanwhile. One that
+//! answers ejects it while somebody still fails its requests. What a guest has in flight when a
+//! device has vanished nobody answers any more, and Linux waits for it without end: so only a guest
+//! that does not answer has it pulled from under it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::device::BlkUpdate;
@@ -16,15 +20,37 @@ use crate::machine::host::Host;
 const LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at the rings.
 const PAUSE: Duration = Duration::from_millis(10);
+/// How long a guest has to eject a disk in whose rings nothing is.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Looks in a row that must find all rings empty.
 const QUIET: u8 = 3;
+
+/// What became of the word to a process.
+const PENDING: u8 = 0;
+const OBEYED: u8 = 1;
+const REFUSED: u8 = 2;
+
+/// The word to one process.
+#[derive(Clone)]
+struct Told {
+    incarnation: u64,
+    outcome: Arc<AtomicU8>,
+}
+
+impl Told {
+    fn has(&self, outcome: u8) -> bool {
+        self.outcome.load(Ordering::Acquire) == outcome
+    }
+}
 
 /// A disk whose requests fail.
 pub(super) struct Failing {
     look_at: Instant,
     until: Instant,
-    /// The process that serves now has been told.
-    told: Option<u64>,
+    /// The process that was told last.
+    told: Option<Told>,
+    /// When the guest was asked for the disk.
+    asked: Option<Instant>,
     /// Looks in a row that found nothing in the rings.
     quiet: u8,
 }
@@ -60,6 +86,7 @@ impl Host {
             look_at: now,
             until,
             told: None,
+            asked: None,
             quiet: 0,
         })
     }
@@ -74,7 +101,7 @@ impl Host {
         let mut leaving = self.hotplug.leaving.iter();
         let Some((id, told)) = leaving.find_map(|l| match &l.step {
             Step::Failing(failing) if l.operation == operation => {
-                Some((l.id.clone(), failing.told))
+                Some((l.id.clone(), failing.told.clone()))
             }
             _ => None,
         }) else {
@@ -85,10 +112,15 @@ impl Host {
             return;
         };
         let serving = self.serving_incarnation(index);
-        if serving.is_some() && told != serving {
-            self.tell_pulled(index);
-        }
-        let empty = serving.is_some() && told == serving && self.rings_are_empty(index);
+        let told = match (serving, told) {
+            (Some(serving), Some(told)) if told.incarnation == serving && !told.has(REFUSED) => {
+                Some(told)
+            }
+            (Some(serving), _) => Some(self.tell_pulled(index, serving)),
+            (None, _) => None,
+        };
+        let obeyed = told.as_ref().is_some_and(|told| told.has(OBEYED));
+        let empty = obeyed && self.rings_are_empty(index);
         let mut leaving = self.hotplug.leaving.iter_mut();
         let Some(Step::Failing(failing)) = leaving
             .find(|l| l.operation == operation)
@@ -96,37 +128,59 @@ impl Host {
         else {
             return;
         };
-        failing.told = serving;
+        failing.told = told;
+        let ask = obeyed && failing.asked.is_none();
+        if ask {
+            failing.asked = Some(now);
+        }
+        let patience = failing.asked.and_then(|at| at.checked_add(PATIENCE));
+        let deaf = patience.is_some_and(|until| until <= now);
         failing.quiet = if empty {
             failing.quiet.saturating_add(1)
         } else {
             0
         };
         failing.look_at = now.checked_add(PAUSE).unwrap_or(now);
-        let late = failing.until <= now;
-        if late {
+        let (late, quiet) = (failing.until <= now, failing.quiet >= QUIET);
+        if late && !quiet {
             log::warn!("device {id}: pulled out with requests in flight, which hang in the guest");
         }
-        if late || failing.quiet >= QUIET {
+        if late || (quiet && deaf) {
+            self.withdraw(&id);
             self.pull(operation);
+        } else if ask {
+            self.ask_guest(index);
         }
     }
 
-    /// The process that serves the device and may be spoken to.
+    /// The process that serves the device and may be spoken to: no live update is under way.
     fn serving_incarnation(&mut self, index: usize) -> Option<u64> {
         let process = self.process(index)?;
-        let serving = process.life.serving() && process.newcomer.is_none();
+        let serving =
+            process.life.serving() && process.newcomer.is_none() && process.trial.is_none();
         serving.then_some(process.incarnation)
     }
 
-    fn tell_pulled(&mut self, index: usize) {
+    fn tell_pulled(&mut self, index: usize, incarnation: u64) -> Told {
+        let outcome = Arc::new(AtomicU8::new(PENDING));
+        let told = Told {
+            incarnation,
+            outcome: Arc::clone(&outcome),
+        };
         let Some(device) = self.device(index) else {
-            return;
+            return told;
         };
         let (size, drained) = match &device.special {
             Special::Disk(disk) => (disk.size, device.drained),
-            _ => return,
+            _ => return told,
         };
+        let until = Instant::now() + LIMIT;
+        if drained {
+            let reply = ReplyHandle::new(until, |_| {});
+            self.with_control(index, |control, turn: &mut Turn<'_>| {
+                control.submit(Task::Resume, reply, turn)
+            });
+        }
         let mut update = BlkUpdate::new();
         update.pulled = true;
         let pull = Task::UpdateDisk {
@@ -134,14 +188,14 @@ impl Host {
             size,
             update,
         };
-        let tasks = [Some(pull), drained.then_some(Task::Resume)];
-        for task in tasks.into_iter().flatten() {
-            // What comes of it is seen in the rings.
-            let reply = ReplyHandle::new(Instant::now() + LIMIT, |_| {});
-            self.with_control(index, |control, turn: &mut Turn<'_>| {
-                control.submit(task, reply, turn)
-            });
-        }
+        let reply = ReplyHandle::new(until, move |result| {
+            let became = if result.is_ok() { OBEYED } else { REFUSED };
+            outcome.store(became, Ordering::Release);
+        });
+        self.with_control(index, |control, turn: &mut Turn<'_>| {
+            control.submit(pull, reply, turn)
+        });
+        told
     }
 
     /// Nothing is in the rings that the process serves, as memory has it: a driver may write there
@@ -151,6 +205,6 @@ impl Host {
             return false;
         };
         let progress = device.function.progress();
-        progress.iter().all(|(_, at)| at.available == at.used)
+        progress.is_some_and(|rings| rings.iter().all(|(_, at)| at.available == at.used))
     }
 }

@@ -141,7 +141,7 @@ impl Host {
             .position(|l| l.id == id && matches!(l.step, Step::Asked { .. }))
     }
 
-    fn ask_guest(&mut self, index: usize) {
+    pub(super) fn ask_guest(&mut self, index: usize) {
         let Some(port) = self.device(index).map(|d| d.port.clone()) else {
             return;
         };
@@ -246,10 +246,14 @@ impl Host {
             };
             self.depart(operation, index);
         }
+        // Some have nothing that is to end first.
+        self.next_in_turn();
     }
 
     /// Ends what serves a device that has left the bus.
     fn depart(&mut self, operation: u64, index: usize) {
+        // A live update's process goes, too.
+        self.end_trial(index, "the device is removed");
         let Some(mut device) = self.unwatch_and_take(index) else {
             return;
         };
@@ -484,7 +488,7 @@ impl Host {
     }
 
     /// The guest is no longer asked for a device. True: it never saw that it was.
-    fn withdraw(&mut self, id: &str) -> bool {
+    pub(super) fn withdraw(&mut self, id: &str) -> bool {
         let Some(machine) = &self.machine else {
             return false;
         };
