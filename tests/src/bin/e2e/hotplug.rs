@@ -175,7 +175,7 @@ while read -r line; do eval \"$line\"; done";
 
     // Pulled out, and two clients for one port.
     ctl(&socket, &["add-disk", &data])?;
-    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; (while [ -b /dev/vdc ]; do dd if=/dev/vdc of=/dev/null bs=512 iflag=direct conv=noerror count=2000 status=none; done; echo PULLED-'READER') >/dev/null 2>&1 & sleep 0.5")?;
+    guest.run("until [ -b /dev/vdc ]; do sleep 0.1; done; (while [ -b /dev/vdc ]; do dd if=/dev/vdc of=/dev/null bs=512 iflag=direct conv=noerror count=2000 status=none 2>/dev/null; done; echo PULLED-'READER') 2>/dev/null & sleep 0.5")?;
     ctl(&socket, &["remove-device", "data", "--force"])?;
     guest.vmm.wait_for("PULLED-READER", LIMIT)?;
     guest.run("until [ ! -b /dev/vdc ]; do sleep 0.1; done")?;
