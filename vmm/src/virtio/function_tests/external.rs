@@ -205,7 +205,9 @@ fn the_link_goes_down_with_the_switch_and_comes_up_with_its_successor() {
     let before = generation();
     assert_eq!(command(&guest, 3, &[3, 0]), 0);
     assert_eq!(guest.read(STATUS, 2), 3, "again, once it has seen the link");
+    let end = std::time::Instant::now() + PATIENT;
     while generation() == before {
+        assert!(std::time::Instant::now() < end, "the driver is not told");
         std::thread::yield_now();
     }
     assert_eq!(command(&guest, 4, &[3, 0]), 0);
