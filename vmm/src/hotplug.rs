@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::events::{EventSender, MachineEvent};
+use crate::pci::PciFunction;
 
 /// Offset of the slots' insertion notes.
 pub const SLOTS_INSERTED: u64 = 0x00;
@@ -37,15 +38,16 @@ pub const CPU_REMOVING: u8 = 1 << 2;
 /// Eject it.
 pub const CPU_EJECT: u8 = 1 << 3;
 
-/// Takes the device behind a root port, by its device number, off the bus. False: there is
+/// Takes the device behind a root port, by its device number, off the bus. `None`: there is
 /// none.
-pub type Detach = Box<dyn Fn(u8) -> bool + Send + Sync>;
+pub type Detach = Box<dyn Fn(u8) -> Option<Arc<dyn PciFunction>> + Send + Sync>;
 
 #[derive(Default)]
 struct State {
     inserted: u32,
     removing: u32,
-    ejected: u32,
+    /// What the manager does not know of yet: no more than it has plugged in.
+    ejected: Vec<Arc<dyn PciFunction>>,
     /// The bits of each vCPU that there may be.
     cpus: Vec<u8>,
     ejected_cpus: Vec<u32>,
@@ -90,7 +92,6 @@ impl HotplugRegisters {
         let mut state = self.lock();
         state.inserted |= bit(device);
         state.removing &= !bit(device);
-        state.ejected &= !bit(device);
     }
 
     /// The guest shall give the device in a slot back.
@@ -106,9 +107,14 @@ impl HotplugRegisters {
         unseen
     }
 
-    /// Slots that the guest has ejected since the last call, a bit for each device number.
-    pub fn take_ejected_slots(&self) -> u32 {
+    /// What the guest has ejected since the last call. Something else may be in its slot by now.
+    pub fn take_ejected(&self) -> Vec<Arc<dyn PciFunction>> {
         std::mem::take(&mut self.lock().ejected)
+    }
+
+    /// vCPUs that there may be.
+    pub fn possible_cpus(&self) -> u32 {
+        u32::try_from(self.lock().cpus.len()).unwrap_or(u32::MAX)
     }
 
     /// vCPUs that are there or were added.
@@ -183,9 +189,9 @@ impl HotplugRegisters {
 
     fn eject_slots(&self, slots: u32) {
         for device in (0..32).filter(|device| slots & bit(*device) != 0) {
-            if (self.detach)(device) {
+            if let Some(function) = (self.detach)(device) {
                 let mut state = self.lock();
-                state.ejected |= bit(device);
+                state.ejected.push(function);
                 state.removing &= !bit(device);
                 drop(state);
                 // Should the queue be full, the manager looks anyway.
@@ -256,7 +262,25 @@ impl BusDevice for HotplugRegisters {
 mod tests {
     use super::*;
     use crate::events::{EventReceiver, event_channel};
+    use crate::pci::BarKind;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A function of which only the name counts.
+    struct Nothing(String);
+
+    impl PciFunction for Nothing {
+        fn id(&self) -> &str {
+            &self.0
+        }
+        fn config_read(&self, _offset: u16, _data: &mut [u8]) {}
+        fn config_write(&self, _offset: u16, _data: &[u8]) {}
+        fn place_bars(&self, _place: &mut dyn FnMut(BarKind, u64) -> Option<u64>) {}
+        fn bus_reset(&self) {}
+        fn unplug(&self) {}
+        fn release_register(&self) -> Option<u64> {
+            None
+        }
+    }
 
     struct Bed {
         registers: Arc<HotplugRegisters>,
@@ -269,8 +293,11 @@ mod tests {
         let (sender, events) = event_channel().unwrap();
         let plugged = Arc::new(AtomicU32::new(0));
         let there = Arc::clone(&plugged);
-        let detach =
-            move |device| there.fetch_and(!bit(device), Ordering::SeqCst) & bit(device) != 0;
+        let detach = move |device| {
+            let was = there.fetch_and(!bit(device), Ordering::SeqCst);
+            let function = Arc::new(Nothing(device.to_string())) as Arc<dyn PciFunction>;
+            (was & bit(device) != 0).then_some(function)
+        };
         let registers = HotplugRegisters::new(boot, max, Box::new(detach), sender);
         let bus = Bus::new();
         registers.attach(&bus).unwrap();
@@ -330,16 +357,22 @@ mod tests {
     fn only_what_is_there_is_ejected_and_it_is_gone_at_once() {
         let bed = bed(1, 1);
         bed.eject(u32::MAX);
-        assert_eq!(bed.registers.take_ejected_slots(), 0);
+        assert!(bed.registers.take_ejected().is_empty());
         assert!(bed.events.try_recv().is_none());
         bed.plugged.store(1 << 4 | 1 << 9, Ordering::SeqCst);
         bed.registers.ask_for_slot(4);
         bed.eject(1 << 4);
         assert_eq!(bed.plugged.load(Ordering::SeqCst), 1 << 9);
-        assert_eq!(bed.registers.take_ejected_slots(), 1 << 4);
-        assert_eq!(bed.registers.take_ejected_slots(), 0);
         assert_eq!(bed.word(SLOTS_REMOVING), 0);
         assert!(matches!(bed.events.try_recv(), Some(MachineEvent::Ejected)));
+        // Something else is put in before the manager has looked, and goes, too.
+        bed.plugged.fetch_or(1 << 4, Ordering::SeqCst);
+        bed.registers.slot_changed(4);
+        bed.eject(1 << 9 | 1 << 4);
+        let ejected = bed.registers.take_ejected();
+        let ids: Vec<&str> = ejected.iter().map(|function| function.id()).collect();
+        assert_eq!(ids, ["4", "4", "9"]);
+        assert!(bed.registers.take_ejected().is_empty());
     }
 
     #[test]

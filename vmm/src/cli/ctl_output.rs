@@ -64,7 +64,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
     let ports: Vec<Value> = info
         .ports
         .iter()
-        .map(|port| json!({ "name": port.name, "pci_address": port.pci_address, "device": port.device }))
+        .map(|port| json!({ "name": port.name, "pci_address": port.pci_address, "device": port.device, "vacating": port.vacating }))
         .collect();
     json!({
         "version": info.version,

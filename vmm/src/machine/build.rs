@@ -121,9 +121,8 @@ pub fn build(
     let cpus = config.cpus.clone().unwrap_or_default();
     let complex = Arc::downgrade(&pci);
     let detach = move |slot| {
-        complex
-            .upgrade()
-            .is_some_and(|pci| pci.detach_slot(slot).is_some())
+        let pci = complex.upgrade()?;
+        pci.detach_slot(slot)
     };
     let max_cpus = cpus.max.max(cpus.boot);
     let hotplug = HotplugRegisters::new(cpus.boot, max_cpus, Box::new(detach), events.clone());

@@ -33,7 +33,7 @@ use crate::hypervisor::Hypervisor;
 use crate::launcher::{Launcher, Least, SpawnSpec};
 use crate::memory::GuestRam;
 use crate::pci::{
-    AddressRange, PciAddress, PciError, PciFunction, PortConfig, RootComplex, Windows,
+    AddressRange, PciAddress, PciError, PciFunction, PortConfig, PortInfo, RootComplex, Windows,
 };
 use crate::threads::ThreadHook;
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
@@ -52,8 +52,7 @@ const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
 /// fd of a device process's first own descriptor.
 const FIRST_OWN_FD: usize = 5;
 /// Nothing more can be plugged in.
-pub const NO_PORT: &str =
-    "every root port is taken: remove a device, or start the machine with more --hotplug-ports";
+pub const NO_PORT: &str = "every root port is taken, or waits for the guest to let go of what was pulled out of it: remove a device, or start the machine with more --hotplug-ports";
 /// Most root ports on bus 0: one for each device number but the host bridge's.
 const MAX_PORTS: u8 = 31;
 
@@ -501,12 +500,12 @@ pub fn attach(
         return Ok((function, address, port.to_owned()));
     }
     let mut ports = site.pci.ports();
-    ports.retain(|p| p.hotplug && !p.occupied);
+    ports.retain(PortInfo::is_free);
     for port in ports {
         match attach(&port.name) {
             Ok(address) => return Ok((function, address, port.name)),
             // Another one was faster.
-            Err(PciError::Occupied(_)) => {}
+            Err(PciError::Occupied(_) | PciError::Vacating(_)) => {}
             Err(error) => return Err(error.to_string()),
         }
     }

@@ -20,7 +20,7 @@ use std::fmt;
 pub use bar::{AddressRange, BarClaim, BarDecoder, BarListener, Windows};
 pub use config::{ConfigSpace, Identity, reg};
 pub use msix::{MAX_VECTORS, MSIX_CAPABILITY_ID, Msix, NO_VECTOR, VECTOR_ENTRY_SIZE};
-pub use root_complex::{PciDeviceInfo, PortInfo, RootComplex};
+pub use root_complex::{PciDeviceInfo, PortInfo, RootComplex, is_same};
 pub use root_port::PortConfig;
 
 /// Command register: memory space enable.
@@ -72,6 +72,9 @@ pub trait PciFunction: Send + Sync {
     fn bus_reset(&self);
     /// The function has left the bus: stop decoding, drop doorbells and interrupts.
     fn unplug(&self);
+    /// Where a driver that holds the function now will write a zero byte when it lets go of it,
+    /// a guest-physical address in one of its BARs; `None`: no driver holds it.
+    fn release_register(&self) -> Option<u64>;
 }
 
 /// Why the root complex refused.
@@ -99,8 +102,13 @@ pub enum PciError {
     /// The port has a device already.
     #[error("PCI port {0} is occupied; choose another or remove its device first")]
     Occupied(String),
-    /// The port has no device.
-    #[error("PCI port {0} is empty")]
+    /// The guest has not let go yet of what was pulled out of it.
+    #[error(
+        "port {0}: the guest has not let go yet of the device that was pulled out of it: name another, or retry when it has"
+    )]
+    Vacating(String),
+    /// The port has no device, or another one.
+    #[error("PCI port {0} does not have the device")]
     Empty(String),
     /// No room for another capability.
     #[error("the configuration space has no room for capability {0:#x}")]

@@ -63,8 +63,17 @@ pub struct PortInfo {
     pub secondary_bus: u8,
     /// Whether a device is behind it.
     pub occupied: bool,
+    /// A device was pulled out of it that the guest has not let go of yet: no other is put in.
+    pub vacating: bool,
     /// Whether devices may come and go behind it.
     pub hotplug: bool,
+}
+
+impl PortInfo {
+    /// Whether a device may be put behind it now.
+    pub fn is_free(&self) -> bool {
+        self.hotplug && !self.occupied && !self.vacating
+    }
 }
 
 /// The root complex.
@@ -149,21 +158,43 @@ impl RootComplex {
         })
     }
 
-    /// Takes the function behind the named port off the bus: configuration space, BARs,
+    /// Takes this function off the bus behind the named port: configuration space, BARs,
     /// doorbells and interrupts are gone on return.
-    pub fn detach(&self, port: &str) -> Result<Arc<dyn PciFunction>, PciError> {
-        self.port(port)?.unplug()
+    ///
+    /// # Errors
+    /// [`PciError::Empty`] when it is not there, or no longer.
+    pub fn detach<F: PciFunction + ?Sized>(
+        &self,
+        port: &str,
+        function: &Arc<F>,
+    ) -> Result<Arc<dyn PciFunction>, PciError> {
+        self.port(port)?.unplug(|there| is_same(there, function))
     }
 
     /// The same by the port's device number, as a guest's eject names it; `None`: there is none.
     pub fn detach_slot(&self, device: u8) -> Option<Arc<dyn PciFunction>> {
         let port = self.ports.iter().find(|p| p.config.device == device)?;
-        port.unplug().ok()
+        port.unplug(|_| true).ok()
     }
 
-    /// As [`detach`](Self::detach), of a function that the guest's driver may still use.
-    pub fn detach_by_surprise(&self, port: &str) -> Result<Arc<dyn PciFunction>, PciError> {
-        self.port(port)?.unplug_by_surprise(&self.decoder)
+    /// As [`detach`](Self::detach), of a function that the guest's driver may still use: nothing
+    /// can be attached to the port until the guest has let go of it.
+    ///
+    /// # Errors
+    /// As [`detach`](Self::detach).
+    pub fn detach_by_surprise<F: PciFunction + ?Sized>(
+        &self,
+        port: &str,
+        function: &Arc<F>,
+    ) -> Result<Arc<dyn PciFunction>, PciError> {
+        let port = self.port(port)?;
+        port.unplug_by_surprise(|there| is_same(there, function), &self.decoder)
+    }
+
+    /// Whether this function is on the bus behind the named port.
+    pub fn has<F: PciFunction + ?Sized>(&self, port: &str, function: &Arc<F>) -> bool {
+        let there = self.port(port).ok().and_then(RootPort::function);
+        there.is_some_and(|there| is_same(&there, function))
     }
 
     /// Every plugged-in function, in order of port.
@@ -184,6 +215,7 @@ impl RootComplex {
                 slot: port.config.slot,
                 secondary_bus: port.secondary_bus(),
                 occupied: port.function().is_some(),
+                vacating: port.is_vacating(),
                 hotplug: port.config.hotplug,
             })
             .collect()
@@ -223,7 +255,10 @@ impl RootComplex {
             .ports
             .iter()
             .find(|port| port.secondary_bus() == address.bus)?;
-        port.function().map(Target::Function)
+        Some(match port.function() {
+            Some(function) => Target::Function(function),
+            None => Target::Empty(port),
+        })
     }
 
     /// An aligned configuration read of 1, 2 or 4 bytes.
@@ -232,6 +267,12 @@ impl RootComplex {
             Some(Target::HostBridge(space)) => space.read(offset, data),
             Some(Target::Port(port)) => port.config_read(offset, data),
             Some(Target::Function(function)) => function.config_read(offset, data),
+            Some(Target::Empty(port)) => {
+                data.fill(0xff);
+                if offset == reg::VENDOR {
+                    port.found_empty();
+                }
+            }
             None => data.fill(0xff),
         }
     }
@@ -241,7 +282,7 @@ impl RootComplex {
         match self.target(address) {
             Some(Target::Port(port)) => port.config_write(offset, data),
             Some(Target::Function(function)) => function.config_write(offset, data),
-            Some(Target::HostBridge(_)) | None => {}
+            Some(Target::HostBridge(_) | Target::Empty(_)) | None => {}
         }
     }
 }
@@ -250,6 +291,13 @@ enum Target<'a> {
     HostBridge(&'a ConfigSpace),
     Port(&'a RootPort),
     Function(Arc<dyn PciFunction>),
+    /// The function behind a port that has none.
+    Empty(&'a RootPort),
+}
+
+/// Whether two references are to the same function.
+pub fn is_same<A: ?Sized, B: ?Sized>(a: &Arc<A>, b: &Arc<B>) -> bool {
+    std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
 }
 
 fn check_ports(sorted: &[PortConfig]) -> Result<(), PciError> {

@@ -22,6 +22,8 @@ struct Plain {
     placed: Mutex<Vec<Option<u64>>>,
     resets: Mutex<u32>,
     unplugged: Mutex<bool>,
+    /// Where its driver lets go of it.
+    held: Mutex<Option<u64>>,
 }
 
 fn plain(id: &'static str) -> Arc<Plain> {
@@ -38,6 +40,7 @@ fn plain(id: &'static str) -> Arc<Plain> {
         placed: Mutex::default(),
         resets: Mutex::default(),
         unplugged: Mutex::default(),
+        held: Mutex::default(),
     })
 }
 
@@ -65,6 +68,9 @@ impl PciFunction for Plain {
     }
     fn unplug(&self) {
         *self.unplugged.lock().unwrap() = true;
+    }
+    fn release_register(&self) -> Option<u64> {
+        *self.held.lock().unwrap()
     }
 }
 
@@ -247,15 +253,58 @@ fn functions_come_and_go_behind_named_ports() {
     guest.write(0, 1, 0x3e, &[0x40, 0]);
     guest.write(0, 1, 0x3e, &[0, 0]);
     assert_eq!(*function.resets.lock().unwrap(), 1, "once per rising edge");
-    let removed = guest.complex.detach("a").unwrap();
+    let empty = Some(PciError::Empty("a".to_owned()));
+    let other = guest.complex.detach("a", &plain("other"));
+    assert_eq!(other.err(), empty, "another one stays");
+    let removed = guest.complex.detach("a", &function).unwrap();
     assert_eq!(removed.id(), "disk");
     assert!(*function.unplugged.lock().unwrap());
     assert_eq!(guest.read32(1, 0, 0), u32::MAX);
-    assert_eq!(
-        guest.complex.detach("a").err(),
-        Some(PciError::Empty("a".to_owned()))
-    );
+    assert_eq!(guest.complex.detach("a", &function).err(), empty);
     guest.complex.attach("a", function).unwrap();
+}
+
+#[test]
+fn nothing_follows_what_was_pulled_out_until_the_guest_has_let_go() {
+    let guest = guest(&[port("a", 1)]);
+    let register = layout::PCI_MEM32_START + 20;
+    let vacating = |yes: bool| {
+        assert_eq!(guest.complex.ports()[0].vacating, yes);
+        let found = guest.complex.attach("a", plain("next"));
+        match found {
+            Err(why) => assert!(yes && why == PciError::Vacating("a".to_owned()), "{why}"),
+            Ok(_) => assert!(!yes),
+        }
+    };
+    // Its driver holds it: that it looks whether something is there does not matter.
+    let held = plain("held");
+    *held.held.lock().unwrap() = Some(register);
+    guest.complex.attach("a", held.clone()).unwrap();
+    guest.complex.detach_by_surprise("a", &held).unwrap();
+    assert_eq!(guest.read32(1, 0, 0), u32::MAX);
+    vacating(true);
+    for (at, value) in [(register, 1), (register + 1, 0)] {
+        assert!(guest.mmio.write(at, &[value]));
+    }
+    vacating(true);
+    assert!(guest.mmio.write(register, &[0]));
+    let mut status = [0xff];
+    assert!(guest.mmio.read(register, &mut status));
+    assert_eq!(status, [0], "the driver waits for this");
+    vacating(false);
+    // Nobody holds the next: the guest only has to find that it is gone.
+    let next = guest.complex.ports.first().and_then(RootPort::function);
+    let next = next.unwrap();
+    guest.complex.detach_by_surprise("a", &next).unwrap();
+    vacating(true);
+    assert_eq!(guest.read32(1, 0, 8), u32::MAX, "another register");
+    vacating(true);
+    assert_eq!(guest.read32(1, 0, 0), u32::MAX);
+    vacating(false);
+    // One that is pulled before it was ever looked at, and detached in order.
+    let last = guest.complex.ports.first().and_then(RootPort::function);
+    guest.complex.detach("a", &last.unwrap()).unwrap();
+    assert!(!guest.complex.ports()[0].vacating);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! come. There is no I/O window (base and limit are hard-wired to zero). vCPU threads
 //! access the registers; the manager thread fills and empties the slot.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::bar::{AddressRange, BarClaim, BarDecoder, BarListener};
@@ -68,20 +68,49 @@ pub(super) struct RootPort {
     express: u16,
     function: RwLock<Option<Arc<dyn PciFunction>>>,
     /// Answers in the place of a function that left by surprise.
-    ghost: Mutex<Option<BarClaim>>,
+    ghost: Mutex<Option<Haunting>>,
+}
+
+/// A slot that was emptied by surprise.
+struct Haunting {
+    ghost: Arc<Ghost>,
+    /// Where it answers.
+    _claim: BarClaim,
+}
+
+impl Haunting {
+    /// The guest has not let go.
+    fn lasts(&self) -> bool {
+        !self.ghost.let_go.load(Ordering::Acquire)
+    }
 }
 
 /// What answers where a function was: zeros. A driver that is told late that its device is
 /// gone resets it and waits for the status register to read as zero; all ones, as on hardware,
 /// would hold Linux's there for ever.
-struct Ghost;
+///
+/// Until the guest has let go, nothing else may be put in its place: a guest that looks then
+/// takes the newcomer for what was there.
+struct Ghost {
+    /// Offset of the register to which the driver that held the function writes zero when it lets
+    /// go; [`NOWHERE`]: no driver held it, and the guest only has to find the slot empty.
+    register: AtomicU64,
+    let_go: AtomicBool,
+}
+
+/// No register is watched.
+const NOWHERE: u64 = u64::MAX;
 
 impl BusDevice for Ghost {
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }
 
-    fn write(&self, _offset: u64, _data: &[u8]) {}
+    fn write(&self, offset: u64, data: &[u8]) {
+        if self.register.load(Ordering::Acquire) == offset && data.first() == Some(&0) {
+            self.let_go.store(true, Ordering::Release);
+        }
+    }
 }
 
 impl BarListener for Ghost {
@@ -140,6 +169,7 @@ impl RootPort {
     }
 
     pub fn plug(&self, function: &Arc<dyn PciFunction>) -> Result<(), PciError> {
+        let mut haunting = self.lock_ghost();
         let mut slot = self
             .function
             .write()
@@ -147,7 +177,10 @@ impl RootPort {
         if slot.is_some() {
             return Err(PciError::Occupied(self.config.name.clone()));
         }
-        self.lock_ghost().take();
+        if haunting.as_ref().is_some_and(Haunting::lasts) {
+            return Err(PciError::Vacating(self.config.name.clone()));
+        }
+        haunting.take();
         let (mut memory, mut prefetchable) = self.windows();
         function.place_bars(&mut |kind, size| match kind {
             BarKind::Memory32 => take(&mut memory, size),
@@ -158,12 +191,16 @@ impl RootPort {
         Ok(())
     }
 
-    pub fn unplug(&self) -> Result<Arc<dyn PciFunction>, PciError> {
+    /// Takes off the bus what is plugged in, if it is what `wanted` says.
+    pub fn unplug(
+        &self,
+        wanted: impl FnOnce(&Arc<dyn PciFunction>) -> bool,
+    ) -> Result<Arc<dyn PciFunction>, PciError> {
         let function = self
             .function
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .take()
+            .take_if(|function| wanted(function))
             .ok_or_else(|| PciError::Empty(self.config.name.clone()))?;
         self.show_presence(false);
         function.unplug();
@@ -171,20 +208,66 @@ impl RootPort {
     }
 
     /// As [`unplug`](Self::unplug), of a function that the guest's driver may still use: its
-    /// accesses read as zero until something else is plugged in.
+    /// accesses read as zero, and nothing else is plugged in, until the guest has let go.
     pub fn unplug_by_surprise(
         &self,
+        wanted: impl FnOnce(&Arc<dyn PciFunction>) -> bool,
         decoder: &Arc<BarDecoder>,
     ) -> Result<Arc<dyn PciFunction>, PciError> {
-        let function = self.unplug()?;
+        let mut haunting = self.lock_ghost();
+        let function = self
+            .function()
+            .filter(|there| wanted(there))
+            .ok_or_else(|| PciError::Empty(self.config.name.clone()))?;
         let (memory, _) = self.windows();
-        let ghost = decoder.claim(memory.size, Arc::new(Ghost), Arc::new(Ghost));
-        ghost.decode(Some(memory.start));
-        *self.lock_ghost() = Some(ghost);
+        // A register that lies elsewhere cannot be watched.
+        let register = || {
+            let at = function.release_register()?;
+            let inside = memory.contains(at, 1);
+            inside.then(|| at.saturating_sub(memory.start))
+        };
+        let before = register();
+        let ghost = Arc::new(Ghost {
+            register: AtomicU64::new(before.unwrap_or(NOWHERE)),
+            let_go: AtomicBool::new(false),
+        });
+        // It answers from the moment at which the function no longer does.
+        let claim = decoder.claim(
+            memory.size,
+            Arc::clone(&ghost) as _,
+            Arc::clone(&ghost) as _,
+        );
+        claim.decode(Some(memory.start));
+        self.unplug(|there| Arc::ptr_eq(there, &function))?;
+        // The driver may have come or gone meanwhile.
+        let after = register();
+        if after != before {
+            ghost
+                .register
+                .store(after.unwrap_or(NOWHERE), Ordering::Release);
+        }
+        *haunting = Some(Haunting {
+            ghost,
+            _claim: claim,
+        });
         Ok(function)
     }
 
-    fn lock_ghost(&self) -> MutexGuard<'_, Option<BarClaim>> {
+    /// It is empty, and the guest has not let go of what was there.
+    pub fn is_vacating(&self) -> bool {
+        self.lock_ghost().as_ref().is_some_and(Haunting::lasts)
+    }
+
+    /// The guest has read the first register of the empty slot: it knows that nothing is there.
+    pub fn found_empty(&self) {
+        if let Some(haunting) = self.lock_ghost().as_ref()
+            && haunting.ghost.register.load(Ordering::Acquire) == NOWHERE
+        {
+            haunting.ghost.let_go.store(true, Ordering::Release);
+        }
+    }
+
+    fn lock_ghost(&self) -> MutexGuard<'_, Option<Haunting>> {
         self.ghost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -16,7 +16,7 @@ use super::capabilities::window;
 use super::common::Effect;
 use super::events::FailReason;
 use super::function::{Config, Device, VirtioPciFunction};
-use super::registers::{NOTIFY_MULTIPLIER, bar, common};
+use super::registers::{NOTIFY_MULTIPLIER, bar, common, status};
 use super::service::{Access, WIDEST};
 use crate::bus::BusDevice;
 use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, reg};
@@ -432,6 +432,14 @@ impl PciFunction for VirtioPciFunction {
             self.decode_bar(&config);
         }
         self.msix.reset();
+    }
+
+    fn release_register(&self) -> Option<u64> {
+        let now = self.status().device_status;
+        // One that failed is reset no more.
+        let held = now & status::DRIVER != 0 && now & status::FAILED == 0;
+        let base = u64::from(self.lock_config().space.read_u32(reg::BAR0) & !0xf);
+        held.then(|| base.saturating_add(bar::COMMON + common::DEVICE_STATUS))
     }
 }
 

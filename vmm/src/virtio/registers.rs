@@ -53,12 +53,16 @@ pub mod net {
 
 /// Device status bits.
 pub mod status {
+    /// The guest has a driver for the device.
+    pub const DRIVER: u8 = 2;
     /// The driver is ready to drive the device.
     pub const DRIVER_OK: u8 = 4;
     /// Feature negotiation is complete.
     pub const FEATURES_OK: u8 = 8;
     /// The device has failed and needs a reset.
     pub const NEEDS_RESET: u8 = 64;
+    /// The guest has given the device up.
+    pub const FAILED: u8 = 128;
 }
 
 /// Offsets in the common configuration structure.

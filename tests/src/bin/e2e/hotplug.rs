@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::{Namespace, debian_by, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left, patience};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left};
 
 use super::disk::{LIMIT, sparse};
 use super::recovery::{field, kill};
+use super::shell::{READER, Shell};
 
 const MIB: u64 = 1 << 20;
 
@@ -73,35 +74,6 @@ pub fn native() -> Vec<Test> {
     ]
 }
 
-/// A guest that carries out what is typed.
-pub struct Shell {
-    pub vmm: Vmm,
-    pub steps: u32,
-}
-
-impl Shell {
-    /// Runs a command in the guest, which must succeed.
-    pub fn run(&mut self, command: &str) -> Verdict {
-        self.steps += 1;
-        let step = self.steps;
-        // What is typed is echoed: the mark must not be in it.
-        self.vmm.type_text(&format!(
-            "{{ {command}; }} && echo STEP-'{step}'-DONE || echo STEP-'{step}'-BAD\n"
-        ))?;
-        let end = Instant::now() + patience(LIMIT);
-        loop {
-            let output = self.vmm.output();
-            if output.contains(&format!("STEP-{step}-DONE")) {
-                return Ok(());
-            }
-            if output.contains(&format!("STEP-{step}-BAD")) || Instant::now() > end {
-                return Err(self.vmm.story(&format!("{command}: failed in the guest")));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
 /// What the API says of a device, if it is there.
 pub fn device(socket: &str, id: &str) -> Result<Option<serde_json::Value>, String> {
     let devices = ctl(socket, &["devices"])?;
@@ -123,8 +95,6 @@ fn in_a_guest() -> Verdict {
     network.tap("hot0", "10.1.0.1/24", "user root")?;
     let enter = network.enter();
     let by: Vec<&str> = enter.iter().map(String::as_str).collect();
-    let script = "echo GUEST-IS-'READY'
-while read -r line; do eval \"$line\"; done";
     let args = [
         "--api-socket",
         &socket,
@@ -133,8 +103,8 @@ while read -r line; do eval \"$line\"; done";
         "--hotplug-ports",
         "3",
     ];
-    let vmm = debian_by(&by, &scratch, script, &[] as &[&str], &args)?;
-    let mut guest = Shell { vmm, steps: 0 };
+    let vmm = debian_by(&by, &scratch, READER, &[] as &[&str], &args)?;
+    let mut guest = Shell::booting(vmm);
     let end = Instant::now() + LIMIT;
     while ctl(&socket, &["info"]).is_err() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(50));
@@ -220,9 +190,7 @@ while read -r line; do eval \"$line\"; done";
             .is_err_and(|line| line.contains("more than the 4")),
         || format!("{beyond:?}"),
     )?;
-    guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
-    guest.vmm.type_text("exit\n")?;
-    guest.vmm.ends_with(0, LIMIT)
+    guest.ends()
 }
 
 /// A machine that was made and has not begun: all but the guest's part.
@@ -235,7 +203,7 @@ pub fn created(
     let mut command = Command::new(bin("bulkhead"));
     command.args(["serve", "--api-socket", &socket]);
     if let Some(libexec) = libexec {
-        command.args(["--libexec", libexec]);
+        command.args(["--libexec", libexec, "--device-dir", libexec]);
     }
     let vmm = Vmm::spawn(command)?;
     let end = Instant::now() + LIMIT;
@@ -440,10 +408,14 @@ fn unspawned() -> Verdict {
     }
     // Somebody else's lock is waited for by the one who asked.
     let holder = sh(&format!(
-        "(exec 9<>{disk}; python3 -c 'import fcntl, struct; fcntl.fcntl(9, 37, struct.pack(\"hhqqi4x\", 1, 0, 0, 0, 0))' && exec sleep 600) >/dev/null 2>&1 & echo $!"
+        "(exec 9<>{disk}; python3 -c 'import fcntl, struct; fcntl.fcntl(9, 37, struct.pack(\"hhqqi4x\", 1, 0, 0, 0, 0))' && touch {disk}.held && exec sleep 600) >/dev/null 2>&1 & echo $!"
     ))?;
     let _undo = bulkhead_tests::host::Undo::new(format!("kill {}", holder.trim()));
-    std::thread::sleep(Duration::from_millis(300));
+    let held = format!("{disk}.held");
+    while !std::path::Path::new(&held).exists() {
+        check(Instant::now() < end + LIMIT, || "no lock".into())?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| add("held"));
         let begun = Instant::now();

@@ -9,9 +9,10 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, nothing_left, patience};
 
 use super::disk::{LIMIT, sparse};
-use super::hotplug::{Shell, created, device, holdings, settled};
-use super::hotplug_beside::{events, guest};
+use super::hotplug::{created, device, holdings, settled};
+use super::hotplug_beside::events;
 use super::net_modes::tool;
+use super::shell::{READER, Shell, guest};
 use super::update::Binaries;
 
 const MIB: u64 = 1 << 20;
@@ -59,6 +60,10 @@ pub fn native() -> Vec<Test> {
         test(
             "a device process that is killed at any moment of its own hot-add leaves nothing",
             killed,
+        ),
+        test(
+            "a device is removed while its live update is under way, which ends",
+            updated,
         ),
     ]
 }
@@ -160,9 +165,7 @@ fn kinds(rounds: u32) -> Verdict {
 
     settled(pid, &before)?;
     routes(&api, gsis)?;
-    guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
-    guest.vmm.type_text("exit\n")?;
-    guest.vmm.ends_with(0, LIMIT)?;
+    guest.ends()?;
     drop(virtiofsd);
     Ok(())
 }
@@ -171,12 +174,9 @@ fn deaf() -> Verdict {
     let scratch = Scratch::new("nohotplug")?;
     let api = scratch.path("api");
     let args = ["--api-socket", &api, "--hotplug-ports", "2"];
-    let script = "echo GUEST-IS-'READY'
-while read -r line; do eval \"$line\"; done";
     let data = format!("path={},id=data", sparse(&scratch, "data", MIB)?);
-    let vmm = debian_told(&[], &scratch, "acpiphp.disable=1", script, &[&data], &args)?;
-    let mut guest = Shell { vmm, steps: 0 };
-    guest.vmm.wait_for("GUEST-IS-READY", LIMIT)?;
+    let vmm = debian_told(&[], &scratch, "acpiphp.disable=1", READER, &[&data], &args)?;
+    let mut guest = Shell::new(vmm)?;
     let late = format!("path={},id=late", sparse(&scratch, "late", MIB)?);
     ctl(&api, &["add-disk", &late])?;
 
@@ -245,6 +245,61 @@ fn faulty(fault: &str) -> Verdict {
     ctl(&api, &["shutdown", "--force"])?;
     drop(vmm);
     Ok(())
+}
+
+fn updated() -> Verdict {
+    let scratch = Scratch::new("hotplug-updated")?;
+    let binaries = Binaries::new(&scratch, "libexec")?;
+    for name in ["bulkhead-launcher", "bulkhead-net", "bulkhead-blk"] {
+        binaries.good(name, name)?;
+    }
+    let deaf = binaries.fault("hang")?;
+    let (vmm, api) = created(&scratch, Some(&binaries.path), 1)?;
+    let disk = format!("path={},id=data,queues=1", sparse(&scratch, "disk", MIB)?);
+    let before = holdings(vmm.pid())?;
+    let launcher = ctl(&api, &["info"])?["launcher_pid"].to_string();
+    for force in [false, true] {
+        ctl(&api, &["add-disk", &disk])?;
+        std::thread::scope(|scope| -> Verdict {
+            let update = scope.spawn(|| {
+                ctl(
+                    &api,
+                    &[
+                        "update-device",
+                        "data",
+                        "--binary",
+                        &deaf,
+                        "--timeout",
+                        "120",
+                    ],
+                )
+            });
+            let end = Instant::now() + patience(LIMIT);
+            while sh(&format!("pgrep -c -P {launcher} || true"))?.trim() != "2" {
+                check(Instant::now() < end && !update.is_finished(), || {
+                    vmm.story("no second process")
+                })?;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let mut remove = vec!["remove-device", "data"];
+            if force {
+                remove.push("--force");
+            }
+            ctl(&api, &remove)?;
+            let updated = update.join().map_err(|_| "panic")?;
+            check(
+                updated
+                    .as_ref()
+                    .is_err_and(|line| line.contains("the device is removed")),
+                || format!("{updated:?}"),
+            )
+        })?;
+        check(device(&api, "data")?.is_none(), || "it is there".into())?;
+        settled(vmm.pid(), &before)?;
+    }
+    ctl(&api, &["shutdown", "--force"])?;
+    drop(vmm);
+    nothing_left(Duration::from_secs(20))
 }
 
 fn killed() -> Verdict {

@@ -4,12 +4,13 @@
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::chaos::{self, kills};
-use bulkhead_tests::host::{Undo, debian, sh};
+use bulkhead_tests::host::{debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, nothing_left};
 use serde_json::Value;
 
 use crate::disk::{LIMIT, sparse};
+use crate::mapped::Mapped;
 
 const MIB: u64 = 1 << 20;
 
@@ -294,16 +295,7 @@ fn hung() -> Verdict {
     let scratch = Scratch::new("hung")?;
     let stopped = sparse(&scratch, "stopped", 8 * MIB)?;
     let beneath = scratch.disk("beneath", 8 << 20, 7)?;
-    let name = format!("bh-slow-{}", std::process::id());
-    let device = sh(&format!(
-        "device=$(losetup --find --show {beneath})
-printf '0 16384 linear %s 0\\n' $device | dmsetup create {name}
-dmsetup mknodes {name} >/dev/null; echo $device"
-    ))?;
-    let _undo = Undo::new(format!(
-        "dmsetup resume {name}; dmsetup remove --force {name}; losetup --detach {}",
-        device.trim()
-    ));
+    let mapped = Mapped::new(&beneath, 16384)?;
     let socket = scratch.path("api");
     let script = "echo READY; read -r line
 (for i in 0 1 2 3 4 5 6 7; do
@@ -318,13 +310,13 @@ echo STOPPED-OK; wait";
         script,
         &[
             format!("path={stopped},id=stopped"),
-            format!("path=/dev/mapper/{name},id=slow,lock=off"),
+            format!("path={},id=slow,lock=off", mapped.path()),
         ],
         &["--cpus", "2", "--api-socket", &socket],
     )?;
     vmm.wait_for("READY", LIMIT)?;
     let slow = pid_of(&socket, "slow")?;
-    sh(&format!("dmsetup suspend --nolockfs --noflush {name}"))?;
+    mapped.suspend()?;
     let begun = Instant::now();
     vmm.type_text("go\n")?;
     sh(&format!("kill -STOP {}", pid_of(&socket, "stopped")?))?;
@@ -357,7 +349,7 @@ echo STOPPED-OK; wait";
     check(pid == 0, || {
         format!("{pid} is named while there is no process")
     })?;
-    sh(&format!("dmsetup resume {name}"))?;
+    mapped.resume()?;
     state(&socket, "slow", "running")?;
     let told = restarts(&socket, "slow")?;
     let made_again: Vec<&Value> = told.iter().map(|what| &what["resubmitted"]).collect();

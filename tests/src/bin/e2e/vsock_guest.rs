@@ -13,7 +13,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, patience};
 
 use super::disk::LIMIT;
-use super::hotplug::Shell;
+use super::shell::{READER, Shell};
 use super::vsock::{accept, connect, echo, io, joined, kill_process, pattern};
 use crate::net_modes::tool;
 
@@ -70,20 +70,15 @@ fn echoes(path: &str) -> Verdict {
 
 /// A guest that carries out what is typed, and has the driver.
 fn guest(scratch: &Scratch, more: &[&str]) -> Result<Shell, String> {
-    let script = "echo GUEST-IS-'READY'
-while read -r line; do eval \"$line\"; done";
     let args = [&["--cpus", "2", "--memory", "768M"], more].concat();
-    let vmm = debian(scratch, script, &[] as &[&str], &args)?;
-    let mut guest = Shell { vmm, steps: 0 };
-    guest.vmm.wait_for("GUEST-IS-READY", LIMIT)?;
+    let vmm = debian(scratch, READER, &[] as &[&str], &args)?;
+    let mut guest = Shell::new(vmm)?;
     guest.run("modprobe -q vmw_vsock_virtio_transport; modprobe -q vsock; true")?;
     Ok(guest)
 }
 
-fn leave(mut guest: Shell) -> Verdict {
-    guest.run("! dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace'")?;
-    guest.vmm.type_text("exit\n")?;
-    guest.vmm.ends_with(0, LIMIT)
+fn leave(guest: Shell) -> Verdict {
+    guest.ends()
 }
 
 /// What any such device must do for a guest. `more`: what ours does beyond that: it says at once

@@ -110,7 +110,8 @@ impl Host {
         };
         let registers = &machine.parts.hotplug;
         let present = registers.present_cpus();
-        let unseen: Vec<u32> = (0..present.max(resize.count))
+        // A guest gives up which it likes: those that are left need not be the first ones.
+        let unseen: Vec<u32> = (0..registers.possible_cpus())
             .filter(|index| registers.cpu_unseen(*index))
             .collect();
         let done = present == resize.count && unseen.is_empty();
@@ -151,7 +152,7 @@ impl Host {
                 self.log.publish("cpu.removed", "", &line);
             }
         }
-        for index in 0..registers.present_cpus() {
+        for index in 0..registers.possible_cpus() {
             asked |= registers.withdraw_cpu(index);
         }
         let present = registers.present_cpus();

@@ -23,6 +23,7 @@ use bulkhead_proto::machine::{AddDeviceRequest, AddDeviceResponse, PortInfo, add
 use bulkhead_proto::{Code, RpcStatus};
 
 use leaving::{Leaving, Step};
+use turns::{Place, Request, Waiting};
 
 use super::Host;
 use super::devices::tell_spawned;
@@ -35,11 +36,10 @@ use crate::machine::life::Life;
 use crate::machine::state::MachineState;
 use crate::machine::told;
 use crate::machine::trial::Ended;
+use crate::pci::{self, PciError, PciFunction, is_same};
 
 /// Devices that are made at a time.
 const MAX_ADDING: usize = 8;
-/// Requests that wait for their turn.
-const MAX_WAITING: usize = 32;
 /// When to wonder why no driver has taken a new device.
 const USE_LIMIT: Duration = Duration::from_secs(30);
 /// VIRTIO 1.2 section 2.1: the guest has a driver for the device.
@@ -50,18 +50,9 @@ struct Adding {
     operation: u64,
     id: String,
     reply: ReplyHandle,
+    what: Addition,
     /// Processes of it that have ended meanwhile.
     exits: Vec<Ended>,
-}
-
-/// A request whose device is busy.
-enum Waiting {
-    Add(Box<AddDeviceRequest>),
-    Remove {
-        id: String,
-        force: bool,
-        timeout: Duration,
-    },
 }
 
 /// All that is under way.
@@ -72,7 +63,9 @@ pub(super) struct Hotplug {
     /// Operations that began and have not ended, and what they are about.
     open: BTreeMap<u64, String>,
     leaving: Vec<Leaving>,
-    waiting: VecDeque<(Waiting, ReplyHandle)>,
+    waiting: VecDeque<Waiting>,
+    /// What the guest has ejected before the table had it.
+    ejected_early: Vec<Arc<dyn PciFunction>>,
     /// New devices that no driver has taken yet, and when to wonder why.
     unused: Vec<(String, Instant)>,
 }
@@ -86,6 +79,7 @@ impl Hotplug {
             open: BTreeMap::new(),
             leaving: Vec::new(),
             waiting: VecDeque::new(),
+            ejected_early: Vec::new(),
             unused: Vec::new(),
         })
     }
@@ -107,6 +101,17 @@ impl Hotplug {
     fn is_busy(&self, id: &str) -> bool {
         self.adding.iter().any(|a| a.id == id) || self.leaving.iter().any(|l| l.id == id)
     }
+
+    /// Why nothing can be done with this id, and nobody knows when it can.
+    fn stuck(&self, id: &str) -> Option<String> {
+        let mut leaving = self.leaving.iter();
+        leaving.find(|l| l.id == id).and_then(Leaving::stuck)
+    }
+
+    /// Devices are being made, of which the table knows nothing.
+    pub(super) fn is_adding(&self) -> bool {
+        !self.adding.is_empty()
+    }
 }
 
 fn precondition(line: impl Into<String>) -> RpcStatus {
@@ -122,6 +127,11 @@ fn not_hotplug(port: &str) -> RpcStatus {
 impl Host {
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
+        self.add_in_turn(None, request, reply);
+    }
+
+    /// The same, perhaps by an operation that had to wait for its turn.
+    fn add_in_turn(&mut self, place: Option<Place>, request: AddDeviceRequest, reply: ReplyHandle) {
         let addition = match &request.device {
             Some(add_device_request::Device::Disk(disk)) => Addition::Disk(disk.clone()),
             Some(add_device_request::Device::Net(net)) => Addition::Net(net.clone()),
@@ -135,33 +145,44 @@ impl Host {
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };
-        if self.hotplug.is_busy(addition.id()) || self.hotplug.adding.len() >= MAX_ADDING {
-            return self.queue(Waiting::Add(Box::new(request)), reply);
-        }
         let id = addition.id().to_owned();
-        let operation = match self.begin_add(addition, request.port) {
-            Ok(operation) => operation,
-            Err(status) => return reply.complete(Err(status)),
-        };
-        self.hotplug.adding.push(Adding {
-            operation,
-            id,
-            reply,
-            exits: Vec::new(),
-        });
-    }
-
-    fn queue(&mut self, waiting: Waiting, reply: ReplyHandle) {
-        if self.hotplug.waiting.len() >= MAX_WAITING {
-            return reply.complete(Err(RpcStatus::new(
-                Code::ResourceExhausted,
-                "too many devices come and go: retry later",
-            )));
+        let stuck = self.hotplug.stuck(&id);
+        // A device that is being made would not learn of memory that comes and goes.
+        let busy = self.hotplug.is_busy(&id)
+            || self.hotplug.adding.len() >= MAX_ADDING
+            || self.is_plugging_memory();
+        if busy && stuck.is_none() {
+            let request = Box::new(request);
+            return self.wait_for_turn(place, Request::Add { id, request }, reply);
         }
-        self.hotplug.waiting.push_back((waiting, reply));
+        let what = addition.clone();
+        let began = match stuck {
+            Some(why) => Err(precondition(why)),
+            None => self.begin_add(place, addition, request.port),
+        };
+        match began {
+            Ok(operation) => self.hotplug.adding.push(Adding {
+                operation,
+                id,
+                reply,
+                what,
+                exits: Vec::new(),
+            }),
+            Err(status) => {
+                if let Some(place) = place {
+                    self.ended(place.operation, &id, Err(&status.message));
+                }
+                reply.complete(Err(status));
+            }
+        }
     }
 
-    fn begin_add(&mut self, addition: Addition, port: String) -> Result<u64, RpcStatus> {
+    fn begin_add(
+        &mut self,
+        place: Option<Place>,
+        addition: Addition,
+        port: String,
+    ) -> Result<u64, RpcStatus> {
         let Some(machine) = &self.machine else {
             return Err(precondition("no machine yet: create one with the device"));
         };
@@ -175,19 +196,28 @@ impl Host {
                 )));
             }
             Some(port) if !port.hotplug => return Err(not_hotplug(&port.name)),
+            Some(port) if port.vacating => {
+                let why = PciError::Vacating(port.name.clone());
+                return Err(precondition(why.to_string()));
+            }
             None if !port.is_empty() => {
                 return Err(RpcStatus::new(
                     Code::NotFound,
                     format!("port {port}: there is none of this name: see Info"),
                 ));
             }
-            None if ports.iter().all(|p| p.occupied || !p.hotplug) => {
+            None if !ports.iter().any(pci::PortInfo::is_free) => {
                 return Err(precondition(NO_PORT));
             }
             _ => {}
         }
+        // Beside what is there and what is on its way.
+        let mut beside = machine.config.clone();
+        for adding in &self.hotplug.adding {
+            adding.what.enter(&mut beside, "");
+        }
         addition
-            .validate(&machine.config)
+            .validate(&beside)
             .map_err(RpcStatus::invalid_argument)?;
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
@@ -203,11 +233,15 @@ impl Host {
             hook: Arc::clone(&self.hooks.helper),
         };
         let id = addition.id().to_owned();
-        let operation = self.hotplug.next_operation();
+        let operation = self.begin_operation(place, &id, "add");
         let post = self.hotplug.mail.post();
-        hotplug::begin(operation, addition, port, workshop, post)
-            .map_err(|e| RpcStatus::internal(format!("device {id}: a thread to make it: {e}")))?;
-        self.began(operation, &id, "add");
+        if let Err(e) = hotplug::begin(operation, addition, port, workshop, post) {
+            let why = format!("device {id}: a thread to make it: {e}");
+            if place.is_none() {
+                self.ended(operation, &id, Err(&why));
+            }
+            return Err(RpcStatus::internal(why));
+        }
         Ok(operation)
     }
 
@@ -220,14 +254,17 @@ impl Host {
 
     /// The machine stops: so does all that was under way.
     pub(super) fn end_operations(&mut self) {
-        for (operation, subject) in std::mem::take(&mut self.hotplug.open) {
+        for (operation, subject) in self.hotplug.open.clone() {
             self.ended(operation, &subject, Err("the machine stopped"));
         }
     }
 
     /// Says how it ended.
     pub(super) fn ended(&mut self, operation: u64, subject: &str, result: Result<&str, &str>) {
-        self.hotplug.open.remove(&operation);
+        // One that was told to be late has ended already.
+        if self.hotplug.open.remove(&operation).is_none() {
+            return;
+        }
         match result {
             Ok(how) => {
                 let detail = format!("{operation}: {how}");
@@ -261,7 +298,9 @@ impl Host {
             return;
         };
         let adding = adding.swap_remove(at);
-        match made.and_then(|device| self.admit(*device, what)) {
+        let admitted = made.and_then(|device| self.admit(*device, what));
+        let index = admitted.as_ref().ok().copied();
+        match admitted {
             Ok(index) => {
                 let mut response = AddDeviceResponse::new();
                 response.operation = operation;
@@ -284,6 +323,25 @@ impl Host {
                 adding.reply.complete(Err(precondition(why)));
             }
         }
+        self.look_for_early_eject(index);
+        self.begin_held_memory();
+    }
+
+    /// A guest may eject a device before it is in the table.
+    fn look_for_early_eject(&mut self, index: Option<usize>) {
+        let function = index.and_then(|index| self.device(index));
+        let function = function.map(|device| Arc::clone(&device.function));
+        let early = &mut self.hotplug.ejected_early;
+        let gone = function.and_then(|f| early.iter().position(|early| is_same(early, &f)));
+        if let Some(at) = gone {
+            early.swap_remove(at);
+        }
+        if self.hotplug.adding.is_empty() {
+            self.hotplug.ejected_early.clear();
+        }
+        if let (Some(index), Some(_)) = (index, gone) {
+            self.left_the_bus(index);
+        }
     }
 
     /// Takes a device that was made into the machine, and tells the guest.
@@ -295,10 +353,11 @@ impl Host {
             process.life = Life::new(self.restarts);
         }
         let (id, port) = (device.id.clone(), device.port.clone());
+        let function = Arc::clone(&device.function);
         let index = machine.parts.devices.push(device);
         if let Err(why) = self.watch_device(index) {
             if let Some(machine) = &self.machine {
-                let _ = machine.parts.pci.detach(&port);
+                let _ = machine.parts.pci.detach(&port, &function);
             }
             if let Some(device) = self.unwatch_and_take(index) {
                 let _ = device.forget(&self.launcher);
@@ -336,22 +395,6 @@ impl Host {
         ports.iter().find(|p| p.name == port).map(|p| p.device)
     }
 
-    /// Begins what waited for its turn.
-    fn next_in_turn(&mut self) {
-        for _ in 0..self.hotplug.waiting.len() {
-            let Some((request, reply)) = self.hotplug.waiting.pop_front() else {
-                return;
-            };
-            // Whether or not its client still waits: it was told nothing else.
-            match request {
-                Waiting::Add(request) => self.add_device(*request, reply),
-                Waiting::Remove { id, force, timeout } => {
-                    self.remove_device(id, force, timeout, reply);
-                }
-            }
-        }
-    }
-
     /// When something is to be looked at.
     pub(super) fn hotplug_timer(&self) -> Option<Instant> {
         let leaving = self.hotplug.leaving.iter().filter_map(|l| match &l.step {
@@ -360,7 +403,12 @@ impl Host {
             Step::Ending { until, told, .. } => (!told).then_some(*until),
         });
         let unused = self.hotplug.unused.iter().map(|(_, at)| *at);
-        leaving.chain(unused).min()
+        let waiting = self
+            .hotplug
+            .waiting
+            .iter()
+            .map(|waiting| waiting.place.until);
+        leaving.chain(unused).chain(waiting).min()
     }
 
     /// Looks at what is due. True: nothing was.
@@ -378,6 +426,7 @@ impl Host {
             self.overdue(operation);
         }
         self.look_for_unused(now);
+        self.end_late_turns(now);
         self.next_in_turn();
         false
     }
@@ -436,6 +485,7 @@ impl Host {
                 let mut info = PortInfo::new();
                 info.pci_address = format!("0000:00:{:02x}.0", port.device);
                 info.device = behind(&port.name);
+                info.vacating = port.vacating;
                 info.name = port.name;
                 info
             })
@@ -466,3 +516,4 @@ pub(super) fn announce(log: &EventLog, launcher: &Launcher, device: &Device) {
 
 mod failing;
 mod leaving;
+mod turns;

@@ -54,6 +54,8 @@ pub(super) struct Progress {
     plugger: Option<Plugger>,
     asked: Option<Asked>,
     pending: Option<Pending>,
+    /// What waits until no device is being made: one would not learn of the memory.
+    held: Option<Job>,
     /// Why the guest was refused last.
     refused: Option<String>,
 }
@@ -306,9 +308,28 @@ impl Host {
         }
     }
 
+    /// Memory is about to come or go, or does.
+    pub(super) fn is_plugging_memory(&self) -> bool {
+        let place = self.memory_place();
+        place.is_some_and(|(_, _, memory)| memory.busy.is_some())
+    }
+
+    /// No device is being made any more, perhaps.
+    pub(super) fn begin_held_memory(&mut self) {
+        if !self.hotplug.is_adding()
+            && let Some(job) = self.memory.held.take()
+        {
+            self.begin_job(job);
+        }
+    }
+
     fn begin_job(&mut self, job: Job) {
         if job == Job::default() {
             return self.on_plugged(Ok(()));
+        }
+        if self.hotplug.is_adding() {
+            self.memory.held = Some(job);
+            return;
         }
         let Some(parts) = self.machine.as_ref().map(|m| &m.parts) else {
             return;

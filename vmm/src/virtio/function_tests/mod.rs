@@ -391,7 +391,7 @@ fn a_removed_function_leaves_nothing_behind() {
     let mut guest = guest();
     guest.bring_up();
     assert_eq!(guest.hypervisor.gsis(), 3);
-    let removed = guest.complex.detach("hp1").unwrap();
+    let removed = guest.complex.detach("hp1", &guest.function).unwrap();
     assert_eq!(guest.read(Machine::config(0), 4), 0xffff_ffff);
     assert!(!guest.mmio.read(BAR, &mut [0; 4]));
     assert!(guest.hypervisor.doorbells().is_empty());

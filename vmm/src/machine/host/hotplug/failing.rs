@@ -15,13 +15,18 @@ use crate::api::ReplyHandle;
 use crate::machine::control::{Task, Turn};
 use crate::machine::device::Special;
 use crate::machine::host::Host;
+use crate::machine::state::MachineState;
+use crate::pci::PciFunction;
 
 /// How long all of it may take: then the disk goes as it is.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(15);
 /// Between two looks at the rings.
 const PAUSE: Duration = Duration::from_millis(10);
-/// How long a guest has to eject a disk in whose rings nothing is.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a guest has, from its last sign of life, to eject a disk in whose rings nothing is: a
+/// driver that is just setting the disk up will read from it, and wait for that without end.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The same, where no driver holds the disk.
+const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 /// Looks in a row that must find all rings empty.
 const QUIET: u8 = 3;
 
@@ -43,14 +48,23 @@ impl Told {
     }
 }
 
+/// What changes when a guest does something with a device.
+#[derive(Default, PartialEq, Eq)]
+struct Sign {
+    status: u8,
+    available: Vec<u16>,
+}
+
 /// A disk whose requests fail.
 pub(super) struct Failing {
     look_at: Instant,
     until: Instant,
     /// The process that was told last.
     told: Option<Told>,
-    /// When the guest was asked for the disk.
-    asked: Option<Instant>,
+    /// When the guest was asked for the disk, or did something with it afterwards.
+    alive: Option<Instant>,
+    /// What it had done by then.
+    sign: Sign,
     /// Looks in a row that found nothing in the rings.
     quiet: u8,
 }
@@ -86,14 +100,10 @@ impl Host {
             look_at: now,
             until,
             told: None,
-            asked: None,
+            alive: None,
+            sign: Sign::default(),
             quiet: 0,
         })
-    }
-
-    pub(super) fn is_failing(&self, operation: u64) -> bool {
-        let mut leaving = self.hotplug.leaving.iter();
-        leaving.any(|l| l.operation == operation && matches!(l.step, Step::Failing(_)))
     }
 
     /// Pulls the disk once nothing is in its rings, or the time is over.
@@ -121,6 +131,8 @@ impl Host {
         };
         let obeyed = told.as_ref().is_some_and(|told| told.has(OBEYED));
         let empty = obeyed && self.rings_are_empty(index);
+        let (sign, held) = self.sign_of_life(index);
+        let paused = self.machine.as_ref().map(|m| m.state) == Some(MachineState::Paused);
         let mut leaving = self.hotplug.leaving.iter_mut();
         let Some(Step::Failing(failing)) = leaving
             .find(|l| l.operation == operation)
@@ -129,12 +141,14 @@ impl Host {
             return;
         };
         failing.told = told;
-        let ask = obeyed && failing.asked.is_none();
-        if ask {
-            failing.asked = Some(now);
+        let ask = obeyed && failing.alive.is_none();
+        if ask || (failing.alive.is_some() && failing.sign != sign) {
+            failing.alive = Some(now);
+            failing.sign = sign;
         }
-        let patience = failing.asked.and_then(|at| at.checked_add(PATIENCE));
-        let deaf = patience.is_some_and(|until| until <= now);
+        let patience = if held { PATIENCE } else { SHORT_PATIENCE };
+        let until = failing.alive.and_then(|at| at.checked_add(patience));
+        let deaf = failing.alive.is_some() && (paused || until.is_some_and(|until| until <= now));
         failing.quiet = if empty {
             failing.quiet.saturating_add(1)
         } else {
@@ -196,6 +210,20 @@ impl Host {
             control.submit(pull, reply, turn)
         });
         told
+    }
+
+    /// What the guest has done with the device, and whether a driver of it holds the device.
+    fn sign_of_life(&mut self, index: usize) -> (Sign, bool) {
+        let Some(device) = self.device(index) else {
+            return (Sign::default(), false);
+        };
+        let function = &device.function;
+        let rings = function.progress().unwrap_or_default();
+        let sign = Sign {
+            status: function.status().device_status,
+            available: rings.iter().map(|(_, at)| at.available).collect(),
+        };
+        (sign, function.release_register().is_some())
     }
 
     /// Nothing is in the rings that the process serves, as memory has it: a driver may write there

@@ -8,7 +8,8 @@ use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::failing::Failing;
-use super::{Waiting, not_hotplug, precondition};
+use super::turns::{Place, Request};
+use super::{not_hotplug, precondition};
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::ged::GedEvents;
 use crate::machine::control::{Task, Turn};
@@ -18,6 +19,7 @@ use crate::machine::hotplug::{self, News};
 use crate::machine::mem;
 use crate::machine::state::MachineState;
 use crate::machine::trial::Ended;
+use crate::pci::is_same;
 
 /// How long a device that is removed by force has to finish what is in flight.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -48,6 +50,14 @@ pub(super) enum Step {
     },
 }
 
+/// What a request to remove has led to.
+enum Begun {
+    /// The device is busy.
+    Waits,
+    /// A number, and the device's place in the table.
+    Operation(u64, usize),
+}
+
 /// A device on its way out.
 pub(super) struct Leaving {
     pub(super) operation: u64,
@@ -55,6 +65,27 @@ pub(super) struct Leaving {
     /// Who is told; `None`: the guest ejected it by itself.
     pub(super) reply: Option<ReplyHandle>,
     pub(super) step: Step,
+}
+
+impl Leaving {
+    /// Why nothing can be done with what has this id, and nobody knows when it can.
+    pub(super) fn stuck(&self) -> Option<String> {
+        match &self.step {
+            Step::Ending {
+                told: true,
+                incarnation,
+                ..
+            } => Some(stuck(&self.id, *incarnation)),
+            _ => None,
+        }
+    }
+}
+
+fn stuck(id: &str, incarnation: u64) -> String {
+    format!(
+        "device {id}: it has left the machine, but its process number {incarnation} or its I/O has not ended in {} s: is the host's storage stuck?",
+        END_LIMIT.as_secs()
+    )
 }
 
 impl Host {
@@ -66,43 +97,83 @@ impl Host {
         timeout: Duration,
         reply: ReplyHandle,
     ) {
+        self.remove_in_turn(None, id, force, timeout, reply);
+    }
+
+    /// The same, perhaps by an operation that had to wait for its turn.
+    pub(super) fn remove_in_turn(
+        &mut self,
+        place: Option<Place>,
+        id: String,
+        force: bool,
+        timeout: Duration,
+        reply: ReplyHandle,
+    ) {
+        let began = self.begin_remove(place, &id, force, timeout);
+        match began {
+            Ok(Begun::Waits) => {
+                let request = Request::Remove { id, force, timeout };
+                self.wait_for_turn(place, request, reply);
+            }
+            Ok(Begun::Operation(operation, index)) => {
+                let mut leaving = self.hotplug.leaving.iter_mut();
+                if let Some(leaver) = leaving.find(|l| l.operation == operation) {
+                    leaver.reply = Some(reply);
+                }
+                self.take_first_step(operation, index);
+            }
+            Err(status) => {
+                if let Some(place) = place {
+                    self.ended(place.operation, &id, Err(&status.message));
+                }
+                reply.complete(Err(status));
+            }
+        }
+    }
+
+    fn begin_remove(
+        &mut self,
+        place: Option<Place>,
+        id: &str,
+        force: bool,
+        timeout: Duration,
+    ) -> Result<Begun, RpcStatus> {
         if id == mem::ID && self.has_memory() {
-            return reply.complete(Err(precondition(format!(
+            return Err(precondition(format!(
                 "device {id}: it is the machine's memory, which only goes as a whole: use resize-memory"
-            ))));
+            )));
         }
         // Force overtakes a removal that waits for the guest.
-        if force && let Some(at) = self.asked(&id) {
+        if force && let Some(at) = self.asked(id) {
             let asked = self.hotplug.leaving.swap_remove(at);
-            self.ended(asked.operation, &id, Err("overtaken by one with force"));
+            self.ended(asked.operation, id, Err("overtaken by one with force"));
             if let Some(reply) = asked.reply {
                 reply.complete(Err(precondition(format!(
                     "device {id}: is being removed by force"
                 ))));
             }
         }
-        if self.hotplug.is_busy(&id) {
-            return self.queue(Waiting::Remove { id, force, timeout }, reply);
+        if let Some(why) = self.hotplug.stuck(id) {
+            return Err(precondition(why));
+        }
+        if self.hotplug.is_busy(id) {
+            return Ok(Begun::Waits);
         }
         let devices = self.machine.as_ref().map(|m| &m.parts.devices);
         let Some(index) = devices.and_then(|d| d.position(|device| device.id == id)) else {
-            return reply.complete(Err(RpcStatus::new(
-                Code::NotFound,
-                format!("there is no device {id}: see Devices"),
-            )));
+            let line = format!("there is no device {id}: see Devices");
+            return Err(RpcStatus::new(Code::NotFound, line));
         };
         let port = self.device(index).map(|d| d.port.clone());
         if let Some(port) = port.filter(|port| !self.is_hotplug(port)) {
-            return reply.complete(Err(not_hotplug(&port)));
+            return Err(not_hotplug(&port));
         }
-        let created = self
-            .machine
-            .as_ref()
-            .is_some_and(|m| m.state == MachineState::Created);
-        let operation = self.hotplug.next_operation();
-        let now = Instant::now();
         let what = if force { "remove by force" } else { "remove" };
-        self.began(operation, &id, what);
+        let operation = self.begin_operation(place, id, what);
+        let now = Instant::now();
+        let left = place.map(|place| place.until.saturating_duration_since(now));
+        let timeout = left.map_or(timeout, |left| left.min(timeout));
+        let created = self.is_created();
         let until = now + if force { DRAIN_LIMIT } else { timeout };
         let step = if let Some(failing) = self.begin_failing(index, force && !created, now) {
             Step::Failing(failing)
@@ -113,19 +184,31 @@ impl Host {
         };
         self.hotplug.leaving.push(Leaving {
             operation,
-            id,
-            reply: Some(reply),
+            id: id.to_owned(),
+            reply: None,
             step,
         });
-        if created {
-            self.pull(operation);
-        } else if self.is_failing(operation) {
-            self.look_at_failing(operation, now);
-        } else if force {
-            self.begin_leaver_drain(operation, index);
-        } else {
-            self.ask_guest(index);
+        Ok(Begun::Operation(operation, index))
+    }
+
+    fn take_first_step(&mut self, operation: u64, index: usize) {
+        let leaving = &self.hotplug.leaving;
+        match leaving
+            .iter()
+            .find(|l| l.operation == operation)
+            .map(|l| &l.step)
+        {
+            Some(Step::Failing(_)) => self.look_at_failing(operation, Instant::now()),
+            Some(Step::Draining { .. }) if self.is_created() => self.pull(operation),
+            Some(Step::Draining { .. }) => self.begin_leaver_drain(operation, index),
+            Some(Step::Asked { .. }) => self.ask_guest(index),
+            Some(Step::Ending { .. }) | None => {}
         }
+    }
+
+    fn is_created(&self) -> bool {
+        let machine = self.machine.as_ref();
+        machine.is_some_and(|m| m.state == MachineState::Created)
     }
 
     fn is_hotplug(&self, port: &str) -> bool {
@@ -142,10 +225,15 @@ impl Host {
     }
 
     pub(super) fn ask_guest(&mut self, index: usize) {
-        let Some(port) = self.device(index).map(|d| d.port.clone()) else {
+        let Some(machine) = &self.machine else {
             return;
         };
-        if let (Some(slot), Some(machine)) = (self.slot_of(&port), &self.machine) {
+        let Some(device) = machine.parts.devices.get(index) else {
+            return;
+        };
+        // One that the guest has just ejected may have a successor there.
+        let there = machine.parts.pci.has(&device.port, &device.function);
+        if let Some(slot) = self.slot_of(&device.port).filter(|_| there) {
             machine.parts.hotplug.ask_for_slot(slot);
             machine.parts.ged.raise(GedEvents::SLOTS);
         }
@@ -191,12 +279,14 @@ impl Host {
         let Some(index) = machine.parts.devices.position(|d| d.id == id) else {
             return;
         };
-        let port = machine.parts.devices.get(index).map(|d| d.port.clone());
-        let port = port.unwrap_or_default();
+        let Some(device) = machine.parts.devices.get(index) else {
+            return;
+        };
+        let (port, pci) = (device.port.clone(), &machine.parts.pci);
         let pulled = if machine.state == MachineState::Created {
-            machine.parts.pci.detach(&port)
+            pci.detach(&port, &device.function)
         } else {
-            machine.parts.pci.detach_by_surprise(&port)
+            pci.detach_by_surprise(&port, &device.function)
         };
         if let Err(error) = pulled {
             // The guest was faster.
@@ -211,43 +301,47 @@ impl Host {
         let Some(machine) = &self.machine else {
             return;
         };
-        let slots = machine.parts.hotplug.take_ejected_slots();
-        if slots == 0 {
+        let ejected = machine.parts.hotplug.take_ejected();
+        if ejected.is_empty() {
             return;
         }
-        let ports = machine.parts.pci.ports();
-        let gone = ports
-            .iter()
-            .filter(|p| slots >> (p.device & 31) & 1 != 0 && !p.occupied);
-        let devices = &machine.parts.devices;
-        let gone: Vec<(usize, String)> = gone
-            .filter_map(|port| {
-                let index = devices.position(|d| d.port == port.name)?;
-                Some((index, devices.get(index)?.id.clone()))
-            })
-            .collect();
-        for (index, id) in gone {
-            let under_way = self.hotplug.leaving.iter().find(|l| l.id == id);
-            let operation = match under_way {
-                Some(leaving) => leaving.operation,
-                None => {
-                    let operation = self.hotplug.next_operation();
-                    self.began(operation, &id, "ejected by the guest");
-                    self.hotplug.leaving.push(Leaving {
-                        operation,
-                        id,
-                        reply: None,
-                        step: Step::Draining {
-                            until: Instant::now(),
-                        },
-                    });
-                    operation
-                }
-            };
-            self.depart(operation, index);
+        for function in ejected {
+            let devices = self.machine.as_ref().map(|m| &m.parts.devices);
+            let found = devices.and_then(|d| d.position(|d| is_same(&d.function, &function)));
+            match found {
+                Some(index) => self.left_the_bus(index),
+                // It is looked at when it is admitted. What was removed by force is gone already.
+                None if self.hotplug.adding.is_empty() => {}
+                None => self.hotplug.ejected_early.push(function),
+            }
         }
         // Some have nothing that is to end first.
         self.next_in_turn();
+    }
+
+    /// The guest has ejected a device, whether or not it was asked to.
+    pub(super) fn left_the_bus(&mut self, index: usize) {
+        let Some(id) = self.device(index).map(|d| d.id.clone()) else {
+            return;
+        };
+        let under_way = self.hotplug.leaving.iter().find(|l| l.id == id);
+        let operation = match under_way {
+            Some(leaving) => leaving.operation,
+            None => {
+                let operation = self.hotplug.next_operation();
+                self.began(operation, &id, "ejected by the guest");
+                self.hotplug.leaving.push(Leaving {
+                    operation,
+                    id,
+                    reply: None,
+                    step: Step::Draining {
+                        until: Instant::now(),
+                    },
+                });
+                operation
+            }
+        };
+        self.depart(operation, index);
     }
 
     /// Ends what serves a device that has left the bus.
@@ -452,10 +546,7 @@ impl Host {
             } => {
                 *told = true;
                 let id = leaver.id.clone();
-                let why = format!(
-                    "device {id}: it has left the machine, but its process number {incarnation} or its I/O has not ended in {} s: is the host's storage stuck?",
-                    END_LIMIT.as_secs()
-                );
+                let why = stuck(&id, *incarnation);
                 let reply = leaver.reply.take();
                 self.ended(operation, &id, Err(&why));
                 if let Some(reply) = reply {
