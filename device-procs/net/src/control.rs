@@ -184,7 +184,9 @@ fn execute(state: &State, command: &[u8]) -> Option<()> {
             if pairs == 0 || pairs > state.traits().pairs {
                 return None;
             }
-            state.set_pairs(pairs);
+            if !state.set_pairs(pairs) {
+                return None;
+            }
         }
         (CLASS_GUEST_OFFLOADS, GUEST_OFFLOADS_SET) => {
             accepted(f::F_CTRL_GUEST_OFFLOADS)?;

@@ -102,7 +102,7 @@ impl Net {
         for (what, limits) in [("to_guest", to_guest), ("from_guest", from_guest)] {
             if self.state.traits().kernel && limits.is_some_and(|l| l != Limits::default()) {
                 return Err(RpcStatus::invalid_argument(format!(
-                    "{what}: the kernel moves the frames (vhost-net) and knows no limits; use backend=user"
+                    "{what}: the kernel moves the frames and knows no limits: backend=auto chose vhost-net; give backend=user"
                 )));
             }
         }
@@ -193,6 +193,10 @@ impl Device for Net {
         }
     }
 
+    fn take_changed(&self) -> bool {
+        self.state.take_changed()
+    }
+
     fn resumed(&self) {
         self.state.set_tap_again();
     }
@@ -214,6 +218,16 @@ impl Device for Net {
             EngineKind::IoUring | EngineKind::Plain => "tap".into(),
         };
         stats.net = MessageField::some(net);
+        if self.engine == EngineKind::Kernel {
+            // Its own rings, and of the kernel's none: nobody counts by ring.
+            let control = match self.state.features() & features::F_MQ {
+                0 => 2,
+                _ => self.pairs().saturating_mul(2),
+            };
+            stats
+                .queues
+                .retain(|queue| queue.index == u32::from(control));
+        }
     }
 
     fn worker(&self, port: WorkerPort) -> io::Result<Worker> {

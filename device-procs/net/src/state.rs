@@ -5,18 +5,25 @@
 //! queue on behalf of the driver; the workers of pairs read. They look at atomics only, and
 //! take the lock when the filter has changed.
 
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bulkhead_runtime::clock;
 use bulkhead_runtime::inflight::KeptMemory;
-use bulkhead_runtime::limit::{Limiter, Rate};
+use bulkhead_runtime::limit::{Limiter, Rate, TokenBucket};
 use bulkhead_runtime::mailbox::Signals;
 
 use crate::features::{self, Traits};
 use crate::filter::{Filter, Mac};
 use crate::kept::{Kept, Wishes};
 use crate::tap::Tap;
+
+/// Changes of offloads and pairs that a driver may make: 64 at once, and 16 a second. A driver
+/// that wants more is refused (VIRTIO_NET_ERR), which Linux reports to whoever asked.
+const CHANGES: Rate = Rate::fixed(CHANGES_PER_SECOND, CHANGES_AT_ONCE);
+const CHANGES_PER_SECOND: NonZeroU64 = NonZeroU64::MIN.saturating_add(15);
+const CHANGES_AT_ONCE: NonZeroU64 = NonZeroU64::MIN.saturating_add(63);
 
 /// Limits of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +60,13 @@ pub struct State {
     features: AtomicU64,
     link_up: AtomicBool,
     announce: AtomicBool,
+    /// The driver is to announce itself once more after it has. Linux does it before it looks
+    /// whether the link came up with the request, and then to no one.
+    announce_twice: AtomicBool,
+    /// The configuration space has changed, and the driver has not been told yet.
+    changed: AtomicBool,
+    /// How often the driver may still change what the host does under its network's one lock.
+    changes: Mutex<TokenBucket>,
     /// Offloads that the driver takes now.
     offloads: AtomicU64,
     /// Where a successor finds what the driver has set.
@@ -88,6 +102,9 @@ impl State {
             features: AtomicU64::new(0),
             link_up: AtomicBool::new(settings.link_up),
             announce: AtomicBool::new(false),
+            announce_twice: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            changes: Mutex::new(TokenBucket::new(CHANGES, now)),
             offloads: AtomicU64::new(0),
             kept: Mutex::default(),
             pairs: AtomicU16::new(1),
@@ -183,6 +200,7 @@ impl State {
             }
         });
         self.announce.store(announce, Ordering::Relaxed);
+        self.announce_twice.store(false, Ordering::Relaxed);
         self.offloads.store(wishes.offloads, Ordering::Relaxed);
         self.tap.set_offload(features::tap_flags(wishes.offloads));
         self.pairs.store(wishes.pairs, Ordering::SeqCst);
@@ -218,7 +236,13 @@ impl State {
     /// The driver chose these offloads among those that it accepted; false if not.
     pub fn choose_offloads(&self, offloads: u64) -> bool {
         let known = self.features() & features::GUEST_OFFLOADS;
-        if offloads & !known != 0 || !self.tap.set_offload(features::tap_flags(offloads)) {
+        if offloads & !known != 0 {
+            return false;
+        }
+        if offloads == self.offloads.load(Ordering::Relaxed) {
+            return true;
+        }
+        if !self.may_change() || !self.tap.set_offload(features::tap_flags(offloads)) {
             return false;
         }
         self.offloads.store(offloads, Ordering::Relaxed);
@@ -231,12 +255,27 @@ impl State {
         self.pairs.load(Ordering::Relaxed)
     }
 
-    /// Uses so many pairs from now on; the caller has bounded the number.
-    pub fn set_pairs(&self, pairs: u16) {
+    /// Whether the driver may change offloads or pairs once more by now. Each change takes the
+    /// lock of the host's whole network configuration (RTNL) for a moment.
+    fn may_change(&self) -> bool {
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        changes.take(clock::now(), 1).is_ok()
+    }
+
+    /// Uses so many pairs from now on; the caller has bounded the number. False: the driver
+    /// has changed too much of late.
+    pub fn set_pairs(&self, pairs: u16) -> bool {
+        if pairs == self.pairs() {
+            return true;
+        }
+        if !self.may_change() {
+            return false;
+        }
         self.pairs.store(pairs, Ordering::SeqCst);
         self.attach_queues();
         self.wake_pairs();
         self.save();
+        true
     }
 
     /// The rx ring of a pair is served, or no more.
@@ -277,13 +316,24 @@ impl State {
             self.wake_pairs();
         }
         let announce = up && self.features() & features::F_GUEST_ANNOUNCE != 0;
+        let twice = announce && !was;
+        self.announce_twice.store(twice, Ordering::Relaxed);
         let announced = self.announce.swap(announce, Ordering::Relaxed);
         was != up || announce || announced
     }
 
     /// The driver has announced itself.
     pub fn announced(&self) {
-        self.announce.store(false, Ordering::Relaxed);
+        if self.announce_twice.swap(false, Ordering::Relaxed) {
+            self.changed.store(true, Ordering::Release);
+        } else {
+            self.announce.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the configuration space has changed by what the driver did; once.
+    pub fn take_changed(&self) -> bool {
+        self.changed.swap(false, Ordering::AcqRel)
     }
 
     fn lock(&self) -> MutexGuard<'_, Filter> {

@@ -243,6 +243,9 @@ fn a_cable_that_is_pulled_stops_frames_both_ways_and_the_host_sees_it() {
         assert_eq!(bed.vm.link_status(), 3, "up, announce");
         assert!(has_carrier("t0"));
         assert_eq!(bed.command(3, 0, &[]), OK);
+        assert_eq!(bed.vm.link_status(), 3, "again, once it has seen the link");
+        bed.health();
+        assert_eq!(bed.command(3, 0, &[]), OK);
         assert_eq!(bed.vm.link_status(), 1);
         bed.vm.send(1, &PLAIN, &frame);
         assert_eq!(wire.receive(), frame);
@@ -260,8 +263,47 @@ fn a_cable_that_is_pulled_stops_frames_both_ways_and_the_host_sees_it() {
         assert_eq!(wire.receive(), second);
         // "Up" while it is up: the driver is asked to announce itself, as after a restart.
         assert_eq!(bed.command(3, 0, &[]), OK);
+        assert_eq!(bed.command(3, 0, &[]), OK);
+        assert_eq!(bed.vm.link_status(), 1);
         bed.link(Link::UP);
         assert_eq!(bed.vm.link_status(), 3);
+        assert_eq!(bed.command(3, 0, &[]), OK);
+        assert_eq!(bed.vm.link_status(), 1, "once, where the link was there");
+    });
+}
+
+#[test]
+fn a_driver_cannot_keep_the_hosts_network_lock_busy() {
+    if !isolated() {
+        return;
+    }
+    let mut bed = Bed::new("io_uring", 2, &[], |o| o);
+    let start = std::time::Instant::now();
+    let (mut done, mut pairs) = (0.0, 1u16);
+    for n in 0..2000u32 {
+        let answer = if n % 2 == 0 {
+            let wanted = 3 - pairs;
+            let answer = bed.command(4, 0, &wanted.to_le_bytes());
+            if answer == OK {
+                pairs = wanted;
+            }
+            answer
+        } else {
+            let offloads = if n % 4 == 1 { f::F_GUEST_CSUM } else { 0 };
+            bed.command(5, 0, &offloads.to_le_bytes())
+        };
+        done += f64::from(u8::from(answer == OK));
+        // What changes nothing asks nothing of the host.
+        assert_eq!(bed.command(4, 0, &pairs.to_le_bytes()), OK);
+    }
+    let allowed = 65.0 + 16.0 * (start.elapsed().as_secs_f64() + 1.0);
+    // A quarter of the offloads are what they were.
+    assert!(done <= allowed + 500.0, "{done} changes, {allowed} allowed");
+    assert_eq!(bed.state().queue_pairs, u32::from(pairs));
+    // It may again, a while later.
+    wait_for("a change", || {
+        let wanted = 3 - pairs;
+        bed.command(4, 0, &wanted.to_le_bytes()) == OK
     });
 }
 
@@ -274,19 +316,6 @@ fn pairs_come_and_go_with_the_drivers_command() {
             bed.vm.offer_buffers(queue, 0, 60);
         }
         // With one pair, whatever comes goes to it.
-        let flows = |seed: u8| -> Vec<Vec<u8>> {
-            (0..40u8)
-                .map(|i| {
-                    let mut f = ether(MAC_BYTES, [2, 0, 0, 0, seed, i], 80, i);
-                    f[12..14].copy_from_slice(&[8, 0]);
-                    f[14..34].copy_from_slice(&[
-                        0x45, 0, 0, 66, 0, 1, 0x40, 0, 64, 17, 0, 0, 10, 0, seed, i, 10, 0, 0, 2,
-                    ]);
-                    f[34..42].copy_from_slice(&[0x10, i, 0x20, seed, 0, 46, 0, 0]);
-                    f
-                })
-                .collect()
-        };
         for frame in flows(1) {
             wire.send(&frame);
             assert_eq!(bed.vm.receive(0)[HEADER..], frame);

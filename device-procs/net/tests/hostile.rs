@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use bulkhead_runtime::driver::{Desc, INDIRECT, NEXT, WRITE};
 use support::*;
 use vhost::VhostBackend;
@@ -153,12 +155,7 @@ fn a_guest_that_keeps_one_ring_full_does_not_stall_the_others() {
         let mut next = 0u16;
         for round in 0..50u8 {
             // All that was taken is offered again at once.
-            let taken = vm.queues[1].ring.used_idx();
-            while next.wrapping_sub(taken) < RING_SIZE {
-                vm.queues[1].ring.offer(next % RING_SIZE);
-                next = next.wrapping_add(1);
-            }
-            vm.kick(1);
+            stuff(&mut vm, 1, &mut next);
             if round % 10 == 0 {
                 let frame = ether(MAC_BYTES, PEER, 100, round);
                 wire.send(&frame);
@@ -166,6 +163,148 @@ fn a_guest_that_keeps_one_ring_full_does_not_stall_the_others() {
                 assert_eq!(vm.command(2, 0, 0, &[1]), 0, "{engine}");
             }
         }
+    }
+}
+
+/// Offers all of a ring's descriptors again that the device has taken.
+fn stuff(vm: &mut Vm, queue: usize, next: &mut u16) {
+    let taken = vm.queues[queue].ring.used_idx();
+    while next.wrapping_sub(taken) < RING_SIZE {
+        vm.queues[queue].ring.offer(*next % RING_SIZE);
+        *next = next.wrapping_add(1);
+    }
+    vm.kick(queue);
+}
+
+#[test]
+fn a_pair_that_is_stuffed_leaves_another_pair_its_frames() {
+    for engine in ["io_uring", "plain"] {
+        if !isolated() {
+            return;
+        }
+        let scratch = Scratch::new(&format!("pair-{engine}"));
+        let socket = scratch.path("s");
+        let args = ["--io-engine", engine, "--queue-pairs", "2"];
+        let _net = Net::listen(&socket, "t0", &args);
+        let wire = Wire::new("t0", false);
+        let mut vm = Vm::connect(&socket, 5);
+        vm.start();
+        assert_eq!(vm.command(4, 4, 0, &2u16.to_le_bytes()), 0);
+        // The first pair sends all it can and takes nothing.
+        let junk = ether(PEER, MAC_BYTES, 60, 1);
+        for i in 0..RING_SIZE {
+            let at = buffer(1, i);
+            vm.write_mem(at, &[PLAIN.as_slice(), &junk].concat());
+            vm.queues[1].ring.chain(i, &[d(at, 72, 0)]);
+        }
+        vm.offer_buffers(2, 0, 32);
+        let (mut next, mut got) = (0, 0u16);
+        for round in 0..20u8 {
+            stuff(&mut vm, 1, &mut next);
+            let frame = ether(PEER, MAC_BYTES, 200, round);
+            // The wire's own buffer may be full of junk.
+            wait_for("a frame of the second pair", || {
+                stuff(&mut vm, 1, &mut next);
+                vm.send(3, &PLAIN, &frame);
+                let mut seen = false;
+                while let Some(other) = wire.receive_within(Duration::from_millis(1)) {
+                    seen |= other == frame;
+                }
+                seen
+            });
+            let mut flows = flows(round).into_iter().cycle();
+            wait_for("a frame for the second pair", || {
+                stuff(&mut vm, 1, &mut next);
+                // One by one: what is for the first pair nobody takes.
+                wire.send(&flows.next().unwrap());
+                vm.queues[2].ring.used_idx() != got
+            });
+            while vm.queues[2].ring.used_idx() != got {
+                vm.receive(2);
+                got = got.wrapping_add(1);
+            }
+        }
+    }
+}
+
+#[test]
+fn endless_chains_and_a_stuffed_control_queue_cost_no_memory() {
+    for engine in ["io_uring", "plain"] {
+        if !isolated() {
+            return;
+        }
+        let scratch = Scratch::new(&format!("endless-{engine}"));
+        let socket = scratch.path("s");
+        let mut net = Net::listen(&socket, "t0", &["--io-engine", engine]);
+        let wire = Wire::new("t0", false);
+        let mut vm = Vm::connect(&socket, 3);
+        vm.start();
+        let kilobytes = |net: &Net, field: &str| -> u64 {
+            let value = net.status_field(field);
+            value.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        vm.offer_buffers(0, 0, 8);
+        vm.send(1, &PLAIN, &ether(PEER, MAC_BYTES, 1000, 1));
+        assert_eq!(vm.command(2, 0, 0, &[1]), 0);
+        // Of the guest's memory, which is mapped, all may be touched.
+        let before = ["VmHWM", "VmPeak"].map(|field| (field, kilobytes(&net, field)));
+        // Nobody reads what it says of each ring that it stops.
+        for round in 0..40u32 {
+            for queue in [0, 1, 2] {
+                let writes = if queue == 0 { WRITE } else { 0 };
+                let at = buffer(queue, 0);
+                // By turns: a chain into itself, one through the whole ring with the longest
+                // buffers, a table of tables, and the longest command that there can be.
+                for index in 0..RING_SIZE {
+                    let next = (index + 1) % RING_SIZE;
+                    let desc = match round % 4 {
+                        0 => (at, u32::MAX, NEXT | writes, index),
+                        1 => (GPA, (RAM / 2) as u32, NEXT | writes, next),
+                        2 => (at, 0xffff_fff0, INDIRECT, 0),
+                        _ if index % 2 == 0 => (at, 12_300, NEXT | writes, next),
+                        _ => (at, 1, WRITE, 0),
+                    };
+                    let (addr, len, flags, next) = desc;
+                    let desc = Desc {
+                        addr,
+                        len,
+                        flags,
+                        next,
+                    };
+                    vm.queues[queue].ring.desc(index, desc);
+                }
+                // The command: two tables of as many addresses as fit.
+                let mut command = vec![1, 0];
+                for _ in 0..2 {
+                    command.extend(1024u32.to_le_bytes());
+                    command.extend([2; 6 * 1024]);
+                }
+                vm.write_mem(at, &command);
+                for index in 0..RING_SIZE {
+                    vm.queues[queue].ring.offer(index);
+                }
+                vm.kick(queue);
+            }
+            wire.send(&ether(MAC_BYTES, PEER, 1000, round as u8));
+            // The guest resets what it broke.
+            for queue in [0, 1, 2] {
+                vm.frontend.get_vring_base(queue).unwrap();
+                vm.queues[queue].ring.reset();
+                vm.start_queue(queue, 0);
+            }
+        }
+        for (field, before) in before {
+            let after = kilobytes(&net, field);
+            let most = before + RAM / 1024 + (8 << 10);
+            assert!(after <= most, "{engine}: {field} {before} kB, then {after}");
+        }
+        vm.offer_buffers(0, 0, 8);
+        let frame = ether(PEER, MAC_BYTES, 300, 9);
+        vm.send(1, &PLAIN, &frame);
+        wait_for("a frame", || {
+            wire.receive_within(Duration::from_millis(10)).as_ref() == Some(&frame)
+        });
+        assert!(net.is_running(), "{}", net.stderr());
     }
 }
 

@@ -127,6 +127,7 @@ impl Service {
             (DEVICE_SERVICE, "Hello") => encode(&self.hello(&decode::<HelloRequest>(body)?)),
             (DEVICE_SERVICE, "Health") => {
                 decode::<HealthRequest>(body)?;
+                self.config_changed |= self.device.take_changed();
                 encode(&self.health())
             }
             (DEVICE_SERVICE, "Stats") => {

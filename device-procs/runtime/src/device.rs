@@ -158,6 +158,12 @@ pub trait Device: Send + Sync {
         Err(RpcStatus::unimplemented("Device", "Update"))
     }
 
+    /// The configuration space has changed by itself since this was asked last: the driver is
+    /// told. Asked whenever the VMM looks at the device's health.
+    fn take_changed(&self) -> bool {
+        false
+    }
+
     /// The VMM lets the device take requests again: another process may have been started
     /// beside this one, and have changed what they share on the host.
     fn resumed(&self) {}

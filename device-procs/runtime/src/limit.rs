@@ -51,6 +51,11 @@ impl Rate {
         }
     }
 
+    /// One that is known at compile time.
+    pub const fn fixed(per_second: NonZeroU64, burst: NonZeroU64) -> Self {
+        Self { per_second, burst }
+    }
+
     /// A bucket of a control message; absent is no limit.
     ///
     /// # Errors

@@ -96,6 +96,7 @@ fn net_json(net: &NetStatus) -> Value {
         "multicast_filter": net.multicast_filter,
         "vlan_filter": net.vlan_filter,
         "datapath": net.datapath,
+        "counted_by": net.counted_by,
     })
 }
 
@@ -233,6 +234,9 @@ fn net_text(out: &mut dyn Write, net: &NetStatus) -> io::Result<()> {
     let mut line = |name: &str, value: String| writeln!(out, "{name:<12} {}", clean(&value));
     line("link", if net.link_up { "up" } else { "down" }.into())?;
     line("datapath", net.datapath.clone())?;
+    if !net.counted_by.is_empty() {
+        line("counted by", net.counted_by.clone())?;
+    }
     line("queue pairs", net.queue_pairs.to_string())?;
     line("mac", net.mac.clone())?;
     if net.mtu != 0 {

@@ -55,6 +55,7 @@ fn bed() -> Bed {
         kind: "blk".into(),
         queues: 2,
         mtu: 0,
+        tap: String::new(),
         usage: None,
     };
     let client = BlockingClient::new(ours, CONTROL_MAX_FRAME);

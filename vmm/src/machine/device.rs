@@ -318,6 +318,8 @@ pub struct Order<'a> {
     pub queues: u32,
     /// A network device's MTU as the guest is told; 0: nothing is said.
     pub mtu: u32,
+    /// A network device's tap.
+    pub tap: String,
     /// What its processes may use of the host.
     pub resources: Resources,
     /// MAJOR:MINOR of the block device that limits on I/O are for, or empty.
@@ -394,6 +396,7 @@ pub fn spawn(launcher: &Launcher, order: Order<'_>) -> Result<(Process, Frontend
         kind: kind.name.to_string(),
         queues: usize::try_from(order.queues).unwrap_or(usize::MAX),
         mtu: order.mtu,
+        tap: order.tap,
         usage: Some(usage),
     };
     let control = ControlChannel::new(control, about)

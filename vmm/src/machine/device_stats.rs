@@ -7,6 +7,7 @@ use bulkhead_proto::device::{NetState, StatsResponse};
 use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
 
 use super::usage::Usage;
+use crate::launcher::printable;
 
 /// Buckets of a latency histogram.
 const MAX_BUCKETS: usize = 64;
@@ -24,6 +25,8 @@ pub struct About {
     pub queues: usize,
     /// A network device's MTU as the guest is told; 0: nothing is said.
     pub mtu: u32,
+    /// A network device's tap.
+    pub tap: String,
     /// What its processes use of the host.
     pub usage: Option<Arc<Usage>>,
 }
@@ -87,6 +90,10 @@ fn net_status(about: &About, net: &NetState) -> Result<NetStatus, String> {
         known @ ("tap" | "vhost-net" | "") => known.to_owned(),
         _ => return Err("tells of a datapath that there is not".into()),
     };
+    if status.datapath == "vhost-net" {
+        let tap = printable(&about.tap);
+        status.counted_by = format!("the host's kernel: `ip -s link show dev {tap}`");
+    }
     Ok(status)
 }
 
@@ -110,6 +117,7 @@ mod tests {
             kind: "net".into(),
             queues: 3,
             mtu: 1500,
+            tap: "tap0".into(),
             usage: None,
         }
     }
@@ -129,6 +137,11 @@ mod tests {
         assert_eq!(response.net.mac, "52:54:00:ab:01:02");
         assert_eq!(response.net.unicast_filter, ["02:02:02:02:02:02"]);
         assert_eq!((response.net.mtu, response.net.link_up), (1500, true));
+        assert_eq!(response.net.counted_by, "");
+        stats.net.mut_or_insert_default().datapath = "vhost-net".into();
+        stats.queues.truncate(1);
+        let response = super::response(&about(), &stats).unwrap();
+        assert!(response.net.counted_by.ends_with("dev tap0`"));
     }
 
     #[test]

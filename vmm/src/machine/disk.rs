@@ -97,6 +97,7 @@ pub fn spawn(disk: &DiskConfig, site: &Site<'_>) -> Result<Device, String> {
         queues: disk.queues,
         dial: None,
         mtu: 0,
+        tap: String::new(),
         resources: disk.resources.as_ref().cloned().unwrap_or_default(),
         block_device,
     };

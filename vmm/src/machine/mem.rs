@@ -87,6 +87,7 @@ pub fn spawn(area: &Pluggable, base: u64, site: &Site<'_>) -> Result<Device, Str
         queues: 1,
         dial: None,
         mtu: 0,
+        tap: String::new(),
         resources: bulkhead_proto::common::Resources::new(),
         block_device: String::new(),
     };

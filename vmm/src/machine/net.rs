@@ -71,6 +71,7 @@ pub fn spawn(
         queues,
         dial: None,
         mtu,
+        tap: tap.name,
         resources: net.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),
     };

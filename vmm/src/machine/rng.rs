@@ -35,6 +35,7 @@ pub fn spawn(rng: &RngConfig, site: &Site<'_>) -> Result<Device, String> {
         queues: 1,
         dial: None,
         mtu: 0,
+        tap: String::new(),
         resources: rng.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),
     };

@@ -47,6 +47,7 @@ fn start(
         queues: kind.max_queues.into(),
         dial: Some(path),
         mtu: 0,
+        tap: String::new(),
         resources: vsock.resources.as_ref().cloned().unwrap_or_default(),
         block_device: String::new(),
     };

@@ -310,10 +310,15 @@ impl Frontend {
         )
     }
 
+    /// Whether rings can be disabled: by a back-end with protocol features.
+    pub fn can_disable(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
     /// SET_VRING_ENABLE: whether the back-end works on a ring. Back-ends without protocol
     /// features do not know the message: their rings are always enabled.
     pub fn set_vring_enable(&mut self, index: u16, on: bool, deadline: Deadline) -> Result<()> {
-        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+        if !self.can_disable() {
             return Ok(());
         }
         let payload = vring_state(index, on.into());

@@ -373,6 +373,25 @@ impl Backend {
         self.frontend()?.set_vring_enable(queue, on, deadline)
     }
 
+    /// Whether a ring can be disabled; else it can be stopped.
+    pub fn can_disable(&self) -> bool {
+        self.frontend.as_ref().is_none_or(Frontend::can_disable)
+    }
+
+    /// Enables or disables those below this one. Once this returns, the device process touches
+    /// no ring that is disabled.
+    pub fn enable_below(
+        &mut self,
+        queues: u16,
+        on: bool,
+        deadline: Deadline,
+    ) -> Result<(), VhostUserError> {
+        for queue in 0..queues {
+            self.enable(queue, on, deadline)?;
+        }
+        self.frontend()?.barrier(deadline)
+    }
+
     /// A running queue has another interrupt vector.
     pub fn set_vector(
         &mut self,

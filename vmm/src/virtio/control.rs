@@ -291,11 +291,13 @@ impl VirtioPciFunction {
         };
         let memory = std::sync::Arc::clone(device.backend.memory());
         let backend = &mut device.backend;
+        let carries = device.carries;
         let mut in_use = control.in_use();
         let mut again = false;
         let served = control.serve(memory.memory(), &mut |command| match command {
             Command::Pairs(pairs) => {
-                let done = self.use_pairs(backend, in_use, pairs);
+                // The rings of a link that is down stay disabled until it comes up.
+                let done = !carries || self.use_pairs(backend, in_use, pairs);
                 if done {
                     in_use = pairs;
                 }

@@ -23,7 +23,7 @@ use super::device_config::DeviceConfig;
 use super::doorbell::Doorbells;
 use super::events::{EventSource, FailReason, Outcome, PollFd};
 use super::link::{Ends, Link, Presence};
-use super::registers::{ISR_CONFIG, bar, net, status};
+use super::registers::{ISR_CONFIG, bar, status};
 use super::ring::Indices;
 use super::service::Service;
 use super::{VirtioError, VirtioPciOptions};
@@ -66,13 +66,22 @@ pub(super) struct Device {
     pub(super) control: Option<NetControl>,
     /// What the status register shows of a reset until it is complete.
     pub(super) resetting: Option<u8>,
+    /// Whether the link carries frames, as the back-end was told or will be.
+    pub(super) carries: bool,
 }
 
 impl Device {
     /// Which queues the device process has.
     pub(super) fn shape(&self) -> Shape {
         match &self.control {
-            Some(control) => control.shape(self.common.accepted()),
+            Some(control) if self.carries => control.shape(self.common.accepted()),
+            Some(control) => Shape {
+                enabled: 0,
+                served: match self.backend.can_disable() {
+                    true => control.shape(self.common.accepted()).served,
+                    false => 0,
+                },
+            },
             None => Shape {
                 served: u16::MAX,
                 enabled: u16::MAX,
@@ -209,6 +218,7 @@ impl VirtioPciFunction {
                 backend,
                 control,
                 resetting: None,
+                carries: true,
             }),
             space: Mutex::new(space),
             bar: OnceLock::new(),
@@ -436,18 +446,6 @@ impl VirtioPciFunction {
         backend.note_idle(common);
     }
 
-    /// Takes a network device's link up or down, where the VMM keeps it (a configuration
-    /// space of the VMM's own). It is up only while there is a back-end, too. False for
-    /// any other device. Never blocks.
-    pub fn set_link(&self, up: bool) -> bool {
-        if self.options.net_control.is_none() {
-            return false;
-        }
-        self.signals.link_down.store(!up, Ordering::Release);
-        self.follow_link();
-        true
-    }
-
     /// The function's state.
     pub fn status(&self) -> FunctionStatus {
         let needs_reset = self.needs_reset();
@@ -498,32 +496,6 @@ impl VirtioPciFunction {
             }
             Ok(_) => {}
             Err(error) => self.lose(FailReason::from(&error)),
-        }
-    }
-
-    fn link_up(&self) -> bool {
-        self.link.serving() && !self.signals.link_down.load(Ordering::Acquire)
-    }
-
-    /// A network device's link status follows the back-end and the API.
-    pub(super) fn follow_link(&self) {
-        if self.options.net_control.is_none() {
-            return;
-        }
-        let changed = {
-            let mut space = self.lock_space();
-            let up = self.link_up();
-            let went = space.set_link(up);
-            // Whoever is behind the link now must learn where the guest is.
-            let announce = self.signals.features.load(Ordering::Acquire) & net::F_GUEST_ANNOUNCE;
-            if went && up && announce != 0 && self.in_use() {
-                space.set_announce(true);
-                self.signals.announce_twice.store(true, Ordering::Release);
-            }
-            went
-        };
-        if changed {
-            self.config_changed();
         }
     }
 

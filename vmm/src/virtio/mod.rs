@@ -6,7 +6,7 @@
 //! device-specific one; `backend` drives the process through the driver's life cycle;
 //! `link` is the tie to the process, and `succession` puts another one in its place;
 //! `doorbell` wires notifications; `control` is the control queue of network back-ends that
-//! do not serve it.
+//! do not serve it, and `carrier` their link.
 //!
 //! # Threads
 //!
@@ -41,6 +41,7 @@
 mod access;
 mod backend;
 mod capabilities;
+mod carrier;
 mod common;
 mod control;
 mod device_config;

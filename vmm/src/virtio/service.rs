@@ -1,6 +1,7 @@
 //! The function's own thread: makes the register accesses for which the back-end is asked,
-//! brings successors of the back-end in, and serves the control queue of a network device
-//! whose back-end does not. It may wait for the back-end, within deadlines.
+//! brings successors of the back-end in, and for a network device whose back-end is somebody
+//! else's takes its link up and down and serves its control queue. It may wait for the back-end,
+//! within deadlines.
 //!
 //! A vCPU thread never speaks to a back-end: its filter has no call for it. It hands such an
 //! access over ([`Service::make`]), holding no lock, and waits until it is made.
@@ -234,6 +235,7 @@ impl Worker {
                 self.shared.lock().finished = Some(finished);
                 signal(&self.shared.done);
             }
+            function.follow_carrier();
             self.follow_control(&function);
             if function.serve_control() {
                 signal(&self.shared.wake);

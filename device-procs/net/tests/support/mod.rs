@@ -413,3 +413,18 @@ pub fn ether(to: [u8; 6], from: [u8; 6], len: usize, seed: u8) -> Vec<u8> {
     f.extend(filled.take(len.saturating_sub(14)));
     f
 }
+
+/// Datagrams of 40 connections, which the kernel spreads over the queues of a tap.
+pub fn flows(seed: u8) -> Vec<Vec<u8>> {
+    (0..40u8)
+        .map(|i| {
+            let mut f = ether(MAC_BYTES, [2, 0, 0, 0, seed, i], 80, i);
+            f[12..14].copy_from_slice(&[8, 0]);
+            f[14..34].copy_from_slice(&[
+                0x45, 0, 0, 66, 0, 1, 0x40, 0, 64, 17, 0, 0, 10, 0, seed, i, 10, 0, 0, 2,
+            ]);
+            f[34..42].copy_from_slice(&[0x10, i, 0x20, seed, 0, 46, 0, 0]);
+            f
+        })
+        .collect()
+}

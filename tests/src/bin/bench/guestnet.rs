@@ -66,7 +66,7 @@ struct Load {
 }
 
 /// Each command prints one number.
-const LOADS: [Load; 8] = [
+const LOADS: [Load; 9] = [
     Load {
         name: "TCP from the guest, 1 stream",
         command: "iperf3 -c 10.5.0.1 -t $S -f m | awk '/receiver/ { print $(NF-2) }'",
@@ -101,6 +101,12 @@ const LOADS: [Load; 8] = [
     Load {
         name: "UDP 64 B to the guest, arrived",
         command: "iperf3 -c 10.5.0.1 -t $S -u -b 0 -l 22 -R >/tmp/out; awk -v seconds=$S '/receiver/ { split($(NF-2), n, \"/\"); print (n[2] - n[1]) / seconds }' /tmp/out",
+        unit: "packets/s",
+        less_is_better: false,
+    },
+    Load {
+        name: "the same, offered by the host",
+        command: "awk -v seconds=$S '/sender/ { split($(NF-2), n, \"/\"); print n[2] / seconds }' /tmp/out",
         unit: "packets/s",
         less_is_better: false,
     },

@@ -283,7 +283,7 @@ echo JUDGED; read -r line",
 }
 
 /// The program as a disk: NUL behind it, up to whole sectors.
-fn program_disk(scratch: &Scratch) -> Result<String, String> {
+pub fn program_disk(scratch: &Scratch) -> Result<String, String> {
     let path = bin("hostile-guest");
     let mut content = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     content.resize(content.len().next_multiple_of(4096), 0);

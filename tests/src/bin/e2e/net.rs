@@ -120,7 +120,8 @@ round() {
   echo GOT-$1=$(socat -u TCP:10.5.0.1:7000,retry=50,interval=0.2 - | sha256sum | cut -d' ' -f1)
   echo SENT-$1=$(sha256sum </tmp/up | cut -d' ' -f1)
   socat -u FILE:/tmp/up TCP:10.5.0.1:7001,retry=50,interval=0.2
-  ping -q -c 5 -i 0.2 -s 1400 -p a55a 10.5.0.1 >/dev/null && echo PING-$1=good
+  ping -c 5 -i 0.2 -W 20 -s 1400 -p a55a 10.5.0.1 >/tmp/ping 2>&1
+  grep -q ' 0% packet loss' /tmp/ping && ! grep -Eq 'wrong|truncated|DUP|[Ee]rror' /tmp/ping && echo PING-$1=good || cat /tmp/ping
   echo ROUND-$1; read -r line
 }
 socat -b 65536 UDP4-RECVFROM:7003,fork,reuseaddr SYSTEM:cat 2>/dev/null &
@@ -165,7 +166,13 @@ kill %1";
         }
         host.sh(UDP_ECHO)
             .map_err(|e| vmm.story(&format!("UDP, round {round}: {e}")))?;
-        host.sh("ping -q -c 5 -i 0.2 -s 1400 -p 5aa5 10.5.0.2")?;
+        let replies = host.sh("ping -c 5 -i 0.2 -W 20 -s 1400 -p 5aa5 10.5.0.2 2>&1")?;
+        let spoiled = ["wrong", "truncated", "DUP", "rror"]
+            .iter()
+            .any(|word| replies.contains(word));
+        check(replies.contains(" 0% packet loss") && !spoiled, || {
+            vmm.story(&format!("round {round}: {replies}"))
+        })?;
         // W^X, descriptors, filters: after frames of every kind as before them.
         super::rng::audited(&api, "bulkhead-net")?;
         vmm.type_text("\n")?;

@@ -1,13 +1,14 @@
 //! Networks that cannot be had: each a clear line and a defined state; the VM boots without
 //! that link only if `required=off`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, ctl, nothing_left, patience};
 
 use crate::net::LIMIT;
+use crate::net_modes::{testpmd_that, tool};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
@@ -29,6 +30,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "a switch that never answers, answers garbage or hangs up is said so in one line",
             switches,
+        ),
+        test(
+            "a switch that comes back as a worse one (garbage, fewer queues, other features) is said so in one line, and the link waits for a good one",
+            successors,
         ),
         test(
             "with required=off the VM boots and that link is down",
@@ -224,6 +229,77 @@ fn switches() -> Verdict {
         .map_err(|e| format!("{name}: {e}"))?;
     }
     Ok(())
+}
+
+/// Waits for an event of this kind with these words.
+pub fn until_event(api: &str, kind: &str, words: &str) -> Result<String, String> {
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        let output = bulkhead(&["ctl", "--socket", api, "--json", "events"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let found = text
+            .lines()
+            .find(|line| line.contains(&format!("\"{kind}\"")) && line.contains(words));
+        if let Some(line) = found {
+            return Ok(line.to_owned());
+        }
+        check(Instant::now() < end, || {
+            format!("no {kind} with {words:?}: {text}")
+        })?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn successors() -> Verdict {
+    let scratch = Scratch::new("successors")?;
+    let (socket, api) = (scratch.path("switch"), scratch.path("api"));
+    let host = Namespace::new("successors")?;
+    host.sh(
+        "ip link add up0 type dummy; ip addr add 192.0.2.2/24 dev up0; ip link set up0 up
+ip route add default via 192.0.2.1",
+    )?;
+    let script = "ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
+ip neigh replace 10.5.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
+for n in first again; do
+  until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; echo ANSWERED-$n; read -r line
+done";
+    let switch = |segments: &str| {
+        let _ = std::fs::remove_file(&socket);
+        testpmd_that("icmpecho", &socket, 2, &format!("client=0,tso={segments}"))
+    };
+    let first = switch("1")?;
+    let net = format!("vhost-user={socket},id=net0,queues=2");
+    let more = ["--net", &net, "--cpus", "2", "--api-socket", &api];
+    let mut vmm = host.debian(&scratch, script, &more)?;
+    vmm.wait_for("ANSWERED-first", LIMIT)?;
+    drop(first);
+    let told = |words: &str| -> Verdict {
+        println!("[{}]", until_event(&api, "device.not-reconnected", words)?);
+        let stats = ctl(&api, &["stats", "net0"])?;
+        check(stats["net"]["link_up"] == false, || {
+            vmm.story(&format!("{words}: {stats}"))
+        })
+    };
+    let _ = std::fs::remove_file(&socket);
+    let rogue = rogue(&host, &socket, GARBAGE)?;
+    told("broke the vhost-user protocol")?;
+    drop(rogue);
+    let _ = std::fs::remove_file(&socket);
+    let fewer = host.spawn(&format!(
+        "{} --vhost-user -s {socket} -f --runas 0",
+        tool("PASST")?
+    ))?;
+    told("serves 1 queues, not 2")?;
+    drop(fewer);
+    let other = switch("0")?;
+    told("lacks features that the driver uses")?;
+    drop(other);
+    let _last = switch("1")?;
+    until_event(&api, "device.reconnected", "serves 4 queues")?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("ANSWERED-again", LIMIT)?;
+    vmm.type_text("\n")?;
+    vmm.ends_with(0, LIMIT)
 }
 
 fn not_required() -> Verdict {

@@ -3,7 +3,7 @@
 
 use bulkhead_tests::host::{Namespace, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, patience};
+use bulkhead_tests::vmm::{Scratch, Vmm, ctl, patience};
 
 use crate::net::LIMIT;
 
@@ -28,7 +28,15 @@ pub fn tests() -> Vec<Test> {
             "a DPDK switch that connects to the VM's own socket, also after its restart",
             || switch(true),
         ),
+        test(
+            "a link that is down before a switch carries nothing, not even from and to a guest that does not care, also after the switch was restarted",
+            carries,
+        ),
         test("passt as somebody else's switch gives a lease", passt),
+        test(
+            "user mode goes on with another passt when its own is killed",
+            passt_killed,
+        ),
         test(
             "a generic vhost-user device: qemu-storage-daemon's disk, also after its restart",
             generic,
@@ -184,8 +192,17 @@ socat -u FILE:/tmp/f TCP-LISTEN:80,reuseaddr & echo SERVING; wait $! $SIX; read 
 }
 
 /// testpmd that answers ARP and ICMP echo, as a switch with a host behind it would.
-fn testpmd(socket: &str, client: bool, pairs: u32) -> Result<Vmm, String> {
-    let client = u8::from(client);
+pub fn testpmd(socket: &str, client: bool, pairs: u32) -> Result<Vmm, String> {
+    testpmd_that(
+        "icmpecho",
+        socket,
+        pairs,
+        &format!("client={}", u8::from(client)),
+    )
+}
+
+/// testpmd in a mode of its forwarding, with these options of its vhost.
+pub fn testpmd_that(mode: &str, socket: &str, pairs: u32, more: &str) -> Result<Vmm, String> {
     let mut command = std::process::Command::new(tool("TESTPMD")?);
     command
         .args([
@@ -198,12 +215,10 @@ fn testpmd(socket: &str, client: bool, pairs: u32) -> Result<Vmm, String> {
             "--no-telemetry",
         ])
         .args(["--file-prefix=bhe2e", "--vdev"])
-        .arg(format!(
-            "net_vhost0,iface={socket},queues={pairs},client={client}"
-        ))
+        .arg(format!("net_vhost0,iface={socket},queues={pairs},{more}"))
         .args([
             "--",
-            "--forward-mode=icmpecho",
+            &format!("--forward-mode={mode}"),
             "--port-topology=loop",
             "--total-num-mbufs=4096",
         ])
@@ -281,12 +296,126 @@ echo DONE";
     })
 }
 
+/// What a guest that tells of its frames has received: its last lines, the newest last.
+fn received(vmm: &Vmm) -> Vec<u64> {
+    let output = vmm.output();
+    let counts = output
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("FRAMES received=")?.parse().ok());
+    counts.collect()
+}
+
+/// Waits until the guest has received more, or (`still`) no more for ten of its lines.
+fn until_frames(vmm: &Vmm, still: bool, when: &str) -> Verdict {
+    let end = std::time::Instant::now() + patience(LIMIT);
+    let from = received(vmm);
+    loop {
+        let now = received(vmm);
+        let since = now.get(from.len()..).unwrap_or_default();
+        let last = since.last_chunk::<10>();
+        let done = match still {
+            true => last.is_some_and(|last| last.iter().all(|n| *n == last[0])),
+            false => since.last() > from.last().max(since.first()),
+        };
+        if done {
+            return Ok(());
+        }
+        check(std::time::Instant::now() < end, || {
+            vmm.story(&format!("{when}: frames {since:?}, wanted still: {still}"))
+        })?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
+fn carries() -> Verdict {
+    let scratch = Scratch::new("carries")?;
+    let (socket, api) = (scratch.path("switch"), scratch.path("api"));
+    let program = crate::hostile_guest::program_disk(&scratch)?;
+    let script = "dd if=/dev/vda of=/run/h bs=64k 2>/dev/null; chmod +x /run/h
+/run/h --frames --seconds 100000 $(basename $(dirname $(readlink -f /sys/class/net/eth0/device)))";
+    let script = scratch.script("script", script)?;
+    let (program, script) = (
+        format!("path={program},readonly=on,id=program"),
+        format!("path={script},readonly=on,id=script"),
+    );
+    let net = format!("vhost-user={socket},id=net0");
+    let more = [
+        "--disk",
+        &program,
+        "--disk",
+        &script,
+        "--net",
+        &net,
+        "--api-socket",
+        &api,
+    ];
+    let link = |way: &str| ctl(&api, &["update-net", "net0", "--link", way]);
+    let first = testpmd(&socket, false, 1)?;
+    let mut vmm = Vmm::boot("bh.cmd=script", &more)?;
+    until_frames(&vmm, false, "at first")?;
+    link("down")?;
+    until_frames(&vmm, true, "with the link down")?;
+    link("up")?;
+    until_frames(&vmm, false, "with the link up again")?;
+    link("down")?;
+    // Another switch, which sends without being asked.
+    drop(first);
+    let _ = std::fs::remove_file(&socket);
+    let _second = testpmd_that("txonly", &socket, 1, "client=0")?;
+    crate::net_bad::until_event(&api, "device.reconnected", "serves")?;
+    until_frames(&vmm, true, "with another switch and the link down")?;
+    link("up")?;
+    until_frames(&vmm, false, "with another switch and the link up")?;
+    link("down")?;
+    until_frames(&vmm, true, "with its link down")?;
+    link("up")?;
+    until_frames(&vmm, false, "with its link up")?;
+    vmm.kill();
+    bulkhead_tests::vmm::nothing_left(LIMIT)
+}
+
+/// A host whose only interface to the outside is up0, for passt.
+fn passt_host(name: &str) -> Result<Namespace, String> {
+    let host = Namespace::new(name)?;
+    host.sh("modprobe veth; ip link add up0 type veth peer name down0; ip link set down0 up; ip addr add 192.0.2.2/24 dev up0
+ip link set up0 up; ip route add default via 192.0.2.1")?;
+    Ok(host)
+}
+
+/// The guest gets leases, one after the other, each when it is told to.
+const LEASES: &str = "ip link set eth0 up
+for n in first again; do
+  until busybox udhcpc -i eth0 -n -q -t 3 -T 2 -s /bin/true >/tmp/out 2>&1; do :; done; grep -q 192.0.2.2 /tmp/out && echo LEASE-$n
+  [ $n = again ] || read -r line
+done";
+
+fn passt_killed() -> Verdict {
+    let scratch = Scratch::new("passt-killed")?;
+    let api = scratch.path("api");
+    let host = passt_host("killed")?;
+    let passt = tool("PASST")?;
+    let net = [
+        "--net",
+        "user,id=net0",
+        "--passt",
+        &passt,
+        "--api-socket",
+        &api,
+    ];
+    let mut vmm = host.debian(&scratch, LEASES, &net)?;
+    vmm.wait_for("LEASE-first", LIMIT)?;
+    crate::recovery::kill(&api, "net0")?;
+    crate::net_bad::until_event(&api, "device.reconnected", "passt serves")?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("LEASE-again", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    bulkhead_tests::vmm::nothing_left(LIMIT)
+}
+
 fn passt() -> Verdict {
     let scratch = Scratch::new("passt")?;
     let socket = scratch.path("passt");
-    let host = Namespace::new("passt")?;
-    host.sh("modprobe veth; ip link add up0 type veth peer name down0; ip link set down0 up; ip addr add 192.0.2.2/24 dev up0
-ip link set up0 up; ip route add default via 192.0.2.1")?;
+    let host = passt_host("passt")?;
     let start = || -> Result<Vmm, String> {
         let passt = host.spawn(&format!(
             "{} --vhost-user -s {socket} -f --runas 0",
@@ -301,15 +430,10 @@ ip link set up0 up; ip route add default via 192.0.2.1")?;
         }
         Ok(passt)
     };
-    let script = "ip link set eth0 up
-for n in first again; do
-  until busybox udhcpc -i eth0 -n -q -t 3 -T 2 -s /bin/true >/tmp/out 2>&1; do :; done; grep -q 192.0.2.2 /tmp/out && echo LEASE-$n
-  [ $n = again ] || read -r line
-done";
     let first = start()?;
     let mut vmm = host.debian(
         &scratch,
-        script,
+        LEASES,
         &["--net", &format!("vhost-user={socket},id=net0")],
     )?;
     vmm.wait_for("LEASE-first", LIMIT)?;

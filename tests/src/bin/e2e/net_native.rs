@@ -38,6 +38,10 @@ pub fn native() -> Vec<Test> {
             empty_namespace,
         ),
         test(
+            "by the API a tap that is absent, busy, of the wrong type or without multiqueue is refused with what to do, and the machine can be made without it",
+            refused_taps,
+        ),
+        test(
             "a machine's MTU is its tap's or less, and is no setting of the API's",
             mtu,
         ),
@@ -89,6 +93,11 @@ impl Served {
             line.contains(&format!("\"{kind}\"")) && line.contains(&format!("\"{id}\""))
         };
         Ok(text.lines().filter(of).map(str::to_owned).collect())
+    }
+
+    /// Ends it while another one serves.
+    fn end_beside(self) -> Verdict {
+        ctl(&self.socket, &["shutdown", "--force"]).map(drop)
     }
 
     pub fn end(self) -> Verdict {
@@ -282,6 +291,45 @@ fn empty_namespace() -> Verdict {
     check(rest.trim().is_empty(), || rest.clone())?;
     // And the tap is where it was.
     host.sh("ip link show tap0 >/dev/null")?;
+    served.end()
+}
+
+fn refused_taps() -> Verdict {
+    let scratch = Scratch::new("net-refused")?;
+    let host = Namespace::new("refused")?;
+    host.sh(
+        "ip tuntap add single mode tap vnet_hdr user root; ip tuntap add layer3 mode tun user root
+ip tuntap add good mode tap vnet_hdr user root; ip link add bridge0 type bridge",
+    )?;
+    let served = Served::new(&host, &scratch, "api")?;
+    let other = Served::new(&host, &scratch, "other")?;
+    other.create(&["--net", "tap=good,id=net0,backend=user"])?;
+    for (net, words) in [
+        (
+            "tap=absent,id=net0",
+            ["absent", "ip tuntap add absent mode tap"],
+        ),
+        ("tap=layer3,id=net0", ["layer3", "not a tap"]),
+        ("tap=bridge0,id=net0", ["bridge0", "no tap"]),
+        ("tap=good,id=net0", ["good", "busy"]),
+        ("tap=single,id=net0,queues=2", ["single", "multi_queue"]),
+    ] {
+        let told = served.create(&["--net", net, "--cpus", "2"]);
+        println!(
+            "[{}]",
+            told.as_ref().err().map_or("made", String::as_str).trim()
+        );
+        for word in words {
+            refused(told.clone(), word)?;
+        }
+        check(
+            told.is_err_and(|line| line.trim().lines().count() == 1),
+            || format!("{net}: not one line"),
+        )?;
+    }
+    served.create(&["--net", "tap=single,id=net0,backend=user"])?;
+    check(served.state("net0")? == "ready", || "not made".to_owned())?;
+    other.end_beside()?;
     served.end()
 }
 

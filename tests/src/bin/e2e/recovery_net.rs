@@ -20,7 +20,7 @@ pub fn tests() -> Vec<Test> {
     };
     vec![
         test(
-            "a guest announces its address on the tap after its network process died",
+            "a guest announces its address on the tap after its network process died, and after its link came up",
             false,
             announces,
         ),
@@ -142,7 +142,11 @@ fn announces() -> Verdict {
     }
     let script = "for n in 0 1; do ip link set eth$n up; ip addr add 10.5.$n.2/24 dev eth$n; done
 until ping -q -c 1 -W 1 10.5.0.1 >/dev/null && ping -q -c 1 -W 1 10.5.1.1 >/dev/null; do :; done
-echo READY; read -r line; echo OVER";
+echo READY
+while read -r network && [ $network != stop ]; do
+  i=$(ip -o addr | awk -v n=$network. 'index($4, n) == 1 { print $2 }')
+  until [ \"$(cat /sys/class/net/$i/carrier)\" = 0 ]; do sleep 0.1; done; echo DOWN-$network
+done; echo OVER";
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let mut vmm = host.debian(&scratch, script, &options)?;
     vmm.wait_for("READY", LIMIT)?;
@@ -164,7 +168,7 @@ echo READY; read -r line; echo OVER";
         }
         Ok(())
     };
-    let announced = |tap: &str, network: &str| -> Verdict {
+    let announced = |vmm: &Vmm, tap: &str, network: &str| -> Verdict {
         let end = Instant::now() + LIMIT;
         while !host
             .sh(&format!("ip neigh show dev {tap}"))?
@@ -180,7 +184,16 @@ echo READY; read -r line; echo OVER";
     for (tap, network, _) in nets {
         forget(tap)?;
         kill(&socket, tap)?;
-        announced(tap, network)?;
+        announced(&vmm, tap, network)?;
+        let link = |way: &str| ctl(&socket, &["update-net", tap, "--link", way]);
+        link("down")?;
+        // The guest must have seen it, or there is nothing to announce.
+        let seen = format!("DOWN-{network}");
+        vmm.type_text(&format!("{network}\n"))?;
+        vmm.wait_for(&seen, LIMIT)?;
+        forget(tap)?;
+        link("up")?;
+        announced(&vmm, tap, network)?;
     }
     vmm.type_text("stop\n")?;
     vmm.wait_for("OVER", LIMIT)?;

@@ -3,12 +3,16 @@
 //! registers, and tells what the device did about each and whether it came back.
 //!
 //! usage: hostile-guest [--net] [--seed N] [--seconds N] DEVICE CASE...
+//!        hostile-guest --frames [--seconds N] DEVICE
 //!
 //! DEVICE is a disk's name (`vda`) or a PCI address (`0000:01:00.0`), which it keeps when no
 //! driver is bound; CASE is a name of `bulkhead_tests::hostile::CASES` or `all`. The device is
 //! left reset and without a driver. One line for each case on standard output:
 //!
 //! `HOSTILE CASE needs_reset=yes|no status=N|none recovered=yes|no sector0=HEX16`
+//!
+//! With --frames it breaks no ring, but has no ear for a network device's link: it sends and
+//! receives as long as it is told to.
 //!
 //! Exit status 0 if the device came back each time, 1 if not, 2 for usage and for what this
 //! guest cannot do.
@@ -23,12 +27,14 @@ use crate::storm::Random;
 
 mod cases;
 mod driver;
+mod frames;
 mod function;
 mod raw;
 mod storm;
 
 struct Arguments {
     kind: Kind,
+    frames: bool,
     seed: u64,
     seconds: u64,
     device: String,
@@ -38,6 +44,7 @@ struct Arguments {
 fn arguments() -> Result<Arguments, String> {
     let (mut seed, mut seconds, mut rest) = (1, 2, Vec::new());
     let mut kind = Kind::Block;
+    let mut frames = false;
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -50,6 +57,7 @@ fn arguments() -> Result<Arguments, String> {
             "--seed" => seed = number()?,
             "--seconds" => seconds = number()?,
             "--net" => kind = Kind::Net,
+            "--frames" => (kind, frames) = (Kind::Net, true),
             _ => rest.push(word),
         }
     }
@@ -69,6 +77,7 @@ fn arguments() -> Result<Arguments, String> {
         Some(unknown) => Err(format!("no case {unknown:?}")),
         None => Ok(Arguments {
             kind,
+            frames,
             seed,
             seconds,
             device,
@@ -95,6 +104,11 @@ fn attack(driver: &Driver, name: &str, arguments: &Arguments) -> Result<Outcome,
 fn run() -> Result<bool, String> {
     let arguments = arguments()?;
     let driver = Driver::open(&arguments.device, arguments.kind)?;
+    if arguments.frames {
+        frames::run(&driver, Duration::from_secs(arguments.seconds))?;
+        driver.reset()?;
+        return Ok(true);
+    }
     let mut all_well = true;
     for name in &arguments.cases {
         let outcome = attack(&driver, name, &arguments);

@@ -240,6 +240,70 @@ fn the_api_takes_the_link_down_and_up() {
     assert!(!super::guest().function.set_link(true), "no network device");
 }
 
+/// Until the function's own thread has told the back-end.
+fn until_enabled(guest: &Guest, wanted: [bool; 4]) {
+    let end = std::time::Instant::now() + PATIENT;
+    while enabled(guest) != wanted {
+        assert!(std::time::Instant::now() < end, "{:?}", enabled(guest));
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_link_that_is_down_carries_nothing_whatever_the_driver_and_the_switch_do() {
+    let mut guest = switched();
+    bring_up(&guest);
+    assert_eq!(command(&guest, 0, &[4, 0, 2, 0]), 0);
+    assert_eq!(enabled(&guest), [true; 4]);
+    assert!(guest.function.set_link(false));
+    until_enabled(&guest, [false; 4]);
+    // The driver chooses its pairs as ever.
+    assert_eq!(command(&guest, 1, &[4, 0, 1, 0]), 0);
+    assert_eq!(command(&guest, 2, &[4, 0, 2, 0]), 0);
+    assert_eq!(enabled(&guest), [false; 4]);
+    // The switch comes back.
+    guest.backend.die();
+    guest.function.on_event(EventSource::Hangup);
+    let (backend, socket) = TestBackend::start_with(&[], switch_with(PAIRS));
+    guest.backend = backend;
+    assert!(matches!(adopt(&guest, socket), Outcome::Reconnected(_)));
+    assert_eq!(enabled(&guest), [false; 4]);
+    assert_eq!(guest.read(STATUS, 2), 0);
+    // The driver begins anew.
+    guest.set_common(common::DEVICE_STATUS, 1, 0);
+    bring_up(&guest);
+    assert_eq!(enabled(&guest), [false; 4]);
+    assert!(guest.kick_arrived(1), "by the greeting of the successor");
+    assert!(guest.function.set_link(true));
+    until_enabled(&guest, [true, true, false, false]);
+    let end = std::time::Instant::now() + PATIENT;
+    while guest.read(STATUS, 2) != 3 {
+        assert!(std::time::Instant::now() < end, "the driver is not told");
+        std::thread::yield_now();
+    }
+    assert!(
+        guest.kick_arrived(1),
+        "what was sent meanwhile is looked at"
+    );
+}
+
+#[test]
+fn a_switch_that_will_not_stop_its_rings_is_let_go() {
+    let mut guest = switched();
+    bring_up(&guest);
+    guest.backend.lock().refuse = Some("SET_VRING_ENABLE");
+    assert!(guest.function.set_link(false));
+    let end = std::time::Instant::now() + PATIENT;
+    while guest.function.status().awaiting != Some(FailReason::Unquiet) {
+        assert!(std::time::Instant::now() < end, "it serves on");
+        std::thread::yield_now();
+    }
+    let (backend, socket) = TestBackend::start_with(&[], switch_with(PAIRS));
+    guest.backend = backend;
+    assert!(matches!(adopt(&guest, socket), Outcome::Reconnected(_)));
+    assert_eq!(enabled(&guest), [false; 4]);
+}
+
 #[test]
 fn a_driver_without_multiqueue_finds_the_control_queue_behind_the_first_pair() {
     let guest = switched();
@@ -373,6 +437,30 @@ fn back_ends_without_protocol_features_are_driven_too() {
     guest.interrupts();
     guest.complete(1);
     assert!(guest.interrupts().contains(&0x42));
+    // They know no disabled rings: those of a link that is down are stopped.
+    let running = |guest: &Guest, wanted: bool| {
+        let end = std::time::Instant::now() + PATIENT;
+        let kicks = || -> Vec<bool> {
+            let recorder = guest.backend.lock();
+            recorder.rings.iter().map(|r| r.kick.is_some()).collect()
+        };
+        while kicks() != [wanted; 2] {
+            assert!(std::time::Instant::now() < end, "not {wanted}");
+            std::thread::yield_now();
+        }
+    };
+    guest.function.set_link(false);
+    running(&guest, false);
+    guest.backend.die();
+    guest.function.on_event(EventSource::Hangup);
+    let (backend, socket) = TestBackend::start_with(&[], bare);
+    guest.backend = backend;
+    assert!(matches!(adopt(&guest, socket), Outcome::Reconnected(_)));
+    running(&guest, false);
+    guest.ram.file.write_all_at(&[7, 0], 0x1_2002).unwrap();
+    guest.function.set_link(true);
+    running(&guest, true);
+    assert_eq!(guest.backend.lock().rings[0].base, Some(7));
 }
 
 #[test]
