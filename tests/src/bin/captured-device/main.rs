@@ -13,6 +13,7 @@
 mod alone;
 mod attack;
 mod inside;
+mod kernel_log;
 mod told;
 mod variants;
 mod victim;
@@ -27,13 +28,12 @@ use attack::{Attempt, End, Ground, Seen, attack};
 use bulkhead_seccomp::policy;
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::vmm::{Scratch, bin};
-use variants::Variant;
+use kernel_log::KernelLog;
+use variants::{ASKING, MEMORY, RING, Variant};
 use victim::Victim;
 
 /// VMs at once, of those that make one attempt each.
 const VMS: usize = 4;
-/// How the attempts begin that the thread alone makes which serves the rings.
-const BY_THE_WORKER: &str = "asking for connections";
 
 /// The argument that asks for what [`inside`] tries, alone.
 const INSIDE: &str = "inside";
@@ -109,15 +109,24 @@ impl Thread {
     }
 
     /// Those of the attempts that it makes: a filter is every thread's, so that the second thread
-    /// makes each call once. `asks`: it has the channel for that.
-    fn share(self, asks: bool, attempts: &[Attempt]) -> Vec<&Attempt> {
+    /// makes each call once, and all of those on what it alone serves. `own`: what the process has
+    /// that not every one has.
+    fn share<'a>(self, own: &[&str], attempts: &'a [Attempt]) -> Vec<&'a Attempt> {
         let mut calls = BTreeSet::new();
         let attempts = attempts.iter();
+        let special = |a: &Attempt| {
+            let all = [
+                (ASKING, Self::Worker),
+                (RING, Self::Worker),
+                (MEMORY, Self::Main),
+            ];
+            all.into_iter().find(|(what, _)| a.name.starts_with(what))
+        };
         attempts
-            .filter(|a| match self {
-                _ if a.name.starts_with(BY_THE_WORKER) => asks && self == Self::Worker,
-                Self::Main => true,
-                Self::Worker => calls.insert(a.call.as_str()),
+            .filter(|a| match (special(a), self) {
+                (Some((what, whose)), _) => own.contains(&what) && self == whose,
+                (None, Self::Main) => true,
+                (None, Self::Worker) => calls.insert(a.call.as_str()),
             })
             .collect()
     }
@@ -164,6 +173,7 @@ fn run() -> Result<bool, String> {
     let (mut variants, absent) = variants::all();
     variants.retain(|variant| is_wanted(variant.policy));
     let mut tally = Tally::default();
+    let log = KernelLog::open();
     for thread in [Thread::Main, Thread::Worker] {
         let libexec = thread.libexec(&scratch, &victim)?;
         let ground = Ground {
@@ -174,7 +184,7 @@ fn run() -> Result<bool, String> {
         };
         for variant in &variants {
             let all = attempts(&format!("{libexec}/{}", variant.binary))?;
-            let share = thread.share(variant.asks(), &all);
+            let share = thread.share(variant.own(), &all);
             let from = format!("{}, {}", variant.policy, thread.name());
             let (started, made) = (Instant::now(), tally.made);
             for (turn, some) in share.chunks(variant.at_once().max(VMS)).enumerate() {
@@ -188,15 +198,18 @@ fn run() -> Result<bool, String> {
         }
         for alone in alone::all().0.iter().filter(|a| is_wanted(a.policy)) {
             let all = attempts(&format!("{libexec}/{}", alone.binary))?;
-            let share = thread.share(false, &all);
+            let share = thread.share(alone.own(), &all);
             let from = format!("{}, {}", alone.policy, thread.name());
             let started = Instant::now();
-            let ends = all_alone(alone, &share, &ground)?;
+            let ends = all_alone(alone, &share, &ground, log.as_ref().ok())?;
             tally.count(&from, &share, &ends);
             victim.unharmed(&before)?;
             let seconds = started.elapsed().as_secs();
             println!("{from}: {} attempts in {seconds} s", share.len());
         }
+    }
+    if let Err(why) = &log {
+        println!("skipped: which call ended a stand-alone process: {why}");
     }
     let alone_absent = alone::all().1;
     let names = variants.iter().map(|v| v.policy).collect::<Vec<_>>();
@@ -241,11 +254,12 @@ fn all_alone(
     alone: &alone::Alone,
     attempts: &[&Attempt],
     ground: &Ground<'_>,
+    log: Option<&KernelLog>,
 ) -> Result<Vec<Seen>, String> {
     std::thread::scope(|scope| {
         let running: Vec<_> = attempts
             .chunks(attempts.len().div_ceil(VMS).max(1))
-            .map(|some| scope.spawn(move || alone.attack(some, ground)))
+            .map(|some| scope.spawn(move || alone.attack(some, ground, log)))
             .collect();
         let ends = running.into_iter().map(|thread| {
             let ends = thread.join();
