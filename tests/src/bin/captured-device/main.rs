@@ -38,6 +38,7 @@ const VMS: usize = 4;
 /// The argument that asks for what [`inside`] tries, alone.
 const INSIDE: &str = "inside";
 
+/// Of device processes.
 const BINARIES: [&str; 5] = [
     "bulkhead-blk",
     "bulkhead-net",
@@ -289,34 +290,58 @@ fn from_inside(scratch: &Scratch, victim: &Victim, tally: &mut Tally) -> Result<
         None => println!("skipped: passt's namespaces: PASST names none"),
     }
     let neighbour = Victim::start(scratch, "neighbour", Some(&namespace), &host, &more)?;
-    let processes = neighbour.processes()?;
     // The launcher may open what its user may, which of root's is everything: SECURITY.md says so.
-    let others = processes
-        .iter()
-        .filter(|(name, _)| name != "bulkhead-launcher");
-    let others: Vec<_> = others.cloned().collect();
-    let pids: Vec<i64> = victim
-        .processes()?
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .collect();
-    let net = format!("/run/netns/{}", namespace.name());
-    for (name, result) in inside::tests(scratch, &others, &net, &victim.socket, &pids) {
-        match result {
-            Ok(what) => {
-                tally.passed = tally.passed.saturating_add(1);
-                println!("{name}: {what}");
-            }
-            Err(what) => tally.failed.push(format!("{name}: {what}")),
-        }
+    let without = ["bulkhead-launcher"];
+    tally.inside("", scratch, (&neighbour, &without), &namespace, victim)?;
+    // Two VMs of one ordinary user, each with a tap of its own. What is no device's may do what the
+    // user may: SECURITY.md says that, too.
+    let mut of_user = Vec::new();
+    for name in ["first", "second"] {
+        namespace.tap(name, "", "user 65534")?;
+        let net = format!("tap={name},id=tap");
+        let more = ["--net", &net, "--rng", "id=rng", "--memory", "96M,max=224M"];
+        of_user.push(Victim::of_user(scratch, name, &namespace, &more)?);
     }
-    if let Err(why) = neighbour.unharmed(&processes) {
-        tally.failed.push(why);
+    let without = ["bulkhead-launcher", "bulkhead"];
+    if let [first, second] = of_user.as_slice() {
+        let whose = "an ordinary user's, another of the same user's: ";
+        tally.inside(whose, scratch, (first, &without), &namespace, second)?;
+        let whose = "an ordinary user's, one of root's: ";
+        tally.inside(whose, scratch, (first, &without), &namespace, victim)?;
     }
     Ok(())
 }
 
 impl Tally {
+    /// From inside the namespaces of the processes of one VM, `without` some, to another one.
+    fn inside(
+        &mut self,
+        whose: &str,
+        scratch: &Scratch,
+        (from, without): (&Victim, &[&str]),
+        namespace: &Namespace,
+        to: &Victim,
+    ) -> Result<(), String> {
+        let (processes, before) = (from.processes()?, to.processes()?);
+        let mut others = processes.clone();
+        others.retain(|(name, _)| !without.contains(&name.as_str()));
+        let pids: Vec<i64> = before.iter().map(|(_, pid)| *pid).collect();
+        let net = format!("/run/netns/{}", namespace.name());
+        for (name, result) in inside::tests(scratch, &others, &net, &to.socket, &pids) {
+            match result {
+                Ok(what) => {
+                    self.passed = self.passed.saturating_add(1);
+                    println!("{whose}{name}: {what}");
+                }
+                Err(what) => self.failed.push(format!("{whose}{name}: {what}")),
+            }
+        }
+        for harmed in [from.unharmed(&processes), to.unharmed(&before)] {
+            self.failed.extend(harmed.err());
+        }
+        Ok(())
+    }
+
     fn count(&mut self, from: &str, attempts: &[&Attempt], seen: &[Seen]) {
         for one in seen {
             self.policies.extend(one.policies.iter().cloned());

@@ -15,13 +15,16 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// An attack and the class of the crash that comes of it.
-const ATTACKS: [(&str, &str); 8] = [
+const ATTACKS: [(&str, &str); 11] = [
     ("oversize", "protocol"),
     ("unasked", "protocol"),
     ("control-fds", "protocol"),
     ("be-flood", "protocol"),
     ("be-oversize", "protocol"),
     ("be-fds", "protocol"),
+    ("vu-flood", "protocol"),
+    ("vu-oversize", "protocol"),
+    ("vu-fds", "protocol"),
     // No process of ours may close half a socket, so that it does not come to that.
     ("half-ctl", "seccomp"),
     ("half-vu", "seccomp"),

@@ -153,6 +153,11 @@ fn attack(name: &str) {
         "be-flood" => loop {
             everywhere(&backend_message(0), &[]);
         },
+        "vu-flood" => loop {
+            send(VHOST, &backend_message(0), &[]);
+        },
+        "vu-oversize" => send(VHOST, &backend_message(u32::MAX), &[]),
+        "vu-fds" => send(VHOST, &backend_message(0), &[0, 1, 0, 1]),
         "be-oversize" => everywhere(&backend_message(u32::MAX), &[]),
         "half-ctl" => half_close(CONTROL),
         "half-vu" => half_close(VHOST),
