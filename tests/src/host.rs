@@ -39,15 +39,17 @@ pub const AS_USER: [&str; 5] = [
     "--no-new-privs",
 ];
 
-/// Gives what lies there to the user of [`AS_USER`], who may use /dev/kvm until the value goes.
+/// Gives what lies there to the user of [`AS_USER`], who may use /dev/kvm and taps of its own until the
+/// value goes.
 ///
 /// # Errors
 /// Why not.
 pub fn for_user(path: &str) -> Result<Undo, String> {
-    let mode = sh("stat --format=%a /dev/kvm")?;
-    let undo = Undo::new(format!("chmod {} /dev/kvm", mode.trim()));
-    sh(&format!("chmod 666 /dev/kvm; chown -R 65534:65534 {path}"))?;
-    Ok(undo)
+    let modes = sh("stat --format='chmod %a %n' /dev/kvm /dev/net/tun")?;
+    sh(&format!(
+        "chmod 666 /dev/kvm /dev/net/tun; chown -R 65534:65534 {path}"
+    ))?;
+    Ok(Undo::new(modes))
 }
 
 /// A script that runs when the value goes: what undoes a change of the host.

@@ -36,6 +36,13 @@ fn main() -> ExitCode {
     match evil.as_deref() {
         // Before anybody has asked for anything.
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
+        Some("early-vu-flood") => {
+            for _ in 0..1000 {
+                send(VHOST, &backend_message(0), &[]);
+            }
+        }
+        Some("early-vu-oversize") => send(VHOST, &answer(u32::MAX), &[]),
+        Some("early-vu-fds") => send(VHOST, &answer(8), &[0, 1, 0, 1]),
         Some("early-end") => return ExitCode::from(7),
         // Good until then, in seconds.
         Some(name) if name.starts_with("til-") => {
@@ -129,6 +136,14 @@ fn oversize_frame() -> Vec<u8> {
 /// A header of vhost-user: CONFIG_CHANGE_MSG, version 1, with a size.
 fn backend_message(size: u32) -> Vec<u8> {
     [2u32, 1, size]
+        .iter()
+        .flat_map(|n| n.to_le_bytes())
+        .collect()
+}
+
+/// A header of vhost-user: the answer to GET_FEATURES, version 1, with a size.
+fn answer(size: u32) -> Vec<u8> {
+    [1u32, 5, size]
         .iter()
         .flat_map(|n| n.to_le_bytes())
         .collect()
