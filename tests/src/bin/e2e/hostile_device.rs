@@ -31,7 +31,7 @@ const UNHEARD: [&str; 3] = ["vu-flood", "vu-oversize", "vu-fds"];
 /// Attacks before the first answer, and what `create` says of them.
 const EARLY: [(&str, &str); 8] = [
     ("early-vu-flood", "a header with flags 0x1"),
-    ("early-vu-oversize", "4294967295 bytes"),
+    ("early-vu-large", "4294967295 bytes"),
     ("early-vu-fds", "descriptors"),
     ("early-half-ctl", "ended at its start"),
     ("early-half-vu", "closed"),

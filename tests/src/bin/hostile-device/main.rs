@@ -41,7 +41,7 @@ fn main() -> ExitCode {
                 send(VHOST, &backend_message(0), &[]);
             }
         }
-        Some("early-vu-oversize") => send(VHOST, &answer(u32::MAX), &[]),
+        Some("early-vu-large") => send(VHOST, &answer(u32::MAX), &[]),
         Some("early-vu-fds") => send(VHOST, &answer(8), &[0, 1, 0, 1]),
         Some("early-end") => return ExitCode::from(7),
         // Good until then, in seconds.
