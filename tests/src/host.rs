@@ -30,6 +30,28 @@ pub fn sh(script: &str) -> Result<String, String> {
     ))
 }
 
+/// The command in front that makes a program an ordinary user's: nobody's.
+pub const AS_USER: [&str; 5] = [
+    "setpriv",
+    "--reuid=65534",
+    "--regid=65534",
+    "--clear-groups",
+    "--no-new-privs",
+];
+
+/// Gives what lies there to the user of [`AS_USER`], who may use /dev/kvm and taps of its own until the
+/// value goes.
+///
+/// # Errors
+/// Why not.
+pub fn for_user(path: &str) -> Result<Undo, String> {
+    let modes = sh("stat --format='chmod %a %n' /dev/kvm /dev/net/tun")?;
+    sh(&format!(
+        "chmod 666 /dev/kvm /dev/net/tun; chown -R 65534:65534 {path}"
+    ))?;
+    Ok(Undo::new(modes))
+}
+
 /// A script that runs when the value goes: what undoes a change of the host.
 pub struct Undo(String);
 

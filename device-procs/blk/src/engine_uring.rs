@@ -138,6 +138,8 @@ impl Engine {
     /// Serves the queue for ever.
     pub fn run(mut self) -> ! {
         loop {
+            #[cfg(feature = "hostile")]
+            bulkhead_runtime::hostile::strike_ring(&mut self.uring, &OPCODES);
             self.arm();
             let next = self.serve();
             let answered = self.finish_draining();

@@ -148,6 +148,8 @@ impl Engine {
     /// Serves the pair for ever.
     pub fn run(mut self) -> ! {
         loop {
+            #[cfg(feature = "hostile")]
+            self.ring.strike();
             let mut wait = Wait::default();
             if let Some(control) = self.pair.control() {
                 wait.busy |= control.serve() || control.ring().enable_kicks();

@@ -175,6 +175,12 @@ pub fn supported(tap: &Tap) -> Result<(), String> {
 }
 
 impl FrameRing {
+    /// The attempt of a hostile build on the ring, if one is due.
+    #[cfg(feature = "hostile")]
+    pub fn strike(&mut self) {
+        bulkhead_runtime::hostile::strike_ring(&mut self.uring, &OPCODES);
+    }
+
     /// A ring for this tap, if there is one, and the mailboxes of the places. Before
     /// confinement. The fence, if there is one, stands until the ring is gone.
     ///

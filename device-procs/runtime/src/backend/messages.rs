@@ -327,6 +327,8 @@ impl<M: Meanwhile> Intercepted for Backend<M> {
 }
 
 fn map(r: &VhostUserMemoryRegion, file: &File) -> Result<Region> {
+    #[cfg(feature = "hostile")]
+    crate::hostile::strike_memory(file);
     Region::map(
         file,
         r.guest_phys_addr,

@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 
 use super::told::Told;
-use super::{Attempt, Outcome, call, raw, zeroes};
+use super::{Attempt, Outcome, call, now, raw, zeroes};
 
 pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
     const FIONREAD: libc::c_long = 0x541b;
@@ -15,7 +15,8 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
     const KVM_CREATE_VM: libc::c_long = 0xae01;
     let (address, len) = told.address();
     let mut all = Vec::new();
-    for fd in 0..10 {
+    // Its disk, its tap, its log, its channels; behind them memory, kicks and calls.
+    for fd in 0..20 {
         let name = format!("ioctl on descriptor {fd}");
         all.push(call(
             name,
@@ -73,13 +74,13 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
             name: format!("flood of descriptors over channel {fd}"),
             call: "sendmsg",
             worker: false,
-            run: Box::new(move || Outcome::Sent(flood(fd, &[0xff]))),
+            run: now(move || Outcome::Sent(flood(fd, &[0xff]))),
         });
         all.push(Attempt {
             name: format!("another VM's API by the address of a message over channel {fd}"),
             call: "sendmsg",
             worker: false,
-            run: Box::new(move || Outcome::Answer(addressed(fd, address, len))),
+            run: now(move || Outcome::Answer(addressed(fd, address, len))),
         });
     }
     all

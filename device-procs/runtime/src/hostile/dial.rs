@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::descriptors::flood;
 use super::told::Told;
-use super::{Attempt, Outcome};
+use super::{Attempt, Outcome, now};
 use crate::sys;
 
 /// Where the test listens, beside the device's own socket.
@@ -100,7 +100,7 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
         name: format!("asking for connections: {name}"),
         call: "sendmsg",
         worker: true,
-        run: Box::new(move || match channel {
+        run: now(move || match channel {
             Some(channel) if channel.is_heard() => run(channel),
             Some(_) => Outcome::Through("the launcher does not join it to who listens".into()),
             None => Outcome::Through("this process has no such channel".into()),

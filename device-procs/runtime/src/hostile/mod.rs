@@ -5,7 +5,8 @@
 //! address 02:b0:b0:b0:b0:N of a network device, N and one times 128 MiB of memory, or of an entropy
 //! device's burst, the guest's address 1000000N of a socket device), since most end it. It is made
 //! once, when the VMM asks for its statistics the first time, or stand-alone when a front-end
-//! connects, on the main thread or on the worker of the first queue ([`told`]); what it came to is a log line `hostile: NAME: …`, unless it came to
+//! connects, on the main thread or on the worker of the first queue ([`told`]); one on a ring by the
+//! engine whose it is, and one on guest memory when that comes. What it came to is a log line `hostile: NAME: …`, unless it came to
 //! an end.
 #![allow(unsafe_code)] // Calls that must not work are made bare.
 
@@ -14,13 +15,17 @@ mod dial;
 mod files;
 mod kernel;
 mod memory;
+mod own;
 mod processes;
 mod sockets;
 mod told;
 
+use std::fs::File;
 use std::io::Error;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use io_uring::IoUring;
 
 use crate::mailbox::Signals;
 use told::Told;
@@ -32,7 +37,21 @@ struct Attempt {
     call: &'static str,
     /// Only the worker has what it needs.
     worker: bool,
-    run: Box<dyn Fn() -> Outcome + Send + Sync>,
+    run: Run,
+}
+
+/// When it is made, and by what.
+enum Run {
+    /// In its thread's turn.
+    Now(Box<dyn Fn() -> Outcome + Send + Sync>),
+    /// By the engine's ring, which takes these operations.
+    Ring(fn(&mut IoUring, &[u8]) -> Outcome),
+    /// When memory of the guest's comes.
+    Memory(fn(&File) -> Outcome),
+}
+
+fn now(run: impl Fn() -> Outcome + Send + Sync + 'static) -> Run {
+    Run::Now(Box::new(run))
 }
 
 /// What became of it, if the process still is.
@@ -51,6 +70,8 @@ static CHOSEN: OnceLock<Attempt> = OnceLock::new();
 static STRUCK: AtomicBool = AtomicBool::new(false);
 /// The worker's turn.
 static DUE: AtomicBool = AtomicBool::new(false);
+/// Its ring's turn.
+static RING_DUE: AtomicBool = AtomicBool::new(false);
 
 /// Prints the attempts, one a line: number, name and call, and is true, if the only argument is
 /// `--attempts`.
@@ -101,6 +122,9 @@ pub(crate) fn strike(queues: &[Signals]) {
     let Some(attempt) = CHOSEN.get() else {
         return;
     };
+    if matches!(attempt.run, Run::Memory(_)) {
+        return;
+    }
     if STRUCK.swap(true, Ordering::Relaxed) {
         return;
     }
@@ -118,7 +142,30 @@ pub(crate) fn strike_as_worker() {
     if let Some(attempt) = CHOSEN.get()
         && DUE.swap(false, Ordering::AcqRel)
     {
-        attempt.make();
+        match attempt.run {
+            Run::Ring(_) => RING_DUE.store(true, Ordering::Release),
+            _ => attempt.make(),
+        }
+    }
+}
+
+/// Makes the attempt if it is one on the engine's own ring, which takes the `listed` operations.
+pub fn strike_ring(ring: &mut IoUring, listed: &[u8]) {
+    if let Some(attempt) = CHOSEN.get()
+        && let Run::Ring(run) = attempt.run
+        && RING_DUE.swap(false, Ordering::AcqRel)
+    {
+        attempt.tell(run(ring, listed));
+    }
+}
+
+/// Makes the attempt if it is one on guest memory, of which this is.
+pub(crate) fn strike_memory(file: &File) {
+    if let Some(attempt) = CHOSEN.get()
+        && let Run::Memory(run) = attempt.run
+        && !STRUCK.swap(true, Ordering::Relaxed)
+    {
+        attempt.tell(run(file));
     }
 }
 
@@ -131,7 +178,14 @@ impl Attempt {
             log::error!("hostile: {name}: SUCCEEDED: not made, since {thread:?} was to make it");
             return;
         }
-        match (self.run)() {
+        if let Run::Now(run) = &self.run {
+            self.tell(run());
+        }
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        let name = &self.name;
+        match outcome {
             Outcome::Answer(answer) if answer < 0 => {
                 let error = Error::from_raw_os_error(i32::try_from(-answer).unwrap_or(0));
                 log::warn!("hostile: {name}: refused: {error}");
@@ -172,7 +226,7 @@ fn call(name: impl Into<String>, call: &'static str, nr: libc::c_long, args: Arg
         name: name.into(),
         call,
         worker: false,
-        run: Box::new(move || Outcome::Answer(raw(nr, args))),
+        run: now(move || Outcome::Answer(raw(nr, args))),
     }
 }
 
@@ -191,5 +245,6 @@ fn attempts(told: &Told) -> Vec<Attempt> {
     all.extend(memory::attempts());
     all.extend(descriptors::attempts(told));
     all.extend(dial::attempts(told));
+    all.extend(own::attempts());
     all
 }

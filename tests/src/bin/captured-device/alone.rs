@@ -1,17 +1,23 @@
 //! Stand-alone device processes, for front-ends of others: no launcher is there to say at which call
-//! one was stopped, and its policy kills it (SIGSYS). Each attempt is one process, in a namespace of
-//! processes of its own, so that what it sends no signal to is nothing of the host's.
+//! one was stopped, its policy kills it (SIGSYS), and the kernel's log has the call. Each attempt is one
+//! process of a program of its own name, in a namespace of processes of its own, so that what it sends
+//! no signal to is nothing of the host's.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use bulkhead_runtime::sys::send_now;
 use bulkhead_tests::host::sh;
 use bulkhead_tests::vmm::{Vmm, patience};
 
 use crate::attack::{Attempt, End, Ground, said};
+use crate::kernel_log::KernelLog;
+use crate::variants::{MEMORY, RING};
 use crate::victim::LIMIT;
 
 /// 128 and the signal's number.
@@ -54,6 +60,14 @@ pub fn all() -> (Vec<Alone>, Vec<(&'static str, &'static str)>) {
 }
 
 impl Alone {
+    /// What it has that not every process has, as attempts on it are called.
+    pub fn own(&self) -> &'static [&'static str] {
+        match self.device {
+            Device::Image => &[MEMORY],
+            Device::Raw | Device::Tap => &[MEMORY, RING],
+        }
+    }
+
     fn options(&self, number: usize, ground: &Ground<'_>) -> Result<[String; 2], String> {
         let scratch = ground.scratch;
         Ok(match self.device {
@@ -90,17 +104,23 @@ impl Alone {
         &self,
         attempts: &[&Attempt],
         ground: &Ground<'_>,
+        log: Option<&KernelLog>,
     ) -> Result<BTreeMap<usize, End>, String> {
         let mut ends = BTreeMap::new();
         for attempt in attempts {
-            if let Some(end) = self.one(attempt, ground)? {
+            if let Some(end) = self.one(attempt, ground, log)? {
                 ends.insert(attempt.number, end);
             }
         }
         Ok(ends)
     }
 
-    fn one(&self, attempt: &Attempt, ground: &Ground<'_>) -> Result<Option<End>, String> {
+    fn one(
+        &self,
+        attempt: &Attempt,
+        ground: &Ground<'_>,
+        log: Option<&KernelLog>,
+    ) -> Result<Option<End>, String> {
         let socket = ground
             .scratch
             .path(&format!("api/alone-{}", attempt.number));
@@ -110,7 +130,10 @@ impl Alone {
         let mut command = Command::new(by);
         command.arg(place);
         command.args(["unshare", "--pid", "--fork", "--kill-child", "--"]);
-        command.arg(format!("{}/{}", ground.libexec, self.binary));
+        let built = format!("{}/{}", ground.libexec, self.binary);
+        let program = format!("{built}-{}-{}", self.policy, attempt.number);
+        std::fs::hard_link(&built, &program).map_err(|e| format!("{program}: {e}"))?;
+        command.arg(&program);
         command
             .args(["--socket", &socket, &option])
             .args(value.split(' '));
@@ -119,7 +142,7 @@ impl Alone {
         let mut process = Vmm::spawn(command)?;
         let end = Instant::now() + patience(LIMIT);
         // This is what it waits for.
-        let _front_end = loop {
+        let front_end = loop {
             if let Ok(stream) = UnixStream::connect(&socket) {
                 break stream;
             }
@@ -128,6 +151,9 @@ impl Alone {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
+        if attempt.name.starts_with(MEMORY) {
+            give_memory(&front_end)?;
+        }
         while Instant::now() < end {
             if let Some((_, end)) = said(&[attempt], &process.errors()).pop() {
                 process.kill();
@@ -135,7 +161,12 @@ impl Alone {
             }
             match process.ended() {
                 Some(KILLED_BY_POLICY) => {
-                    return Ok(Some(End::Stopped(attempt.call.clone())));
+                    let Some(log) = log else {
+                        return Ok(Some(End::Stopped(attempt.call.clone())));
+                    };
+                    let call = log.call(&program);
+                    let call = call.ok_or("a call that the kernel's log does not name");
+                    return Ok(Some(End::Stopped(call.unwrap_or_else(str::to_owned))));
                 }
                 Some(other) => {
                     return Ok(Some(End::Through(format!("it ended with status {other}"))));
@@ -145,5 +176,31 @@ impl Alone {
         }
         process.kill();
         Ok(None)
+    }
+}
+
+/// SET_MEM_TABLE of the vhost-user protocol, with a page.
+fn give_memory(front_end: &UnixStream) -> Result<(), String> {
+    const SET_MEM_TABLE: u32 = 5;
+    const VERSION: u32 = 1;
+    const PAGE: u64 = 4096;
+    let text = |e: std::io::Error| format!("guest memory: {e}");
+    let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)
+        .map_err(std::io::Error::from)
+        .map_err(text)?;
+    let memory = File::from(memory);
+    memory.set_len(PAGE).map_err(text)?;
+    let mut message = Vec::new();
+    // The body: one region, and a word that pads; where the guest has it, how much, where the
+    // front-end has it, and from where in the file.
+    for word in [SET_MEM_TABLE, VERSION, 40, 1, 0] {
+        message.extend(word.to_ne_bytes());
+    }
+    for word in [0, PAGE, PAGE, 0] {
+        message.extend(word.to_ne_bytes());
+    }
+    match send_now(front_end.as_fd(), &message, Some(memory.as_fd())) {
+        Ok(len) if len == message.len() => Ok(()),
+        answer => Err(format!("guest memory: not sent: {answer:?}")),
     }
 }

@@ -63,6 +63,8 @@ pub struct Seen {
 const COME_AND_GO: usize = 8;
 /// Between two looks at what has become of the attempts.
 const LOOK_AGAIN: Duration = Duration::from_millis(30);
+/// Looks for the last words of a process that is gone: they come by another way than the event.
+const LAST_WORDS: usize = 10;
 
 /// Makes the attempts. `look`: at the policies too.
 ///
@@ -124,6 +126,14 @@ pub fn attack(
         std::thread::sleep(LOOK_AGAIN);
         let events = events(&socket).map_err(|e| vmm.story(&e))?;
         collect(&mut ends, variant, attempts, &events, &vmm.errors());
+    }
+    // One that led somewhere may be ended for it before its word is out.
+    for _ in 0..LAST_WORDS {
+        if !ends.values().any(|end| matches!(end, End::Borne(_))) {
+            break;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+        hear(&mut ends, attempts, &vmm.errors());
     }
     for (pid, before) in watched.iter().zip(before) {
         let after = descriptors(*pid);
@@ -245,14 +255,23 @@ fn collect(
                 .or_insert_with(|| End::Stopped(call.to_owned()));
         }
     }
-    for (number, end) in said(attempts, errors) {
-        ends.entry(number).or_insert(end);
-    }
+    hear(ends, attempts, errors);
     // Whoever floods the VMM is ended by it, before its last word is out at times.
     for event in events.iter().filter(|e| e["kind"] == "device.crashed") {
         if let Some(attempt) = whose(event).filter(|a| a.call == "sendmsg") {
             let why = format!("the VMM ended it: {}", event["detail"]);
             ends.entry(attempt.number).or_insert(End::Borne(why));
+        }
+    }
+}
+
+/// What processes said themselves; that an attempt led somewhere weighs more than how it ended.
+fn hear(ends: &mut BTreeMap<usize, End>, attempts: &[&Attempt], errors: &str) {
+    for (number, end) in said(attempts, errors) {
+        if matches!(end, End::Through(_)) {
+            ends.insert(number, end);
+        } else {
+            ends.entry(number).or_insert(end);
         }
     }
 }
@@ -280,4 +299,31 @@ pub fn said(attempts: &[&Attempt], text: &str) -> Vec<(usize, End)> {
         ends.push((attempt.number, end));
     }
     ends
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_an_attempt_led_somewhere_is_not_lost_behind_a_crash() {
+        let attempt = Attempt {
+            number: 3,
+            name: "an address".into(),
+            call: "sendmsg".into(),
+        };
+        let crashed = || BTreeMap::from([(3, End::Borne("the VMM ended it".into()))]);
+        let heard = |what: &str| {
+            let mut ends = crashed();
+            hear(
+                &mut ends,
+                &[&attempt],
+                &format!("a3: hostile: an address: {what}\n"),
+            );
+            ends.remove(&3)
+        };
+        assert!(matches!(heard("SUCCEEDED: 0x1"), Some(End::Through(_))));
+        assert!(matches!(heard("refused: EISCONN"), Some(End::Borne(_))));
+        assert!(matches!(heard("sent 7"), Some(End::Borne(_))));
+    }
 }

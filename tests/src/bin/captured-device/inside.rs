@@ -231,7 +231,11 @@ fn attempts(
     let enter = move || {
         place.enter()?;
         match told.take() {
-            Some(told) => try_all(&place, &targets, told),
+            // Who enters a namespace of processes has not entered it: its children have.
+            Some(told) => match place.processes {
+                Some(_) => in_a_child(|| try_all(&place, &targets, told)),
+                None => try_all(&place, &targets, told),
+            },
             None => Ok(()),
         }
     };
@@ -301,9 +305,13 @@ fn try_all(place: &Place, targets: &Targets, mut told: PipeWriter) -> Result<(),
     for file in &targets.cgroup {
         tell("write to another VM's cgroup", other_cgroup(file))?;
     }
+    for file in OWN_LIMITS {
+        let what = format!("write {} of its own cgroup", file.to_string_lossy());
+        tell(&what, other_cgroup(file))?;
+    }
     tell("make a device node", node())?;
     if place.processes.is_some() {
-        tell("mount its own /proc", among_its_processes())?;
+        tell("mount its own /proc", mount(c"proc").map(drop))?;
     }
     for pid in &targets.pids {
         let pid = i32::try_from(*pid).unwrap_or(i32::MAX);
@@ -368,6 +376,15 @@ fn mount(kind: &CStr) -> Result<OwnedFd, Error> {
     }
 }
 
+/// What would lift the limits of its own cgroup, or take it out of there.
+const OWN_LIMITS: [&CStr; 5] = [
+    c"memory.max",
+    c"pids.max",
+    c"cpu.max",
+    c"cgroup.procs",
+    c"cgroup.subtree_control",
+];
+
 /// Another VM's cgroup in a cgroup file system of its own. That there is one is no harm: it begins
 /// at the process's own group, if that has one.
 fn other_cgroup(place: &CStr) -> Result<(), Error> {
@@ -377,13 +394,13 @@ fn other_cgroup(place: &CStr) -> Result<(), Error> {
     answer(opened.into())
 }
 
-/// Mounts /proc in a child, which is in the namespace of processes that was entered.
-fn among_its_processes() -> Result<(), Error> {
-    // SAFETY: the child makes two system calls and ends.
+/// Does it in a child, which is in the namespace of processes that was entered.
+fn in_a_child(run: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+    // SAFETY: this process has one thread, itself the child of one that had more (see `attempts`).
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let status = match mount(c"proc") {
-            Ok(_) => 0,
+        let status = match run() {
+            Ok(()) => 0,
             Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
         };
         // SAFETY: it ends at once.

@@ -13,6 +13,7 @@
 mod alone;
 mod attack;
 mod inside;
+mod kernel_log;
 mod told;
 mod variants;
 mod victim;
@@ -27,17 +28,17 @@ use attack::{Attempt, End, Ground, Seen, attack};
 use bulkhead_seccomp::policy;
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::vmm::{Scratch, bin};
-use variants::Variant;
+use kernel_log::KernelLog;
+use variants::{ASKING, MEMORY, RING, Variant};
 use victim::Victim;
 
 /// VMs at once, of those that make one attempt each.
 const VMS: usize = 4;
-/// How the attempts begin that the thread alone makes which serves the rings.
-const BY_THE_WORKER: &str = "asking for connections";
 
 /// The argument that asks for what [`inside`] tries, alone.
 const INSIDE: &str = "inside";
 
+/// Of device processes.
 const BINARIES: [&str; 5] = [
     "bulkhead-blk",
     "bulkhead-net",
@@ -109,15 +110,24 @@ impl Thread {
     }
 
     /// Those of the attempts that it makes: a filter is every thread's, so that the second thread
-    /// makes each call once. `asks`: it has the channel for that.
-    fn share(self, asks: bool, attempts: &[Attempt]) -> Vec<&Attempt> {
+    /// makes each call once, and all of those on what it alone serves. `own`: what the process has
+    /// that not every one has.
+    fn share<'a>(self, own: &[&str], attempts: &'a [Attempt]) -> Vec<&'a Attempt> {
         let mut calls = BTreeSet::new();
         let attempts = attempts.iter();
+        let special = |a: &Attempt| {
+            let all = [
+                (ASKING, Self::Worker),
+                (RING, Self::Worker),
+                (MEMORY, Self::Main),
+            ];
+            all.into_iter().find(|(what, _)| a.name.starts_with(what))
+        };
         attempts
-            .filter(|a| match self {
-                _ if a.name.starts_with(BY_THE_WORKER) => asks && self == Self::Worker,
-                Self::Main => true,
-                Self::Worker => calls.insert(a.call.as_str()),
+            .filter(|a| match (special(a), self) {
+                (Some((what, whose)), _) => own.contains(&what) && self == whose,
+                (None, Self::Main) => true,
+                (None, Self::Worker) => calls.insert(a.call.as_str()),
             })
             .collect()
     }
@@ -164,6 +174,7 @@ fn run() -> Result<bool, String> {
     let (mut variants, absent) = variants::all();
     variants.retain(|variant| is_wanted(variant.policy));
     let mut tally = Tally::default();
+    let log = KernelLog::open();
     for thread in [Thread::Main, Thread::Worker] {
         let libexec = thread.libexec(&scratch, &victim)?;
         let ground = Ground {
@@ -174,7 +185,7 @@ fn run() -> Result<bool, String> {
         };
         for variant in &variants {
             let all = attempts(&format!("{libexec}/{}", variant.binary))?;
-            let share = thread.share(variant.asks(), &all);
+            let share = thread.share(variant.own(), &all);
             let from = format!("{}, {}", variant.policy, thread.name());
             let (started, made) = (Instant::now(), tally.made);
             for (turn, some) in share.chunks(variant.at_once().max(VMS)).enumerate() {
@@ -188,15 +199,18 @@ fn run() -> Result<bool, String> {
         }
         for alone in alone::all().0.iter().filter(|a| is_wanted(a.policy)) {
             let all = attempts(&format!("{libexec}/{}", alone.binary))?;
-            let share = thread.share(false, &all);
+            let share = thread.share(alone.own(), &all);
             let from = format!("{}, {}", alone.policy, thread.name());
             let started = Instant::now();
-            let ends = all_alone(alone, &share, &ground)?;
+            let ends = all_alone(alone, &share, &ground, log.as_ref().ok())?;
             tally.count(&from, &share, &ends);
             victim.unharmed(&before)?;
             let seconds = started.elapsed().as_secs();
             println!("{from}: {} attempts in {seconds} s", share.len());
         }
+    }
+    if let Err(why) = &log {
+        println!("skipped: which call ended a stand-alone process: {why}");
     }
     let alone_absent = alone::all().1;
     let names = variants.iter().map(|v| v.policy).collect::<Vec<_>>();
@@ -241,11 +255,12 @@ fn all_alone(
     alone: &alone::Alone,
     attempts: &[&Attempt],
     ground: &Ground<'_>,
+    log: Option<&KernelLog>,
 ) -> Result<Vec<Seen>, String> {
     std::thread::scope(|scope| {
         let running: Vec<_> = attempts
             .chunks(attempts.len().div_ceil(VMS).max(1))
-            .map(|some| scope.spawn(move || alone.attack(some, ground)))
+            .map(|some| scope.spawn(move || alone.attack(some, ground, log)))
             .collect();
         let ends = running.into_iter().map(|thread| {
             let ends = thread.join();
@@ -275,34 +290,58 @@ fn from_inside(scratch: &Scratch, victim: &Victim, tally: &mut Tally) -> Result<
         None => println!("skipped: passt's namespaces: PASST names none"),
     }
     let neighbour = Victim::start(scratch, "neighbour", Some(&namespace), &host, &more)?;
-    let processes = neighbour.processes()?;
     // The launcher may open what its user may, which of root's is everything: SECURITY.md says so.
-    let others = processes
-        .iter()
-        .filter(|(name, _)| name != "bulkhead-launcher");
-    let others: Vec<_> = others.cloned().collect();
-    let pids: Vec<i64> = victim
-        .processes()?
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .collect();
-    let net = format!("/run/netns/{}", namespace.name());
-    for (name, result) in inside::tests(scratch, &others, &net, &victim.socket, &pids) {
-        match result {
-            Ok(what) => {
-                tally.passed = tally.passed.saturating_add(1);
-                println!("{name}: {what}");
-            }
-            Err(what) => tally.failed.push(format!("{name}: {what}")),
-        }
+    let without = ["bulkhead-launcher"];
+    tally.inside("", scratch, (&neighbour, &without), &namespace, victim)?;
+    // Two VMs of one ordinary user, each with a tap of its own. What is no device's may do what the
+    // user may: SECURITY.md says that, too.
+    let mut of_user = Vec::new();
+    for name in ["first", "second"] {
+        namespace.tap(name, "", "user 65534")?;
+        let net = format!("tap={name},id=tap");
+        let more = ["--net", &net, "--rng", "id=rng", "--memory", "96M,max=224M"];
+        of_user.push(Victim::of_user(scratch, name, &namespace, &more)?);
     }
-    if let Err(why) = neighbour.unharmed(&processes) {
-        tally.failed.push(why);
+    let without = ["bulkhead-launcher", "bulkhead"];
+    if let [first, second] = of_user.as_slice() {
+        let whose = "an ordinary user's, another of the same user's: ";
+        tally.inside(whose, scratch, (first, &without), &namespace, second)?;
+        let whose = "an ordinary user's, one of root's: ";
+        tally.inside(whose, scratch, (first, &without), &namespace, victim)?;
     }
     Ok(())
 }
 
 impl Tally {
+    /// From inside the namespaces of the processes of one VM, `without` some, to another one.
+    fn inside(
+        &mut self,
+        whose: &str,
+        scratch: &Scratch,
+        (from, without): (&Victim, &[&str]),
+        namespace: &Namespace,
+        to: &Victim,
+    ) -> Result<(), String> {
+        let (processes, before) = (from.processes()?, to.processes()?);
+        let mut others = processes.clone();
+        others.retain(|(name, _)| !without.contains(&name.as_str()));
+        let pids: Vec<i64> = before.iter().map(|(_, pid)| *pid).collect();
+        let net = format!("/run/netns/{}", namespace.name());
+        for (name, result) in inside::tests(scratch, &others, &net, &to.socket, &pids) {
+            match result {
+                Ok(what) => {
+                    self.passed = self.passed.saturating_add(1);
+                    println!("{whose}{name}: {what}");
+                }
+                Err(what) => self.failed.push(format!("{whose}{name}: {what}")),
+            }
+        }
+        for harmed in [from.unharmed(&processes), to.unharmed(&before)] {
+            self.failed.extend(harmed.err());
+        }
+        Ok(())
+    }
+
     fn count(&mut self, from: &str, attempts: &[&Attempt], seen: &[Seen]) {
         for one in seen {
             self.policies.extend(one.policies.iter().cloned());

@@ -6,6 +6,14 @@ use bulkhead_tests::vmm::Scratch;
 /// Devices of one VM at most: one for each attempt.
 const AT_ONCE: usize = 24;
 
+/// How attempts are called on what not every process has: the channel by which it asks the launcher
+/// for connections, a ring of io_uring, guest memory where no guest has been started.
+pub const ASKING: &str = "asking for connections: ";
+/// See [`ASKING`].
+pub const RING: &str = "its own ring: ";
+/// See [`ASKING`].
+pub const MEMORY: &str = "guest memory: ";
+
 /// A kind of device process under one of its policies.
 pub struct Variant {
     /// The policy, by its file's name.
@@ -142,8 +150,17 @@ impl Variant {
     }
 
     /// Whether it may ask for connections.
-    pub fn asks(&self) -> bool {
+    fn asks(&self) -> bool {
         matches!(self.device, Device::Sockets)
+    }
+
+    /// What it has that not every process has, as attempts on it are called.
+    pub fn own(&self) -> &'static [&'static str] {
+        match self.device {
+            Device::Sockets => &[ASKING],
+            Device::Raw | Device::Tap { backend: "user" } if self.uring => &[RING],
+            _ => &[],
+        }
     }
 
     /// The socket beside which the device that makes attempt `number` may ask for connections.

@@ -4,9 +4,11 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::Namespace;
+use bulkhead_tests::host::{AS_USER, Namespace, Undo, for_user};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, patience};
 use serde_json::Value;
+
+use crate::BINARIES;
 
 /// How long anything may take.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -14,6 +16,7 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 /// A VM of another tenant's.
 pub struct Victim {
     _vmm: Vmm,
+    _undo: Option<Undo>,
     /// Its API socket.
     pub socket: String,
 }
@@ -31,8 +34,6 @@ impl Victim {
         host: &[&str],
         more: &[&str],
     ) -> Result<Self, String> {
-        let disk = scratch.disk(name, 1 << 20, 41)?;
-        let socket = scratch.path(&format!("{name}.sock"));
         let mut command = match namespace {
             Some(namespace) => {
                 let [by, place] = namespace.enter();
@@ -42,19 +43,70 @@ impl Victim {
             }
             None => Command::new(bin("bulkhead")),
         };
-        command.args(["serve", "--api-socket", &socket]).args(host);
-        let vmm = up(Vmm::spawn(command)?, &socket)?;
-        let disk = format!("path={disk},id={name}");
-        let vsock = format!("socket={}", scratch.path(&format!("{name}.vsock")));
+        command.arg("serve").args(host);
         let kernel = guest_file("vmlinux");
-        let mut create = vec!["create", "--kernel", &kernel];
+        Self::of(scratch, name, command, &kernel, None, more)
+    }
+
+    /// The same of an ordinary user's, all of which lies in the directory of that name.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn of_user(
+        scratch: &Scratch,
+        name: &str,
+        namespace: &Namespace,
+        more: &[&str],
+    ) -> Result<Self, String> {
+        let io = |e: std::io::Error| format!("{name}: {e}");
+        let own = scratch.path(name);
+        std::fs::create_dir_all(&own).map_err(io)?;
+        for program in BINARIES.iter().chain(&["bulkhead", "bulkhead-launcher"]) {
+            std::fs::copy(bin(program), format!("{own}/{program}")).map_err(io)?;
+        }
+        let kernel = format!("{own}/vmlinux");
+        std::fs::copy(guest_file("vmlinux"), &kernel).map_err(io)?;
+        scratch.disk(&format!("{name}/{name}"), 1 << 20, 41)?;
+        let undo = for_user(&own)?;
+        let [by, place] = namespace.enter();
+        let mut command = Command::new(by);
+        command.arg(place).args(AS_USER);
+        command.arg(format!("{own}/bulkhead")).arg("serve");
+        let name = format!("{name}/{name}");
+        Self::of(scratch, &name, command, &kernel, Some(undo), more)
+    }
+
+    /// `name`: of its files, and the end of it its disk's.
+    fn of(
+        scratch: &Scratch,
+        name: &str,
+        mut command: Command,
+        kernel: &str,
+        undo: Option<Undo>,
+        more: &[&str],
+    ) -> Result<Self, String> {
+        let disk = match undo {
+            None => scratch.disk(name, 1 << 20, 41)?,
+            Some(_) => scratch.path(name),
+        };
+        let socket = scratch.path(&format!("{name}.sock"));
+        command.args(["--api-socket", &socket]);
+        let vmm = up(Vmm::spawn(command)?, &socket)?;
+        let id = name.rsplit('/').next().unwrap_or(name);
+        let disk = format!("path={disk},id={id}");
+        let vsock = format!("socket={}", scratch.path(&format!("{name}.vsock")));
+        let mut create = vec!["create", "--kernel", kernel];
         if !more.contains(&"--memory") {
             create.extend(["--memory", "96M"]);
         }
         create.extend(["--disk", &disk, "--vsock", &vsock]);
         create.extend_from_slice(more);
         ctl(&socket, &create).map_err(|e| vmm.story(&e))?;
-        Ok(Self { _vmm: vmm, socket })
+        Ok(Self {
+            _vmm: vmm,
+            _undo: undo,
+            socket,
+        })
     }
 
     /// Its VMM's and launcher's processes, and those of its devices, with what each executes.

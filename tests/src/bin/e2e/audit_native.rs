@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{Undo, sh};
+use bulkhead_tests::host::{AS_USER, Namespace, Undo, for_user};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 use serde_json::Value;
@@ -33,6 +33,14 @@ pub fn native() -> Vec<Test> {
             "no process of a VM is dumpable, the VMM and the launcher neither",
             not_dumpable,
         ),
+        test(
+            "no policy that ships makes more system calls than its ceiling, as audit --policies counts them",
+            ceilings,
+        ),
+        test(
+            "what ships was built without what tests alone need: nothing hostile, nothing unconfined",
+            features,
+        ),
     ]
 }
 
@@ -46,22 +54,14 @@ const PROGRAMS: [&str; 7] = [
     "bulkhead-vsock",
 ];
 
-/// The command in front that makes `bulkhead` an ordinary user's.
-const AS_USER: [&str; 5] = [
-    "setpriv",
-    "--reuid=65534",
-    "--regid=65534",
-    "--clear-groups",
-    "--no-new-privs",
-];
-
-/// A machine with three kinds of device, which boots no guest.
+/// A machine with a device of each kind, which boots no guest.
 struct Served {
     socket: String,
     /// A copy of `bulkhead` that its user may read.
     program: String,
     vmm: Vmm,
     _scratch: Scratch,
+    _namespace: Namespace,
     _undo: Option<Undo>,
 }
 
@@ -77,20 +77,24 @@ impl Served {
         std::fs::copy(guest_file("vmlinux"), &kernel).map_err(|e| format!("vmlinux: {e}"))?;
         let mut undo = None;
         if !by.is_empty() {
-            let mode = std::fs::metadata("/dev/kvm").map_err(|e| format!("/dev/kvm: {e}"))?;
-            let mode = mode.mode() & 0o7777;
-            undo = Some(Undo::new(format!("chmod {mode:o} /dev/kvm")));
-            sh(&format!(
-                "chmod 666 /dev/kvm; chown -R 65534:65534 {}",
-                scratch.path("")
-            ))?;
+            undo = Some(for_user(&scratch.path(""))?);
         }
+        let namespace = Namespace::new("audit")?;
+        namespace.tap(
+            "audit0",
+            "",
+            if by.is_empty() {
+                "user root"
+            } else {
+                "user 65534"
+            },
+        )?;
+        let enter = namespace.enter();
         let socket = scratch.path("api");
         let program = scratch.path("bulkhead");
-        let mut all: Vec<&str> = by.to_vec();
-        all.extend([program.as_str(), "serve", "--api-socket", &socket]);
-        let mut command = Command::new(all.remove(0));
-        command.args(all);
+        let mut command = Command::new(&enter[0]);
+        command.arg(&enter[1]).args(by);
+        command.args([&program, "serve", "--api-socket", &socket]);
         let mut vmm = Vmm::spawn(command)?;
         let end = Instant::now() + patience(LIMIT);
         while ctl(&socket, &["info"]).is_err() {
@@ -99,6 +103,7 @@ impl Served {
             std::thread::sleep(Duration::from_millis(50));
         }
         let disk = format!("path={disk},id=root");
+        let vsock = format!("socket={}", scratch.path("vsock"));
         let create = [
             "create",
             "--kernel",
@@ -111,6 +116,10 @@ impl Served {
             "id=dice",
             "--disk",
             &disk,
+            "--vsock",
+            &vsock,
+            "--net",
+            "tap=audit0,id=net",
         ];
         ctl(&socket, &create).map_err(|e| vmm.story(&e))?;
         Ok(Self {
@@ -118,6 +127,7 @@ impl Served {
             program,
             vmm,
             _scratch: scratch,
+            _namespace: namespace,
             _undo: undo,
         })
     }
@@ -138,13 +148,13 @@ fn told(how: &[&str], output: &Output) -> String {
     format!("{how:?}: {}\n{out}\n{err}", output.status)
 }
 
-/// The processes of an audit, one of the VMM, one of the launcher, three of devices.
+/// The processes of an audit, one of the VMM, one of the launcher, five of devices.
 fn processes(audit: &Value) -> Result<&Vec<Value>, String> {
     let all = audit["processes"].as_array();
     let all = all.ok_or_else(|| audit.to_string())?;
     let of = |role: &str| all.iter().filter(|p| p["role"] == role).count();
     let roles = [of("vmm"), of("launcher"), of("device")];
-    check(roles == [1, 1, 3], || format!("{roles:?} {audit}"))?;
+    check(roles == [1, 1, 5], || format!("{roles:?} {audit}"))?;
     Ok(all)
 }
 
@@ -239,8 +249,11 @@ fn counts() -> Verdict {
             "bulkhead-blk",
             "bulkhead-rng",
             "bulkhead-mem",
+            "bulkhead-vsock",
+            "bulkhead-net",
+            "bulkhead-vcpu",
         ] {
-            let there = |seen: &String| seen.trim_end_matches(":setup") == name;
+            let there = |seen: &String| seen.trim_end_matches(":setup").starts_with(name);
             check(seen.iter().any(there), || format!("no {name}: {seen:?}"))?;
         }
     }
@@ -283,4 +296,71 @@ fn not_dumpable() -> Verdict {
         }
     }
     nothing_left(Duration::from_secs(5))
+}
+
+/// Under the launcher: stand-alone ones have more to do. The longest name that a policy begins with
+/// counts.
+const CEILINGS: [(&str, u64); 7] = [
+    ("bulkhead-net", 12),
+    ("bulkhead-blk", 16),
+    ("bulkhead-rng", 10),
+    ("bulkhead-vsock", 14),
+    ("bulkhead-mem", 11),
+    ("bulkhead-vcpu", 12),
+    ("bulkhead-vmm", 48),
+];
+
+fn ceilings() -> Verdict {
+    let output = bulkhead(&["audit", "--policies", "--json"])?;
+    let built: Value = serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())?;
+    let policies = built["policies"].as_array().ok_or("no policies")?;
+    let mut seen = 0;
+    for policy in policies {
+        let name = policy["process"].as_str().unwrap_or_default();
+        let ceiling = CEILINGS.iter().find(|(kind, _)| name.starts_with(kind));
+        let Some((_, most)) = ceiling.filter(|_| !name.ends_with("-socket")) else {
+            continue;
+        };
+        seen += 1;
+        let calls = policy["syscalls"].as_array().ok_or("no calls")?;
+        let count = policy["steady_syscalls"].as_u64().ok_or("no count")?;
+        check(count == calls.len() as u64, || policy.to_string())?;
+        check((1..=*most).contains(&count), || {
+            format!("{name}: {count} system calls, {most} are its ceiling")
+        })?;
+        for never in [
+            "execve", "execveat", "open", "openat", "socket", "connect", "mount", "ptrace",
+        ] {
+            check(!calls.iter().any(|call| call == never), || {
+                format!("{name} has {never}")
+            })?;
+        }
+    }
+    // Each kind, and those of which a kind has several.
+    check(seen >= CEILINGS.len() + 5, || {
+        format!("{seen} policies: {built}")
+    })
+}
+
+/// What the programs of no other feature contain.
+const NEVER_SHIPPED: [(&str, &[u8]); 4] = [
+    ("hostile", b"BULKHEAD-HOSTILE-IS-TOLD"),
+    ("unconfined", b"built without confinement"),
+    ("stubs", b"/ttrpc-0."),
+    ("stubs", b"/tokio-1."),
+];
+
+fn features() -> Verdict {
+    for program in PROGRAMS {
+        let content = std::fs::read(bin(program)).map_err(|e| format!("{program}: {e}"))?;
+        for (feature, mark) in NEVER_SHIPPED {
+            let found = content.windows(mark.len()).any(|bytes| bytes == mark);
+            check(!found, || format!("{program} was built with {feature}"))?;
+        }
+        let output = Command::new(bin(program)).arg("--attempts").output();
+        let output = output.map_err(|e| format!("{program}: {e}"))?;
+        let silent = output.stdout.is_empty() && !output.status.success();
+        check(silent, || told(&[program, "--attempts"], &output))?;
+    }
+    Ok(())
 }

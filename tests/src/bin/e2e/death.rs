@@ -40,7 +40,7 @@ pub fn tests() -> Vec<Test> {
 pub fn native() -> Vec<Test> {
     vec![Test {
         subject: "death",
-        name: "a killed VMM with passt, a switch's socket and a disk leaves nothing, and the next one has them all at once",
+        name: "a killed VMM with passt, a switch's socket, a tap, a disk and ids of its own leaves nothing, and the next one has them all at once",
         long: false,
         run: all_at_once,
     }]
@@ -172,6 +172,7 @@ fn serve(host: &Namespace, socket: &str, passt: &str) -> Result<Vmm, String> {
     let mut command = Command::new(first);
     command.arg(second).arg(bin("bulkhead"));
     command.args(["serve", "--api-socket", socket, "--passt", passt]);
+    command.args(["--uid-range", ONE_VM]);
     let vmm = Vmm::spawn(command)?;
     let end = Instant::now() + patience(LIMIT);
     while ctl(socket, &["info"]).is_err() {
@@ -194,6 +195,27 @@ fn group(socket: &str) -> Result<Option<PathBuf>, String> {
         .map(|mount| Path::new(mount).join(beneath)))
 }
 
+/// Ids for one VM and no other.
+const ONE_VM: &str = "700000:64";
+
+/// No other VM has ids out of the range.
+fn ids_in_use(host: &Namespace) -> Verdict {
+    let scratch = Scratch::new("no-ids")?;
+    let [by, place] = host.enter();
+    let output = Command::new(by)
+        .args([&place, "timeout", "60"])
+        .arg(bin("bulkhead"))
+        .args(["serve", "--api-socket", &scratch.path("api")])
+        .args(["--uid-range", ONE_VM])
+        .output()
+        .map_err(|e| e.to_string())?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    check(
+        !output.status.success() && errors.contains("other VMs have all of"),
+        || format!("{}: {errors}", output.status),
+    )
+}
+
 fn all_at_once() -> Verdict {
     let passt = tool("PASST")?;
     let scratch = Scratch::new("all-at-once")?;
@@ -202,6 +224,8 @@ fn all_at_once() -> Verdict {
         "ip link add up0 type veth peer name down0; ip link set down0 up
 ip addr add 192.0.2.2/24 dev up0; ip link set up0 up; ip route add default via 192.0.2.1",
     )?;
+    // Of one queue: who attaches while another does is refused by the kernel.
+    host.tap("all0", "", "user root")?;
     let (api, switch) = (scratch.path("api"), scratch.path("switch"));
     let image = scratch.disk("image", 1 << 20, 3)?;
     let kernel = guest_file("vmlinux");
@@ -223,6 +247,8 @@ ip addr add 192.0.2.2/24 dev up0; ip link set up0 up; ip route add default via 1
         "user,id=user",
         "--net",
         &net,
+        "--net",
+        "tap=all0,id=tap",
     ];
     for round in 0..3 {
         let mut vmm = serve(&host, &api, &passt)?;
@@ -232,13 +258,16 @@ ip addr add 192.0.2.2/24 dev up0; ip link set up0 up; ip route add default via 1
         for (id, state) in [
             ("disk", "ready"),
             ("user", "ready"),
+            ("tap", "ready"),
             ("switch", "disconnected"),
         ] {
             let found = device(&api, id)?.unwrap_or_default();
             check(found["state"] == state, || found.to_string())?;
             pids.extend(found["pid"].as_i64().filter(|pid| *pid > 0));
         }
-        check(pids.len() == 2, || format!("{pids:?}"))?;
+        check(pids.len() == 3, || format!("{pids:?}"))?;
+        // It has all ids that there are, and the tap.
+        ids_in_use(&host)?;
         let group = group(&api)?;
         if let Some(group) = &group {
             check(group.join("dev-disk").exists(), || {

@@ -26,8 +26,13 @@ const ATTACKS: [(&str, &str); 8] = [
     ("half-ctl", "seccomp"),
     ("half-vu", "seccomp"),
 ];
+/// Attacks on vhost-user's own channel while the VMM asks nothing there.
+const UNHEARD: [&str; 3] = ["vu-flood", "vu-oversize", "vu-fds"];
 /// Attacks before the first answer, and what `create` says of them.
-const EARLY: [(&str, &str); 5] = [
+const EARLY: [(&str, &str); 8] = [
+    ("early-vu-flood", "a header with flags 0x1"),
+    ("early-vu-large", "4294967295 bytes"),
+    ("early-vu-fds", "descriptors"),
     ("early-half-ctl", "ended at its start"),
     ("early-half-vu", "closed"),
     ("early-oversize", "65536 are allowed"),
@@ -200,7 +205,8 @@ impl Bed {
 
 fn attacks() -> Verdict {
     let bed = serve("hostile")?;
-    let names: Vec<&str> = ATTACKS.iter().map(|(name, _)| *name).collect();
+    let mut names: Vec<&str> = ATTACKS.iter().map(|(name, _)| *name).collect();
+    names.extend(UNHEARD);
     bed.create(&names)?;
     for (attack, class) in ATTACKS {
         let crash = bed.wait_for("device.crashed", attack)?;
@@ -213,6 +219,16 @@ fn attacks() -> Verdict {
         // Its successor does the same, which is once too often.
         bed.wait_for("device.quarantined", attack)?;
         bed.good_lives()?;
+    }
+    // What is sent where the VMM does not listen costs nobody anything.
+    let devices = ctl(&bed.socket, &["devices"])?;
+    for name in UNHEARD {
+        let mut list = devices.as_array().into_iter().flatten();
+        let found = list.find(|d| d["id"] == name).cloned().unwrap_or_default();
+        check(
+            found["state"] == "ready" && found["incarnation"] == 1,
+            || found.to_string(),
+        )?;
     }
     let events = bed.events()?;
     let numbers: Vec<u64> = events

@@ -38,6 +38,7 @@ mod net_native;
 mod recovery;
 mod recovery_net;
 mod resources;
+mod resources_enforced;
 mod rng;
 mod shell;
 mod update;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         tests.extend(recovery_net::tests());
         tests.extend(update::tests());
         tests.extend(resources::tests());
+        tests.extend(resources_enforced::tests());
         tests.extend(hostile_device::tests());
         tests.extend(hostile_disk::tests());
         tests.extend(hostile_guest::tests());

@@ -36,6 +36,13 @@ fn main() -> ExitCode {
     match evil.as_deref() {
         // Before anybody has asked for anything.
         Some("early-oversize") => send(CONTROL, &oversize_frame(), &[]),
+        Some("early-vu-flood") => {
+            for _ in 0..1000 {
+                send(VHOST, &backend_message(0), &[]);
+            }
+        }
+        Some("early-vu-large") => send(VHOST, &answer(u32::MAX), &[]),
+        Some("early-vu-fds") => send(VHOST, &answer(8), &[0, 1, 0, 1]),
         Some("early-end") => return ExitCode::from(7),
         // Good until then, in seconds.
         Some(name) if name.starts_with("til-") => {
@@ -134,6 +141,14 @@ fn backend_message(size: u32) -> Vec<u8> {
         .collect()
 }
 
+/// A header of vhost-user: the answer to GET_FEATURES, version 1, with a size.
+fn answer(size: u32) -> Vec<u8> {
+    [1u32, 5, size]
+        .iter()
+        .flat_map(|n| n.to_le_bytes())
+        .collect()
+}
+
 fn attack(name: &str) {
     std::thread::park_timeout(PATIENCE);
     match name {
@@ -153,6 +168,11 @@ fn attack(name: &str) {
         "be-flood" => loop {
             everywhere(&backend_message(0), &[]);
         },
+        "vu-flood" => loop {
+            send(VHOST, &backend_message(0), &[]);
+        },
+        "vu-oversize" => send(VHOST, &backend_message(u32::MAX), &[]),
+        "vu-fds" => send(VHOST, &backend_message(0), &[0, 1, 0, 1]),
         "be-oversize" => everywhere(&backend_message(u32::MAX), &[]),
         "half-ctl" => half_close(CONTROL),
         "half-vu" => half_close(VHOST),
