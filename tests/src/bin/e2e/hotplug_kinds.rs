@@ -288,9 +288,7 @@ fn updated() -> Verdict {
             ctl(&api, &remove)?;
             let updated = update.join().map_err(|_| "panic")?;
             check(
-                updated
-                    .as_ref()
-                    .is_err_and(|line| line.contains("the device is removed")),
+                updated.as_ref().is_err_and(|line| line.contains("removed")),
                 || format!("{updated:?}"),
             )
         })?;

@@ -112,7 +112,14 @@ pub(crate) fn accept(listener: &UnixListener) -> Result<UnixStream, String> {
 }
 
 pub(crate) fn joined(path: &str, port: u32) -> Result<UnixStream, String> {
-    connect(path, port)?.ok_or_else(|| format!("turned away from port {port}"))
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        match connect(path, port)? {
+            Some(client) => return Ok(client),
+            None if Instant::now() > end => return Err(format!("turned away from port {port}")),
+            None => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
 }
 
 /// Sends bytes to a program that sends them back, and says no more before it has read them all.
