@@ -149,6 +149,7 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         }
     }
     let behind = |port: &PortInfo| match port.device.as_str() {
+        "" if port.vacating => format!("{} (vacating)", port.name),
         "" => port.name.clone(),
         id => format!("{} ({id})", port.name),
     };

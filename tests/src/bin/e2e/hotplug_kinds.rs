@@ -11,6 +11,7 @@ use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, nothing_left, patience};
 use super::disk::{LIMIT, sparse};
 use super::hotplug::{created, device, holdings, settled};
 use super::hotplug_beside::events;
+use super::hotplug_order::until_ok;
 use super::net_modes::tool;
 use super::shell::{READER, Shell, guest};
 use super::update::Binaries;
@@ -147,7 +148,7 @@ fn kinds(rounds: u32) -> Verdict {
     )?;
     check(counter(&api, "msi_gsis")? >= gsis, || "fewer routes".into())?;
     guest.run("modprobe virtiofs; until mount -t virtiofs home /mnt/data 2>/dev/null; do sleep 0.1; done; [ $(cat /mnt/data/file) = shared ] && echo back >/mnt/data/back && umount /mnt/data")?;
-    ctl(&api, &["remove-device", "home", "--timeout", "300"])?;
+    overtaken(&api)?;
     guest.run("! mount -t virtiofs home /mnt/data 2>/dev/null")?;
     let back = sh(&format!("cat {share}/back"))?;
     check(back.trim() == "back", || format!("virtiofsd has {back:?}"))?;
@@ -168,6 +169,39 @@ fn kinds(rounds: u32) -> Verdict {
     guest.ends()?;
     drop(virtiofsd);
     Ok(())
+}
+
+/// One removal waits for a guest that is paused, another for its turn; one by force ends both.
+fn overtaken(api: &str) -> Verdict {
+    let told = |words: &str| {
+        until_ok(|| {
+            let told = events(api)?;
+            let mut lines = told.lines();
+            let found = lines.any(|line| line.contains("\"home\"") && line.contains(words));
+            found.then_some(().into()).ok_or(told.clone())
+        })
+    };
+    let remove = || ctl(api, &["remove-device", "home", "--timeout", "300"]);
+    ctl(api, &["pause"])?;
+    std::thread::scope(|scope| {
+        let first = scope.spawn(remove);
+        told(": remove\"")?;
+        let second = scope.spawn(remove);
+        told(": remove, when its turn comes")?;
+        ctl(api, &["remove-device", "home", "--force"])?;
+        let (first, second) = (first.join(), second.join());
+        for (thread, words) in [
+            (first, "device home: is being removed by force"),
+            (second, "there is no device home"),
+        ] {
+            let refused = thread.map_err(|_| "panic".to_owned())?;
+            check(
+                refused.as_ref().is_err_and(|line| line.contains(words)),
+                || format!("no {words:?} in {refused:?}"),
+            )?;
+        }
+        ctl(api, &["resume"]).map(drop)
+    })
 }
 
 fn deaf() -> Verdict {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::{debian_by, debian_told, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, ctl, nothing_left, patience};
+use bulkhead_tests::vmm::{Scratch, bulkhead, ctl, nothing_left, patience};
 
 use super::disk::{LIMIT, sparse};
 use super::hotplug::{device, holdings, settled};
@@ -64,7 +64,7 @@ fn port(socket: &str, name: &str, field: &str) -> Result<serde_json::Value, Stri
 }
 
 /// Repeats what a guest that has not noticed yet makes fail.
-fn until_ok(what: impl Fn() -> Result<serde_json::Value, String>) -> Verdict {
+pub fn until_ok(what: impl Fn() -> Result<serde_json::Value, String>) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     loop {
         match what() {
@@ -123,6 +123,9 @@ fn in_order() -> Verdict {
     ctl(&socket, &["pause"])?;
     ctl(&socket, &["remove-device", "large", "--force"])?;
     refused(&on(&small, "hp2"), "port hp2: the guest has not let go")?;
+    let shown = bulkhead(&["ctl", "--socket", &socket, "info"])?;
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    check(shown.contains("hp2 (vacating)"), || shown.clone())?;
     check(port(&socket, "hp2", "vacating")? == true, || "hp2".into())?;
     check(port(&socket, "hp1", "vacating")? == false, || "hp1".into())?;
     ctl(&socket, &["resume"])?;
@@ -150,7 +153,7 @@ fn in_order() -> Verdict {
         let late = ctl(&socket, &["remove-device", "large", "--timeout", "1"]);
         refused(
             &late,
-            "device large: another operation on it has not ended in time",
+            "device large: what is under way has not ended in time",
         )?;
         let added = scope.spawn(|| ctl(&socket, &["add-disk", &large, "--port", "hp3"]));
         until_ok(|| {

@@ -426,8 +426,8 @@ impl Host {
             self.overdue(operation);
         }
         self.look_for_unused(now);
-        self.end_late_turns(now);
         self.next_in_turn();
+        self.end_late_turns(now);
         false
     }
 

@@ -121,6 +121,10 @@ impl Host {
                     leaver.reply = Some(reply);
                 }
                 self.take_first_step(operation, index);
+                // Where nothing is to end first, it is over by now.
+                if !self.hotplug.is_busy(&id) {
+                    self.next_in_turn();
+                }
             }
             Err(status) => {
                 if let Some(place) = place {

@@ -138,8 +138,9 @@ impl Host {
                 return;
             };
             let id = late.request.id();
-            let why =
-                format!("device {id}: another operation on it has not ended in time: see Events");
+            let why = format!(
+                "device {id}: what is under way has not ended in time (another operation on it, memory that comes or goes, many devices at once): see Events, then retry"
+            );
             self.ended(late.place.operation, id, Err(&why));
             let status = RpcStatus::new(Code::DeadlineExceeded, why);
             late.reply.complete(Err(status));
