@@ -269,8 +269,10 @@ fn a_link_that_is_down_carries_nothing_whatever_the_driver_and_the_switch_do() {
     assert!(matches!(adopt(&guest, socket), Outcome::Reconnected(_)));
     assert_eq!(enabled(&guest), [false; 4]);
     assert_eq!(guest.read(STATUS, 2), 0);
-    // The driver begins anew.
+    // The driver begins anew, with empty rings.
     guest.set_common(common::DEVICE_STATUS, 1, 0);
+    let ram = &guest.ram.file;
+    ram.write_all_at(&[0; 0x3000], CONTROL).unwrap();
     bring_up(&guest);
     assert_eq!(enabled(&guest), [false; 4]);
     assert!(guest.kick_arrived(1), "by the greeting of the successor");
