@@ -3,8 +3,11 @@
 //! hands it one job after another, does not.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use super::hotplug::{News, Post};
 use super::plugging::Job;
@@ -12,6 +15,11 @@ use crate::kvm::KvmVm;
 use crate::memory::Pluggable;
 use crate::threads::{self, ThreadHook};
 use crate::virtio::VirtioPciFunction;
+
+/// How long a process that was lost may take to end, with all of its I/O: longer than whoever
+/// ends it waits for it.
+const QUIET_LIMIT: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// What the thread is told of a device.
 pub type Listener = (String, Arc<VirtioPciFunction>);
@@ -77,43 +85,53 @@ impl Worker {
         }
     }
 
+    /// All of it or nothing.
     fn carry_out(&self, order: &Order) -> Result<(), String> {
         let Order { job, listeners } = order;
-        self.add(&job.add, listeners)?;
-        // Nobody maps any more what is given back as a whole.
-        self.remove(&job.remove, listeners);
-        for blocks in &job.punch {
-            self.area
-                .punch(blocks.clone())
-                .map_err(|e| format!("giving pages back to the host: {e}"))?;
+        if let Err(why) = self.add(&job.add, listeners) {
+            if let Err(more) = self.remove(&job.add, listeners) {
+                log::warn!("memory that was not plugged: {more}");
+            }
+            return Err(why);
         }
-        Ok(())
+        let gone = self.remove(&job.remove, listeners);
+        // Nobody maps any more what is given back as a whole.
+        gone.and_then(|()| self.punch(&job.punch)).inspect_err(|_| {
+            if let Err(more) = self.add(&job.remove, listeners) {
+                log::error!("memory that the guest keeps: {more}");
+            }
+        })
     }
 
-    /// All of them or none.
+    fn punch(&self, punched: &[Range<u64>]) -> Result<(), String> {
+        punched.iter().try_for_each(|blocks| {
+            let given = self.area.punch(blocks.clone());
+            given.map_err(|e| format!("giving pages back to the host: {e}"))
+        })
+    }
+
+    /// KVM first: what the guest asks a device to reach, it may reach itself.
     fn add(&self, numbers: &[usize], listeners: &[Listener]) -> Result<(), String> {
         if numbers.is_empty() {
             return Ok(());
         }
-        let told = numbers
-            .iter()
-            .try_for_each(|number| self.tell_kvm(*number, true))
-            .and_then(|()| {
-                listeners.iter().try_for_each(|(id, function)| {
-                    let told = function.sync_memory();
-                    told.map_err(|e| format!("device {id} cannot be told of more memory: {e}"))
-                })
-            });
-        if told.is_err() {
-            self.remove(numbers, listeners);
+        for number in numbers {
+            self.area.set_present(*number, true);
         }
-        told
+        for number in numbers {
+            self.tell_kvm(*number, true)?;
+        }
+        for (id, function) in listeners {
+            let told = function.sync_memory();
+            told.map_err(|e| format!("device {id} cannot be told of more memory: {e}"))?;
+        }
+        wait_for_quiet(listeners)
     }
 
     /// Devices first: what they map then, the guest does not have.
-    fn remove(&self, numbers: &[usize], listeners: &[Listener]) {
+    fn remove(&self, numbers: &[usize], listeners: &[Listener]) -> Result<(), String> {
         if numbers.is_empty() {
-            return;
+            return Ok(());
         }
         for number in numbers {
             self.area.set_present(*number, false);
@@ -124,11 +142,8 @@ impl Worker {
                 log::warn!("device {id}: {error}");
             }
         }
-        for number in numbers {
-            if let Err(error) = self.tell_kvm(*number, false) {
-                log::warn!("memory: {error}");
-            }
-        }
+        wait_for_quiet(listeners)?;
+        numbers.iter().try_for_each(|n| self.tell_kvm(*n, false))
     }
 
     fn tell_kvm(&self, number: usize, present: bool) -> Result<(), String> {
@@ -138,4 +153,21 @@ impl Worker {
         let told = self.kvm.set_region(region, present);
         told.map_err(|e| e.to_string())
     }
+}
+
+/// Waits until nothing is left of processes that were lost: such a one has acknowledged nothing,
+/// and might fail requests for lack of what is new, or write to what is gone.
+fn wait_for_quiet(listeners: &[Listener]) -> Result<(), String> {
+    let limit = Instant::now().checked_add(QUIET_LIMIT);
+    for (id, function) in listeners {
+        while !function.is_quiet() {
+            if limit.is_none_or(|limit| Instant::now() >= limit) {
+                return Err(format!(
+                    "device {id}: a process of it that was lost, or its I/O, does not end: is the host's storage stuck?"
+                ));
+            }
+            sleep(LOOK);
+        }
+    }
+    Ok(())
 }

@@ -351,6 +351,12 @@ impl VirtioPciFunction {
         self.signals.unquiet.store(false, Ordering::Release);
     }
 
+    /// Nothing that a process which was lost had in flight can still reach guest memory. Always so
+    /// where the options do not say `fenced`: the end of somebody else's process is not known.
+    pub fn is_quiet(&self) -> bool {
+        !self.signals.unquiet.load(Ordering::Acquire)
+    }
+
     /// Whether the driver has reset the function after its process was given up: it sets it up
     /// again, and a successor may find everything. Once for each time. Never blocks.
     pub fn take_reset(&self) -> bool {
@@ -373,9 +379,9 @@ impl VirtioPciFunction {
     }
 
     /// Tells the process of memory that has come and gone; returns when it has acknowledged all
-    /// of it, or there is none: its successor is told of everything. One that does not let go
-    /// of what is gone is lost. May take as long as `operation_timeout`: not for the manager
-    /// thread.
+    /// of it, or there is none that serves: its successor is told of everything. One that does not
+    /// let go of what is gone is lost, and [`is_quiet`](Self::is_quiet) says when nothing is left
+    /// of it. May take as long as `operation_timeout`: not for the manager thread.
     ///
     /// # Errors
     /// The process serves on without what has come.
@@ -404,6 +410,12 @@ impl VirtioPciFunction {
             }
             done => done,
         }
+    }
+
+    /// Tells the driver once more that the configuration has changed: it looks again.
+    pub fn remind(&self) {
+        self.signals.generation.fetch_add(1, Ordering::AcqRel);
+        self.notify_config();
     }
 
     /// Sets the configuration space, where it is the VMM's own ([`ConfigSource::Fixed`]); the

@@ -33,6 +33,9 @@ use crate::machine::supervise::CrashReason;
 
 /// How long the device process has to take note of a new size.
 const ASK_LIMIT: Duration = Duration::from_secs(30);
+/// When a guest whose wish could not be granted is told to ask again: Linux by itself does so
+/// after 50 s.
+const REMIND: Duration = Duration::from_secs(2);
 
 /// A change that the device process is being told of.
 struct Asked {
@@ -58,12 +61,15 @@ pub(super) struct Progress {
     held: Option<Job>,
     /// Why the guest was refused last.
     refused: Option<String>,
+    /// When it is told to ask again.
+    remind_at: Option<Instant>,
 }
 
 impl Progress {
     /// When the change is to be looked at.
     pub(super) fn timer(&self) -> Option<Instant> {
-        self.pending.as_ref().map(|pending| pending.until)
+        let pending = self.pending.as_ref()?.until;
+        Some(self.remind_at.map_or(pending, |at| at.min(pending)))
     }
 }
 
@@ -359,7 +365,9 @@ impl Host {
                 self.log
                     .publish_typed("memory.refused", mem::ID, &why, what);
                 self.memory.refused = Some(why);
-                Outcome::NACK
+                self.memory.remind_at = Instant::now().checked_add(REMIND);
+                // Not NACK: Linux asks again at once, and for ever.
+                Outcome::BUSY
             }
         };
         if self
@@ -398,6 +406,11 @@ impl Host {
 
     /// Looks whether the guest has had its time. True: nothing is due.
     pub(super) fn look_at_memory(&mut self, now: Instant) -> bool {
+        if self.memory.pending.is_some() && self.memory.remind_at.take_if(|at| *at <= now).is_some()
+        {
+            let place = self.memory_place();
+            place.inspect(|(_, device, _)| device.function.remind());
+        }
         let Some(pending) = self.memory.pending.take_if(|p| p.until <= now) else {
             return true;
         };
