@@ -8,7 +8,7 @@
 //! | 0x00 | root ports whose slot was filled, or emptied by surprise: a bit for each device number; read to clear |
 //! | 0x04 | root ports whose device shall be removed; read to clear |
 //! | 0x08 | write: eject the devices behind these root ports |
-//! | 0x100 + n | vCPU n, a byte. Read: bit 0 it is there, bit 1 it was added, bit 2 it shall be removed. Write: bits 1 and 2 take those notes back, bit 3 ejects it |
+//! | 0x100 + n | vCPU n, a byte. Read: bit 0 it is there, bit 1 it was added, bit 2 it shall be removed. Write: bits 1 and 2 take those notes back, bit 3 ejects it, bit 4 says that what was to become of it has |
 //!
 //! vCPU threads read and write; the manager notes what it wants and takes what was ejected.
 //! An ejected device has left the bus before the guest's write returns, so that no scan finds
@@ -37,6 +37,8 @@ pub const CPU_INSERTED: u8 = 1 << 1;
 pub const CPU_REMOVING: u8 = 1 << 2;
 /// Eject it.
 pub const CPU_EJECT: u8 = 1 << 3;
+/// It was asked for, or ejected, and the guest is through with that (`_OST`, ACPI 6.5, 6.3.5).
+pub const CPU_ANSWERED: u8 = 1 << 4;
 
 /// Takes the device behind a root port, by its device number, off the bus. `None`: there is
 /// none.
@@ -50,7 +52,18 @@ struct State {
     ejected: Vec<Arc<dyn PciFunction>>,
     /// The bits of each vCPU that there may be.
     cpus: Vec<u8>,
+    /// vCPUs whose request the guest has seen and not answered: it may give them up at any time, or
+    /// has and will look whether they are really gone.
+    asked: Vec<bool>,
     ejected_cpus: Vec<u32>,
+}
+
+impl State {
+    fn set_asked(&mut self, index: usize, asked: bool) {
+        if let Some(place) = self.asked.get_mut(index) {
+            *place = asked;
+        }
+    }
 }
 
 /// The registers.
@@ -67,6 +80,7 @@ impl HotplugRegisters {
         Arc::new(Self {
             state: Mutex::new(State {
                 cpus: cpus.collect(),
+                asked: vec![false; max as usize],
                 ..State::default()
             }),
             detach,
@@ -134,10 +148,42 @@ impl HotplugRegisters {
         u32::try_from(last).ok()
     }
 
-    /// Adds the lowest vCPU that is not there.
+    /// vCPUs that the guest has been asked for and has neither given up nor said that it keeps,
+    /// whether it has seen the request or not.
+    pub fn asked_cpus(&self) -> Vec<u32> {
+        self.unanswered(true)
+    }
+
+    /// vCPUs that the guest has ejected and is not through with: one that came back now would look
+    /// to it as if it had never gone.
+    pub fn leaving_cpus(&self) -> Vec<u32> {
+        self.unanswered(false)
+    }
+
+    fn unanswered(&self, present: bool) -> Vec<u32> {
+        let state = self.lock();
+        let cpus = (0..).zip(state.cpus.iter().zip(&state.asked));
+        cpus.filter(|(_, (bits, asked))| *bits & CPU_REMOVING != 0 || **asked)
+            .filter(|(_, (bits, _))| (**bits & CPU_PRESENT != 0) == present)
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    /// The guest has had time enough to be through with those that it has ejected: it is one
+    /// without `_OST`.
+    pub fn forget_leaving_cpus(&self) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for (bits, asked) in state.cpus.iter().zip(&mut state.asked) {
+            *asked &= *bits & CPU_PRESENT != 0;
+        }
+    }
+
+    /// Adds the lowest vCPU that is not there, nor leaving.
     pub fn add_cpu(&self) -> Option<u32> {
         let mut state = self.lock();
-        let index = state.cpus.iter().position(|bits| bits & CPU_PRESENT == 0)?;
+        let mut cpus = state.cpus.iter().zip(&state.asked);
+        let index = cpus.position(|(bits, leaving)| bits & CPU_PRESENT == 0 && !leaving)?;
         *state.cpus.get_mut(index)? = CPU_PRESENT | CPU_INSERTED;
         u32::try_from(index).ok()
     }
@@ -205,14 +251,25 @@ impl HotplugRegisters {
         let Some(bits) = state.cpus.get_mut(index) else {
             return;
         };
+        let before = *bits;
         *bits &= !(value & (CPU_INSERTED | CPU_REMOVING));
+        let seen = before & value & CPU_REMOVING != 0;
         // The boot processor stays.
-        if value & CPU_EJECT != 0 && *bits & CPU_PRESENT != 0 && index != 0 {
+        let ejected = value & CPU_EJECT != 0 && before & CPU_PRESENT != 0 && index != 0;
+        if ejected {
             *bits = 0;
-            state
-                .ejected_cpus
-                .push(u32::try_from(index).unwrap_or(u32::MAX));
-            drop(state);
+        }
+        let changed = *bits != before;
+        let was_asked = state.asked.get(index).copied().unwrap_or(false);
+        let asked = (seen || was_asked || ejected) && value & CPU_ANSWERED == 0;
+        state.set_asked(index, asked);
+        if ejected {
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            state.ejected_cpus.push(index);
+        }
+        drop(state);
+        // Only as often as the manager has noted something.
+        if changed || asked != was_asked {
             self.events.send(MachineEvent::Ejected);
         }
     }
@@ -398,5 +455,39 @@ mod tests {
         bed.write_cpu(200, 0xff);
         assert_eq!(bed.registers.take_ejected_cpus(), [2]);
         assert_eq!(bed.registers.present_cpus(), 2);
+    }
+
+    #[test]
+    fn a_vcpu_that_was_asked_for_is_so_until_the_guest_answers() {
+        let bed = bed(4, 4);
+        bed.write_cpu(3, CPU_ANSWERED);
+        assert!(bed.events.try_recv().is_none(), "nobody asked");
+        for index in [2, 3] {
+            bed.registers.ask_for_cpu(index);
+        }
+        assert_eq!(bed.registers.asked_cpus(), [2, 3]);
+        bed.write_cpu(3, CPU_REMOVING);
+        assert!(matches!(bed.events.try_recv(), Some(MachineEvent::Ejected)));
+        assert!(bed.registers.withdraw_cpu(2), "not seen");
+        assert!(!bed.registers.withdraw_cpu(3), "seen");
+        assert_eq!(bed.registers.asked_cpus(), [3]);
+        bed.write_cpu(3, CPU_ANSWERED);
+        assert!(bed.registers.asked_cpus().is_empty());
+        assert!(matches!(bed.events.try_recv(), Some(MachineEvent::Ejected)));
+        bed.write_cpu(3, CPU_ANSWERED | CPU_REMOVING);
+        assert!(bed.events.try_recv().is_none(), "nothing was noted");
+        bed.registers.ask_for_cpu(3);
+        bed.write_cpu(3, CPU_REMOVING);
+        bed.write_cpu(3, CPU_EJECT);
+        assert!(bed.registers.asked_cpus().is_empty());
+        assert_eq!(bed.registers.leaving_cpus(), [3]);
+        assert_eq!(bed.registers.present_cpus(), 3);
+        bed.write_cpu(3, CPU_ANSWERED);
+        assert!(bed.registers.leaving_cpus().is_empty());
+        // By its own will, and without a word.
+        bed.write_cpu(2, CPU_EJECT);
+        assert_eq!(bed.registers.leaving_cpus(), [2]);
+        bed.registers.forget_leaving_cpus();
+        assert!(bed.registers.leaving_cpus().is_empty());
     }
 }

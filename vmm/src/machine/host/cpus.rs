@@ -19,10 +19,28 @@ pub(super) struct Resize {
     until: Instant,
     timeout: Duration,
     reply: ReplyHandle,
+    /// By then a guest is through with what it has ejected, or does not say so.
+    answer_by: Option<Instant>,
+    /// How often vCPUs may still be added in the place of some that the guest gave up meanwhile.
+    again: u32,
 }
 
-/// How often a change looks whether the guest has seen it.
-const LOOK: Duration = Duration::from_millis(20);
+/// More would be a guest that plays.
+const AGAIN: u32 = 16;
+
+/// How long a guest may take to be through with a vCPU that it has ejected.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// What a vCPU's operation is about, for events.
+const SUBJECT: &str = "vcpus";
+
+fn listed(cpus: &[u32]) -> String {
+    let numbers: Vec<String> = cpus.iter().map(u32::to_string).collect();
+    match cpus {
+        [_] => format!("vCPU {}", numbers.join(", ")),
+        _ => format!("vCPUs {}", numbers.join(", ")),
+    }
+}
 
 impl Host {
     /// Changes the number of vCPUs.
@@ -50,7 +68,7 @@ impl Host {
             ));
         }
         let operation = self.hotplug.next_operation();
-        self.began(operation, "", &format!("{count} vCPUs"));
+        self.began(operation, SUBJECT, &format!("{count} vCPUs"));
         let now = Instant::now();
         self.resize = Some(Resize {
             operation,
@@ -58,7 +76,29 @@ impl Host {
             until: now + timeout,
             timeout,
             reply,
+            answer_by: now.checked_add(ANSWER),
+            again: AGAIN,
         });
+        self.add_cpus(count);
+        let Some(machine) = &self.machine else {
+            return;
+        };
+        let registers = &machine.parts.hotplug;
+        let present = registers.present_cpus();
+        // From the highest down, as they were added.
+        for _ in count..present {
+            if let Some(index) = registers.last_cpu() {
+                registers.ask_for_cpu(index);
+            }
+        }
+        if present > count {
+            machine.parts.ged.raise(GedEvents::CPUS);
+        }
+        self.look_at_resize(now);
+    }
+
+    /// Plugs vCPUs in until there are so many.
+    fn add_cpus(&mut self, count: u32) {
         let Some(machine) = &self.machine else {
             return;
         };
@@ -71,19 +111,12 @@ impl Host {
                 self.log.publish("cpu.added", "", &line);
             }
         }
-        // From the highest down, as they were added.
-        for _ in count..present {
-            if let Some(index) = registers.last_cpu() {
-                registers.ask_for_cpu(index);
-            }
-        }
-        if present != count {
+        if present < count {
             machine.parts.ged.raise(GedEvents::CPUS);
         }
-        self.look_at_resize(now);
     }
 
-    /// vCPUs that the guest has given up stop.
+    /// vCPUs that the guest has given up stop; what it has seen or answered is looked at.
     pub(super) fn on_ejected_cpus(&mut self) {
         let Some(machine) = &self.machine else {
             return;
@@ -93,30 +126,48 @@ impl Host {
             self.log
                 .publish("cpu.removed", "", &format!("vCPU {index}"));
         }
-        self.look_at_resize(Instant::now());
+        let now = Instant::now();
+        if let Some(resize) = &mut self.resize {
+            resize.answer_by = now.checked_add(ANSWER);
+        }
+        self.look_at_resize(now);
     }
 
-    /// When the change is to be looked at.
+    /// When the change is to be looked at: what the guest does about it is an event.
     pub(super) fn resize_timer(&self) -> Option<Instant> {
         let resize = self.resize.as_ref()?;
-        // The guest's look at what was added makes no event of its own.
-        Some(resize.until.min(Instant::now() + LOOK))
+        let answer = resize.answer_by.unwrap_or(resize.until);
+        Some(resize.until.min(answer))
     }
 
     /// Looks whether the change has come to an end. True: there is none.
     pub(super) fn look_at_resize(&mut self, now: Instant) -> bool {
-        let (Some(resize), Some(machine)) = (&self.resize, &self.machine) else {
+        let (Some(resize), Some(machine)) = (&mut self.resize, &self.machine) else {
             return true;
         };
         let registers = &machine.parts.hotplug;
+        if resize.answer_by.take_if(|by| *by <= now).is_some() {
+            registers.forget_leaving_cpus();
+        }
         let present = registers.present_cpus();
         // A guest gives up which it likes: those that are left need not be the first ones.
         let unseen: Vec<u32> = (0..registers.possible_cpus())
             .filter(|index| registers.cpu_unseen(*index))
             .collect();
-        let done = present == resize.count && unseen.is_empty();
+        // One that was asked for, now or before, may still go.
+        let settled = unseen.is_empty()
+            && registers.asked_cpus().is_empty()
+            && registers.leaving_cpus().is_empty();
+        let (count, done) = (resize.count, settled && present == resize.count);
         if !done && now < resize.until {
-            return false;
+            if settled && present < count && resize.again > 0 {
+                resize.again = resize.again.saturating_sub(1);
+                self.add_cpus(count);
+                return false;
+            }
+            if !settled {
+                return false;
+            }
         }
         let Some(resize) = self.resize.take() else {
             return true;
@@ -124,22 +175,26 @@ impl Host {
         if done {
             let mut response = ResizeCpusResponse::new();
             (response.operation, response.count) = (resize.operation, present);
-            self.ended(resize.operation, "", Ok(&format!("{present} vCPUs")));
+            self.ended(resize.operation, SUBJECT, Ok(&format!("{present} vCPUs")));
             resize
                 .reply
                 .complete(Ok(ApiResponse::CpusResized(response)));
             return false;
         }
-        let why = self.undo_resize(&resize, &unseen);
-        self.ended(resize.operation, "", Err(&why));
-        resize
-            .reply
-            .complete(Err(RpcStatus::new(Code::DeadlineExceeded, why)));
+        let late = now >= resize.until;
+        let why = self.undo_resize(&resize, &unseen, late);
+        self.ended(resize.operation, SUBJECT, Err(&why));
+        let code = if late {
+            Code::DeadlineExceeded
+        } else {
+            Code::FailedPrecondition
+        };
+        resize.reply.complete(Err(RpcStatus::new(code, why)));
         false
     }
 
     /// The guest has not carried the change out: what it has not seen is taken back.
-    fn undo_resize(&self, resize: &Resize, unseen: &[u32]) -> String {
+    fn undo_resize(&self, resize: &Resize, unseen: &[u32], late: bool) -> String {
         let Some(machine) = &self.machine else {
             return String::new();
         };
@@ -157,14 +212,26 @@ impl Host {
         }
         let present = registers.present_cpus();
         let wanted = resize.count;
-        let limit = resize.timeout.as_millis();
-        let why = if machine.state == MachineState::Paused {
-            "the machine is paused: resume it"
+        let may_go = registers.asked_cpus();
+        let why = if present < wanted && unseen.is_empty() && may_go.is_empty() {
+            "the guest gives up what it is given: resize again when it has stopped".to_owned()
+        } else if !late {
+            "the guest says that it keeps some, which it cannot take offline: see its kernel log"
+                .to_owned()
+        } else if machine.state == MachineState::Paused {
+            "the machine is paused: resume it".to_owned()
         } else if asked || !unseen.is_empty() {
-            "the guest has not looked at the request: it has not come so far in its boot, or has no ACPI CPU hot-plug (Linux: CONFIG_ACPI_HOTPLUG_CPU)"
+            "the guest has not looked at the request: it has not come so far in its boot, or has no ACPI CPU hot-plug (Linux: CONFIG_ACPI_HOTPLUG_CPU)".to_owned()
         } else {
-            "the guest was asked and keeps some: it has pinned work to them, or does not let them go"
+            format!(
+                "the guest was asked for {} and has not answered: it may still let go, so that another change waits for it",
+                listed(&may_go)
+            )
         };
-        format!("{present} vCPUs, not {wanted}, after {limit} ms: {why}")
+        let after = match late {
+            true => format!(", after {} ms", resize.timeout.as_millis()),
+            false => String::new(),
+        };
+        format!("{present} vCPUs, not {wanted}{after}: {why}")
     }
 }

@@ -4,18 +4,24 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, BufferData, Device, Else, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    And, Arg, BufferData, Device, Else, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
     FieldUpdateRule, If, Local, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace, Return,
     Scope, Store, ZERO,
 };
 
 use super::{Raw, bytes_of, name};
 use crate::arch::x86_64::layout;
-use crate::hotplug::{CPU_EJECT, CPU_INSERTED, CPU_PRESENT, CPU_REMOVING, CPUS, SLOTS_INSERTED};
+use crate::hotplug::{
+    CPU_ANSWERED, CPU_EJECT, CPU_INSERTED, CPU_PRESENT, CPU_REMOVING, CPUS, SLOTS_INSERTED,
+};
 
 /// Notification values (ACPI 6.5, 5.6.6).
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
+/// Source of an eject that the guest began itself.
+const OSPM_EJECT: u16 = 0x103;
+/// `_OST` of an eject request: it is being carried out (ACPI 6.5, table 6.30).
+const EJECT_IN_PROGRESS: u8 = 0x84;
 /// `_STA`: present, enabled, shown, working.
 const STATUS_THERE: u8 = 0xf;
 /// The scan of the slots.
@@ -168,6 +174,23 @@ fn cpu_methods(index: u32) -> Vec<u8> {
             1,
             true,
             vec![&Store::new(&register, &CPU_EJECT)],
+        )));
+        // What became of an eject (ACPI 6.5, 6.3.5); one that is under way is not over.
+        let answered = Store::new(&register, &CPU_ANSWERED);
+        let (source, status) = (Arg(0), Arg(1));
+        let under_way = Equal::new(&status, &EJECT_IN_PROGRESS);
+        let unless = Else::new(vec![&answered]);
+        let nothing = If::new(&under_way, Vec::new());
+        let asked = Equal::new(&source, &EJECT_REQUEST);
+        let own = Equal::new(&source, &OSPM_EJECT);
+        methods.extend(bytes_of(&Method::new(
+            name("_OST"),
+            3,
+            true,
+            vec![
+                &If::new(&asked, vec![&nothing, &unless]),
+                &If::new(&own, vec![&nothing, &unless]),
+            ],
         )));
     }
     methods
