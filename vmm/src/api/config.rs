@@ -95,7 +95,10 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         let name = format!("config.disks[{index}]");
         super::config_disk::check_disk(&name, disk)?;
         if !ids.insert(disk.id.as_str()) {
-            return Err(format!("{name}.id {} is taken by another device", disk.id));
+            return Err(format!(
+                "{name}.id {} is taken by another device: give each its own",
+                disk.id
+            ));
         }
     }
     super::config_net::validate(config, &mut ids)?;

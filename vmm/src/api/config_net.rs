@@ -86,7 +86,9 @@ pub(super) fn take_id<'a>(
     if ids.insert(id) {
         return Ok(());
     }
-    Err(format!("{name}.id {id} is taken by another device"))
+    Err(format!(
+        "{name}.id {id} is taken by another device: give each its own"
+    ))
 }
 
 fn check_net(name: &str, net: &NetConfig, cpus: u32) -> Result<(), String> {

@@ -406,6 +406,9 @@ impl Launcher {
         let mut inner = match self.inner.try_lock() {
             Ok(inner) => inner,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Other threads hold it for a few instructions once there is an attendant; to return
+            // would only be to be woken again until they are done.
+            Err(TryLockError::WouldBlock) if self.attendant.get().is_some() => self.lock(),
             // A request is under way; what it finds beside its reply it keeps and signals.
             Err(TryLockError::WouldBlock) => return Ok(Vec::new()),
         };

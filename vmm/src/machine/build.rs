@@ -154,7 +154,8 @@ pub fn build(
     }
     for net in &config.nets {
         let site = behind(&net.id);
-        devices.devices.push(net::make(net, prepared, &site)?);
+        let ready = prepared.take(net);
+        devices.devices.push(net::make(net, ready, &site)?);
     }
     let mut absent = Vec::new();
     for device in &config.vhost_users {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig, net_config,
+    DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -256,12 +256,10 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             prepared.fill_net(config);
-            if !matches!(config.backend, Some(net_config::Backend::Tap(_))) {
-                // Somebody else's process may be waited for: nobody else is.
-                drop(prepared);
-                return net_external::make_net(config, &site);
-            }
-            net::make(config, &mut prepared, &site)
+            let ready = prepared.take(config);
+            // The launcher, the process or somebody else's is waited for now: others need not.
+            drop(prepared);
+            net::make(config, ready, &site)
         }
         Addition::Rng(config) => rng::spawn(config, &site),
         Addition::Vsock(config) => vsock::spawn(config, &site),

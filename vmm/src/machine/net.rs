@@ -13,22 +13,28 @@ use super::device::{self, Device, Order, Site, Special};
 use super::kinds;
 use super::net_external;
 use super::net_mac::MacAddress;
-use super::net_start::{Link, Prepared};
+use super::net_start::{Link, open_by_launcher};
 use crate::virtio::VirtioPciOptions;
 
 /// fd of the first queue of the tap in the device process: after the channels.
 const FIRST_TAP_FD: usize = 5;
 
-/// Makes a network device of any kind.
+/// Makes a network device of any kind. `ready` is what [`Prepared::take`] said of its tap.
 ///
 /// # Errors
 /// One line that names the device or what it is attached to, and the remedy; nothing stays
 /// behind.
-pub fn make(net: &NetConfig, prepared: &mut Prepared, site: &Site<'_>) -> Result<Device, String> {
+///
+/// [`Prepared::take`]: super::net_start::Prepared::take
+pub fn make(
+    net: &NetConfig,
+    ready: Result<Option<Link>, String>,
+    site: &Site<'_>,
+) -> Result<Device, String> {
     let Some(net_config::Backend::Tap(tap)) = &net.backend else {
         return net_external::make_net(net, site);
     };
-    match spawn(net, tap, prepared, site) {
+    match ready.and_then(|link| spawn(net, tap, link, site)) {
         Err(why) if net.optional => {
             log::warn!("device {}: {why}; its link stays down", net.id);
             net_external::make_absent(net, why, site)
@@ -37,19 +43,20 @@ pub fn make(net: &NetConfig, prepared: &mut Prepared, site: &Site<'_>) -> Result
     }
 }
 
-/// Takes the device's tap, starts its process and puts a function in front.
-///
-/// # Errors
-/// One line that names the tap or the device, what failed and the remedy; nothing stays
-/// behind.
-pub fn spawn(
+/// Starts the device's process on its tap, which the launcher opens if there is none yet, and
+/// puts a function in front.
+fn spawn(
     net: &NetConfig,
     backend: &TapBackend,
-    prepared: &mut Prepared,
+    link: Option<Link>,
     site: &Site<'_>,
 ) -> Result<Device, String> {
     let kind = &kinds::NET;
-    let Link { tap, vhost } = prepared.take(net, backend, site.launcher)?;
+    let link = match link {
+        Some(link) => link,
+        None => open_by_launcher(net, backend, site.launcher)?,
+    };
+    let Link { tap, vhost } = link;
     let mtu = mtu(net.mtu, tap.mtu, &tap.name)?;
     let args = args(net, tap.queues.len(), vhost.len(), mtu)?;
     let mut granted = vec![

@@ -88,21 +88,20 @@ impl Prepared {
         self.present.clear();
     }
 
-    /// The tap of a device: opened before, inherited, or opened by the launcher now.
+    /// The tap of a device, where it was opened before or inherited; `None`: the launcher is to
+    /// open it ([`open_by_launcher`]), or it needs none. Waits for nobody.
     ///
     /// # Errors
     /// One line that names the tap and the remedy.
-    pub fn take(
-        &mut self,
-        net: &NetConfig,
-        backend: &TapBackend,
-        launcher: &Launcher,
-    ) -> Result<Link, String> {
+    pub fn take(&mut self, net: &NetConfig) -> Result<Option<Link>, String> {
+        let Some(net_config::Backend::Tap(backend)) = &net.backend else {
+            return Ok(None);
+        };
         if backend.name.is_empty() {
-            return self.adopt(net, backend);
+            return self.adopt(net, backend).map(Some);
         }
         if let Some(link) = self.links.remove(&net.id) {
-            return link;
+            return link.map(Some);
         }
         // Closed where it does not fit, so that the launcher finds it free.
         if let Some(mut link) = self.present.remove(&backend.name)
@@ -112,23 +111,12 @@ impl Prepared {
                 Datapath::VHOST_NET if link.vhost.is_empty() => {}
                 Datapath::USER => {
                     link.vhost.clear();
-                    return Ok(link);
+                    return Ok(Some(link));
                 }
-                _ => return Ok(link),
+                _ => return Ok(Some(link)),
             }
         }
-        let open = |vhost_net| launcher.open_tap(&backend.name, queue_pairs(net), vhost_net);
-        let opened = match datapath(net, backend) {
-            Datapath::USER => open(false),
-            Datapath::VHOST_NET => open(true),
-            Datapath::AUTO => match open(true) {
-                // It is /dev/vhost-net that cannot be had, not the tap.
-                Err(LauncherError::Refused(why)) if why.starts_with(tap::VHOST_NET) => open(false),
-                other => other,
-            },
-        };
-        let (tap, vhost) = opened.map_err(|e| e.to_string())?;
-        Ok(Link { tap, vhost })
+        Ok(None)
     }
 
     /// The inherited descriptors that a configuration names.
@@ -182,6 +170,29 @@ impl Prepared {
             _ => String::new(),
         }
     }
+}
+
+/// A tap that the launcher opens now.
+///
+/// # Errors
+/// One line that names the tap and the remedy.
+pub fn open_by_launcher(
+    net: &NetConfig,
+    backend: &TapBackend,
+    launcher: &Launcher,
+) -> Result<Link, String> {
+    let open = |vhost_net| launcher.open_tap(&backend.name, queue_pairs(net), vhost_net);
+    let opened = match datapath(net, backend) {
+        Datapath::USER => open(false),
+        Datapath::VHOST_NET => open(true),
+        Datapath::AUTO => match open(true) {
+            // It is /dev/vhost-net that cannot be had, not the tap.
+            Err(LauncherError::Refused(why)) if why.starts_with(tap::VHOST_NET) => open(false),
+            other => other,
+        },
+    };
+    let (tap, vhost) = opened.map_err(|e| e.to_string())?;
+    Ok(Link { tap, vhost })
 }
 
 /// Interfaces in the text of /proc/net/dev: two lines of heads, then `name: numbers`.

@@ -168,12 +168,7 @@ impl Host {
                 what,
                 exits: Vec::new(),
             }),
-            Err(status) => {
-                if let Some(place) = place {
-                    self.ended(place.operation, &id, Err(&status.message));
-                }
-                reply.complete(Err(status));
-            }
+            Err(status) => self.refuse(place, &id, status, reply),
         }
     }
 

@@ -126,12 +126,7 @@ impl Host {
                     self.next_in_turn();
                 }
             }
-            Err(status) => {
-                if let Some(place) = place {
-                    self.ended(place.operation, &id, Err(&status.message));
-                }
-                reply.complete(Err(status));
-            }
+            Err(status) => self.refuse(place, &id, status, reply),
         }
     }
 
@@ -153,7 +148,7 @@ impl Host {
             self.ended(asked.operation, id, Err("overtaken by one with force"));
             if let Some(reply) = asked.reply {
                 reply.complete(Err(precondition(format!(
-                    "device {id}: is being removed by force"
+                    "device {id}: is being removed by force: its end is told by an event"
                 ))));
             }
         }

@@ -60,6 +60,20 @@ pub(super) struct Waiting {
 }
 
 impl Host {
+    /// A request cannot be carried out: the operation of one that waited ends.
+    pub(super) fn refuse(
+        &mut self,
+        place: Option<Place>,
+        id: &str,
+        status: RpcStatus,
+        reply: ReplyHandle,
+    ) {
+        if let Some(place) = place {
+            self.ended(place.operation, id, Err(&status.message));
+        }
+        reply.complete(Err(status));
+    }
+
     /// Has a request wait until its device is free; again, if it has a place.
     pub(super) fn wait_for_turn(
         &mut self,
@@ -70,7 +84,9 @@ impl Host {
         if place.is_none() && self.hotplug.waiting.len() >= MAX_WAITING {
             return reply.complete(Err(RpcStatus::new(
                 Code::ResourceExhausted,
-                "too many devices come and go: retry later",
+                format!(
+                    "{MAX_WAITING} requests wait for devices that come or go: retry when one has ended"
+                ),
             )));
         }
         let place = place.unwrap_or_else(|| {
