@@ -20,6 +20,27 @@ pub struct Test {
     pub run: fn() -> Verdict,
 }
 
+impl Test {
+    /// Makes tests of this subject that always run.
+    pub fn short(subject: &'static str) -> impl Fn(&'static str, fn() -> Verdict) -> Self {
+        Self::of(subject, false)
+    }
+
+    /// Makes tests of this subject that run when long forms are asked for.
+    pub fn long(subject: &'static str) -> impl Fn(&'static str, fn() -> Verdict) -> Self {
+        Self::of(subject, true)
+    }
+
+    fn of(subject: &'static str, long: bool) -> impl Fn(&'static str, fn() -> Verdict) -> Self {
+        move |name, run| Self {
+            subject,
+            name,
+            long,
+            run,
+        }
+    }
+}
+
 /// Runs those of `tests` whose subject or name contains `filter`, the long ones only if
 /// `long`; prints verdicts and the count. With the variable `BULKHEAD_CLAIMS`, a directory
 /// shared with other hosts, only those that none of them has begun.

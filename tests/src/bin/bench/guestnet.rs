@@ -379,7 +379,10 @@ pub fn measure(options: &Options) -> crate::Report {
     }
     Ok(format!(
         "## guestnet: medians of {runs} interleaved boots, {seconds} s each load (least–most)\n\n\
-         One vCPU, {MEMORY}, Debian's iperf3 3.12 in guest and host, a tap. Huge pages for both. Exits of KVM per second during the load.\n\n{}\n{notes}",
+         One vCPU, {MEMORY}, Debian's iperf3 3.12 in guest and host, a tap. Huge pages for both. Exits of KVM per second during the load.\n\
+         Where KVM itself is emulated (the nested host), an exit costs the guest more than a frame does: exits/s beside the rate say\n\
+         how many exits a frame takes, and a back-end that is slow to wake the guest wakes it for many frames at once and wins.\n\
+         Missed aims there are of this kind; the back-end's own work is in the table of `net`.\n\n{}\n{notes}",
         table.text()
     ))
 }

@@ -28,8 +28,12 @@ const MAX_FRAME: u32 = 1 << 20;
 const SECTORS: u64 = 2048;
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
-/// What the guests start with, MiB.
-const MEMORY: u64 = 512;
+/// What the guests start with, MiB: room for the page tables and page descriptors of the rest.
+const MEMORY: u64 = 1024;
+/// Growths of 1 GiB, at most; the first is not counted.
+const GROWTHS: u64 = 21;
+/// Removals of 1 GiB: a guest takes a minute or two for each.
+const REMOVALS: u64 = 4;
 const CMDLINE: &str =
     "console=ttyS0 panic=-1 bh.cmd=script root=/dev/vda memhp_default_state=online_movable";
 /// A line for each network interface that comes.
@@ -98,7 +102,6 @@ impl Control {
                 Ok(Some(added.device.spawn_us as f64 / 1e3))
             }
             (Self::Bulkhead(client), Kind::Cpu) => Self::vcpus(client, 2),
-            (Self::Bulkhead(client), Kind::Memory) => Self::memory(client, MEMORY * MIB + GIB),
             (Self::Qemu(qmp), Kind::Disk) => {
                 let file = json!({ "driver": "file", "filename": round.disk, "aio": "io_uring" });
                 qmp.call(json!({ "execute": "blockdev-add",
@@ -125,7 +128,22 @@ impl Control {
                 qmp.call(json!({ "execute": "device_add", "arguments": arguments }))?;
                 Ok(None)
             }
-            (Self::Qemu(qmp), Kind::Memory) => Self::qemu_memory(qmp, GIB),
+            (_, Kind::Memory) => Err("memory is resized".into()),
+        }
+    }
+
+    /// Asks the guest to have so many GiB beside those of the start, and waits until it has.
+    fn resize(&mut self, gib: u64) -> Result<(), String> {
+        let bytes = gib * GIB;
+        match self {
+            Self::Bulkhead(client) => {
+                Self::memory(client, MEMORY * MIB + bytes)?;
+                self.settled(MEMORY * MIB + bytes)
+            }
+            Self::Qemu(qmp) => {
+                Self::qemu_memory(qmp, bytes)?;
+                self.settled(bytes)
+            }
         }
     }
 
@@ -138,14 +156,7 @@ impl Control {
                 Self::ask::<_, RemoveDeviceResponse>(client, "RemoveDevice", &request).map(drop)
             }
             (Self::Bulkhead(client), Kind::Cpu) => Self::vcpus(client, 1).map(drop),
-            (Self::Bulkhead(client), Kind::Memory) => {
-                Self::memory(client, MEMORY * MIB)?;
-                self.settled(MEMORY * MIB)
-            }
-            (Self::Qemu(qmp), Kind::Memory) => {
-                Self::qemu_memory(qmp, 0)?;
-                self.settled(0)
-            }
+            (_, Kind::Memory) => Err("memory is resized".into()),
             (Self::Qemu(qmp), kind) => {
                 qmp.call(json!({ "execute": "device_del", "arguments": { "id": "d0" } }))?;
                 qmp.deleted("d0")?;
@@ -167,16 +178,16 @@ impl Control {
         Self::ask::<_, ResizeCpusResponse>(client, "ResizeCpus", &request).map(|_| None)
     }
 
-    fn memory(client: &mut BlockingClient, bytes: u64) -> Result<Option<f64>, String> {
+    fn memory(client: &mut BlockingClient, bytes: u64) -> Result<(), String> {
         let mut request = ResizeMemoryRequest::new();
         (request.size_bytes, request.timeout_ms) = (bytes, 200_000);
-        Self::ask::<_, ResizeMemoryResponse>(client, "ResizeMemory", &request).map(|_| None)
+        Self::ask::<_, ResizeMemoryResponse>(client, "ResizeMemory", &request).map(drop)
     }
 
-    fn qemu_memory(qmp: &mut Qmp, bytes: u64) -> Result<Option<f64>, String> {
+    fn qemu_memory(qmp: &mut Qmp, bytes: u64) -> Result<(), String> {
         qmp.call(json!({ "execute": "qom-set", "arguments":
             { "path": "/machine/peripheral/vm0", "property": "requested-size", "value": bytes } }))
-            .map(|_| None)
+            .map(drop)
     }
 
     /// Waits until the guest has so much, as the VMM says it.
@@ -269,7 +280,7 @@ impl Host {
             .args(["--cmdline", CMDLINE, "--cpus", "1,max=2"])
             .args([
                 "--memory",
-                &format!("size={MEMORY}M,max={}M", MEMORY + 1024),
+                &format!("size={MEMORY}M,max={}M", MEMORY + GROWTHS * 1024),
             ])
             .args(["--hotplug-ports", "1", "--api-socket", &socket]);
         for (id, file) in [("root", &self.rootfs), ("script", &self.script)] {
@@ -299,14 +310,17 @@ impl Host {
                 "host",
             ])
             .args(["-smp", "1,maxcpus=2"])
-            .args(["-m", &format!("{MEMORY}M,maxmem={}M", MEMORY + 2048)])
+            .args([
+                "-m",
+                &format!("{MEMORY}M,maxmem={}M", MEMORY + (GROWTHS + 1) * 1024),
+            ])
             .args([
                 "-object",
                 &format!("memory-backend-memfd,id=ram,share=on,size={MEMORY}M"),
             ])
             .args([
                 "-object",
-                "memory-backend-memfd,id=hot,share=on,size=1G,reserve=off",
+                &format!("memory-backend-memfd,id=hot,share=on,size={GROWTHS}G,reserve=off"),
             ])
             .args([
                 "-device",
@@ -389,10 +403,7 @@ impl Subject {
                 self.guest
                     .reaches_times("has been hot-added", self.came[1])?;
             }
-            Kind::Memory => match &self.control {
-                Control::Bulkhead(_) => self.control.settled(MEMORY * MIB + GIB)?,
-                Control::Qemu(_) => self.control.settled(GIB)?,
-            },
+            Kind::Memory => return Err("memory is resized".into()),
         }
         let seen = millis(began);
         // The guest's work on what is new shall not be in the way of its removal.
@@ -414,6 +425,33 @@ impl Subject {
     }
 }
 
+/// Grows each guest by 1 GiB again and again, and shrinks it a few times.
+fn resize_memory(subjects: &mut [Subject], runs: u64) -> Result<(), String> {
+    let growths = runs.saturating_add(1).min(GROWTHS);
+    let removals = runs.min(REMOVALS).min(growths);
+    let sizes = (1..=growths).chain((growths.saturating_sub(removals)..growths).rev());
+    for (step, gib) in sizes.enumerate() {
+        eprintln!("hotplug: 1 GiB, step {step}: {gib} GiB");
+        for subject in subjects.iter_mut() {
+            let began = Instant::now();
+            let resized = subject.control.resize(gib);
+            resized.map_err(|why| format!("{}, {gib} GiB: {why}", subject.label))?;
+            let took = began.elapsed().as_secs_f64() * 1e3;
+            if let Some(times) = subject.times.get_mut(Kind::Memory as usize) {
+                match step as u64 {
+                    // As with the others, the first is not counted.
+                    0 => {}
+                    step if step < growths => times.seen.push(took),
+                    _ => times.removed.push(took),
+                }
+            }
+            // The guest's work on what is new shall not be in the way of what comes next.
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+    Ok(())
+}
+
 /// Runs the rounds and prints the table.
 pub fn measure(runs: usize) -> crate::Report {
     let host = Host::new()?;
@@ -421,12 +459,12 @@ pub fn measure(runs: usize) -> crate::Report {
     let disk = host.scratch.path("disk");
     let mut notes = String::new();
     for kind in KINDS {
-        // A guest takes most of a minute to give 1 GiB back.
-        let runs = if kind == Kind::Memory {
-            runs.div_ceil(5)
-        } else {
-            runs
-        };
+        if kind == Kind::Memory {
+            if let Err(why) = resize_memory(&mut subjects, runs as u64) {
+                notes += &format!("{}: {why}\n\n", kind.label());
+            }
+            continue;
+        }
         'rounds: for (run, number) in (0..=runs).zip(0_u64..) {
             eprintln!("hotplug: {}, run {run} of {runs}", kind.label());
             for (subject, odd) in subjects.iter_mut().zip(0..) {
@@ -484,7 +522,10 @@ pub fn measure(runs: usize) -> crate::Report {
                 } else {
                     spread(&times.spawn, 1)
                 },
-                spread(&times.removed, 1),
+                match times.removed.len() {
+                    same if same == times.seen.len() => spread(&times.removed, 1),
+                    fewer => format!("{}, {fewer} rounds", spread(&times.removed, 1)),
+                },
                 figure(removed, 2),
             ]);
         }
@@ -493,7 +534,9 @@ pub fn measure(runs: usize) -> crate::Report {
         "## hotplug: medians of {runs} interleaved rounds (least–most)\n\n\
          An idle guest of each VMM with {MEMORY} MiB and one vCPU. Seen: a disk by its driver's line on the serial\n\
          port, a network device by the guest's `ip monitor`, a vCPU by the kernel's \"has been hot-added\", memory when\n\
-         the last of its blocks is plugged by virtio-mem. QEMU: `device_add` behind a pcie-root-port, `requested-size`.\n\n{}\n{notes}",
+         the last of its blocks is plugged by virtio-mem. QEMU: `device_add` behind a pcie-root-port, `requested-size`.\n\
+         1 GiB in eight requests: of ours, each goes from the guest to a process of its own, to the VMM, which tells KVM and\n\
+         every other device process, and back; of QEMU's, all of it is one thread's. Software emulation pays for each switch.\n\n{}\n{notes}",
         table.text()
     ))
 }

@@ -9,12 +9,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "api",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("api");
     vec![
         test(
             "a served VMM is created, booted, paused, resumed and shut down",

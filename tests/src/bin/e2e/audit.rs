@@ -10,12 +10,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "audit",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("audit");
     vec![
         test(
             "the kernel says that the disk process is confined",

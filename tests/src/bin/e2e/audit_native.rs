@@ -14,12 +14,7 @@ use super::disk::LIMIT;
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "audit",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("audit");
     vec![
         test(
             "an ordinary user's VM is as it should be, for root's audit and for the user's own",

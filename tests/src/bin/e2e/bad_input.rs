@@ -9,12 +9,7 @@ use bulkhead_tests::vmm::{Scratch, bin, bulkhead, ctl, guest_file, nothing_left}
 
 /// Those that need a KVM that can run guests, or to be inside the nested host.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "bad-input",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("bad-input");
     let mut tests = native();
     tests.push(test(
         "an ordinary user with /dev/kvm boots a guest with a disk",
@@ -30,12 +25,7 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "bad-input",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("bad-input");
     vec![
         test("files that are no kernel", bad_kernels),
         test("files that are no initrd", bad_initrds),

@@ -11,12 +11,7 @@ const MIB: usize = 1 << 20;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "block",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("block");
     vec![
         test(
             "the guest's checksum over a disk is the host's",

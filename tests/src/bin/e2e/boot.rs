@@ -9,18 +9,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "boot",
-        name,
-        long: false,
-        run,
-    };
-    let long = |name, run| Test {
-        subject: "boot",
-        name,
-        long: true,
-        run,
-    };
+    let test = Test::short("boot");
+    let long = Test::long("boot");
     vec![
         test(
             "a PVH kernel boots and powers off: exit code 0",

@@ -16,12 +16,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "death",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("death");
     vec![
         test("a killed VMM leaves no process and no socket", vmm_killed),
         test(

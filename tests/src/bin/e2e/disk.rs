@@ -15,18 +15,8 @@ const MODES: [&str; 4] = ["none", "writeback", "writethrough", "unsafe"];
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "disk",
-        name,
-        long: false,
-        run,
-    };
-    let long = |name, run| Test {
-        subject: "disk",
-        name,
-        long: true,
-        run,
-    };
+    let test = Test::short("disk");
+    let long = Test::long("disk");
     vec![
         test(
             "fio verifies crc32c in every cache mode over 2 queues, and the host finds the same",

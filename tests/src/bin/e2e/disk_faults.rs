@@ -13,12 +13,7 @@ const MIB: u64 = 1 << 20;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "disk",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("disk");
     vec![
         test(
             "EIO of the host is the guest's I/O error and an event, the rest of the disk works",

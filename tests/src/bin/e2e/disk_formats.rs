@@ -11,12 +11,7 @@ const MIB: u64 = 1 << 20;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "disk",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("disk");
     vec![
         test(
             "a qcow2 image of qemu-img's is clean after the guest wrote, and holds what it wrote",

@@ -42,12 +42,7 @@ const EARLY: [(&str, &str); 8] = [
 
 /// Everywhere.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hostile-device",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hostile-device");
     vec![
         test(
             "floods, oversize frames, surplus descriptors: only that disk is lost",

@@ -17,12 +17,7 @@ const MIB: u64 = 1 << 20;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hostile-device",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hostile-device");
     vec![
         test(
             "a ring that stands still is found hung, though the process answers; a throttled one is left alone",

@@ -15,12 +15,7 @@ const MIB: u64 = 1 << 20;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hotplug",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hotplug");
     vec![test(
         "disks, a network device and vCPUs come and go in a guest that runs, early in its boot too",
         in_a_guest,

@@ -16,12 +16,7 @@ const MIB: u64 = 1 << 20;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hotplug",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hotplug");
     vec![
         test(
             "devices come beside a flow, a restart, a pause and a client that vanishes",

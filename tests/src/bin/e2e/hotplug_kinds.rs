@@ -20,26 +20,19 @@ const MIB: u64 = 1 << 20;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, long, run| Test {
-        subject: "hotplug",
-        name,
-        long,
-        run,
-    };
+    let test = Test::short("hotplug");
+    let long = Test::long("hotplug");
     vec![
         test(
             "virtiofsd's files, a network by passt and random bytes come and go; a disk does so over and over and leaves nothing",
-            false,
             || kinds(8),
         ),
-        test(
+        long(
             "a disk comes to a guest and goes a thousand times and leaves nothing",
-            true,
             || kinds(1000),
         ),
         test(
             "a guest without hot-plug is told so of, and loses its devices by force",
-            false,
             deaf,
         ),
     ]
@@ -47,12 +40,7 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that need none.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hotplug",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hotplug");
     vec![
         test(
             "a device process that hangs, lies or falls silent in its own hot-add leaves nothing",

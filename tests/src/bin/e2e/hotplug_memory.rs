@@ -4,12 +4,13 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{debian, sh};
+use bulkhead_tests::host::{Namespace, debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
 use super::hotplug::device;
+use super::hotplug_order::refused;
 use super::net_modes::tool;
 use super::shell::{READER, Shell};
 
@@ -20,12 +21,7 @@ const MAX: u64 = BASE + 1024;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hotplug",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hotplug");
     vec![
         test(
             "a guest's memory grows and shrinks under load, and its process is killed meanwhile",
@@ -34,6 +30,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "memory does not grow beside a back-end that cannot be told of it, which is named",
             deaf,
+        ),
+        test(
+            "vhost-net reaches memory that came while it carried a flow",
+            by_vhost_net,
         ),
     ]
 }
@@ -48,8 +48,15 @@ pub fn native() -> Vec<Test> {
     }]
 }
 
+/// Memory slots that KVM has.
+pub fn memory_slots(socket: &str) -> Result<u64, String> {
+    let info = ctl(socket, &["info"])?;
+    let slots = info["counters"]["memory_slots"].as_u64();
+    slots.ok_or_else(|| info.to_string())
+}
+
 /// `ctl info`'s word on memory, in MiB.
-fn memory(socket: &str, field: &str) -> Result<u64, String> {
+pub fn memory(socket: &str, field: &str) -> Result<u64, String> {
     let info = ctl(socket, &["info"])?;
     let bytes = info["memory"][field].as_u64();
     bytes
@@ -65,7 +72,7 @@ fn resize(socket: &str, mib: u64) -> Result<serde_json::Value, String> {
 }
 
 /// Waits until the guest has so much.
-fn reaches(socket: &str, mib: u64, vmm: &Vmm) -> Verdict {
+pub fn reaches(socket: &str, mib: u64, vmm: &Vmm) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     loop {
         let present = memory(socket, "present_bytes")?;
@@ -85,14 +92,7 @@ fn events(socket: &str) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn refused(result: Result<serde_json::Value, String>, words: &str) -> Verdict {
-    check(
-        result.as_ref().is_err_and(|line| line.contains(words)),
-        || format!("no {words:?} in {result:?}"),
-    )
-}
-
-fn pid_of(socket: &str, id: &str) -> Result<i64, String> {
+pub fn pid_of(socket: &str, id: &str) -> Result<i64, String> {
     let found = device(socket, id)?;
     let pid = found.as_ref().and_then(|d| d["pid"].as_i64());
     pid.ok_or_else(|| format!("no {id}: {found:?}"))
@@ -144,12 +144,7 @@ fn in_a_guest() -> Verdict {
     // Written before, read after: nothing that was there is disturbed.
     guest.run("dd if=/dev/urandom of=/dev/shm/old bs=1M count=40 status=none; sha256sum /dev/shm/old >/tmp/old")?;
 
-    let slots = |socket: &str| -> Result<u64, String> {
-        let info = ctl(socket, &["info"])?;
-        let slots = info["counters"]["memory_slots"].as_u64();
-        slots.ok_or_else(|| info.to_string())
-    };
-    let at_first = slots(&socket)?;
+    let at_first = memory_slots(&socket)?;
 
     // Grow, with the process killed in the middle of it.
     let asked = resize(&socket, MAX)?;
@@ -168,10 +163,10 @@ fn in_a_guest() -> Verdict {
         String::from_utf8_lossy(&output.stdout).into_owned()
     })?;
 
-    refused(resize(&socket, MAX + 2), &format!("at most {MAX} MiB"))?;
-    refused(resize(&socket, BASE - 2), "at least")?;
-    refused(resize(&socket, BASE + 1), "blocks of 2 MiB")?;
-    refused(ctl(&socket, &["remove-device", "memory"]), "resize-memory")?;
+    refused(&resize(&socket, MAX + 2), &format!("at most {MAX} MiB"))?;
+    refused(&resize(&socket, BASE - 2), "at least")?;
+    refused(&resize(&socket, BASE + 1), "blocks of 2 MiB")?;
+    refused(&ctl(&socket, &["remove-device", "memory"]), "resize-memory")?;
 
     // Shrink, and again a process that dies; the host has its pages back.
     guest.run("rm /dev/shm/[1-7]; sync; echo 3 >/proc/sys/vm/drop_caches")?;
@@ -180,7 +175,7 @@ fn in_a_guest() -> Verdict {
     reaches(&socket, BASE, &guest.vmm)?;
     let left = held(&guest.vmm)?;
     check(left == 0, || format!("{left} KiB of {full} are still held"))?;
-    let now = slots(&socket)?;
+    let now = memory_slots(&socket)?;
     check(now == at_first, || {
         format!("{now} memory slots, {at_first} before")
     })?;
@@ -194,6 +189,29 @@ fn in_a_guest() -> Verdict {
     for kind in ["memory.resized", "operation.done", "device.restarted"] {
         check(told.contains(kind), || format!("no {kind} in {told}"))?;
     }
+    guest.is_well("virtio_mem.*(error|fail)")?;
+    guest.vmm.type_text("exit\n")?;
+    guest.vmm.ends_with(0, LIMIT)
+}
+
+/// The guest's kernel takes its buffers from above 4 GiB first, where what has come lies.
+fn by_vhost_net() -> Verdict {
+    let scratch = Scratch::new("hotplug-vhost")?;
+    let network = Namespace::new("memory")?;
+    network.tap("hot0", "10.7.0.1/24", "user root")?;
+    let socket = scratch.path("api");
+    let size = format!("size={BASE}M,max={MAX}M");
+    let args = ["--api-socket", &socket, "--memory", &size];
+    let net = ["--net", "tap=hot0,id=lan,backend=vhost-net"];
+    let args: Vec<&str> = args.into_iter().chain(net).collect();
+    let mut guest = Shell::new(network.debian(&scratch, READER, &args)?)?;
+    let _server = network.spawn("iperf3 -s")?;
+    guest.run("echo online >/sys/devices/system/memory/auto_online_blocks; n=$(ls /sys/class/net | grep -v lo); ip addr add 10.7.0.2/24 dev $n && ip link set $n up && ping -q -c 1 -w 60 10.7.0.1 >/dev/null")?;
+    guest.run("iperf3 -c 10.7.0.1 --bidir -t 3600 >/tmp/flow 2>&1 & until read -r frames </sys/class/net/$n/statistics/rx_packets && [ $frames -gt 2000 ]; do sleep 0.1; done")?;
+    resize(&socket, MAX)?;
+    reaches(&socket, MAX, &guest.vmm)?;
+    // The flow goes on, and another one, all of whose buffers are new.
+    guest.run("kill -0 $! && [ $(awk '/Normal/ { n = 1 } n && /present/ { print $2; exit }' /proc/zoneinfo) -gt 200000 ] && before=$(cat /sys/class/net/$n/statistics/rx_packets) && until [ $(cat /sys/class/net/$n/statistics/rx_packets) -gt $((before + 2000)) ]; do sleep 0.1; done; kill $!; wait $!; sleep 1; iperf3 -c 10.7.0.1 -t 2 >/dev/null && iperf3 -c 10.7.0.1 -R -t 2 >/dev/null && ping -q -c 20 -i 0.01 -s 1400 -w 60 10.7.0.1 >/dev/null")?;
     guest.is_well("virtio_mem.*(error|fail)")?;
     guest.vmm.type_text("exit\n")?;
     guest.vmm.ends_with(0, LIMIT)
@@ -218,7 +236,7 @@ fn deaf() -> Verdict {
     let mut vmm = debian(&scratch, script, &[] as &[&str], &args)?;
     vmm.wait_for("READY", LIMIT)?;
     refused(
-        resize(&socket, 512),
+        &resize(&socket, 512),
         "device user0: its back-end cannot be told",
     )?;
     check(memory(&socket, "present_bytes")? == BASE, || {
@@ -249,14 +267,14 @@ fn without_a_guest() -> Verdict {
                 ],
             )
         };
-        refused(create("size=256M,max=257M"), "multiple of 128 MiB")?;
-        refused(create("size=256M,max=100M"), "more than the size")?;
+        refused(&create("size=256M,max=257M"), "multiple of 128 MiB")?;
+        refused(&create("size=256M,max=100M"), "more than the size")?;
         create(size)?;
         if max == "0" {
             check(ctl(&socket, &["info"])?["memory"].is_null(), || {
                 "memory".into()
             })?;
-            refused(resize(&socket, 512), "max=SIZE")?;
+            refused(&resize(&socket, 512), "max=SIZE")?;
         } else {
             check(memory(&socket, "max_bytes")? == 512, || "max".into())?;
             let asked = ctl(&socket, &["resize-memory", "512M", "--timeout", "1"])?;

@@ -22,12 +22,7 @@ const OWN_DISKS: u32 = 2;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "hotplug",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("hotplug");
     vec![
         test(
             "what was pulled out is let go of first, requests take turns, a guest ejects when it likes",
@@ -54,7 +49,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// What Info says of a port.
-fn port(socket: &str, name: &str, field: &str) -> Result<serde_json::Value, String> {
+pub fn port(socket: &str, name: &str, field: &str) -> Result<serde_json::Value, String> {
     let info = ctl(socket, &["info"])?;
     let ports = info["ports"].as_array().cloned().unwrap_or_default();
     let found = ports.into_iter().find(|port| port["name"] == name);
@@ -75,7 +70,8 @@ pub fn until_ok(what: impl Fn() -> Result<serde_json::Value, String>) -> Verdict
     }
 }
 
-fn until_gone(socket: &str, id: &str) -> Verdict {
+/// Until the device is no longer in the table.
+pub fn until_gone(socket: &str, id: &str) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     while let Some(there) = device(socket, id)? {
         check(Instant::now() < end, || format!("it stays: {there}"))?;
@@ -84,7 +80,8 @@ fn until_gone(socket: &str, id: &str) -> Verdict {
     Ok(())
 }
 
-fn refused(result: &Result<serde_json::Value, String>, words: &str) -> Verdict {
+/// It is an error that says so.
+pub fn refused(result: &Result<serde_json::Value, String>, words: &str) -> Verdict {
     check(
         result.as_ref().is_err_and(|line| line.contains(words)),
         || format!("no {words:?} in {result:?}"),

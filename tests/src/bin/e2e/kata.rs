@@ -21,12 +21,7 @@ use crate::net_modes::tool;
 
 /// The tests.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "kata",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("kata");
     vec![
         test(
             "Kata's calls: a disk added at once is at 08/00, a tap in a namespace carries traffic, virtiofsd's tree is there, and nothing is left",

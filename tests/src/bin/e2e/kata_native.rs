@@ -29,12 +29,7 @@ const MAY_GROW: u64 = 16 << 10;
 
 /// The tests.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "kata",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("kata");
     vec![
         test(
             "a machine is made, refused, changed and torn down as Kata would, and nothing is left",

@@ -25,6 +25,7 @@ mod hostile_guest;
 mod hotplug;
 mod hotplug_beside;
 mod hotplug_kinds;
+mod hotplug_late;
 mod hotplug_memory;
 mod hotplug_order;
 mod kata;
@@ -102,6 +103,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug::tests());
         tests.extend(hotplug_beside::tests());
         tests.extend(hotplug_kinds::tests());
+        tests.extend(hotplug_late::tests());
         tests.extend(hotplug_memory::tests());
         tests.extend(hotplug_order::tests());
         tests.extend(rng::tests());

@@ -14,12 +14,7 @@ pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "net",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("net");
     vec![
         test(
             "TCP, UDP and ICMP both ways arrive unchanged, with every offload on and off (user space)",

@@ -12,12 +12,7 @@ use crate::net_modes::{testpmd_that, tool};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "net",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("net");
     vec![
         test(
             "a tap that is absent, busy, of the wrong type or without multiqueue is said so in one line",

@@ -9,12 +9,7 @@ use crate::net::LIMIT;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "net",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("net");
     vec![
         test(
             "user mode for an ordinary user: addresses by DHCP and router advertisement, a name by DNS, TCP and UDP out over both IP versions, forwarded ports in",

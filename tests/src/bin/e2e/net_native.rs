@@ -14,12 +14,7 @@ use super::hotplug::device;
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "net",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("net");
     vec![
         test(
             "with required=off a machine is made without tap, switch, passt or back-end, and says so once",

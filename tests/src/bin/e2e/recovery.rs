@@ -16,18 +16,8 @@ const MIB: u64 = 1 << 20;
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "recovery",
-        name,
-        long: false,
-        run,
-    };
-    let long = |name, run| Test {
-        subject: "recovery",
-        name,
-        long: true,
-        run,
-    };
+    let test = Test::short("recovery");
+    let long = Test::long("recovery");
     vec![
         test(
             "a disk's process is killed 8 times while fio verifies: no error, nothing lost",

@@ -16,12 +16,7 @@ const MIB: u64 = 1 << 20;
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "update",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("update");
     let mut tests = native();
     tests.extend([
         test(
@@ -48,12 +43,7 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that need none.
 pub fn native() -> Vec<Test> {
-    let test = |name, run| Test {
-        subject: "update",
-        name,
-        long: false,
-        run,
-    };
+    let test = Test::short("update");
     vec![
         test(
             "a new binary must lie where one may, and be nobody else's",
