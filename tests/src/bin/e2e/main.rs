@@ -19,6 +19,7 @@ mod disk_devices;
 mod disk_faults;
 mod disk_formats;
 mod events;
+mod faults;
 mod hostile_device;
 mod hostile_disk;
 mod hostile_guest;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         tests.extend(audit_native::native());
         tests.extend(death::native());
         tests.extend(events::native());
+        tests.extend(faults::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
         tests.extend(hotplug_kinds::native());
