@@ -65,7 +65,7 @@ fn resize(socket: &str, mib: u64) -> Result<serde_json::Value, String> {
 }
 
 /// Waits until the guest has so much.
-fn reaches(socket: &str, mib: u64, vmm: &Vmm) -> Verdict {
+pub fn reaches(socket: &str, mib: u64, vmm: &Vmm) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     loop {
         let present = memory(socket, "present_bytes")?;

@@ -43,6 +43,7 @@ mod resources_enforced;
 mod rng;
 mod shell;
 mod update;
+mod update_kinds;
 mod vhost_user;
 mod vsock;
 mod vsock_guest;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());
         tests.extend(update::tests());
+        tests.extend(update_kinds::tests());
         tests.extend(resources::tests());
         tests.extend(resources_enforced::tests());
         tests.extend(hostile_device::tests());

@@ -52,7 +52,7 @@ fn kill_process(socket: &str, id: &str) -> Verdict {
 }
 
 /// Bytes that its present process has given.
-fn given(socket: &str, id: &str) -> Result<u64, String> {
+pub fn given(socket: &str, id: &str) -> Result<u64, String> {
     let stats = ctl(socket, &["stats", id])?;
     let bytes = stats["queues"][0]["read_bytes"].as_u64();
     bytes.ok_or_else(|| stats.to_string())
