@@ -79,7 +79,7 @@ impl Confinement {
     }
 
     /// Step one, while the process has one thread: capabilities, securebits, no_new_privs,
-    /// dumpable off, rlimits, Landlock; and malloc has one arena.
+    /// dumpable off, rlimits, Landlock; malloc has one arena, and a fault no handler.
     ///
     /// # Errors
     /// Something is still open; end the process.
@@ -100,6 +100,7 @@ impl Confinement {
         let capabilities = privileges::drop_capabilities(self.identity)?;
         privileges::no_new_privs()?;
         privileges::not_dumpable()?;
+        privileges::no_fault_handlers()?;
         let landlock = if self.landlock {
             landlock_empty::deny_everything()?
         } else {

@@ -1,8 +1,8 @@
-//! Giving up privileges: capabilities(7), no_new_privs, dumpable, rlimits.
+//! Giving up privileges: capabilities(7), no_new_privs, dumpable, rlimits; and handlers of faults.
 //!
 //! Called by every process's main thread while it is alone: capabilities, securebits and
 //! no_new_privs are attributes of a thread and are inherited by the threads made later.
-#![allow(unsafe_code)] // prctl(2), capset(2) and setrlimit(2).
+#![allow(unsafe_code)] // prctl(2), capset(2), setrlimit(2) and signal(2).
 
 use std::io;
 use thiserror::Error;
@@ -175,6 +175,25 @@ pub fn no_new_privs() -> Result<(), PrivilegeError> {
 /// The kernel refused.
 pub fn not_dumpable() -> Result<(), PrivilegeError> {
     prctl("dumpable off", libc::PR_SET_DUMPABLE, 0, 0).map(drop)
+}
+
+/// A fault ends this process by its signal, with the kernel's own action for it. Rust's start sets a
+/// handler that tells of a stack that overflowed and resets itself to have the fault once more: by a
+/// call that no policy has, so that the fault would end as a violation, and be told as one.
+///
+/// # Errors
+/// The kernel refused.
+pub fn no_fault_handlers() -> Result<(), PrivilegeError> {
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: the default action is no code of this process.
+        if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+            return Err(PrivilegeError {
+                what: "giving up the handlers of faults",
+                source: io::Error::last_os_error(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Resource limits to set, soft and hard alike. A limit already lower stays as it is.

@@ -2,6 +2,7 @@
 //! little runner that names each test and counts verdicts.
 
 pub mod chaos;
+pub mod fault;
 pub mod host;
 pub mod hostile;
 pub mod kata;

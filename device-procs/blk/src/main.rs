@@ -16,10 +16,11 @@ use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::Rlimits;
 use bulkhead_seccomp::uring::{self, UringError};
 
-/// Descriptors of the process itself, and those that come and go with messages.
-const BASE_FDS: u64 = 80;
-/// Descriptors of a queue: kick, call, err, their successors, two eventfds, a ring.
-const FDS_PER_QUEUE: u64 = 10;
+/// Descriptors of the process itself, and those that come with a table of as many memory regions as there may
+/// be and go again.
+const BASE_FDS: u64 = 40;
+/// Descriptors of a queue: kick, call, err and the successor of each, an eventfd, a ring.
+const FDS_PER_QUEUE: u64 = 8;
 
 /// Address space for the tables of an image, and something over.
 const IMAGE_HEAP: usize = 384 << 20;
@@ -110,7 +111,9 @@ fn run(options: &Options) -> Result<(), MainError> {
         HEAP.saturating_add(QUEUE_HEAP.saturating_mul(usize::from(options.queues)))
     };
     image_io::prepare(heap).map_err(MainError::Heap)?;
-    let mut rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues));
+    let files = u64::try_from(options.disk.backing.len()).unwrap_or(u64::MAX);
+    let descriptors = BASE_FDS + FDS_PER_QUEUE * u64::from(options.queues);
+    let mut rlimits = Rlimits::new().nofile(descriptors.saturating_add(files));
     if let Some(limit) = disk.file_limit() {
         host::survive_size_limit();
         rlimits = rlimits.fsize(limit);

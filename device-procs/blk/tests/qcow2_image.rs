@@ -39,7 +39,7 @@ fn random_requests_agree_with_a_model_and_with_qemu() {
             image.flush().unwrap();
         }
         assert_clean(&path);
-        assert_qemu_sees(&path, &model, &scratch);
+        assert_qemu_sees(&path, &model);
         let image = open(&[&path], false).unwrap();
         assert_content(&image, &model);
         drop(image);
@@ -48,7 +48,7 @@ fn random_requests_agree_with_a_model_and_with_qemu() {
         image.flush().unwrap();
         drop(image);
         assert_clean(&path);
-        assert_qemu_sees(&path, &model, &scratch);
+        assert_qemu_sees(&path, &model);
     }
 }
 
@@ -73,7 +73,7 @@ fn a_disk_may_be_smaller_than_a_cluster() {
         image.flush().unwrap();
         drop(image);
         assert_clean(&path);
-        assert_qemu_sees(&path, &model, &scratch);
+        assert_qemu_sees(&path, &model);
     }
 }
 
@@ -116,7 +116,7 @@ fn a_chain_of_three_is_one_disk() {
         assert_content(&image, &model);
     }
     assert_clean(&top);
-    assert_qemu_sees(&top, &model, &scratch);
+    assert_qemu_sees(&top, &model);
     let after = (std::fs::read(&mid).unwrap(), std::fs::read(&base).unwrap());
     assert!(before == after, "a file beneath was written");
 }
@@ -138,7 +138,7 @@ fn compressed_clusters_are_read_and_replaced() {
     image.flush().unwrap();
     drop(image);
     assert_clean(&path);
-    assert_qemu_sees(&path, &model, &scratch);
+    assert_qemu_sees(&path, &model);
 }
 
 /// The file as it is at any moment is what a killed process leaves.
@@ -286,7 +286,7 @@ fn one_that_was_opened_while_another_served_it_sees_all_that_was_done() {
     beside.flush().unwrap();
     drop((image, beside));
     assert_clean(&path);
-    assert_qemu_sees(&path, &model, &scratch);
+    assert_qemu_sees(&path, &model);
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn a_crash_spares_a_refcount_table_that_moves() {
     drop(image);
     assert_clean(&path);
     assert!(table(&path) != before, "the table did not move");
-    assert_qemu_sees(&path, &model, &scratch);
+    assert_qemu_sees(&path, &model);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn a_disk_grows_and_nothing_beneath_comes_to_light() {
         assert_eq!(image.size(), 40 * MIB);
     }
     assert_clean(&path);
-    assert_qemu_sees(&path, &model, &scratch);
+    assert_qemu_sees(&path, &model);
 }
 
 #[test]

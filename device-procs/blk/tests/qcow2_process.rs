@@ -3,15 +3,17 @@
 //! completed is lost, flushed or not. BULKHEAD_TAKEOVERS makes it longer.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/qemu_img.rs"]
+mod qemu_img;
 mod support;
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use bulkhead_runtime::driver::WRITE;
+use qemu_img::*;
 use support::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
@@ -26,45 +28,11 @@ const DATA: u64 = GPA + 0x1_0000;
 /// Largest request: data end below the rings.
 const MOST: u64 = 0x18_0000;
 
-fn run_qemu_img(args: &[&str]) -> Output {
-    let out = Command::new("qemu-img").args(args).output();
-    out.expect("qemu-img; tests/setup installs it")
-}
-
-fn qemu_img(args: &[&str]) {
-    let out = run_qemu_img(args);
-    let text = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "qemu-img {args:?}: {text}");
-}
-
-fn create(path: &Path, size: u64, options: &[&str]) {
-    let mut args = vec!["create", "-q", "-f", "qcow2"];
-    args.extend(options);
-    let size = size.to_string();
-    args.extend([path.to_str().unwrap(), &size]);
-    qemu_img(&args);
-}
-
 /// 0: clean, 3: leaks.
 fn check(path: &Path, allowed: &[i32]) {
     let out = run_qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
     let code = out.status.code().unwrap_or(-1);
     assert!(allowed.contains(&code), "{out:?}");
-}
-
-fn assert_qemu_sees(path: &Path, model: &[u8]) {
-    let raw = path.with_extension("converted");
-    qemu_img(&[
-        "convert",
-        "-O",
-        "raw",
-        path.to_str().unwrap(),
-        raw.to_str().unwrap(),
-    ]);
-    assert!(
-        std::fs::read(&raw).unwrap() == model,
-        "qemu-img reads something else"
-    );
 }
 
 struct Dice(u64);

@@ -12,8 +12,9 @@ use bulkhead_runtime::{ServeOptions, serve};
 use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
 
-/// Descriptors of the process itself, and those that come and go with messages.
-const FDS: u64 = 100;
+/// Descriptors that it holds at most: its own, those of its channels, kick, call and err of its ring and the
+/// successors of each, and those that come with a table of as many memory regions as there may be.
+const FDS: u64 = 44;
 
 fn main() -> ExitCode {
     let program = Program {

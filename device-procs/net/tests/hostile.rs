@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bulkhead_runtime::driver::{Desc, INDIRECT, NEXT, WRITE};
@@ -89,17 +90,22 @@ fn nonsense(vm: &mut Vm, queue: usize, random: &mut Random) {
     vm.kick(queue);
 }
 
+/// A device of two pairs of rings, and its wire's other end.
+fn two_pairs(test: &str, engine: &str) -> (Scratch, PathBuf, Net, Wire) {
+    let scratch = Scratch::new(&format!("{test}-{engine}"));
+    let socket = scratch.path("s");
+    let args = ["--io-engine", engine, "--queue-pairs", "2"];
+    let net = Net::listen(&socket, "t0", &args);
+    (scratch, socket, net, Wire::new("t0", false))
+}
+
 #[test]
 fn nonsense_in_one_ring_costs_that_ring_until_it_is_reset() {
     for engine in ["io_uring", "plain"] {
         if !isolated() {
             return;
         }
-        let scratch = Scratch::new(&format!("hostile-{engine}"));
-        let socket = scratch.path("s");
-        let args = ["--io-engine", engine, "--queue-pairs", "2"];
-        let mut net = Net::listen(&socket, "t0", &args);
-        let wire = Wire::new("t0", false);
+        let (_scratch, socket, mut net, wire) = two_pairs("hostile", engine);
         for seed in 1..=seeds() {
             let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
             let mut vm = Vm::connect(&socket, 5);
@@ -182,11 +188,7 @@ fn a_pair_that_is_stuffed_leaves_another_pair_its_frames() {
         if !isolated() {
             return;
         }
-        let scratch = Scratch::new(&format!("pair-{engine}"));
-        let socket = scratch.path("s");
-        let args = ["--io-engine", engine, "--queue-pairs", "2"];
-        let _net = Net::listen(&socket, "t0", &args);
-        let wire = Wire::new("t0", false);
+        let (_scratch, socket, _net, wire) = two_pairs("pair", engine);
         let mut vm = Vm::connect(&socket, 5);
         vm.start();
         assert_eq!(vm.command(4, 4, 0, &2u16.to_le_bytes()), 0);

@@ -211,13 +211,18 @@ fn a_successor_goes_on_with_what_the_driver_has_set() {
             num_queues: 5,
             queue_size: RING_SIZE,
         };
-        for queue in 0..5 {
-            bed.vm.frontend.get_vring_base(queue).unwrap();
-            bed.vm.queues[queue].ring.reset();
-        }
-        let (region, file) = bed.vm.frontend.get_inflight_fd(&request).unwrap();
+        let begin_anew = |bed: &mut Bed| {
+            for queue in 0..5 {
+                bed.vm.frontend.get_vring_base(queue).unwrap();
+                bed.vm.queues[queue].ring.reset();
+            }
+            let (region, file) = bed.vm.frontend.get_inflight_fd(&request).unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+            bed.vm.frontend.set_inflight_fd(&region, fd).unwrap();
+            (region, file)
+        };
+        let (region, file) = begin_anew(&mut bed);
         let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
-        bed.vm.frontend.set_inflight_fd(&region, fd).unwrap();
         for queue in 0..5 {
             bed.vm.start_queue(queue, 0);
         }
@@ -260,13 +265,7 @@ fn a_successor_goes_on_with_what_the_driver_has_set() {
         assert_eq!(bed.state(), before);
 
         // A driver that begins anew finds nothing of it.
-        for queue in 0..5 {
-            bed.vm.frontend.get_vring_base(queue).unwrap();
-            bed.vm.queues[queue].ring.reset();
-        }
-        let (region, file) = bed.vm.frontend.get_inflight_fd(&request).unwrap();
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
-        bed.vm.frontend.set_inflight_fd(&region, fd).unwrap();
+        let _newer = begin_anew(&mut bed);
         let state = bed.state();
         assert!(state.promiscuous && state.multicast_filter.is_empty());
         assert_eq!(

@@ -15,8 +15,10 @@ use bulkhead_vsock::device::Vsock;
 use bulkhead_vsock::dial::Dialer;
 use bulkhead_vsock::streams;
 
-/// Descriptors of the process itself, those that come and go with messages, and a stream each.
-const FDS: u64 = 100 + streams::MOST as u64;
+/// Descriptors that it holds at most: its own, those of its channels, kick, call and err of its rings and the
+/// successors of each, those that come with a table of as many memory regions as there may be, a stream each
+/// and one that is turned away.
+const FDS: u64 = 60 + streams::MOST as u64;
 
 fn main() -> ExitCode {
     let program = Program {

@@ -4,13 +4,15 @@
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 use std::sync::Arc;
 
 use bulkhead_blk::image::Image;
 use bulkhead_blk::image_chain::{ImageError, Layer};
 use bulkhead_blk::qcow2_store::Backend;
 use bulkhead_blk::transfer::{Direction, Transfer};
+
+mod qemu_img;
+pub use qemu_img::*;
 
 pub const MIB: u64 = 1 << 20;
 
@@ -32,11 +34,7 @@ impl Scratch {
     /// `qemu-img create -f qcow2 …`
     pub fn create(&self, name: &str, size: u64, options: &[&str]) -> PathBuf {
         let path = self.path(name);
-        let mut args = vec!["create", "-q", "-f", "qcow2"];
-        args.extend(options);
-        let size = size.to_string();
-        args.extend([path.to_str().unwrap(), &size]);
-        qemu_img(&args);
+        create(&path, size, options);
         path
     }
 }
@@ -45,23 +43,6 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
-}
-
-pub fn run_qemu_img(args: &[&str]) -> Output {
-    Command::new("qemu-img")
-        .args(args)
-        .output()
-        .expect("qemu-img; tests/setup installs it")
-}
-
-pub fn qemu_img(args: &[&str]) {
-    let out = run_qemu_img(args);
-    assert!(
-        out.status.success(),
-        "qemu-img {args:?}: {}{}",
-        String::from_utf8_lossy(&out.stdout),
-        String::from_utf8_lossy(&out.stderr)
-    );
 }
 
 /// What `qemu-img check` says. 0: clean, 3: leaks only.
@@ -208,20 +189,4 @@ pub fn assert_content(image: &Image, model: &[u8]) {
     for (i, chunk) in model.chunks(MIB as usize).enumerate() {
         assert!(read(image, i as u64 * MIB, chunk.len()) == chunk, "MiB {i}");
     }
-}
-
-/// What qemu-img makes of the image.
-pub fn assert_qemu_sees(path: &Path, model: &[u8], scratch: &Scratch) {
-    let raw = scratch.path("converted");
-    qemu_img(&[
-        "convert",
-        "-O",
-        "raw",
-        path.to_str().unwrap(),
-        raw.to_str().unwrap(),
-    ]);
-    assert!(
-        std::fs::read(&raw).unwrap() == model,
-        "qemu-img reads something else"
-    );
 }

@@ -12,10 +12,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_runtime::sys::send_now;
-use bulkhead_tests::host::sh;
+use bulkhead_tests::host::{Undo, sh};
 use bulkhead_tests::vmm::{Vmm, patience};
 
 use crate::attack::{Attempt, End, Ground, said};
+use crate::hosts::{Host, block_device, has_loops};
 use crate::kernel_log::KernelLog;
 use crate::variants::{MEMORY, RING};
 use crate::victim::LIMIT;
@@ -35,6 +36,7 @@ pub struct Alone {
 #[derive(Clone, Copy)]
 enum Device {
     Raw,
+    Block,
     Image,
     Tap,
 }
@@ -46,17 +48,19 @@ pub fn all() -> (Vec<Alone>, Vec<(&'static str, &'static str)>) {
         binary,
         device,
     };
-    (
-        vec![
-            alone("bulkhead-blk-socket", "bulkhead-blk", Device::Raw),
-            alone("bulkhead-blk-image-socket", "bulkhead-blk", Device::Image),
-            alone("bulkhead-net-socket", "bulkhead-net", Device::Tap),
-        ],
-        vec![(
-            "bulkhead-blk-erase-socket",
-            "it takes a block device that erases securely",
-        )],
-    )
+    let mut absent = Vec::new();
+    let mut all = vec![
+        alone("bulkhead-blk-socket", "bulkhead-blk", Device::Raw),
+        alone("bulkhead-blk-image-socket", "bulkhead-blk", Device::Image),
+        alone("bulkhead-net-socket", "bulkhead-net", Device::Tap),
+    ];
+    let erase = "bulkhead-blk-erase-socket";
+    if has_loops() {
+        all.push(alone(erase, "bulkhead-blk", Device::Block));
+    } else {
+        absent.push((erase, "there is no loop device to be had"));
+    }
+    (all, absent)
 }
 
 impl Alone {
@@ -64,11 +68,16 @@ impl Alone {
     pub fn own(&self) -> &'static [&'static str] {
         match self.device {
             Device::Image => &[MEMORY],
-            Device::Raw | Device::Tap => &[MEMORY, RING],
+            Device::Raw | Device::Block | Device::Tap => &[MEMORY, RING],
         }
     }
 
-    fn options(&self, number: usize, ground: &Ground<'_>) -> Result<[String; 2], String> {
+    fn options(
+        &self,
+        number: usize,
+        ground: &Ground<'_>,
+        made: &mut Option<Undo>,
+    ) -> Result<[String; 2], String> {
         let scratch = ground.scratch;
         Ok(match self.device {
             Device::Raw => {
@@ -77,6 +86,12 @@ impl Alone {
                     "--disk".into(),
                     format!("path={disk},serial=hostile-{number}"),
                 ]
+            }
+            Device::Block => {
+                let (device, undo) = block_device(scratch, &format!("alone-block-{number}"))?;
+                *made = Some(undo);
+                let spec = format!("path={device},serial=hostile-{number}");
+                ["--disk".into(), spec]
             }
             Device::Image => {
                 let disk = scratch.path(&format!("alone-{number}.qcow2"));
@@ -125,7 +140,8 @@ impl Alone {
             .scratch
             .path(&format!("api/alone-{}", attempt.number));
         let _ = std::fs::remove_file(&socket);
-        let [option, value] = self.options(attempt.number, ground)?;
+        let mut made = None;
+        let [option, value] = self.options(attempt.number, ground, &mut made)?;
         let [by, place] = ground.namespace.enter();
         let mut command = Command::new(by);
         command.arg(place);
@@ -139,6 +155,9 @@ impl Alone {
             .args(value.split(' '));
         // What is sent to its group is sent to nobody else.
         command.process_group(0);
+        if let Device::Block = self.device {
+            Host::Erasing.starts(&mut command);
+        }
         let mut process = Vmm::spawn(command)?;
         let end = Instant::now() + patience(LIMIT);
         // This is what it waits for.

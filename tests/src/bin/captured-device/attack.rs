@@ -1,11 +1,8 @@
 //! One attack: a VM whose devices make one attempt each, and how each of those ended.
-#![allow(unsafe_code)] // A seccomp filter, set between fork and exec.
 
 use std::collections::BTreeMap;
-use std::io::Error;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -90,9 +87,10 @@ pub fn attack(
     if !variant.is_memory() {
         create.extend(["--memory".to_owned(), "96M".into()]);
     }
-    let mut listeners = Vec::new();
+    let (mut listeners, mut made) = (Vec::new(), Vec::new());
     for attempt in attempts {
-        create.extend(variant.option(attempt.number, ground.scratch, ground.namespace)?);
+        let option = variant.option(attempt.number, ground.scratch, ground.namespace, &mut made)?;
+        create.extend(option);
         if let Some(own) = variant.asks_beside(attempt.number, ground.scratch) {
             listeners.push(ports(&own, ground.victim)?);
             // It may ask for what lies there and nowhere else.
@@ -102,10 +100,7 @@ pub fn attack(
             }
         }
     }
-    if !variant.uring {
-        // SAFETY: it makes system calls on memory of its own.
-        unsafe { command.pre_exec(without_io_uring) };
-    }
+    variant.host.starts(&mut command);
     let mut vmm = up(Vmm::spawn(command)?, &socket)?;
     let info = ctl(&socket, &["info"])?;
     let watched: Vec<i64> = ["vmm_pid", "launcher_pid"]
@@ -165,49 +160,6 @@ fn ports(own: &str, victim: &str) -> Result<UnixListener, String> {
 
 fn descriptors(pid: i64) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
-}
-
-/// Takes io_uring from this process and what it starts, as a container's runtime may.
-fn without_io_uring() -> Result<(), Error> {
-    const LOAD: u16 = 0x20;
-    const EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    let mut filter = [
-        // The number of the call.
-        instruction(LOAD, 0, 0, 0),
-        instruction(
-            EQUAL,
-            0,
-            1,
-            u32::try_from(libc::SYS_io_uring_setup).unwrap_or(u32::MAX),
-        ),
-        instruction(
-            RETURN,
-            0,
-            0,
-            libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs(),
-        ),
-        instruction(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog {
-        len: 4,
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: the first takes integers; the second a program of as many instructions as it says,
-    // which lives across the call.
-    let failed = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::prctl(
-                libc::PR_SET_SECCOMP,
-                libc::SECCOMP_MODE_FILTER,
-                &raw const program,
-            ) != 0
-    };
-    if failed {
-        return Err(Error::last_os_error());
-    }
-    Ok(())
 }
 
 /// The policy of each device process, by the filter that the kernel has for every thread of it.

@@ -12,6 +12,7 @@
 
 mod alone;
 mod attack;
+mod hosts;
 mod inside;
 mod kernel_log;
 mod told;

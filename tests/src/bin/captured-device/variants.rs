@@ -1,7 +1,9 @@
 //! What is attacked from: each kind of device process, with each of its policies.
 
-use bulkhead_tests::host::{Namespace, sh};
+use bulkhead_tests::host::{Namespace, Undo, sh};
 use bulkhead_tests::vmm::Scratch;
+
+use crate::hosts::{Host, block_device, has_loops};
 
 /// Devices of one VM at most: one for each attempt.
 const AT_ONCE: usize = 24;
@@ -20,14 +22,15 @@ pub struct Variant {
     pub policy: &'static str,
     /// The program.
     pub binary: &'static str,
-    /// Whether the VM is one of a host that has io_uring.
-    pub uring: bool,
+    /// What host the VM is on.
+    pub host: Host,
     /// How a device is asked for: see [`Variant::option`].
     device: Device,
 }
 
 enum Device {
     Raw,
+    Block,
     Image,
     Tap { backend: &'static str },
     Memory,
@@ -37,30 +40,33 @@ enum Device {
 
 /// All that are to be had here; and those that are not, with the reason.
 pub fn all() -> (Vec<Variant>, Vec<(&'static str, &'static str)>) {
-    let variant = |policy, binary, uring, device| Variant {
+    let on = |host, policy, binary, device| Variant {
         policy,
         binary,
-        uring,
+        host,
         device,
     };
+    let variant = |policy, binary, device| on(Host::This, policy, binary, device);
     let (blk, net) = ("bulkhead-blk", "bulkhead-net");
     let tap = |backend| Device::Tap { backend };
     let mut all = vec![
-        variant("bulkhead-blk", blk, true, Device::Raw),
-        variant("bulkhead-blk-plain", blk, false, Device::Raw),
-        variant("bulkhead-blk-image", blk, true, Device::Image),
-        variant("bulkhead-net", net, true, tap("user")),
-        variant("bulkhead-net-plain", net, false, tap("user")),
-        variant("bulkhead-mem", "bulkhead-mem", true, Device::Memory),
-        variant("bulkhead-rng", "bulkhead-rng", true, Device::Entropy),
-        variant("bulkhead-vsock", "bulkhead-vsock", true, Device::Sockets),
+        variant("bulkhead-blk", blk, Device::Raw),
+        on(Host::WithoutRings, "bulkhead-blk-plain", blk, Device::Raw),
+        variant("bulkhead-blk-image", blk, Device::Image),
+        variant("bulkhead-net", net, tap("user")),
+        on(Host::WithoutRings, "bulkhead-net-plain", net, tap("user")),
+        variant("bulkhead-mem", "bulkhead-mem", Device::Memory),
+        variant("bulkhead-rng", "bulkhead-rng", Device::Entropy),
+        variant("bulkhead-vsock", "bulkhead-vsock", Device::Sockets),
     ];
-    let mut absent = vec![(
-        "bulkhead-blk-erase",
-        "it takes a block device that erases securely",
-    )];
+    let mut absent = Vec::new();
+    if has_loops() {
+        all.push(on(Host::Erasing, "bulkhead-blk-erase", blk, Device::Block));
+    } else {
+        absent.push(("bulkhead-blk-erase", "there is no loop device to be had"));
+    }
     if std::fs::exists("/dev/vhost-net").unwrap_or(false) {
-        all.push(variant("bulkhead-net-vhost", net, true, tap("vhost-net")));
+        all.push(variant("bulkhead-net-vhost", net, tap("vhost-net")));
     } else {
         absent.push(("bulkhead-net-vhost", "there is no /dev/vhost-net"));
     }
@@ -85,7 +91,8 @@ impl Variant {
         }
     }
 
-    /// Arguments of `create` for the device that makes attempt `number`.
+    /// Arguments of `create` for the device that makes attempt `number`; what undoes what was made
+    /// for it goes to `made`.
     ///
     /// # Errors
     /// What it needs could not be made.
@@ -94,6 +101,7 @@ impl Variant {
         number: usize,
         scratch: &Scratch,
         namespace: &Namespace,
+        made: &mut Vec<Undo>,
     ) -> Result<[String; 2], String> {
         // One and the number, since none at all is no size.
         let size = number.saturating_add(1).saturating_mul(128);
@@ -105,6 +113,13 @@ impl Variant {
                     "--disk",
                     format!("path={disk},id=a{number},{serial},queues=1"),
                 )
+            }
+            Device::Block => {
+                let (device, undo) = block_device(scratch, &format!("b{number}"))?;
+                made.push(undo);
+                let serial = format!("serial=hostile-{number}");
+                let spec = format!("path={device},id=a{number},{serial},queues=1");
+                ("--disk", spec)
             }
             Device::Image => {
                 let disk = scratch.path(&format!("d{number}.qcow2"));
@@ -158,7 +173,8 @@ impl Variant {
     pub fn own(&self) -> &'static [&'static str] {
         match self.device {
             Device::Sockets => &[ASKING],
-            Device::Raw | Device::Tap { backend: "user" } if self.uring => &[RING],
+            Device::Block => &[RING],
+            Device::Raw | Device::Tap { backend: "user" } if self.host == Host::This => &[RING],
             _ => &[],
         }
     }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::fault::fault;
 use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, ctl};
@@ -178,7 +179,13 @@ fn cores() -> Verdict {
     let pids: Vec<String> = devices.iter().map(|d| d["pid"].to_string()).collect();
     check(pids.len() == 3, || format!("{pids:?}"))?;
     std::fs::write(&got, "").map_err(|e| e.to_string())?;
-    sh(&format!("kill -SEGV {}", pids.join(" ")))?;
+    for pid in &pids {
+        fault(pid.parse().map_err(|_| pid.clone())?)?;
+    }
+    for device in &devices {
+        // It returns from its wait.
+        let _ = ctl(&api, &["stats", device["id"].as_str().unwrap_or_default()]);
+    }
     let end = Instant::now() + LIMIT;
     let alive = |pid: &String| {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"));

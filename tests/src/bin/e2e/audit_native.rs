@@ -50,18 +50,19 @@ const PROGRAMS: [&str; 7] = [
 ];
 
 /// A machine with a device of each kind, which boots no guest.
-struct Served {
-    socket: String,
+pub struct Served {
+    pub socket: String,
     /// A copy of `bulkhead` that its user may read.
     program: String,
-    vmm: Vmm,
+    pub vmm: Vmm,
     _scratch: Scratch,
     _namespace: Namespace,
     _undo: Option<Undo>,
 }
 
 impl Served {
-    fn new(name: &str, by: &[&str]) -> Result<Self, String> {
+    /// Made by a process that this command becomes, or by root.
+    pub fn new(name: &str, by: &[&str]) -> Result<Self, String> {
         let scratch = Scratch::new(name)?;
         let disk = scratch.disk("disk", 1 << 20, 43)?;
         for program in PROGRAMS {

@@ -348,10 +348,12 @@ fn carries() -> Verdict {
     let first = testpmd(&socket, false, 1)?;
     let mut vmm = Vmm::boot("bh.cmd=script", &more)?;
     until_frames(&vmm, false, "at first")?;
-    link("down")?;
-    until_frames(&vmm, true, "with the link down")?;
-    link("up")?;
-    until_frames(&vmm, false, "with the link up again")?;
+    let switched = |way: &str, when: &str| {
+        link(way)?;
+        until_frames(&vmm, way == "down", when)
+    };
+    switched("down", "with the link down")?;
+    switched("up", "with the link up again")?;
     link("down")?;
     // Another switch, which sends without being asked.
     drop(first);
@@ -359,12 +361,9 @@ fn carries() -> Verdict {
     let _second = testpmd_that("txonly", &socket, 1, "client=0")?;
     crate::net_bad::until_event(&api, "device.reconnected", "serves")?;
     until_frames(&vmm, true, "with another switch and the link down")?;
-    link("up")?;
-    until_frames(&vmm, false, "with another switch and the link up")?;
-    link("down")?;
-    until_frames(&vmm, true, "with its link down")?;
-    link("up")?;
-    until_frames(&vmm, false, "with its link up")?;
+    switched("up", "with another switch and the link up")?;
+    switched("down", "with its link down")?;
+    switched("up", "with its link up")?;
     vmm.kill();
     bulkhead_tests::vmm::nothing_left(LIMIT)
 }

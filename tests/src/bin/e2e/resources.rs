@@ -9,13 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{Undo, debian, sh};
+use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left};
 use serde_json::Value;
-
-use crate::disk::sparse;
-use crate::recovery::field;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -39,14 +36,11 @@ pub fn tests() -> Vec<Test> {
         "a delegated cgroup, alone, shared, and of a user",
         delegated,
     ));
-    tests.push(test(
-        "io.max holds a disk's process back and is lifted while it runs, io.stat is told",
-        io_max,
-    ));
     tests
 }
 
-fn test(name: &'static str, run: fn() -> Verdict) -> Test {
+/// One of this subject's.
+pub fn test(name: &'static str, run: fn() -> Verdict) -> Test {
     Test {
         subject: "resources",
         name,
@@ -56,14 +50,14 @@ fn test(name: &'static str, run: fn() -> Verdict) -> Test {
 }
 
 /// Where cgroup v2 is mounted.
-fn mount() -> Option<PathBuf> {
+pub fn mount() -> Option<PathBuf> {
     let info = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let line = info.lines().find(|line| line.contains(" - cgroup2 "))?;
     line.split(' ').nth(4).map(PathBuf::from)
 }
 
 /// Nothing of any VM is left, where these tests have the host for themselves.
-fn left() -> Verdict {
+pub fn left() -> Verdict {
     match std::env::var_os("BULKHEAD_HOST") {
         Some(_) => nothing_left(Duration::from_secs(5)),
         None => Ok(()),
@@ -319,7 +313,7 @@ fn least() -> Verdict {
 }
 
 /// The audit, and whether all was as it should be.
-fn audit(socket: &str) -> Result<(bool, String), String> {
+pub fn audit(socket: &str) -> Result<(bool, String), String> {
     let output = bulkhead(&["audit", "--api-socket", socket])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok((output.status.success(), text))
@@ -533,75 +527,4 @@ fn delegated() -> Verdict {
     let _ = bulkhead(&["reap"])?;
     let _ = fs::remove_dir_all(&scratch);
     fs::remove_dir(&place).map_err(|e| format!("{name}: {e}"))
-}
-
-fn io_max() -> Verdict {
-    let mount = mount().ok_or("cgroup v2 is not mounted")?;
-    let scratch = Scratch::new("iomax")?;
-    let beneath = sparse(&scratch, "beneath", 8 << 20)?;
-    let plain = sparse(&scratch, "plain", 1 << 20)?;
-    let device = sh(&format!("losetup --find --show {beneath}"))?;
-    let device = device.trim().to_owned();
-    let _undo = Undo::new(format!("losetup --detach {device}"));
-    let number = sh(&format!(
-        "lsblk -dno MAJ:MIN {device} || cat /sys/class/block/$(basename {device})/dev"
-    ))?;
-    let number = number.trim().to_owned();
-    let socket = scratch.path("api");
-    let script = "get() { dd if=/dev/vdb of=/dev/null bs=64k count=64 iflag=direct status=none; }
-echo READY; read -r line; get && echo SLOW; read -r line; get && echo FAST; read -r line";
-    let disks = [
-        format!("path={device},id=limited,lock=off,io=rbps=1M:wiops=500"),
-        // In memory, which is no block device.
-        format!("path={plain},id=plain,io=rbps=1M"),
-    ];
-    let mut vmm = debian(&scratch, script, &disks, &["--api-socket", &socket])?;
-    vmm.wait_for("READY", LIMIT)?;
-    let group = ctl(&socket, &["info"])?["cgroup"].clone();
-    let group = group.as_str().unwrap_or_default().to_owned();
-    let leaf = mount
-        .join(group.trim_start_matches('/'))
-        .join("dev-limited");
-    let file = |name: &str| fs::read_to_string(leaf.join(name)).unwrap_or_default();
-    let usage = |id: &str| ctl(&socket, &["stats", id]).map(|mut stats| stats["usage"].take());
-    let has_io = file("cgroup.controllers")
-        .split_whitespace()
-        .any(|c| c == "io");
-    check(has_io, || {
-        format!("no io controller: {}", file("cgroup.controllers"))
-    })?;
-    let line = format!("{number} rbps=1048576 wbps=max riops=max wiops=500");
-    check(file("io.max").trim() == line, || file("io.max"))?;
-    let told = usage("limited")?["not_enforced"].clone();
-    check(told.as_array().is_some_and(Vec::is_empty), || {
-        told.to_string()
-    })?;
-    let told = usage("plain")?["not_enforced"].to_string();
-    check(
-        told.contains("io: its file lies on no block device"),
-        || told,
-    )?;
-    let (_, text) = audit(&socket)?;
-    check(text.contains(&format!("io.max {line}")), || text.clone())?;
-    let before = usage("limited")?["read_bytes"].as_u64().unwrap_or(0);
-    let begun = Instant::now();
-    vmm.type_text("go\n")?;
-    vmm.wait_for("SLOW", LIMIT)?;
-    check(begun.elapsed() >= Duration::from_secs(3), || {
-        format!("4 MiB at 1 MiB/s took {:?}", begun.elapsed())
-    })?;
-    let read = usage("limited")?["read_bytes"].as_u64().unwrap_or(0) - before;
-    check((4 << 20..6 << 20).contains(&read), || {
-        format!("{read} bytes in io.stat")
-    })?;
-    ctl(&socket, &["limit", "limited", "--io", "0"])?;
-    check(!file("io.max").contains("rbps=1048576"), || file("io.max"))?;
-    vmm.type_text("go\n")?;
-    vmm.wait_for("FAST", LIMIT)?;
-    check(field(&socket, "limited", "incarnation")? == 1, || {
-        "it was replaced".into()
-    })?;
-    vmm.type_text("go\n")?;
-    vmm.ends_with(0, LIMIT)?;
-    left()
 }

@@ -133,24 +133,26 @@ fn field(socket: &str, device: &str, name: &str) -> Result<serde_json::Value, St
         .ok_or_else(|| format!("no {device} in {devices}"))
 }
 
-fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
+/// The process of a device.
+pub fn pid_of(socket: &str, device: &str) -> Result<i64, String> {
     field(socket, device, "pid").and_then(|pid| pid.as_i64().ok_or_else(|| pid.to_string()))
 }
 
 /// The program that a device's process executes.
-fn program(socket: &str, device: &str) -> Result<String, String> {
+pub fn program(socket: &str, device: &str) -> Result<String, String> {
     let exe = format!("/proc/{}/exe", pid_of(socket, device)?);
     let path = std::fs::read_link(&exe)
         .map_err(|e| format!("{exe}: {e}: {}", ctl_events(socket).unwrap_or_default()))?;
     Ok(path.to_string_lossy().into_owned())
 }
 
-fn update(socket: &str, device: &str, binary: &str) -> Result<serde_json::Value, String> {
+/// Another binary takes a device over.
+pub fn update(socket: &str, device: &str, binary: &str) -> Result<serde_json::Value, String> {
     ctl(socket, &["update-device", device, "--binary", binary])
 }
 
 /// An update that must fail for this reason, and change nothing.
-fn refused(socket: &str, device: &str, binary: &str, why: &str) -> Verdict {
+pub fn refused(socket: &str, device: &str, binary: &str, why: &str) -> Verdict {
     let before = (
         pid_of(socket, device)?,
         field(socket, device, "incarnation")?,
@@ -317,7 +319,7 @@ fn told_of(socket: &str, incarnation: u64) -> Result<Vec<String>, String> {
 }
 
 /// All events as lines of JSON.
-fn ctl_events(socket: &str) -> Result<String, String> {
+pub fn ctl_events(socket: &str) -> Result<String, String> {
     let output = bulkhead_tests::vmm::bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -79,6 +79,8 @@ struct Layout {
     exit_answer: usize,
     new_task: usize,
     new_flags: usize,
+    signal_number: usize,
+    signal_to: usize,
 }
 
 impl Layout {
@@ -86,6 +88,7 @@ impl Layout {
         let enter = instance.event("raw_syscalls/sys_enter")?;
         let exit = instance.event("raw_syscalls/sys_exit")?;
         let new = instance.event("task/task_newtask")?;
+        let signal = instance.event("signal/signal_generate")?;
         Ok(Self {
             pid: enter.field("common_pid")?.0,
             enter_nr: enter.field("id")?.0,
@@ -94,7 +97,9 @@ impl Layout {
             exit_answer: exit.field("ret")?.0,
             new_task: new.field("pid")?.0,
             new_flags: new.field("clone_flags")?.0,
-            signal: instance.event("signal/signal_generate")?,
+            signal_number: signal.field("sig")?.0,
+            signal_to: signal.field("pid")?.0,
+            signal,
             enter,
             exit,
             new,
@@ -124,7 +129,13 @@ impl Layout {
                 thread: u64_at(record, self.new_flags)? & thread != 0,
             }
         } else if id == self.signal.id {
-            What::Killed
+            if u32_at(record, self.signal_number)? == libc::SIGSYS.unsigned_abs() {
+                What::Killed
+            } else {
+                What::Kills {
+                    task: u32_at(record, self.signal_to)?,
+                }
+            }
         } else {
             return None;
         };

@@ -75,7 +75,10 @@ impl Instance {
             instance.set(&format!("events/{event}/enable"), "1")?;
         }
         instance.set("events/task/task_newtask/enable", "1")?;
-        instance.set("events/signal/signal_generate/filter", "sig == 31")?;
+        instance.set(
+            "events/signal/signal_generate/filter",
+            "sig == 31 || sig == 9",
+        )?;
         instance.set("events/signal/signal_generate/enable", "1")?;
         Ok(instance)
     }

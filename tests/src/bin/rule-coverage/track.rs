@@ -5,7 +5,7 @@
 //! those of the thread that made it from the beginning. Of a call that a filter ended the kernel
 //! shows the end only: an end without a beginning that is the errno of a rule used that rule.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bulkhead_seccomp::notify::{SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND};
 use bulkhead_seccomp::policy::{self, Policy, RuleInfo, Stage, syscall_name};
@@ -21,6 +21,8 @@ pub enum What {
     New { task: u32, thread: bool },
     /// SIGSYS.
     Killed,
+    /// SIGKILL, to this task.
+    Kills { task: u32 },
 }
 
 /// The same, of whom and when.
@@ -47,8 +49,12 @@ struct Task {
     watched: Option<Layer>,
     /// The call that it is in.
     within: Option<(u32, [u64; 6])>,
+    /// The call that it made last.
+    last: Option<u32>,
     /// The launcher has been told of a call and has not answered yet.
     told: bool,
+    /// And is sending a signal in that state.
+    kills: bool,
 }
 
 /// How often a rule was used.
@@ -107,7 +113,7 @@ impl Tracker {
                     new.process = task;
                 }
                 new.within = None;
-                new.told = false;
+                (new.told, new.kills, new.last) = (false, false, None);
                 self.tasks.insert(task, new);
             }
             What::Killed => {
@@ -118,7 +124,26 @@ impl Tracker {
                     self.complain(format!("{}: a call ended in SIGSYS", layer.policy.name));
                 }
             }
+            What::Kills { task } => {
+                if let Some(by) = self.tasks.get_mut(&seen.task)
+                    && std::mem::take(&mut by.kills)
+                {
+                    let whom = self.whom(task);
+                    self.complain(format!("{whom} was killed for a call that was reported"));
+                }
+            }
         }
+    }
+
+    /// A process by its policy, and what each of its threads did before it hung at the call: of a
+    /// call that a filter stops the kernel shows nothing.
+    fn whom(&self, process: u32) -> String {
+        let threads = self.tasks.values().filter(|t| t.process == process);
+        let calls: BTreeSet<_> = threads.clone().filter_map(|t| t.last).map(name).collect();
+        let calls: Vec<String> = calls.into_iter().collect();
+        let policy = threads.filter_map(|task| task.watched).next();
+        let policy = policy.map_or("a device process", |layer| layer.policy.name);
+        format!("{policy} (after {})", calls.join(", "))
     }
 
     fn complain(&mut self, what: String) {
@@ -127,7 +152,7 @@ impl Tracker {
 
     fn enter(&mut self, id: u32, nr: u32, args: [u64; 6]) {
         let task = self.tasks.entry(id).or_default();
-        task.within = Some((nr, args));
+        (task.within, task.last) = (Some((nr, args)), Some(nr));
         let layers = task.layers.clone();
         if task.told {
             // Whom the launcher does not answer after a report, it kills.
@@ -135,11 +160,7 @@ impl Tracker {
             if by_ioctl && int(args[1]) == SECCOMP_IOCTL_NOTIF_SEND {
                 task.told = false;
             } else if is(nr, libc::SYS_pidfd_send_signal) {
-                task.told = false;
-                self.complain(
-                    "a device process: a call was reported to the launcher, which killed it"
-                        .to_owned(),
-                );
+                (task.told, task.kills) = (false, true);
             }
         }
         // A vCPU thread's own filter lies on the one that was in force while its machine was made.
@@ -205,7 +226,9 @@ impl Tracker {
             self.ended_by_a_filter(id, nr, answer);
             return;
         };
-        if is(entered, libc::SYS_seccomp) && answer >= 0 {
+        if std::mem::take(&mut task.kills) {
+            self.complain("a process that is gone: a call of its was reported".to_owned());
+        } else if is(entered, libc::SYS_seccomp) && answer >= 0 {
             self.takes_a_filter(id, args);
         } else if is(entered, libc::SYS_ioctl)
             && int(args[1]) == SECCOMP_IOCTL_NOTIF_RECV
@@ -284,4 +307,67 @@ impl Tracker {
 
 fn name(nr: u32) -> String {
     syscall_name(nr).map_or_else(|| nr.to_string(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(call: libc::c_long) -> u32 {
+        u32::try_from(call).unwrap()
+    }
+
+    fn enter(tracker: &mut Tracker, task: u32, call: libc::c_long, second: u32) {
+        let args = [0, second.into(), 0, 0, 0, 0];
+        tracker.enter(task, number(call), args);
+    }
+
+    fn note(tracker: &mut Tracker, task: u32, what: What) {
+        tracker.note(&Seen {
+            time: 0,
+            task,
+            what,
+        });
+    }
+
+    /// Task 1 is told of a call of task 2's.
+    fn told() -> Tracker {
+        let mut tracker = Tracker::default();
+        let new = What::New {
+            task: 2,
+            thread: false,
+        };
+        note(&mut tracker, 1, new);
+        enter(&mut tracker, 2, libc::SYS_ppoll, 0);
+        enter(&mut tracker, 1, libc::SYS_ioctl, SECCOMP_IOCTL_NOTIF_RECV);
+        tracker.exit(1, number(libc::SYS_ioctl), 0);
+        tracker
+    }
+
+    #[test]
+    fn who_is_killed_for_a_report_is_named() {
+        let mut tracker = told();
+        enter(&mut tracker, 1, libc::SYS_pidfd_send_signal, 9);
+        note(&mut tracker, 1, What::Kills { task: 2 });
+        tracker.exit(1, number(libc::SYS_pidfd_send_signal), 0);
+        let wrong: Vec<_> = tracker.wrong.into_keys().collect();
+        assert_eq!(wrong.len(), 1);
+        assert!(wrong[0].contains("(after ppoll) was killed"), "{wrong:?}");
+
+        let mut tracker = told();
+        enter(&mut tracker, 1, libc::SYS_pidfd_send_signal, 9);
+        tracker.exit(1, number(libc::SYS_pidfd_send_signal), -3);
+        assert_eq!(tracker.wrong.len(), 1);
+    }
+
+    #[test]
+    fn who_is_killed_otherwise_is_nothing_wrong() {
+        let mut tracker = told();
+        enter(&mut tracker, 1, libc::SYS_ioctl, SECCOMP_IOCTL_NOTIF_SEND);
+        tracker.exit(1, number(libc::SYS_ioctl), 0);
+        enter(&mut tracker, 1, libc::SYS_pidfd_send_signal, 9);
+        note(&mut tracker, 1, What::Kills { task: 2 });
+        tracker.exit(1, number(libc::SYS_pidfd_send_signal), 0);
+        assert!(tracker.wrong.is_empty(), "{:?}", tracker.wrong);
+    }
 }
