@@ -33,6 +33,7 @@ enum Device {
     Memory,
     Entropy,
     Sockets,
+    Consoles,
 }
 
 /// All that are to be had here; and those that are not, with the reason.
@@ -54,6 +55,12 @@ pub fn all() -> (Vec<Variant>, Vec<(&'static str, &'static str)>) {
         variant("bulkhead-mem", "bulkhead-mem", true, Device::Memory),
         variant("bulkhead-rng", "bulkhead-rng", true, Device::Entropy),
         variant("bulkhead-vsock", "bulkhead-vsock", true, Device::Sockets),
+        variant(
+            "bulkhead-console",
+            "bulkhead-console",
+            true,
+            Device::Consoles,
+        ),
     ];
     let mut absent = vec![(
         "bulkhead-blk-erase",
@@ -139,6 +146,14 @@ impl Variant {
                 let listen = sockets(scratch, number);
                 let cid = format!("cid=1000000{number}");
                 ("--vsock", format!("id=a{number},socket={listen},{cid}"))
+            }
+            Device::Consoles => {
+                let listen = scratch.path(&format!("c{number}"));
+                let size = format!("{}x24", number.saturating_add(1));
+                (
+                    "--console",
+                    format!("id=a{number},socket={listen},size={size}"),
+                )
             }
         };
         Ok([option.to_owned(), value])

@@ -44,7 +44,7 @@ pub fn native() -> Vec<Test> {
     ]
 }
 
-const PROGRAMS: [&str; 7] = [
+const PROGRAMS: [&str; 8] = [
     "bulkhead",
     "bulkhead-launcher",
     "bulkhead-blk",
@@ -52,6 +52,7 @@ const PROGRAMS: [&str; 7] = [
     "bulkhead-mem",
     "bulkhead-rng",
     "bulkhead-vsock",
+    "bulkhead-console",
 ];
 
 /// A machine with a device of each kind, which boots no guest.
@@ -104,6 +105,7 @@ impl Served {
         }
         let disk = format!("path={disk},id=root");
         let vsock = format!("socket={}", scratch.path("vsock"));
+        let console = format!("socket={}", scratch.path("console"));
         let create = [
             "create",
             "--kernel",
@@ -118,6 +120,8 @@ impl Served {
             &disk,
             "--vsock",
             &vsock,
+            "--console",
+            &console,
             "--net",
             "tap=audit0,id=net",
         ];
@@ -148,13 +152,13 @@ fn told(how: &[&str], output: &Output) -> String {
     format!("{how:?}: {}\n{out}\n{err}", output.status)
 }
 
-/// The processes of an audit, one of the VMM, one of the launcher, five of devices.
+/// The processes of an audit, one of the VMM, one of the launcher, six of devices.
 fn processes(audit: &Value) -> Result<&Vec<Value>, String> {
     let all = audit["processes"].as_array();
     let all = all.ok_or_else(|| audit.to_string())?;
     let of = |role: &str| all.iter().filter(|p| p["role"] == role).count();
     let roles = [of("vmm"), of("launcher"), of("device")];
-    check(roles == [1, 1, 5], || format!("{roles:?} {audit}"))?;
+    check(roles == [1, 1, 6], || format!("{roles:?} {audit}"))?;
     Ok(all)
 }
 
@@ -250,6 +254,7 @@ fn counts() -> Verdict {
             "bulkhead-rng",
             "bulkhead-mem",
             "bulkhead-vsock",
+            "bulkhead-console",
             "bulkhead-net",
             "bulkhead-vcpu",
         ] {
@@ -300,11 +305,12 @@ fn not_dumpable() -> Verdict {
 
 /// Under the launcher: stand-alone ones have more to do. The longest name that a policy begins with
 /// counts.
-const CEILINGS: [(&str, u64); 7] = [
+const CEILINGS: [(&str, u64); 8] = [
     ("bulkhead-net", 12),
     ("bulkhead-blk", 16),
     ("bulkhead-rng", 10),
     ("bulkhead-vsock", 14),
+    ("bulkhead-console", 13),
     ("bulkhead-mem", 11),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 48),
