@@ -221,6 +221,20 @@ const ALLOWED: &[(&str, &[Call], &[Call])] = &[
         ],
     ),
     (
+        "bulkhead-console",
+        &[
+            (libc::SYS_mmap, &[0, 4096, RW, SHARED, 7]),
+            (libc::SYS_sendmsg, &[8, 0, int(libc::MSG_NOSIGNAL)]),
+            (libc::SYS_accept4, &[5, 0, 0, int(libc::SOCK_CLOEXEC)]),
+        ],
+        &[
+            (libc::SYS_accept4, &[5, 0, 0, 0]),
+            (libc::SYS_shutdown, &[8, int(libc::SHUT_WR)]),
+            (libc::SYS_ioctl, &[0, 0x5413]), // TIOCGWINSZ
+            (libc::SYS_sendmsg, &[8, 0, int(libc::MSG_OOB)]),
+        ],
+    ),
+    (
         "bulkhead-net-vhost",
         &[(libc::SYS_ioctl, &[3, 0x4008_af30])],
         &[
@@ -334,6 +348,7 @@ fn what_no_device_does_is_stopped_in_every_device_policy() {
             "bulkhead-mem",
             "bulkhead-rng",
             "bulkhead-vsock",
+            "bulkhead-console",
         ]
         .iter()
         .any(|d| policy.name.starts_with(d));

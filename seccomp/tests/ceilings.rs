@@ -17,6 +17,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("bulkhead-mem", 11),
     ("bulkhead-rng", 10),
     ("bulkhead-vsock", 14),
+    ("bulkhead-console", 13),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 48),
 ];

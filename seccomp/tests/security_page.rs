@@ -42,6 +42,7 @@ fn missing(named: &str, subjects: &str) -> Option<String> {
                 "bulkhead-mem" => "device-procs/mem",
                 "bulkhead-rng" => "device-procs/rng",
                 "bulkhead-vsock" => "device-procs/vsock",
+                "bulkhead-console" => "device-procs/console",
                 "bulkhead-runtime" => "device-procs/runtime",
                 "bulkhead-seccomp" => "seccomp",
                 "bulkhead-proto" => "proto",

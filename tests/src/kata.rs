@@ -11,7 +11,8 @@ use bulkhead_proto::protobuf::{Message, MessageField};
 use bulkhead_proto::vmservice::{
     AddPcieDeviceRequest, CreateVMRequest, PcieDeviceKind, PciePort, PcieRootComplex,
     PropertiesType, PropertiesVMRequest, PropertiesVMResponse, RemovePcieDeviceRequest, VhostUser,
-    VirtioBlk, VirtioNet, VirtioRng, VirtioVsock, serial_config, virtio_device::Kind,
+    VirtioBlk, VirtioConsole, VirtioNet, VirtioRng, VirtioVsock, serial_config,
+    virtio_device::Kind,
 };
 use bulkhead_proto::{BlockingClient, Code, VM_SERVICE};
 
@@ -193,6 +194,14 @@ pub fn vsock(path: &str) -> Kind {
     let mut vsock = VirtioVsock::new();
     vsock.socket_path = path.into();
     Kind::Vsock(vsock)
+}
+
+/// A console on a socket.
+pub fn console(path: &str) -> Kind {
+    let mut console = VirtioConsole::new();
+    let backend = console.backend.mut_or_insert_default();
+    backend.mut_relay().socket_path = path.into();
+    Kind::Console(console)
 }
 
 /// An entropy device.

@@ -134,6 +134,49 @@ impl Chain {
         self.writable_len
     }
 
+    /// Copies out of the readable buffers, from an offset in all of them on; false: they do not
+    /// have as much, or are no memory of the guest's any more.
+    #[must_use]
+    pub fn read(&self, memory: &Memory, mut skip: usize, into: &mut [u8]) -> bool {
+        let mut rest = into;
+        for buffer in self.readable() {
+            if rest.is_empty() {
+                break;
+            }
+            let len = usize::try_from(buffer.len).unwrap_or(usize::MAX);
+            let passed = skip.min(len);
+            skip = skip.saturating_sub(passed);
+            let count = len.saturating_sub(passed).min(rest.len());
+            let Some((part, behind)) = rest.split_at_mut_checked(count) else {
+                return false;
+            };
+            let at = buffer.addr.saturating_add(passed as u64);
+            if !memory.read(at, part) {
+                return false;
+            }
+            rest = behind;
+        }
+        rest.is_empty()
+    }
+
+    /// Copies into the writable buffers, from their beginning on; false: they do not take as much,
+    /// or are no memory of the guest's any more.
+    #[must_use]
+    pub fn write(&self, memory: &Memory, bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        for buffer in self.writable() {
+            let len = usize::try_from(buffer.len).unwrap_or(usize::MAX);
+            let Some((part, behind)) = rest.split_at_checked(len.min(rest.len())) else {
+                return false;
+            };
+            if !memory.write(buffer.addr, part) {
+                return false;
+            }
+            rest = behind;
+        }
+        rest.is_empty()
+    }
+
     /// Replaces this chain with the one that starts at `head` of `table`, a descriptor
     /// table of `size` entries.
     #[inline]

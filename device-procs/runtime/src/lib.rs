@@ -17,6 +17,7 @@
 pub mod active;
 mod backend;
 mod backend_channel;
+pub mod backlog;
 pub mod chain;
 pub mod channels;
 pub mod clock;

@@ -13,9 +13,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use bulkhead_runtime::backlog::{Backlog, ROOM};
 use bulkhead_runtime::sys;
 
-use crate::buffer::{Buffer, ROOM};
 use crate::packet::{HEADER, Header, NO_RECEIVE, NO_SEND, Op};
 
 /// Longest first line of a client: "CONNECT 4294967295" and its end.
@@ -61,7 +61,7 @@ pub struct Connection {
     /// The guest's port; 0 in the greeting.
     pub guest_port: u32,
     /// What waits for the host.
-    buffer: Buffer,
+    buffer: Backlog,
     /// Bytes that the guest has room for, that it has taken out, and that it was sent.
     peer_alloc: u32,
     peer_forwarded: u32,
@@ -94,7 +94,7 @@ impl Connection {
             phase: Phase::Greeting(Vec::new()),
             until: now.checked_add(GREETING),
             guest_port: 0,
-            buffer: Buffer::default(),
+            buffer: Backlog::default(),
             peer_alloc: 0,
             peer_forwarded: 0,
             sent: 0,

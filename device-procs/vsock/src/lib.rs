@@ -9,7 +9,6 @@
 //! socket and connects to none: it accepts, and asks the launcher.
 
 pub mod asked;
-pub mod buffer;
 pub mod cli;
 pub mod connection;
 pub mod device;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::buffer::ROOM;
 use crate::packet::{NO_RECEIVE, NO_SEND};
+use bulkhead_runtime::backlog::ROOM;
 
 const CID: u64 = 77;
 const GUEST_ROOM: u32 = 100_000;

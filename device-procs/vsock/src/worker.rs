@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use bulkhead_runtime::chain::{Buffer, Chain};
+use bulkhead_runtime::chain::Chain;
 use bulkhead_runtime::clock;
 use bulkhead_runtime::mailbox::WorkerPort;
 use bulkhead_runtime::memory::Memory;
@@ -172,7 +172,7 @@ impl Worker {
                 return false;
             };
             let bytes = self.packet.get(..len).unwrap_or_default();
-            if !put(self.chain.writable(), ring.memory(), bytes) {
+            if !self.chain.write(ring.memory(), bytes) {
                 ring.reject(head, &"its buffers are no guest memory");
                 return false;
             }
@@ -204,7 +204,7 @@ impl Worker {
         let Some(head) = ring.pop(&mut self.chain) else {
             return ring.enable_kicks();
         };
-        if put(self.chain.writable(), ring.memory(), &TRANSPORT_RESET) {
+        if self.chain.write(ring.memory(), &TRANSPORT_RESET) {
             ring.complete(head, TRANSPORT_RESET.len() as u32);
             port.status().requests.add(1);
         } else {
@@ -396,7 +396,7 @@ fn take(chain: &Chain, memory: &Memory, into: &mut [u8]) -> Option<(Header, usiz
     if have < HEADER || chain.writable_len() != 0 {
         return None;
     }
-    let read = |from: usize, into: &mut [u8]| get(chain.readable(), memory, from, into);
+    let read = |from, into: &mut [u8]| chain.read(memory, from, into).then_some(());
     let mut head = [0; HEADER];
     read(0, &mut head)?;
     let header = Header::parse(&head);
@@ -406,40 +406,6 @@ fn take(chain: &Chain, memory: &Memory, into: &mut [u8]) -> Option<(Header, usiz
     }
     read(HEADER, into.get_mut(HEADER..len)?)?;
     Some((header, len))
-}
-
-/// Copies out of buffers, from an offset in all of them on.
-fn get(buffers: &[Buffer], memory: &Memory, mut skip: usize, into: &mut [u8]) -> Option<()> {
-    let mut rest = into;
-    for buffer in buffers {
-        let len = usize::try_from(buffer.len).ok()?;
-        let passed = skip.min(len);
-        skip = skip.saturating_sub(passed);
-        let count = len.saturating_sub(passed).min(rest.len());
-        let (part, behind) = rest.split_at_mut_checked(count)?;
-        let at = buffer.addr.checked_add(u64::try_from(passed).ok()?)?;
-        if !memory.read(at, part) {
-            return None;
-        }
-        rest = behind;
-    }
-    rest.is_empty().then_some(())
-}
-
-/// Writes into buffers, from their beginning on; false: they are too small, or gone.
-fn put(buffers: &[Buffer], memory: &Memory, bytes: &[u8]) -> bool {
-    let mut rest = bytes;
-    for buffer in buffers {
-        let len = usize::try_from(buffer.len).unwrap_or(usize::MAX);
-        let Some((part, behind)) = rest.split_at_checked(len.min(rest.len())) else {
-            return false;
-        };
-        if !memory.write(buffer.addr, part) {
-            return false;
-        }
-        rest = behind;
-    }
-    rest.is_empty()
 }
 
 #[cfg(test)]

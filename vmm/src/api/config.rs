@@ -71,6 +71,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("vhost_users", config.vhost_users.len()),
         ("rngs", config.rngs.len()),
         ("vsock", usize::from(config.vsock.is_some())),
+        ("consoles", config.consoles.len()),
         ("hotplug_ports", config.hotplug_ports.len()),
         (
             "memory_max_bytes",
@@ -104,6 +105,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_net::validate(config, &mut ids)?;
     super::config_rng::validate(config, &mut ids)?;
     super::config_vsock::validate(config, &mut ids)?;
+    super::config_console::validate(config, &mut ids)?;
     super::config_ports::validate(config, &ids)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;

@@ -14,6 +14,7 @@
 //! anything.
 
 pub mod config;
+mod config_console;
 mod config_disk;
 mod config_net;
 mod config_ports;
@@ -30,6 +31,8 @@ mod server;
 mod tests;
 mod vmservice;
 
+#[cfg(test)]
+pub(crate) use config_console::MOST_PORTS as MOST_CONSOLE_PORTS;
 pub(crate) use config_net::check_interface_name;
 pub use events::{EventLog, process_name};
 pub use reply::{ApiResponse, ReplyHandle};

@@ -7,14 +7,16 @@ use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
     AddDeviceRequest, BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest,
     DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig, PauseRequest,
-    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateDeviceRequest, UpdateDiskRequest,
-    UpdateNetRequest, UpdateResourcesRequest, update_net_request,
+    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
+    UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus, VM_SERVICE};
 
-use super::{config, config_disk, config_net, config_resources, request_hotplug, vmservice};
+use super::{
+    config, config_console, config_disk, config_net, config_resources, request_hotplug, vmservice,
+};
 use crate::cli::machine_args::check_id;
 
 /// How long a guest has to switch itself off, or a device to drain, when the client does not
@@ -56,6 +58,8 @@ pub enum ApiRequest {
     UpdateDisk(Box<UpdateDiskRequest>),
     /// Change a network device's link or limits.
     UpdateNet(Box<UpdateNetRequest>),
+    /// Tell the guest how large its consoles are.
+    UpdateConsole(Box<UpdateConsoleRequest>),
     /// Change what a device's process may use of the host.
     UpdateResources {
         /// The device.
@@ -214,6 +218,12 @@ pub(super) fn parse(
         }
         "UpdateDisk" => update_disk(message(payload)?)?,
         "UpdateNet" => update_net(message(payload)?)?,
+        "UpdateConsole" => {
+            let request: UpdateConsoleRequest = message(payload)?;
+            device_id(request.id.clone())?;
+            config_console::check_sizes(&request.sizes).map_err(RpcStatus::invalid_argument)?;
+            ApiRequest::UpdateConsole(Box::new(request))
+        }
         "UpdateResources" => {
             let request: UpdateResourcesRequest = message(payload)?;
             let resources = request.resources.into_option().unwrap_or_default();

@@ -19,7 +19,10 @@ pub(super) fn add(request: AddDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         Some(add_device_request::Device::VhostUser(device)) => &device.id,
         Some(add_device_request::Device::Rng(rng)) => &rng.id,
         Some(add_device_request::Device::Vsock(vsock)) => &vsock.id,
-        _ => return invalid("device is missing: give disk, net, vhost_user, rng or vsock"),
+        Some(add_device_request::Device::Console(console)) => &console.id,
+        _ => {
+            return invalid("device is missing: give disk, net, vhost_user, rng, vsock or console");
+        }
     };
     if let Err(why) = check_id(id) {
         return invalid(&format!("the device's id: {why}"));

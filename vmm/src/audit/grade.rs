@@ -423,10 +423,11 @@ fn expected(fd: &Fd, granted: Option<usize>) -> bool {
     }
 }
 
-/// Whether it is of the one kind that accepts clients.
+/// Whether it is of a kind that accepts clients.
 fn accepts(process: &Process) -> bool {
     let exe = process.exe.as_deref().unwrap_or_default();
-    exe.rsplit('/').next() == Some("bulkhead-vsock")
+    let name = exe.rsplit('/').next();
+    matches!(name, Some("bulkhead-vsock" | "bulkhead-console"))
 }
 
 fn is_kvm(kind: &Kind) -> bool {

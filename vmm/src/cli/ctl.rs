@@ -88,6 +88,8 @@ enum CtlCommand {
     UpdateDisk(ctl_device::UpdateDiskArgs),
     /// Change a network device's link or limits while it is in use
     UpdateNet(ctl_device::UpdateNetArgs),
+    /// Tell the guest how large a console is
+    ResizeConsole(ctl_device::ResizeConsoleArgs),
     /// Change what a device's process may use of the host: CPU, memory, threads, I/O
     Limit(super::resource_args::LimitArgs),
     /// Let a device finish what is in flight and take nothing new
@@ -106,6 +108,8 @@ enum CtlCommand {
     AddRng(ctl_hotplug::AddArgs),
     /// Add the socket device to the machine: socket=PATH,id=NAME[,KEY=VALUE]…
     AddVsock(ctl_hotplug::AddArgs),
+    /// Add consoles to the machine: socket=PATH,id=NAME[,KEY=VALUE]…
+    AddConsole(ctl_hotplug::AddArgs),
     /// Have the guest give a device up, and end it
     RemoveDevice(ctl_hotplug::RemoveArgs),
     /// Change the number of vCPUs
@@ -207,6 +211,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::Stats(stats) => stats.run(&mut session, &mut out),
         CtlCommand::UpdateDisk(update) => update.run(&mut session, &mut out),
         CtlCommand::UpdateNet(update) => update.run(&mut session, &mut out),
+        CtlCommand::ResizeConsole(resize) => resize.run(&mut session, &mut out),
         CtlCommand::Limit(limit) => limit.run(&mut session, &mut out),
         CtlCommand::Drain(drain) => drain.run(&mut session, &mut out),
         CtlCommand::UpdateDevice(update) => update.run(&mut session, &mut out),
@@ -216,6 +221,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::AddVhostUser(add) => add.run(Kind::VhostUser, &mut session, &mut out),
         CtlCommand::AddRng(add) => add.run(Kind::Rng, &mut session, &mut out),
         CtlCommand::AddVsock(add) => add.run(Kind::Vsock, &mut session, &mut out),
+        CtlCommand::AddConsole(add) => add.run(Kind::Console, &mut session, &mut out),
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
@@ -247,6 +253,8 @@ impl CtlCommand {
             Self::AddVhostUser(add) => add.request(Kind::VhostUser).map(|_| ()),
             Self::AddRng(add) => add.request(Kind::Rng).map(|_| ()),
             Self::AddVsock(add) => add.request(Kind::Vsock).map(|_| ()),
+            Self::AddConsole(add) => add.request(Kind::Console).map(|_| ()),
+            Self::ResizeConsole(resize) => resize.request().map(|_| ()),
             Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),
         }

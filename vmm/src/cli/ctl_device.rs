@@ -7,8 +7,9 @@ use bulkhead_proto::common::{DiskLimits, NetLimits};
 use bulkhead_proto::machine::{
     DeviceStatsRequest, DeviceStatsResponse, DevicesRequest, DevicesResponse, DrainDeviceRequest,
     DrainDeviceResponse, InfoRequest, InfoResponse, MachineConfig, ResumeDeviceRequest,
-    ResumeDeviceResponse, UpdateDeviceRequest, UpdateDeviceResponse, UpdateDiskRequest,
-    UpdateDiskResponse, UpdateNetRequest, UpdateNetResponse, update_net_request::Link,
+    ResumeDeviceResponse, UpdateConsoleRequest, UpdateConsoleResponse, UpdateDeviceRequest,
+    UpdateDeviceResponse, UpdateDiskRequest, UpdateDiskResponse, UpdateNetRequest,
+    UpdateNetResponse, update_net_request::Link,
 };
 use clap::builder::PossibleValuesParser;
 
@@ -16,7 +17,7 @@ use super::ctl::{CALL, Failure, Output, Session};
 use super::ctl_output as output;
 use super::disk_args::parse_bucket;
 use super::machine_args::parse_size;
-use super::{EXIT_USAGE, ctl_stats, net_args};
+use super::{EXIT_USAGE, console_args, ctl_stats, net_args};
 
 /// What the VMM may take on top of the time that a drain has.
 const DRAIN_MARGIN: Duration = Duration::from_secs(30);
@@ -69,6 +70,16 @@ pub struct UpdateNetArgs {
     /// Limit the packets per second that the guest sends
     #[arg(long, value_name = "N[:BURST]", allow_negative_numbers = true)]
     tx_pps: Option<String>,
+}
+
+/// `ctl resize-console`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ResizeConsoleArgs {
+    /// The console device, as `ctl devices` names it
+    id: String,
+    /// Columns and rows of a port, the first where none is given
+    #[arg(required = true, value_name = "[PORT:]COLSxROWS")]
+    sizes: Vec<String>,
 }
 
 /// `ctl drain`.
@@ -292,6 +303,32 @@ impl UpdateNetArgs {
         }
         session.call::<_, UpdateNetResponse>("UpdateNet", &request, UPDATE)?;
         out.done(&self.id, "updated")
+    }
+}
+
+impl ResizeConsoleArgs {
+    /// As [`UpdateDiskArgs::request`].
+    ///
+    /// # Errors
+    /// One line that names what is wrong.
+    pub(super) fn request(&self) -> Result<UpdateConsoleRequest, Failure> {
+        let mut request = UpdateConsoleRequest::new();
+        request.id.clone_from(&self.id);
+        for text in &self.sizes {
+            let size = console_args::parse_port_size(text).map_err(usage)?;
+            request.sizes.push(size);
+        }
+        Ok(request)
+    }
+
+    pub(super) fn run(
+        &self,
+        session: &mut Session<'_>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Failure> {
+        let request = self.request()?;
+        session.call::<_, UpdateConsoleResponse>("UpdateConsole", &request, UPDATE)?;
+        out.done(&self.id, "resized")
     }
 }
 

@@ -10,14 +10,15 @@ use bulkhead_proto::machine::{
 
 use super::ctl::{Failure, Output, Session};
 use super::machine_args::{MAX_CPUS, parse_size, split_option};
-use super::{EXIT_USAGE, disk_args, net_args, rng_args, vsock_args};
+use super::{EXIT_USAGE, console_args, disk_args, net_args, rng_args, vsock_args};
 
 /// A device process may have to be waited for, and the launcher, and a back-end.
 const ADD: Duration = Duration::from_secs(120);
 /// What the VMM may take on top of the guest's time: an end that does not come.
 const MARGIN: Duration = Duration::from_secs(60);
 
-/// `ctl add-disk`, `ctl add-net`, `ctl add-vhost-user`, `ctl add-rng`, `ctl add-vsock`.
+/// `ctl add-disk`, `ctl add-net`, `ctl add-vhost-user`, `ctl add-rng`, `ctl add-vsock`,
+/// `ctl add-console`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct AddArgs {
     /// The device, as `bulkhead run` takes it; id=NAME must be there
@@ -36,6 +37,7 @@ pub(super) enum Kind {
     VhostUser,
     Rng,
     Vsock,
+    Console,
 }
 
 /// `ctl remove-device`.
@@ -115,6 +117,9 @@ impl AddArgs {
             Kind::Net => request.set_net(net_args::parse_net(text, 0).map_err(usage)?),
             Kind::Rng => request.set_rng(rng_args::parse_rng(text, 0).map_err(usage)?),
             Kind::Vsock => request.set_vsock(vsock_args::parse_vsock(text).map_err(usage)?),
+            Kind::Console => {
+                request.set_console(console_args::parse_console(text, 0).map_err(usage)?);
+            }
             Kind::VhostUser => {
                 request.set_vhost_user(net_args::parse_vhost_user(text, 0).map_err(usage)?);
             }

@@ -9,8 +9,8 @@ use super::ctl_output_net as net;
 use bulkhead_proto::common::TokenBucket;
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
-    DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig, PortInfo,
-    RngConfig, State, VsockConfig, serial_config::Mode,
+    ConsoleConfig, DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig,
+    PortInfo, RngConfig, State, VsockConfig, serial_config::Mode,
 };
 use serde_json::{Value, json};
 
@@ -46,6 +46,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             .map(net::vhost_user_json)
             .collect();
         let rngs: Vec<Value> = config.rngs.iter().map(rng_json).collect();
+        let consoles: Vec<Value> = config.consoles.iter().map(console_json).collect();
         json!({
             "kernel": config.kernel,
             "initrd": config.initrd,
@@ -58,6 +59,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "vhost_users": others,
             "rngs": rngs,
             "vsock": config.vsock.as_ref().map(vsock_json),
+            "consoles": consoles,
             "serial": serial_text(config),
         })
     });
@@ -147,6 +149,9 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         if let Some(device) = config.vsock.as_ref() {
             line("vsock", &format!("{}: {}", device.id, device.socket))?;
         }
+        for device in &config.consoles {
+            line("console", &console_text(device))?;
+        }
     }
     let behind = |port: &PortInfo| match port.device.as_str() {
         "" if port.vacating => format!("{} (vacating)", port.name),
@@ -202,6 +207,27 @@ fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
 
 fn vsock_json(vsock: &VsockConfig) -> Value {
     json!({ "id": vsock.id, "socket": vsock.socket, "cid": vsock.cid })
+}
+
+fn console_json(console: &ConsoleConfig) -> Value {
+    let ports: Vec<Value> = console
+        .ports
+        .iter()
+        .map(|port| json!({ "socket": port.socket, "name": port.name, "cols": port.cols, "rows": port.rows }))
+        .collect();
+    json!({ "id": console.id, "ports": ports })
+}
+
+fn console_text(console: &ConsoleConfig) -> String {
+    let ports: Vec<String> = console
+        .ports
+        .iter()
+        .map(|port| match port.name.as_str() {
+            "" => port.socket.clone(),
+            name => format!("{} ({name})", port.socket),
+        })
+        .collect();
+    format!("{}: {}", console.id, ports.join(", "))
 }
 
 fn rng_json(rng: &RngConfig) -> Value {

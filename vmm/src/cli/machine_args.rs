@@ -6,7 +6,7 @@ use std::num::{IntErrorKind, ParseIntError};
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
-use super::{disk_args, net_args, rng_args, vsock_args};
+use super::{console_args, disk_args, net_args, rng_args, vsock_args};
 
 /// Most root ports on the bus.
 const MAX_PORTS: usize = 31;
@@ -108,6 +108,17 @@ pub struct MachineArgs {
     ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
     #[arg(long, value_name = "VSOCK", verbatim_doc_comment)]
     pub vsock: Option<String>,
+    /// Consoles and named channels of the guest's on unix sockets: socket=PATH[,KEY=VALUE]…; may be
+    /// repeated
+    ///
+    ///   socket=PATH            one port, for one client at a time: a console (hvc0, …); may be
+    ///                          repeated, each with what follows it
+    ///   name=NAME              it is no console but the guest's /dev/virtio-ports/NAME
+    ///   size=COLSxROWS         how large the console is
+    ///   id=NAME                the device's name in the API [default: console0, console1, …]
+    ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    #[arg(long = "console", value_name = "CONSOLE", verbatim_doc_comment)]
+    pub consoles: Vec<String>,
     /// Root ports that are empty at first, to add devices to a machine that runs: how many
     /// (hp1, hp2, …), or their names
     #[arg(long, value_name = "N|NAME[:NAME]…")]
@@ -167,6 +178,11 @@ impl MachineArgs {
             take_id(&mut ids, &format!("--vsock {text}"), &vsock.id)?;
             config.vsock = Some(vsock).into();
         }
+        for (index, text) in self.consoles.iter().enumerate() {
+            let console = console_args::parse_console(text, index)?;
+            take_id(&mut ids, &format!("--console {text}"), &console.id)?;
+            config.consoles.push(console);
+        }
         config.serial = Some(parse_serial(&self.serial)?).into();
         // What no option shows by itself: queues and vCPUs, two devices on one tap.
         crate::api::config::validate(&config).map_err(|why| self.in_options(&why))?;
@@ -180,6 +196,7 @@ impl MachineArgs {
             ("nets", "--net", &self.nets),
             ("vhost_users", "--vhost-user", &self.vhost_users),
             ("rngs", "--rng", &self.rngs),
+            ("consoles", "--console", &self.consoles),
         ];
         for (list, option, texts) in lists {
             for (index, text) in texts.iter().enumerate() {
@@ -497,6 +514,7 @@ mod tests {
                 vhost_users: Vec::new(),
                 rngs: Vec::new(),
                 vsock: None,
+                consoles: Vec::new(),
                 hotplug_ports: None,
                 serial: "none".into(),
             };

@@ -12,6 +12,7 @@ use crate::launcher::{CgroupChoice, IdRange};
 use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
+pub mod console_args;
 pub mod ctl;
 mod ctl_device;
 mod ctl_hotplug;

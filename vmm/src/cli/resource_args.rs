@@ -159,7 +159,9 @@ fn present<'a>(config: &'a MachineConfig, id: &str) -> Option<&'a Resources> {
     let of_rng = rng.and_then(|r| r.resources.as_ref());
     let vsock = config.vsock.as_ref().filter(|v| v.id == id);
     let of_vsock = vsock.and_then(|v| v.resources.as_ref());
-    of_disk.or(of_net).or(of_rng).or(of_vsock)
+    let console = config.consoles.iter().find(|c| c.id == id);
+    let of_console = console.and_then(|c| c.resources.as_ref());
+    of_disk.or(of_net).or(of_rng).or(of_vsock).or(of_console)
 }
 
 /// Limits as they are given on a command line; empty: none.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
+use super::console;
 use super::device::{self, Device, END_LIMIT, Site};
 use super::device_table::DeviceTable;
 use super::disk;
@@ -175,6 +176,11 @@ pub fn build(
             .push(vsock::spawn(vsock, &behind(&vsock.id))?);
     }
 
+    for console in &config.consoles {
+        let made = console::spawn(console, &behind(&console.id))?;
+        devices.devices.push(made);
+    }
+
     if let Some(area) = ram.pluggable() {
         let site = behind(mem::ID);
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
@@ -237,6 +243,7 @@ fn count(config: &MachineConfig) -> usize {
         .saturating_add(nets)
         .saturating_add(config.rngs.len())
         .saturating_add(usize::from(config.vsock.is_some()))
+        .saturating_add(config.consoles.len())
         .saturating_add(memory)
 }
 

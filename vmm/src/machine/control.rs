@@ -464,6 +464,10 @@ impl ControlChannel {
                 update.set_net(net.clone());
                 self.call("Update", &update, UPDATE_LIMIT, token)
             }
+            Task::UpdateConsole(console) => {
+                update.set_console(console.clone());
+                self.call("Update", &update, CALL_LIMIT, token)
+            }
             Task::UpdateMemory(mem) => {
                 update.set_mem(mem.clone());
                 self.call("Update", &update, CALL_LIMIT, token)

@@ -141,10 +141,23 @@ pub enum Special {
     Rng,
     /// A socket device, and where it listens.
     Vsock(PathBuf),
+    /// A console device, and where its ports listen.
+    Console(Vec<PathBuf>),
     /// The memory that comes and goes.
     Memory(Box<Memory>),
     /// A device whose back-end is somebody else's.
     Foreign(Box<Switch>),
+}
+
+impl Special {
+    /// Where its process listens.
+    pub fn sockets(&self) -> &[PathBuf] {
+        match self {
+            Self::Vsock(path) => std::slice::from_ref(path),
+            Self::Console(paths) => paths,
+            _ => &[],
+        }
+    }
 }
 
 impl Device {
@@ -199,7 +212,7 @@ impl Device {
             return Ok(());
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
-        if let Special::Vsock(path) = &self.special {
+        for path in self.special.sockets() {
             launcher.forget(path).map_err(|e| e.to_string())?;
         }
         ended.map_err(|e| e.to_string())

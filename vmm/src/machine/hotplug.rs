@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
 use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
-use super::{disk, net, rng, vsock};
+use super::{console, disk, net, rng, vsock};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -36,6 +36,8 @@ pub enum Addition {
     Rng(RngConfig),
     /// The socket device.
     Vsock(VsockConfig),
+    /// A console device.
+    Console(ConsoleConfig),
 }
 
 impl Addition {
@@ -47,6 +49,7 @@ impl Addition {
             Self::VhostUser(device) => &device.id,
             Self::Rng(rng) => &rng.id,
             Self::Vsock(vsock) => &vsock.id,
+            Self::Console(console) => &console.id,
         }
     }
 
@@ -61,6 +64,7 @@ impl Addition {
             Self::VhostUser(device) => config.vhost_users.push(device.clone()),
             Self::Rng(rng) => config.rngs.push(rng.clone()),
             Self::Vsock(vsock) => config.vsock = Some(vsock.clone()).into(),
+            Self::Console(console) => config.consoles.push(console.clone()),
         }
     }
 
@@ -92,6 +96,7 @@ impl Addition {
             Self::VhostUser(_) => format!("config.vhost_users[{}]", machine.vhost_users.len()),
             Self::Rng(_) => format!("config.rngs[{}]", machine.rngs.len()),
             Self::Vsock(_) => "config.vsock".to_owned(),
+            Self::Console(_) => format!("config.consoles[{}]", machine.consoles.len()),
         };
         let name = match self {
             Self::Disk(_) => "disk",
@@ -99,6 +104,7 @@ impl Addition {
             Self::VhostUser(_) => "vhost_user",
             Self::Rng(_) => "rng",
             Self::Vsock(_) => "vsock",
+            Self::Console(_) => "console",
         };
         config::validate(&config).map_err(|why| why.replace(&field, name))
     }
@@ -110,6 +116,7 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
     config.nets.retain(|net| net.id != id);
     config.vhost_users.retain(|device| device.id != id);
     config.rngs.retain(|rng| rng.id != id);
+    config.consoles.retain(|console| console.id != id);
     for port in &mut config.ports {
         if port.behind == id {
             port.behind.clear();
@@ -263,6 +270,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
         }
         Addition::Rng(config) => rng::spawn(config, &site),
         Addition::Vsock(config) => vsock::spawn(config, &site),
+        Addition::Console(config) => console::spawn(config, &site),
         Addition::VhostUser(config) => match net_external::make_any(config, &site)? {
             Foreign::Made(device) => Ok(*device),
             Foreign::Absent(_) => Err(format!(

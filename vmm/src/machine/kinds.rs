@@ -133,17 +133,32 @@ pub static VSOCK: DeviceKind = DeviceKind {
     queue_heap: 0,
 };
 
+/// Virtio consoles.
+pub static CONSOLE: DeviceKind = DeviceKind {
+    name: "console",
+    binary: "bulkhead-console",
+    virtio_id: 3,
+    // To the guest and from it, for each port and for messages about them.
+    max_queues: 34,
+    plain_engine: None,
+    queues_per_thread: 34,
+    kernel_threads: 0,
+    heap: 8 << 20,
+    // What a client has not taken yet, of each port.
+    queue_heap: 256 << 10,
+};
+
 /// Every kind.
-pub static ALL: [&DeviceKind; 5] = [&BLK, &NET, &MEM, &RNG, &VSOCK];
+pub static ALL: [&DeviceKind; 6] = [&BLK, &NET, &MEM, &RNG, &VSOCK, &CONSOLE];
 
 /// The binaries of the kinds that a machine has, beside those that could be added to it; of all
-/// where it is not known yet, but for those of memory, entropy and sockets where they are not installed.
+/// where it is not known yet, but for disks and networks where they are installed.
 pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) -> Vec<String> {
     let installed = |kind: &DeviceKind| libexec.join(kind.binary).exists();
     let taps = |config: &MachineConfig| config.nets.iter().any(|net| net.has_tap());
     ALL.iter()
         .filter(|kind| match (machine, kind.name) {
-            (None, "mem" | "rng" | "vsock") => installed(kind),
+            (None, "mem" | "rng" | "vsock" | "console") => installed(kind),
             (None, _) => true,
             // It is there from the start or never.
             (Some(config), "mem") => config.memory_max_bytes != 0,
@@ -151,6 +166,7 @@ pub fn binaries(machine: Option<&MachineConfig>, libexec: &Path, grows: bool) ->
             (Some(config), "net") if taps(config) => true,
             (Some(config), "rng") if !config.rngs.is_empty() => true,
             (Some(config), "vsock") if config.vsock.is_some() => true,
+            (Some(config), "console") if !config.consoles.is_empty() => true,
             (Some(_), _) => grows && installed(kind),
         })
         .map(|kind| kind.binary.to_owned())
@@ -171,7 +187,7 @@ mod tests {
         // Two pairs and the control queue.
         assert_eq!(NET.least(5, None).pids, 4);
         assert_eq!(NET.least(3, Some("vhost")).pids, 3);
-        for (kind, queues) in [(&MEM, 1), (&RNG, 1), (&VSOCK, 3)] {
+        for (kind, queues) in [(&MEM, 1), (&RNG, 1), (&VSOCK, 3), (&CONSOLE, 34)] {
             assert_eq!(kind.least(queues, None).pids, 2, "{}", kind.name);
         }
     }

@@ -11,6 +11,7 @@
 //! `device` and `disk` make devices, `control` speaks to their processes.
 
 pub mod build;
+pub mod console;
 pub mod control;
 pub mod device;
 pub mod device_stats;

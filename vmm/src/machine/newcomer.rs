@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use bulkhead_proto::device::{
-    BlkUpdate, DrainRequest, HelloRequest, HelloResponse, MemUpdate, NetUpdate, UpdateRequest,
+    BlkUpdate, ConsoleUpdate, DrainRequest, HelloRequest, HelloResponse, MemUpdate, NetUpdate,
+    UpdateRequest,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{AsyncClient, AsyncLimits, ClientError, DEVICE_SERVICE};
@@ -23,6 +24,7 @@ pub struct Changes {
     blk: Option<BlkUpdate>,
     net: Option<NetUpdate>,
     mem: Option<MemUpdate>,
+    console: Option<ConsoleUpdate>,
 }
 
 impl Changes {
@@ -52,6 +54,15 @@ impl Changes {
         }
     }
 
+    /// Consoles are another size: of each, the last one counts.
+    pub fn console(&mut self, update: &ConsoleUpdate) {
+        let sizes = &mut self.console.get_or_insert_default().sizes;
+        for size in &update.sizes {
+            sizes.retain(|known| known.port != size.port);
+            sizes.push(size.clone());
+        }
+    }
+
     /// How the memory device's memory is now.
     pub fn memory(&mut self, update: MemUpdate) {
         self.mem = Some(update);
@@ -67,6 +78,9 @@ impl Changes {
         }
         if let Some(mem) = &self.mem {
             request.set_mem(mem.clone());
+        }
+        if let Some(console) = &self.console {
+            request.set_console(console.clone());
         }
         request.kind.is_some().then_some(request)
     }

@@ -40,12 +40,13 @@ const VMS: usize = 4;
 const INSIDE: &str = "inside";
 
 /// Of device processes.
-const BINARIES: [&str; 5] = [
+const BINARIES: [&str; 6] = [
     "bulkhead-blk",
     "bulkhead-net",
     "bulkhead-mem",
     "bulkhead-rng",
     "bulkhead-vsock",
+    "bulkhead-console",
 ];
 
 /// Whose turn it is to attack.

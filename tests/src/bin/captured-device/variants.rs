@@ -36,6 +36,7 @@ enum Device {
     Memory,
     Entropy,
     Sockets,
+    Consoles,
 }
 
 /// All that are to be had here; and those that are not, with the reason.
@@ -58,6 +59,7 @@ pub fn all() -> (Vec<Variant>, Vec<(&'static str, &'static str)>) {
         variant("bulkhead-mem", "bulkhead-mem", Device::Memory),
         variant("bulkhead-rng", "bulkhead-rng", Device::Entropy),
         variant("bulkhead-vsock", "bulkhead-vsock", Device::Sockets),
+        variant("bulkhead-console", "bulkhead-console", Device::Consoles),
     ];
     let mut absent = Vec::new();
     if has_loops() {
@@ -154,6 +156,14 @@ impl Variant {
                 let listen = sockets(scratch, number);
                 let cid = format!("cid=1000000{number}");
                 ("--vsock", format!("id=a{number},socket={listen},{cid}"))
+            }
+            Device::Consoles => {
+                let listen = scratch.path(&format!("c{number}"));
+                let size = format!("{}x24", number.saturating_add(1));
+                (
+                    "--console",
+                    format!("id=a{number},socket={listen},size={size}"),
+                )
             }
         };
         Ok([option.to_owned(), value])

@@ -39,7 +39,7 @@ pub fn native() -> Vec<Test> {
     ]
 }
 
-const PROGRAMS: [&str; 7] = [
+const PROGRAMS: [&str; 8] = [
     "bulkhead",
     "bulkhead-launcher",
     "bulkhead-blk",
@@ -47,6 +47,7 @@ const PROGRAMS: [&str; 7] = [
     "bulkhead-mem",
     "bulkhead-rng",
     "bulkhead-vsock",
+    "bulkhead-console",
 ];
 
 /// A machine with a device of each kind, which boots no guest.
@@ -100,6 +101,7 @@ impl Served {
         }
         let disk = format!("path={disk},id=root");
         let vsock = format!("socket={}", scratch.path("vsock"));
+        let console = format!("socket={}", scratch.path("console"));
         let create = [
             "create",
             "--kernel",
@@ -114,6 +116,8 @@ impl Served {
             &disk,
             "--vsock",
             &vsock,
+            "--console",
+            &console,
             "--net",
             "tap=audit0,id=net",
         ];
@@ -144,13 +148,13 @@ fn told(how: &[&str], output: &Output) -> String {
     format!("{how:?}: {}\n{out}\n{err}", output.status)
 }
 
-/// The processes of an audit, one of the VMM, one of the launcher, five of devices.
+/// The processes of an audit, one of the VMM, one of the launcher, six of devices.
 fn processes(audit: &Value) -> Result<&Vec<Value>, String> {
     let all = audit["processes"].as_array();
     let all = all.ok_or_else(|| audit.to_string())?;
     let of = |role: &str| all.iter().filter(|p| p["role"] == role).count();
     let roles = [of("vmm"), of("launcher"), of("device")];
-    check(roles == [1, 1, 5], || format!("{roles:?} {audit}"))?;
+    check(roles == [1, 1, 6], || format!("{roles:?} {audit}"))?;
     Ok(all)
 }
 
@@ -246,6 +250,7 @@ fn counts() -> Verdict {
             "bulkhead-rng",
             "bulkhead-mem",
             "bulkhead-vsock",
+            "bulkhead-console",
             "bulkhead-net",
             "bulkhead-vcpu",
         ] {
@@ -296,11 +301,12 @@ fn not_dumpable() -> Verdict {
 
 /// Under the launcher: stand-alone ones have more to do. The longest name that a policy begins with
 /// counts.
-const CEILINGS: [(&str, u64); 7] = [
+const CEILINGS: [(&str, u64); 8] = [
     ("bulkhead-net", 12),
     ("bulkhead-blk", 16),
     ("bulkhead-rng", 10),
     ("bulkhead-vsock", 14),
+    ("bulkhead-console", 13),
     ("bulkhead-mem", 11),
     ("bulkhead-vcpu", 12),
     ("bulkhead-vmm", 48),

@@ -115,6 +115,9 @@ const SCRIPT: &str = r#"
 disk() { ls -d /sys/bus/pci/devices/0000:00:$1.0/*:00.0/virtio*/block/vd* 2>/dev/null; }
 sum() { until [ -n "$(disk $1)" ]; do sleep 0.1; done; sha256sum <"/dev/$(basename "$(disk $1)")" | cut -d' ' -f1; }
 modprobe -q vmw_vsock_virtio_transport
+modprobe -q virtio_console
+until [ -e /dev/hvc0 ]; do sleep 0.1; done
+(read -r line </dev/hvc0; echo "CONSOLE=$line") &
 echo "RANDOM=$(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
 socat -t 60 VSOCK-LISTEN:1024,fork EXEC:cat &
 echo "FIRST=$(sum 08) ROOT=$(basename "$(disk 01)")"
@@ -179,6 +182,7 @@ fn replay() -> Verdict {
             ("net0", 4, kata::net("tap0_kata", "02-AB-CD-00-00-01")),
             ("script", 5, disk(&script, true)),
             ("rng", 6, kata::rng()),
+            ("console", 7, kata::console(&scratch.path("hvc"))),
         ],
     );
     client.tell("CreateVM", &create)?;
@@ -195,6 +199,9 @@ fn replay() -> Verdict {
     let threads = kata::vcpu_threads(vmm.pid());
     check(threads == ["vp-0", "vp-1"], || format!("{threads:?}"))?;
     console.wait_for(&format!("FIRST={} ROOT=vda", sum(&first)?), &vmm)?;
+    let mut typed = UnixStream::connect(scratch.path("hvc")).map_err(|e| e.to_string())?;
+    typed.write_all(b"typed\n").map_err(|e| e.to_string())?;
+    console.wait_for("CONSOLE=typed", &vmm)?;
     console.wait_for("RANDOM=virtio_rng.0 64", &vmm)?;
     // In lower case, as Kata writes it.
     echo(&vsock, &pattern(300_000, 7))?;

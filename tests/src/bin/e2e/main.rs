@@ -13,6 +13,7 @@ mod audit_native;
 mod bad_input;
 mod block;
 mod boot;
+mod console;
 mod death;
 mod disk;
 mod disk_devices;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         tests.extend(kata_native::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
+        tests.extend(console::native());
         tests.extend(net_native::native());
         tests.extend(vsock::native());
         tests.extend(hostile_device::tests());
@@ -111,6 +113,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_memory::tests());
         tests.extend(hotplug_order::tests());
         tests.extend(rng::tests());
+        tests.extend(console::tests());
         tests.extend(kata::tests());
         tests.extend(vsock::tests());
         tests.extend(vsock_guest::tests());

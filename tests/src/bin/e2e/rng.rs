@@ -40,7 +40,7 @@ fn pid_of(socket: &str, id: &str) -> Result<i64, String> {
 }
 
 /// Kills a device's process, and waits for another one.
-fn kill_process(socket: &str, id: &str) -> Verdict {
+pub fn kill_process(socket: &str, id: &str) -> Verdict {
     let pid = pid_of(socket, id)?;
     sh(&format!("kill -9 {pid}"))?;
     let end = Instant::now() + patience(LIMIT);
@@ -138,7 +138,8 @@ fn in_a_guest() -> Verdict {
     guest.vmm.ends_with(0, LIMIT)
 }
 
-fn refused(result: Result<serde_json::Value, String>, words: &str) -> Verdict {
+/// It fails, with these words.
+pub fn refused(result: Result<serde_json::Value, String>, words: &str) -> Verdict {
     check(
         result.as_ref().is_err_and(|line| line.contains(words)),
         || format!("no {words:?} in {result:?}"),

@@ -3,11 +3,13 @@
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    DiskConfig, NetConfig, RngConfig, TapBackend, VhostUserConfig, VsockConfig, disk_config::Cache,
+    ConsoleConfig, ConsolePort, DiskConfig, NetConfig, RngConfig, TapBackend, VhostUserConfig,
+    VsockConfig, disk_config::Cache,
 };
 use bulkhead_proto::vmservice::{
-    PcieDeviceKind, VhostUser, VhostUserFs, VhostUserOther, VirtioBlk, VirtioNet, VirtioVsock,
-    disk_backend, nic_backend, pcie_device_kind, tap_backend, vhost_user_device, virtio_device,
+    PcieDeviceKind, VhostUser, VhostUserFs, VhostUserOther, VirtioBlk, VirtioConsole, VirtioNet,
+    VirtioVsock, disk_backend, nic_backend, pcie_device_kind, serial_backend, tap_backend,
+    vhost_user_device, virtio_device,
 };
 
 use super::{not_offered, wrong};
@@ -30,6 +32,7 @@ pub(super) enum Part {
     VhostUser(VhostUserConfig),
     Rng(RngConfig),
     Vsock(VsockConfig),
+    Console(ConsoleConfig),
 }
 
 /// A device of this id, for a machine with `cpus` vCPUs.
@@ -66,12 +69,11 @@ pub(super) fn part(
         Some(Kind::Vsock(vsock)) => {
             vsock_config(&format!("{field}.vsock"), id, vsock).map(Part::Vsock)
         }
-        Some(Kind::Console(_)) => Err(not_offered(
-            &format!("{field}.console"),
-            "use serial port 0, config.serial_config",
-        )),
+        Some(Kind::Console(console)) => {
+            console_config(&format!("{field}.console"), id, console).map(Part::Console)
+        }
         _ => Err(wrong(format!(
-            "{field} is empty: give blk, net, rng, vsock or vhost_user"
+            "{field} is empty: give blk, net, rng, vsock, console or vhost_user"
         ))),
     }
 }
@@ -100,6 +102,29 @@ fn vsock_config(field: &str, id: &str, from: VirtioVsock) -> Result<VsockConfig,
     vsock.id = id.to_owned();
     vsock.socket = from.socket_path;
     Ok(vsock)
+}
+
+/// One console on one socket.
+fn console_config(field: &str, id: &str, from: VirtioConsole) -> Result<ConsoleConfig, RpcStatus> {
+    let backend = from.backend.into_option().and_then(|backend| backend.kind);
+    let Some(serial_backend::Kind::Relay(relay)) = backend else {
+        return Err(wrong(format!("{field}.backend is empty: give relay")));
+    };
+    let field = format!("{field}.backend.relay");
+    path(&format!("{field}.socket_path"), &relay.socket_path).map_err(wrong)?;
+    if relay.connect {
+        let field = format!("{field}.connect");
+        return Err(not_offered(
+            &field,
+            "leave it out: bulkhead listens on socket_path",
+        ));
+    }
+    let mut port = ConsolePort::new();
+    port.socket = relay.socket_path;
+    let mut console = ConsoleConfig::new();
+    console.id = id.to_owned();
+    console.ports.push(port);
+    Ok(console)
 }
 
 fn net_config(field: &str, id: &str, from: VirtioNet, cpus: u32) -> Result<NetConfig, RpcStatus> {

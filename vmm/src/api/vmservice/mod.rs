@@ -117,6 +117,7 @@ fn add(request: AddPcieDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         device::Part::VhostUser(device) => Device::VhostUser(device),
         device::Part::Rng(rng) => Device::Rng(rng),
         device::Part::Vsock(vsock) => Device::Vsock(vsock),
+        device::Part::Console(console) => Device::Console(console),
     });
     add.port = port;
     Ok(ApiRequest::AddDevice(Box::new(add)))

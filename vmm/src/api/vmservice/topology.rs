@@ -71,6 +71,7 @@ pub(super) fn ports(
                     return Err(not_offered(&field, "a guest has one address: leave it out"));
                 }
                 Part::Vsock(vsock) => config.vsock = Some(vsock).into(),
+                Part::Console(console) => config.consoles.push(console),
             }
         }
         config.ports.push(made);

@@ -164,6 +164,10 @@ impl ControlChannel {
                 turn.notices.push(Notice::NetUpdated(update.clone()));
                 self.finish(Ok(ApiResponse::Done));
             }
+            Task::UpdateConsole(update) => {
+                turn.notices.push(Notice::ConsoleUpdated(update.clone()));
+                self.finish(Ok(ApiResponse::Done));
+            }
             Task::UpdateMemory(_) => self.finish(Ok(ApiResponse::Done)),
             Task::Resume => {
                 turn.notices.push(Notice::Resumed);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::device::{BlkUpdate, MemRequest, MemUpdate, NetUpdate};
+use bulkhead_proto::device::{BlkUpdate, ConsoleUpdate, MemRequest, MemUpdate, NetUpdate};
 
 /// What a client asks of a device.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub enum Task {
     },
     /// A network device's link and limits.
     UpdateNet(NetUpdate),
+    /// Sizes of consoles.
+    UpdateConsole(ConsoleUpdate),
     /// What the guest is to be asked to have plugged.
     UpdateMemory(MemUpdate),
     /// Finish what is in flight and take nothing new.
@@ -64,6 +66,8 @@ pub enum Notice {
     },
     /// A network device was changed.
     NetUpdated(NetUpdate),
+    /// Consoles are another size.
+    ConsoleUpdated(ConsoleUpdate),
     /// It may want something of the VMM.
     Asks,
     /// It wants this.

@@ -13,6 +13,7 @@ use requests::net_detail;
 use super::{Host, RING_ERROR_INTERVAL, Source, supervision};
 use crate::api::EventLog;
 use crate::launcher::Launcher;
+use crate::machine::console;
 use crate::machine::control::{Breach, ControlChannel, Grower, Notice, Turn};
 use crate::machine::device::{Device, Special};
 use crate::machine::state::MachineState;
@@ -437,6 +438,16 @@ impl Host {
                     }
                 }
                 ("device.changed", detail)
+            }
+            Notice::ConsoleUpdated(update) => {
+                if let Some(process) = &mut device.process {
+                    process.changes.console(&update);
+                }
+                let config = machine.config.consoles.iter_mut().find(|c| c.id == id);
+                if let Some(config) = config {
+                    console::resized(config, &update);
+                }
+                ("device.changed", "new size".to_owned())
             }
             Notice::Drained => {
                 device.drained = true;

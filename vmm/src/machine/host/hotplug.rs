@@ -140,8 +140,11 @@ impl Host {
             }
             Some(add_device_request::Device::Rng(rng)) => Addition::Rng(rng.clone()),
             Some(add_device_request::Device::Vsock(vsock)) => Addition::Vsock(vsock.clone()),
+            Some(add_device_request::Device::Console(console)) => {
+                Addition::Console(console.clone())
+            }
             _ => {
-                let line = "device is missing: give disk, net, vhost_user, rng or vsock";
+                let line = "device is missing: give disk, net, vhost_user, rng, vsock or console";
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };

@@ -34,6 +34,7 @@ impl Host {
             ApiRequest::DeviceStats { id } => return self.device_stats(&id, reply),
             ApiRequest::UpdateDisk(request) => return self.update_disk(&request, reply),
             ApiRequest::UpdateNet(request) => return self.update_net(&request, reply),
+            ApiRequest::UpdateConsole(request) => return self.update_console(*request, reply),
             ApiRequest::UpdateResources { id, resources } => {
                 return self.update_resources(&id, *resources, reply);
             }

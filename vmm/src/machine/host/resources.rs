@@ -87,6 +87,8 @@ impl Host {
                 rng.resources = Some(resources).into();
             } else if let Some(vsock) = config.vsock.as_mut().filter(|v| v.id == id) {
                 vsock.resources = Some(resources).into();
+            } else if let Some(console) = config.consoles.iter_mut().find(|c| c.id == id) {
+                console.resources = Some(resources).into();
             }
         }
         self.log

@@ -55,6 +55,13 @@ fn fs(tag: &str) -> virtio_device::Kind {
     virtio_device::Kind::VhostUser(device)
 }
 
+fn console(path: &str, connect: bool) -> virtio_device::Kind {
+    let mut console = VirtioConsole::new();
+    let backend = console.backend.mut_or_insert_default();
+    (backend.mut_relay().socket_path, backend.mut_relay().connect) = (path.into(), connect);
+    virtio_device::Kind::Console(console)
+}
+
 fn vsock(path: &str) -> virtio_device::Kind {
     let mut vsock = VirtioVsock::new();
     vsock.socket_path = path.into();
@@ -129,6 +136,24 @@ fn config(request: &mut CreateVMRequest) -> &mut VMConfig {
 fn complex(request: &mut CreateVMRequest) -> &mut PcieRootComplex {
     let pcie = config(request).pcie.mut_or_insert_default();
     pcie.root_complexes.first_mut().unwrap()
+}
+
+#[test]
+fn a_console_is_one_port_on_its_socket() {
+    let mut request = kata();
+    attach(&mut request, console("/run/hvc", false));
+    let made = create(&request).unwrap();
+    let [hvc] = made.consoles.as_slice() else {
+        panic!("{:?}", made.consoles)
+    };
+    let behind = made.ports.iter().find(|port| port.behind == hvc.id);
+    assert_eq!(behind.map(|port| port.name.as_str()), Some(hvc.id.as_str()));
+    let ports: Vec<_> = hvc
+        .ports
+        .iter()
+        .map(|p| (p.socket.as_str(), p.name.as_str()))
+        .collect();
+    assert_eq!(ports, [("/run/hvc", "")]);
 }
 
 #[test]
@@ -370,8 +395,8 @@ fn what_is_not_offered_is_refused_by_its_name() {
             "RC.root_ports[27].attached.device.virtio.vsock: a second one",
         ),
         (
-            |r| attach(r, virtio_device::Kind::Console(VirtioConsole::new())),
-            "RC.root_ports[27].attached.device.virtio.console",
+            |r| attach(r, console("/run/c", true)),
+            "RC.root_ports[27].attached.device.virtio.console.backend.relay.connect",
         ),
         (
             |r| attach(r, nic(|b| b.set_dio(DioBackend::new()))),
@@ -447,6 +472,14 @@ fn what_is_wrong_is_refused_by_its_name() {
         (
             |r| config(r).serial_config.as_mut().unwrap().ports[0].socket_path = "s".into(),
             "config.serial_config.ports[0].socket_path",
+        ),
+        (
+            |r| attach(r, virtio_device::Kind::Console(VirtioConsole::new())),
+            "RC.root_ports[27].attached.device.virtio.console.backend is empty",
+        ),
+        (
+            |r| attach(r, console("c", false)),
+            "RC.root_ports[27].attached.device.virtio.console.backend.relay.socket_path",
         ),
         (
             |r| {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::device::NetUpdate;
-use bulkhead_proto::machine::{UpdateDiskRequest, UpdateNetRequest};
+use bulkhead_proto::device::{ConsoleUpdate, NetUpdate};
+use bulkhead_proto::machine::{UpdateConsoleRequest, UpdateDiskRequest, UpdateNetRequest};
 
 use crate::api::{ApiResponse, ReplyHandle};
 use crate::machine::control::Task;
@@ -93,6 +93,22 @@ impl Host {
             Special::Net => Ok(Task::UpdateNet(update)),
             _ => Err(RpcStatus::failed_precondition(format!(
                 "device {}: is no network device but {}: see Devices",
+                device.id, device.kind
+            ))),
+        });
+    }
+
+    pub(in crate::machine::host) fn update_console(
+        &mut self,
+        request: UpdateConsoleRequest,
+        reply: ReplyHandle,
+    ) {
+        let mut update = ConsoleUpdate::new();
+        update.sizes = request.sizes;
+        self.ask(&request.id, reply, |device| match &device.special {
+            Special::Console(_) => Ok(Task::UpdateConsole(update)),
+            _ => Err(RpcStatus::failed_precondition(format!(
+                "device {}: is no console but {}: see Devices",
                 device.id, device.kind
             ))),
         });

@@ -383,10 +383,10 @@ impl Host {
                 log::warn!("device {id}: its socket stays: {e}");
             }
         }
-        if let Special::Vsock(path) = &device.special
-            && let Err(e) = self.launcher.begin_forget_path(path)
-        {
-            log::warn!("device {id}: its socket stays: {e}");
+        for path in device.special.sockets() {
+            if let Err(e) = self.launcher.begin_forget_path(path) {
+                log::warn!("device {id}: its socket stays: {e}");
+            }
         }
         let (incarnation, pidfd, fence) = ending;
         if let Err(e) = self.launcher.begin_forget(&id, incarnation) {

@@ -1,21 +1,26 @@
 //! What a guest has sent and its peer on the host has not taken yet: a ring of bytes of one fixed
-//! size, which is what the guest is promised room for.
+//! size, which is what the guest may be promised room for. Used by workers that carry streams.
 
 /// Bytes that a guest may send ahead. Allocated at the first that must wait, in one piece.
 pub const ROOM: usize = 256 << 10;
 
 /// Bytes that wait.
 #[derive(Debug, Default)]
-pub struct Buffer {
+pub struct Backlog {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
 }
 
-impl Buffer {
+impl Backlog {
     /// How many wait.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// How many more it takes.
+    pub fn room(&self) -> usize {
+        ROOM.saturating_sub(self.len)
     }
 
     /// None does.
@@ -25,7 +30,7 @@ impl Buffer {
 
     /// Adds bytes; false, and nothing is added, if they have no room.
     pub fn push(&mut self, mut more: &[u8]) -> bool {
-        if more.len() > ROOM.saturating_sub(self.len) {
+        if more.len() > self.room() {
             return false;
         }
         if self.bytes.is_empty() && !more.is_empty() {
@@ -73,29 +78,29 @@ mod tests {
     proptest! {
         #[test]
         fn bytes_come_out_as_they_went_in(steps in prop::collection::vec((0usize..100_000, 0usize..100_000), 1..40)) {
-            let mut buffer = Buffer::default();
+            let mut backlog = Backlog::default();
             let (mut put, mut taken, mut inside) = (0_u64, 0_u64, 0_usize);
             let byte = |n: u64| (n % 251) as u8;
             for (add, take) in steps {
                 let more: Vec<u8> = (0..add as u64).map(|i| byte(put + i)).collect();
                 let fits = inside + add <= ROOM;
-                prop_assert_eq!(buffer.push(&more), fits);
+                prop_assert_eq!(backlog.push(&more), fits);
                 if fits {
                     put += add as u64;
                     inside += add;
                 }
                 let mut left = take.min(inside);
                 while left > 0 {
-                    let front = buffer.front();
+                    let front = backlog.front();
                     let count = front.len().min(left);
                     prop_assert!(count > 0);
                     prop_assert!((0..count).all(|i| front[i] == byte(taken + i as u64)));
-                    buffer.advance(count);
+                    backlog.advance(count);
                     taken += count as u64;
                     left -= count;
                     inside -= count;
                 }
-                prop_assert_eq!(buffer.len(), inside);
+                prop_assert_eq!(backlog.len(), inside);
             }
         }
     }
