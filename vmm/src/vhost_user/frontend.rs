@@ -517,7 +517,8 @@ impl Frontend {
         Ok(body)
     }
 
-    /// Runs one exchange; what is fatal ends the connection.
+    /// Runs one exchange; after what is fatal there is none. The connection itself is for its owner
+    /// to end, who knows why: an end that is seen before would be taken for the reason.
     fn guarded<T>(
         &mut self,
         deadline: Deadline,
@@ -531,9 +532,7 @@ impl Frontend {
     }
 
     pub(super) fn breach(&mut self, error: VhostUserError) -> VhostUserError {
-        if error.is_fatal() {
-            self.shut_down();
-        }
+        self.broken |= error.is_fatal();
         error
     }
 }

@@ -20,22 +20,18 @@ use super::vsock::{io, pattern};
 
 /// Those that need a guest.
 pub fn tests() -> Vec<Test> {
-    vec![Test {
-        subject: "console",
-        name: "a guest's consoles and named ports are joined to clients, resized, and go on when their process is killed",
-        long: false,
-        run: in_a_guest,
-    }]
+    vec![Test::short("console")(
+        "a guest's consoles and named ports are joined to clients, resized, and go on when their process is killed",
+        in_a_guest,
+    )]
 }
 
 /// Those that need none.
 pub fn native() -> Vec<Test> {
-    vec![Test {
-        subject: "console",
-        name: "consoles are made, resized, added and removed, and a process of one that dies is replaced",
-        long: false,
-        run: without_a_guest,
-    }]
+    vec![Test::short("console")(
+        "consoles are made, resized, added and removed, and a process of one that dies is replaced",
+        without_a_guest,
+    )]
 }
 
 /// Joins the port, in whose queue the client may have to wait.
