@@ -313,7 +313,8 @@ fn a_slow_client_holds_back_a_named_port_and_loses_a_consoles_output() {
         assert!(begun < 10_000, "nothing is held back");
         std::thread::yield_now();
     };
-    assert!(stuck as usize * BUFFER as usize >= ROOM);
+    // Those that were under way at the last look may have ended since.
+    assert!((stuck as usize + 8) * BUFFER as usize >= ROOM);
     for n in 0..begun {
         let byte = (n % 251) as u8;
         assert_eq!(
