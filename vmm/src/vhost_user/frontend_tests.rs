@@ -223,6 +223,8 @@ fn a_back_end_that_does_not_read_ends_at_the_deadline() {
         matches!(error, VhostUserError::Timeout("SET_VRING_NUM")),
         "{error}"
     );
+    // Its owner ends the connection.
+    frontend.shut_down();
     thread.join().unwrap();
 }
 
