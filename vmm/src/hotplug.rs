@@ -52,18 +52,10 @@ struct State {
     ejected: Vec<Arc<dyn PciFunction>>,
     /// The bits of each vCPU that there may be.
     cpus: Vec<u8>,
-    /// vCPUs whose request the guest has seen and not answered: it may give them up at any time, or
-    /// has and will look whether they are really gone.
-    asked: Vec<bool>,
+    /// Requests for each vCPU that the guest has seen and not answered: it may give it up at any
+    /// time, or has and will look whether it is really gone.
+    asked: Vec<u8>,
     ejected_cpus: Vec<u32>,
-}
-
-impl State {
-    fn set_asked(&mut self, index: usize, asked: bool) {
-        if let Some(place) = self.asked.get_mut(index) {
-            *place = asked;
-        }
-    }
 }
 
 /// The registers.
@@ -80,7 +72,7 @@ impl HotplugRegisters {
         Arc::new(Self {
             state: Mutex::new(State {
                 cpus: cpus.collect(),
-                asked: vec![false; max as usize],
+                asked: vec![0; max as usize],
                 ..State::default()
             }),
             detach,
@@ -163,7 +155,7 @@ impl HotplugRegisters {
     fn unanswered(&self, present: bool) -> Vec<u32> {
         let state = self.lock();
         let cpus = (0..).zip(state.cpus.iter().zip(&state.asked));
-        cpus.filter(|(_, (bits, asked))| *bits & CPU_REMOVING != 0 || **asked)
+        cpus.filter(|(_, (bits, asked))| *bits & CPU_REMOVING != 0 || **asked > 0)
             .filter(|(_, (bits, _))| (**bits & CPU_PRESENT != 0) == present)
             .map(|(index, _)| index)
             .collect()
@@ -175,15 +167,26 @@ impl HotplugRegisters {
         let mut guard = self.lock();
         let state = &mut *guard;
         for (bits, asked) in state.cpus.iter().zip(&mut state.asked) {
-            *asked &= *bits & CPU_PRESENT != 0;
+            if *bits & CPU_PRESENT == 0 {
+                *asked = 0;
+            }
         }
+    }
+
+    /// The guest has had its time to answer: another kernel may run by now.
+    pub fn forget_asked_cpus(&self) {
+        self.lock().asked.fill(0);
     }
 
     /// Adds the lowest vCPU that is not there, nor leaving.
     pub fn add_cpu(&self) -> Option<u32> {
         let mut state = self.lock();
-        let mut cpus = state.cpus.iter().zip(&state.asked);
-        let index = cpus.position(|(bits, leaving)| bits & CPU_PRESENT == 0 && !leaving)?;
+        let mut cpus = (0..).zip(state.cpus.iter().zip(&state.asked));
+        let index = cpus.find_map(|(index, (bits, asked))| {
+            // One whose eject the manager has not seen yet would be stopped by that.
+            let free = bits & CPU_PRESENT == 0 && *asked == 0;
+            (free && !state.ejected_cpus.contains(&index)).then_some(index as usize)
+        })?;
         *state.cpus.get_mut(index)? = CPU_PRESENT | CPU_INSERTED;
         u32::try_from(index).ok()
     }
@@ -260,16 +263,24 @@ impl HotplugRegisters {
             *bits = 0;
         }
         let changed = *bits != before;
-        let was_asked = state.asked.get(index).copied().unwrap_or(false);
-        let asked = (seen || was_asked || ejected) && value & CPU_ANSWERED == 0;
-        state.set_asked(index, asked);
+        let mut moved = false;
+        if let Some(asked) = state.asked.get_mut(index) {
+            let was = *asked;
+            // A guest that ejects by its own will says what became of it, too.
+            let own = ejected && was == 0;
+            *asked = asked.saturating_add(u8::from(seen || own));
+            if value & CPU_ANSWERED != 0 {
+                *asked = asked.saturating_sub(1);
+            }
+            moved = *asked != was;
+        }
         if ejected {
             let index = u32::try_from(index).unwrap_or(u32::MAX);
             state.ejected_cpus.push(index);
         }
         drop(state);
         // Only as often as the manager has noted something.
-        if changed || asked != was_asked {
+        if changed || moved {
             self.events.send(MachineEvent::Ejected);
         }
     }

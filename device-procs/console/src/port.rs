@@ -22,6 +22,8 @@ struct Client {
     readable: bool,
     /// It is gone; what it has sent may be still to be read.
     gone: bool,
+    /// The first byte of that.
+    first: Option<u8>,
 }
 
 /// A port as the host has it.
@@ -85,6 +87,14 @@ impl Port {
             client.pending = Backlog::default();
             client.gone = true;
             client.readable = true;
+            // The guest need not have room for it to be seen that nothing is left.
+            let mut first = [0; 1];
+            if client.first.is_none() && !client.ended {
+                match sys::receive_now(client.stream.as_fd(), &mut first) {
+                    Ok(Some(1)) => client.first = first.first().copied(),
+                    _ => client.ended = true,
+                }
+            }
             if client.ended {
                 self.client = None;
             }
@@ -92,9 +102,15 @@ impl Port {
         self.send();
     }
 
-    /// Takes a client in, if there is none and one waits.
+    /// Whoever comes is taken in: nobody is there, or was and is gone.
+    pub fn is_free(&self) -> bool {
+        self.client.as_ref().is_none_or(|client| client.gone)
+    }
+
+    /// Takes a client in, if the port is free and one waits. What the last one has sent and the
+    /// guest has not taken is lost.
     pub fn accept(&mut self) {
-        if self.client.is_some() {
+        if !self.is_free() {
             return;
         }
         // Gone again, or this process is short of descriptors: the next one may do.
@@ -105,6 +121,7 @@ impl Port {
                 ended: false,
                 readable: true,
                 gone: false,
+                first: None,
             });
         }
     }
@@ -126,6 +143,10 @@ impl Port {
         let Some(client) = &mut self.client else {
             return Got::Nothing;
         };
+        if let (Some(place), Some(first)) = (into.first_mut(), client.first.take()) {
+            *place = first;
+            return Got::Bytes(1);
+        }
         match sys::receive_now(client.stream.as_fd(), into) {
             Ok(Some(0)) => {
                 client.ended = true;

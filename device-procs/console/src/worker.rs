@@ -37,6 +37,8 @@ pub struct Worker {
     ports: Vec<Port>,
     /// Of each port, bytes that were taken of the buffer that is next.
     taken: Vec<usize>,
+    /// Ports by which the guest has sent more than there is room for.
+    held: Vec<bool>,
     control: Arc<Control>,
     chain: Chain,
     piece: Box<[u8; PIECE]>,
@@ -60,6 +62,7 @@ impl Worker {
             fds: Vec::with_capacity(queues.len().saturating_add(ports.len()).saturating_mul(2)),
             seats: queues.into_iter().map(Seat::new).collect(),
             taken: vec![0; ports.len()],
+            held: vec![false; ports.len()],
             ports,
             control,
             chain: Chain::new(),
@@ -154,13 +157,15 @@ impl Worker {
     /// Takes what the guest sends by a port.
     fn transmit(&mut self, index: usize) -> bool {
         let queue = queue_of(index).saturating_add(1);
-        let (Some(port), Some(taken), Some(seat)) = (
+        let (Some(port), Some(taken), Some(held), Some(seat)) = (
             self.ports.get_mut(index),
             self.taken.get_mut(index),
+            self.held.get_mut(index),
             self.seats.get_mut(queue),
         ) else {
             return false;
         };
+        *held = false;
         let Some(ring) = &mut seat.ring else {
             return false;
         };
@@ -187,6 +192,7 @@ impl Worker {
                 port.send();
                 if port.room().is_some_and(|room| room < wanted) {
                     ring.unpop(head);
+                    *held = true;
                     return false;
                 }
             }
@@ -214,7 +220,8 @@ impl Worker {
                 *taken = done;
                 ring.unpop(head);
                 port.send();
-                return port.room() != Some(0);
+                *held = port.room() == Some(0);
+                return !*held;
             }
             *taken = 0;
             ring.complete(head, 0);
@@ -273,10 +280,7 @@ impl Worker {
 
     /// The guest sends more by a port than its client takes.
     fn is_held(&mut self, index: usize) -> bool {
-        let held = self
-            .ports
-            .get(index)
-            .is_some_and(|port| !port.is_console() && port.room().is_some_and(|room| room < ROOM));
+        let held = self.held.get(index).copied().unwrap_or(false);
         let queue = queue_of(index).saturating_add(1);
         let seat = self.seats.get_mut(queue);
         held && seat.is_some_and(|seat| match &mut seat.ring {
@@ -352,7 +356,7 @@ impl Worker {
             });
         }
         for (index, port) in self.ports.iter().enumerate() {
-            let listens = !port.is_joined() && self.is_served(index);
+            let listens = port.is_free() && self.is_served(index);
             self.fds.push(match listens {
                 true => PollFd::new(port.listener().as_fd(), libc::POLLIN),
                 false => PollFd::none(),

@@ -16,8 +16,8 @@ use crate::memory::Pluggable;
 use crate::threads::{self, ThreadHook};
 use crate::virtio::VirtioPciFunction;
 
-/// How long a process that was lost may take to end, with all of its I/O: longer than whoever
-/// ends it waits for it.
+/// How long a process that was lost may take to end, with all of its I/O, before the guest is put
+/// off.
 const QUIET_LIMIT: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -89,9 +89,7 @@ impl Worker {
     fn carry_out(&self, order: &Order) -> Result<(), String> {
         let Order { job, listeners } = order;
         if let Err(why) = self.add(&job.add, listeners) {
-            if let Err(more) = self.remove(&job.add, listeners) {
-                log::warn!("memory that was not plugged: {more}");
-            }
+            self.take_back(&job.add, listeners);
             return Err(why);
         }
         let gone = self.remove(&job.remove, listeners);
@@ -128,6 +126,25 @@ impl Worker {
         wait_for_quiet(listeners)
     }
 
+    /// The guest was never told of these: whoever still maps them reaches nothing of its, and what
+    /// it has put there by itself goes.
+    fn take_back(&self, numbers: &[usize], listeners: &[Listener]) {
+        for number in numbers {
+            self.area.set_present(*number, false);
+            if let Err(error) = self.tell_kvm(*number, false) {
+                log::error!("memory that was not plugged: {error}");
+            }
+        }
+        tell_all(listeners);
+        for (number, blocks) in self.area.blocks_of_regions().enumerate() {
+            if numbers.contains(&number)
+                && let Err(error) = self.area.punch(blocks)
+            {
+                log::warn!("memory that was not plugged: {error}");
+            }
+        }
+    }
+
     /// Devices first: what they map then, the guest does not have.
     fn remove(&self, numbers: &[usize], listeners: &[Listener]) -> Result<(), String> {
         if numbers.is_empty() {
@@ -136,12 +153,7 @@ impl Worker {
         for number in numbers {
             self.area.set_present(*number, false);
         }
-        for (id, function) in listeners {
-            if let Err(error) = function.sync_memory() {
-                // What is gone it has let go of, or it is lost; something else is new to it.
-                log::warn!("device {id}: {error}");
-            }
-        }
+        tell_all(listeners);
         wait_for_quiet(listeners)?;
         numbers.iter().try_for_each(|n| self.tell_kvm(*n, false))
     }
@@ -152,6 +164,16 @@ impl Worker {
         };
         let told = self.kvm.set_region(region, present);
         told.map_err(|e| e.to_string())
+    }
+}
+
+/// Tells all of them what is gone.
+fn tell_all(listeners: &[Listener]) {
+    for (id, function) in listeners {
+        if let Err(error) = function.sync_memory() {
+            // What is gone it has let go of, or it is lost; something else is new to it.
+            log::warn!("device {id}: {error}");
+        }
     }
 }
 

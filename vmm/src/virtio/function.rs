@@ -336,6 +336,14 @@ impl VirtioPciFunction {
         }
     }
 
+    /// The device has left the machine and its process is to end: until
+    /// [`quiesced`](Self::quiesced) is told, it may still reach guest memory. Never blocks.
+    pub fn dismiss(&self) {
+        self.expect_fence();
+        self.link
+            .fail(FailReason::Stopped("it was removed".to_owned()));
+    }
+
     /// The device process is lost: suspended or failed, as the options say.
     pub(super) fn lose(&self, reason: FailReason) {
         if self.options.successor {

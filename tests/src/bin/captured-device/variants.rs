@@ -159,11 +159,8 @@ impl Variant {
             }
             Device::Consoles => {
                 let listen = scratch.path(&format!("c{number}"));
-                let size = format!("{}x24", number.saturating_add(1));
-                (
-                    "--console",
-                    format!("id=a{number},socket={listen},size={size}"),
-                )
+                let name = format!("name=hostile-{number}");
+                ("--console", format!("id=a{number},socket={listen},{name}"))
             }
         };
         Ok([option.to_owned(), value])

@@ -44,7 +44,7 @@ fn told_as_what_they_are() -> Verdict {
     let mut served = Served::new("faults", &[])?;
     let devices = ctl(&served.socket, &["devices"])?;
     let devices = devices.as_array().cloned().unwrap_or_default();
-    check(devices.len() == 5, || format!("{devices:?}"))?;
+    check(devices.len() == 6, || format!("{devices:?}"))?;
     for device in &devices {
         let id = device["id"].as_str().unwrap_or_default();
         fault(device["pid"].as_i64().unwrap_or_default())?;

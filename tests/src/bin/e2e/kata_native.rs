@@ -92,7 +92,10 @@ fn whole_life() -> Verdict {
         .and_then(|complex| complex.root_ports.get_mut(5))
         .ok_or("no port")?;
     let device = port.attached.mut_or_insert_default().mut_device();
-    device.mut_virtio().kind = Some(Kind::Console(VirtioConsole::new()));
+    let mut connecting = VirtioConsole::new();
+    let relay = connecting.backend.mut_or_insert_default().mut_relay();
+    (relay.socket_path, relay.connect) = (scratch.path("console"), true);
+    device.mut_virtio().kind = Some(Kind::Console(connecting));
     client.refused("CreateVM", &console, Code::Unimplemented, "virtio.console")?;
     let mut absent = good.clone();
     absent

@@ -79,6 +79,7 @@ impl Host {
             answer_by: now.checked_add(ANSWER),
             again: AGAIN,
         });
+        self.stop_ejected_cpus();
         self.add_cpus(count);
         let Some(machine) = &self.machine else {
             return;
@@ -118,6 +119,15 @@ impl Host {
 
     /// vCPUs that the guest has given up stop; what it has seen or answered is looked at.
     pub(super) fn on_ejected_cpus(&mut self) {
+        self.stop_ejected_cpus();
+        let now = Instant::now();
+        if let Some(resize) = &mut self.resize {
+            resize.answer_by = now.checked_add(ANSWER);
+        }
+        self.look_at_resize(now);
+    }
+
+    fn stop_ejected_cpus(&self) {
         let Some(machine) = &self.machine else {
             return;
         };
@@ -126,11 +136,6 @@ impl Host {
             self.log
                 .publish("cpu.removed", "", &format!("vCPU {index}"));
         }
-        let now = Instant::now();
-        if let Some(resize) = &mut self.resize {
-            resize.answer_by = now.checked_add(ANSWER);
-        }
-        self.look_at_resize(now);
     }
 
     /// When the change is to be looked at: what the guest does about it is an event.
@@ -142,6 +147,9 @@ impl Host {
 
     /// Looks whether the change has come to an end. True: there is none.
     pub(super) fn look_at_resize(&mut self, now: Instant) -> bool {
+        if self.resize.is_some() {
+            self.stop_ejected_cpus();
+        }
         let (Some(resize), Some(machine)) = (&mut self.resize, &self.machine) else {
             return true;
         };
@@ -158,8 +166,14 @@ impl Host {
         let settled = unseen.is_empty()
             && registers.asked_cpus().is_empty()
             && registers.leaving_cpus().is_empty();
-        let (count, done) = (resize.count, settled && present == resize.count);
-        if !done && now < resize.until {
+        let (count, late) = (resize.count, now >= resize.until);
+        let mut done = present == count && settled;
+        if late && present == count && unseen.is_empty() {
+            // What was asked for before, nobody answers any more.
+            registers.forget_asked_cpus();
+            done = true;
+        }
+        if !done && !late {
             if settled && present < count && resize.again > 0 {
                 resize.again = resize.again.saturating_sub(1);
                 self.add_cpus(count);
@@ -181,7 +195,6 @@ impl Host {
                 .complete(Ok(ApiResponse::CpusResized(response)));
             return false;
         }
-        let late = now >= resize.until;
         let why = self.undo_resize(&resize, &unseen, late);
         self.ended(resize.operation, SUBJECT, Err(&why));
         let code = if late {

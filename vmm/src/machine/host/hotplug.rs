@@ -33,6 +33,7 @@ use crate::launcher::Launcher;
 use crate::machine::device::{Device, NO_PORT, Special};
 use crate::machine::hotplug::{self, Addition, Mail, News, Workshop};
 use crate::machine::life::Life;
+use crate::machine::plugger::Listener;
 use crate::machine::state::MachineState;
 use crate::machine::told;
 use crate::machine::trial::Ended;
@@ -125,6 +126,19 @@ fn not_hotplug(port: &str) -> RpcStatus {
 }
 
 impl Host {
+    /// Devices that have left the machine and whose processes, or their I/O, have not ended.
+    pub(super) fn functions_that_leave(&self) -> Vec<Listener> {
+        let leaving = self.hotplug.leaving.iter();
+        leaving
+            .filter_map(|leaver| match &leaver.step {
+                Step::Ending { device, .. } => {
+                    Some((leaver.id.clone(), Arc::clone(&device.function)))
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
         self.add_in_turn(None, request, reply);

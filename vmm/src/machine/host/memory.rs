@@ -342,6 +342,7 @@ impl Host {
         };
         let devices = parts.devices.iter();
         let listeners = devices.map(|d| (d.id.clone(), Arc::clone(&d.function)));
+        let listeners = listeners.chain(self.functions_that_leave());
         if let (Some(plugger), Some(area)) = (&self.memory.plugger, parts.ram.pluggable()) {
             plugger.begin(area, job, listeners.collect());
         }

@@ -103,6 +103,24 @@ impl Host {
         request: UpdateConsoleRequest,
         reply: ReplyHandle,
     ) {
+        let consoles = self.machine.as_ref().map(|m| m.config.consoles.as_slice());
+        let console = consoles.and_then(|all| all.iter().find(|c| c.id == request.id));
+        // Not left to its process, which may say yes to what no other one takes.
+        if let Some(console) = console
+            && let Some(wrong) = request.sizes.iter().find(|size| {
+                let port = usize::try_from(size.port).ok();
+                let port = port.and_then(|port| console.ports.get(port));
+                port.is_none_or(|port| !port.name.is_empty())
+            })
+        {
+            let line = format!(
+                "device {}: its port {} is no console: give one of its {} ports, from 0, that has no name",
+                request.id,
+                wrong.port,
+                console.ports.len()
+            );
+            return reply.complete(Err(RpcStatus::invalid_argument(line)));
+        }
         let mut update = ConsoleUpdate::new();
         update.sizes = request.sizes;
         self.ask(&request.id, reply, |device| match &device.special {

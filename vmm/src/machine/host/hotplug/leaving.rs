@@ -37,7 +37,7 @@ pub(super) enum Step {
     /// It is off the bus and out of the table; its process ends.
     Ending {
         /// Its memory and descriptors go when all of it has ended.
-        _device: Box<Device>,
+        device: Box<Device>,
         incarnation: u64,
         /// The launcher has told its end: what comes later is another's of the same name.
         exited: bool,
@@ -361,6 +361,7 @@ impl Host {
         if let Some(process) = &mut device.process {
             process.control.give_up(why);
             exited = process.newcomer.is_none() && process.life.has_exited();
+            device.function.dismiss();
             ending = match process.newcomer.take() {
                 // Should it not be started yet, its start comes before its end.
                 Some(newcomer) => {
@@ -410,7 +411,7 @@ impl Host {
         let leaving = &mut self.hotplug.leaving;
         if let Some(leaving) = leaving.iter_mut().find(|l| l.operation == operation) {
             leaving.step = Step::Ending {
-                _device: Box::new(device),
+                device: Box::new(device),
                 incarnation,
                 exited,
                 pidfd,
@@ -494,6 +495,9 @@ impl Host {
         let leaver = leaving.swap_remove(at);
         self.log.publish("device.removed", &leaver.id, "");
         self.ended(operation, &leaver.id, Ok("removed"));
+        if let Step::Ending { device, .. } = &leaver.step {
+            device.function.quiesced();
+        }
         // Its last descriptors close before anybody is told.
         drop(leaver.step);
         if let Some(reply) = leaver.reply {
