@@ -106,19 +106,19 @@ impl Host {
         let consoles = self.machine.as_ref().map(|m| m.config.consoles.as_slice());
         let console = consoles.and_then(|all| all.iter().find(|c| c.id == request.id));
         // Not left to its process, which may say yes to what no other one takes.
-        if let Some(console) = console
-            && let Some(wrong) = request.sizes.iter().find(|size| {
-                let port = usize::try_from(size.port).ok();
-                let port = port.and_then(|port| console.ports.get(port));
-                port.is_none_or(|port| !port.name.is_empty())
-            })
-        {
-            let line = format!(
-                "device {}: its port {} is no console: give one of its {} ports, from 0, that has no name",
-                request.id,
-                wrong.port,
-                console.ports.len()
-            );
+        for size in console.iter().flat_map(|_| &request.sizes) {
+            let ports = console.map(|c| c.ports.as_slice()).unwrap_or_default();
+            let port = usize::try_from(size.port).ok();
+            let why = match port.and_then(|port| ports.get(port)) {
+                Some(port) if port.name.is_empty() => continue,
+                Some(_) => format!("port {} has a name and no size: give another", size.port),
+                None => format!(
+                    "there is no port {}: it has {}, from 0",
+                    size.port,
+                    ports.len()
+                ),
+            };
+            let line = format!("device {}: {why}", request.id);
             return reply.complete(Err(RpcStatus::invalid_argument(line)));
         }
         let mut update = ConsoleUpdate::new();
