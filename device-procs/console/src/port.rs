@@ -102,15 +102,10 @@ impl Port {
         self.send();
     }
 
-    /// Whoever comes is taken in: nobody is there, or was and is gone.
-    pub fn is_free(&self) -> bool {
-        self.client.as_ref().is_none_or(|client| client.gone)
-    }
-
-    /// Takes a client in, if the port is free and one waits. What the last one has sent and the
-    /// guest has not taken is lost.
+    /// Takes a client in, if there is none and one waits. One that is gone stays until the guest
+    /// has taken what it sent: whoever comes next waits for that.
     pub fn accept(&mut self) {
-        if !self.is_free() {
+        if self.is_joined() {
             return;
         }
         // Gone again, or this process is short of descriptors: the next one may do.

@@ -356,7 +356,7 @@ impl Worker {
             });
         }
         for (index, port) in self.ports.iter().enumerate() {
-            let listens = port.is_free() && self.is_served(index);
+            let listens = !port.is_joined() && self.is_served(index);
             self.fds.push(match listens {
                 true => PollFd::new(port.listener().as_fd(), libc::POLLIN),
                 false => PollFd::none(),
