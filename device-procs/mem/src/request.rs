@@ -120,18 +120,7 @@ pub fn read(chain: &Chain, memory: &Memory) -> Option<Request> {
 /// Writes the answer into a chain that [`read`] has accepted; false: its buffers have left the
 /// guest's memory.
 pub fn answer(chain: &Chain, memory: &Memory, bytes: &[u8; RESPONSE]) -> bool {
-    let mut rest = bytes.as_slice();
-    for buffer in chain.writable() {
-        let len = usize::try_from(buffer.len).unwrap_or(usize::MAX);
-        let Some((part, behind)) = rest.split_at_checked(len.min(rest.len())) else {
-            return false;
-        };
-        if !memory.write(buffer.addr, part) {
-            return false;
-        }
-        rest = behind;
-    }
-    rest.is_empty()
+    chain.write(memory, bytes)
 }
 
 #[cfg(test)]
