@@ -217,6 +217,8 @@ fn memory_changes_and_the_ring_stops_while_the_vmm_is_at_a_request() {
     assert_eq!(bed.wanted().0, 1);
     let same = Arc::new(bed.memory.as_ref().clone());
     assert_eq!(bed.order(Order::Memory(same)), Answer::Done);
+    // It looks at the request once more after an order.
+    bed.waits(true);
     assert_eq!(bed.handle.status().in_flight.get(), 0);
     let stopped = Answer::Stopped {
         next_avail: Some(0),

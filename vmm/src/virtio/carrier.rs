@@ -24,6 +24,7 @@ impl VirtioPciFunction {
         }
         self.signals.link_down.store(!up, Ordering::Release);
         if !up {
+            self.signals.carried.store(false, Ordering::Release);
             self.follow_link();
         }
         self.service.wake();
@@ -46,6 +47,9 @@ impl VirtioPciFunction {
                     self.carry(&mut device);
                 }
             }
+            self.signals
+                .carried
+                .store(device.carries, Ordering::Release);
         }
         self.follow_link();
     }
@@ -88,8 +92,10 @@ impl VirtioPciFunction {
         self.on_started(started);
     }
 
+    /// Whether the driver reads that the link is up: not before the rings are enabled.
     pub(super) fn link_up(&self) -> bool {
-        self.link.serving() && !self.signals.link_down.load(Ordering::Acquire)
+        let wanted = !self.signals.link_down.load(Ordering::Acquire);
+        self.link.serving() && wanted && self.signals.carried.load(Ordering::Acquire)
     }
 
     /// A network device's link status follows the back-end and the API.

@@ -105,6 +105,8 @@ pub(super) struct Signals {
     pub(super) reset_after_failure: AtomicBool,
     /// What the API wants of a network device's link.
     pub(super) link_down: AtomicBool,
+    /// The rings carry frames, and nobody has asked for the link to go down since.
+    pub(super) carried: AtomicBool,
     /// The driver is to announce itself once more after it has. Linux does it before it looks
     /// whether the link came up with the request, and then to no one.
     pub(super) announce_twice: AtomicBool,
@@ -227,6 +229,7 @@ impl VirtioPciFunction {
             errors,
             signals: Signals {
                 slots: AtomicU64::new(slots),
+                carried: AtomicBool::new(true),
                 ..Signals::default()
             },
             link,
