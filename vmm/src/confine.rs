@@ -11,8 +11,9 @@ use bulkhead_seccomp::{filter, policy};
 
 use crate::threads::ThreadHook;
 
-/// File descriptors that a VMM may hold.
-const NOFILE: u64 = 4096;
+/// File descriptors that a VMM may hold: of each of 31 devices three for each of 65 queues and some
+/// 30 more; KVM's, those of 64 vCPUs, of guest memory, the launcher and clients of the API.
+const NOFILE: u64 = 8192;
 
 /// Confines this process for good, in the set-up stage. Called by the manager thread before
 /// any other thread exists. As root it becomes `identity`, a uid and gid of its own.

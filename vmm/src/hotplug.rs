@@ -469,6 +469,21 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_that_leaves_is_not_added() {
+        let bed = bed(3, 4);
+        bed.registers.ask_for_cpu(1);
+        bed.write_cpu(1, CPU_REMOVING);
+        bed.write_cpu(1, CPU_EJECT);
+        // The guest is not through with it, and nobody has stopped it.
+        assert_eq!(bed.registers.add_cpu(), Some(3));
+        assert_eq!(bed.registers.add_cpu(), None);
+        bed.write_cpu(1, CPU_ANSWERED);
+        assert_eq!(bed.registers.add_cpu(), None, "it is to be stopped still");
+        assert_eq!(bed.registers.take_ejected_cpus(), [1]);
+        assert_eq!(bed.registers.add_cpu(), Some(1));
+    }
+
+    #[test]
     fn a_vcpu_that_was_asked_for_is_so_until_the_guest_answers() {
         let bed = bed(4, 4);
         bed.write_cpu(3, CPU_ANSWERED);

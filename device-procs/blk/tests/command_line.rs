@@ -7,9 +7,7 @@ mod support;
 use support::*;
 
 fn fails(args: &[&str], code: i32, words: &[&str]) {
-    let mut blk = Blk {
-        child: Blk::command().args(args).spawn().unwrap(),
-    };
+    let mut blk = Blk(Process::spawn(Blk::command().args(args)));
     let status = blk.wait_exit();
     let said = blk.stderr();
     assert_eq!(status.code(), Some(code), "{args:?}: {said}");

@@ -148,13 +148,11 @@ fn two_processes_cannot_write_one_file() {
     let disk = scratch.disk(64);
     let spec = |more: &str| format!("path={}{more}", disk.display());
     let fails = |more: &str| {
-        let mut second = Blk {
-            child: Blk::command()
+        let mut second = Blk(Process::spawn(
+            Blk::command()
                 .args(["--socket", scratch.path("b").to_str().unwrap()])
-                .args(["--disk", &spec(more)])
-                .spawn()
-                .unwrap(),
-        };
+                .args(["--disk", &spec(more)]),
+        ));
         assert_eq!(second.wait_exit().code(), Some(1), "{more}");
         let said = second.stderr();
         assert_eq!(said.lines().count(), 1, "{said}");

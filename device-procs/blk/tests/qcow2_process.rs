@@ -230,9 +230,7 @@ fn what_is_not_granted_or_not_served_is_refused_in_one_line() {
         let socket = scratch.path("s");
         let mut command = Blk::command();
         command.arg("--socket").arg(&socket).args(["--disk", &spec]);
-        let mut blk = Blk {
-            child: command.spawn().unwrap(),
-        };
+        let mut blk = Blk(Process::spawn(&mut command));
         assert_eq!(blk.wait_exit().code(), Some(1), "{spec}");
         let text = blk.stderr();
         assert!(text.contains(word), "{spec}: {text}");

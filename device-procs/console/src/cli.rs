@@ -142,20 +142,14 @@ fn size(text: &str) -> Result<(usize, Size), UsageError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bulkhead_runtime::command_lines::{assert_whole, served};
 
-    fn serve(text: &str) -> Result<Options, String> {
-        match parse(text.split_whitespace().map(OsString::from)) {
-            Ok(Command::Serve(options)) => Ok(options),
-            Ok(_) => Err("not to serve".into()),
-            Err(e) => Err(e.to_string()),
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --ports 5,6:agent,8 --fence-fd 7 --sizes 0:80x24,2:1x65535";
-        let options = serve(whole).unwrap();
+        let options = served(parse, whole).unwrap();
         let found: Vec<_> = options
             .ports
             .iter()
@@ -170,27 +164,27 @@ mod tests {
             ]
         );
         assert_eq!(options.inherited.fence, Some(7));
-        for (from, to) in [
-            ("--control-fd 3", ""),
-            ("--ports 5,6:agent,8", ""),
-            ("5,6:agent", "5,5:agent"),
-            ("5,6:agent", "4,6:agent"),
-            ("5,6:agent", "1,6:agent"),
-            ("5,6:agent", "5,,6:agent"),
-            ("agent", ""),
-            ("agent,8", "agent,8:agent"),
-            ("0:80x24", "1:80x24"),
-            ("0:80x24", "3:80x24"),
-            ("0:80x24", "80x24"),
-            ("0:80x24", "0:65536x24"),
-        ] {
-            let text = whole.replacen(from, to, 1);
-            assert!(serve(&text).is_err(), "{text}");
-        }
+        assert_whole(
+            parse,
+            whole,
+            &[
+                ("--control-fd 3", ""),
+                ("--ports 5,6:agent,8", ""),
+                ("5,6:agent", "5,5:agent"),
+                ("5,6:agent", "4,6:agent"),
+                ("5,6:agent", "1,6:agent"),
+                ("5,6:agent", "5,,6:agent"),
+                ("agent", ""),
+                ("agent,8", "agent,8:agent"),
+                ("0:80x24", "1:80x24"),
+                ("0:80x24", "3:80x24"),
+                ("0:80x24", "80x24"),
+                ("0:80x24", "0:65536x24"),
+            ],
+        );
         let many: Vec<String> = (5..5 + MOST_PORTS).map(|fd| fd.to_string()).collect();
         let line = format!("--control-fd 3 --vhost-fd 4 --ports {}", many.join(","));
-        assert!(serve(&line).is_ok());
-        assert!(serve(&format!("{line},99")).is_err());
-        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+        assert!(served(parse, &line).is_ok());
+        assert!(served(parse, &format!("{line},99")).is_err());
     }
 }

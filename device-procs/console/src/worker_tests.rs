@@ -5,13 +5,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bulkhead_runtime::driver::{Desc, DriverRing, NEXT, WRITE, guest};
 use bulkhead_runtime::frontend::Numbers;
-use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
+use bulkhead_runtime::mailbox::{Answer, Order, WorkerHandle, mailbox};
 use bulkhead_runtime::memory::Memory;
-use bulkhead_runtime::ring::RingFeatures;
+use bulkhead_runtime::worker_bed;
 
 use super::*;
 use crate::control::{F_MULTIPORT, Size, Traits};
@@ -118,35 +118,13 @@ impl Bed {
     }
 
     fn start(&self, queue: usize, base: u16) -> Answer {
-        self.order(
-            queue,
-            Order::Start(Box::new(RingSetup {
-                memory: Arc::clone(&self.memory),
-                layout: self.rings[queue].layout(),
-                ring_features: RingFeatures {
-                    event_idx: false,
-                    indirect: false,
-                },
-                features: 0,
-                base,
-                kick: Arc::clone(&self.kicks[queue]),
-                call: Some(Arc::new(sys::eventfd().unwrap())),
-                err: Some(Arc::clone(&self.errs[queue])),
-                inflight: None,
-            })),
-        )
+        let (kick, err) = (&self.kicks[queue], &self.errs[queue]);
+        let start = worker_bed::start(&self.memory, &self.rings[queue], base, kick, err);
+        self.order(queue, start)
     }
 
     fn order(&self, queue: usize, order: Order) -> Answer {
-        self.handles[queue].order(order);
-        let begun = Instant::now();
-        loop {
-            if let Some(answer) = self.handles[queue].take_answer() {
-                return answer;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no answer");
-            self.handles[queue].wait_answer(10);
-        }
+        worker_bed::order(&self.handles[queue], order)
     }
 
     fn place(queue: usize, head: u16) -> u64 {
@@ -171,14 +149,7 @@ impl Bed {
     }
 
     fn used(&mut self, queue: usize) -> (u32, u32) {
-        let begun = Instant::now();
-        loop {
-            if let Some(used) = self.rings[queue].take_used() {
-                return used;
-            }
-            assert!(begun.elapsed() < PATIENCE, "queue {queue}: no completion");
-            std::thread::yield_now();
-        }
+        worker_bed::completion(&mut self.rings[queue])
     }
 
     /// What comes next; its buffer is given again.

@@ -90,35 +90,29 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bulkhead_runtime::command_lines::{assert_whole, served};
 
-    fn serve(text: &str) -> Result<Options, String> {
-        match parse(text.split_whitespace().map(OsString::from)) {
-            Ok(Command::Serve(options)) => Ok(options),
-            Ok(_) => Err("not to serve".into()),
-            Err(e) => Err(e.to_string()),
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --bell-fd 5 --fence-fd 6 --area 4294967296:4194304 --block 2097152";
-        let options = serve(whole).unwrap();
+        let options = served(parse, whole).unwrap();
         assert_eq!((options.bell, options.inherited.fence), (5, Some(6)));
         assert_eq!(options.area.size, 4 << 20);
-        for (from, to) in [
-            ("--control-fd 3", ""),
-            ("--bell-fd 5", ""),
-            ("--bell-fd 5", "--bell-fd 4"),
-            ("--bell-fd 5", "--bell-fd 1"),
-            ("--block 2097152", ""),
-            ("2097152", "2097153"),
-            ("4294967296:", ""),
-            (":4194304", ":4194305"),
-        ] {
-            let text = whole.replacen(from, to, 1);
-            assert!(serve(&text).is_err(), "{text}");
-        }
-        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+        assert_whole(
+            parse,
+            whole,
+            &[
+                ("--control-fd 3", ""),
+                ("--bell-fd 5", ""),
+                ("--bell-fd 5", "--bell-fd 4"),
+                ("--bell-fd 5", "--bell-fd 1"),
+                ("--block 2097152", ""),
+                ("2097152", "2097153"),
+                ("4294967296:", ""),
+                (":4194304", ":4194305"),
+            ],
+        );
     }
 }

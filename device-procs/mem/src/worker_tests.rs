@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use bulkhead_proto::device::finish_request_request::Outcome;
 use bulkhead_proto::device::{FinishRequestRequest, mem_request::Kind};
 use bulkhead_runtime::driver::{Desc, DriverRing, NEXT, WRITE, guest};
-use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
+use bulkhead_runtime::mailbox::{Answer, Order, WorkerHandle, mailbox};
 use bulkhead_runtime::memory::Memory;
-use bulkhead_runtime::ring::RingFeatures;
+use bulkhead_runtime::worker_bed;
 use proptest::prelude::*;
 
 use super::*;
@@ -61,33 +61,12 @@ impl Bed {
     }
 
     fn start(&self, base: u16) -> Answer {
-        let event = || Some(Arc::new(sys::eventfd().unwrap()));
-        self.order(Order::Start(Box::new(RingSetup {
-            memory: Arc::clone(&self.memory),
-            layout: self.ring.layout(),
-            ring_features: RingFeatures {
-                event_idx: false,
-                indirect: false,
-            },
-            features: 0,
-            base,
-            kick: Arc::clone(&self.kick),
-            call: event(),
-            err: Some(Arc::clone(&self.err)),
-            inflight: None,
-        })))
+        let start = worker_bed::start(&self.memory, &self.ring, base, &self.kick, &self.err);
+        self.order(start)
     }
 
     fn order(&self, order: Order) -> Answer {
-        self.handle.order(order);
-        let begun = Instant::now();
-        loop {
-            if let Some(answer) = self.handle.take_answer() {
-                return answer;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no answer");
-            self.handle.wait_answer(10);
-        }
+        worker_bed::order(&self.handle, order)
     }
 
     /// Offers a request; its number.
@@ -124,14 +103,7 @@ impl Bed {
 
     /// The completion that comes next: code and state.
     fn completed(&mut self, slot: u64) -> (u8, u8) {
-        let begun = Instant::now();
-        let (head, written) = loop {
-            if let Some(used) = self.ring.take_used() {
-                break used;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no completion");
-            std::thread::yield_now();
-        };
+        let (head, written) = worker_bed::completion(&mut self.ring);
         assert_eq!((u64::from(head), written), (2 * slot, RESPONSE as u32));
         let mut bytes = [0; RESPONSE];
         assert!(self.memory.read(RESPONSES + 64 * slot, &mut bytes));

@@ -72,7 +72,7 @@ fn a_frame_may_lie_in_many_pieces() {
                 at += 0x1000;
                 rest = later;
             }
-            vm.send_chain(1, &chain);
+            vm.chain_on(1, &chain);
             assert_eq!(wire.receive(), frame);
         }
     });

@@ -79,38 +79,32 @@ fn rate(value: &str) -> Result<Option<Rate>, UsageError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bulkhead_runtime::command_lines::{assert_whole, served};
 
-    fn serve(text: &str) -> Result<Options, String> {
-        match parse(text.split_whitespace().map(OsString::from)) {
-            Ok(Command::Serve(options)) => Ok(options),
-            Ok(_) => Err("not to serve".into()),
-            Err(e) => Err(e.to_string()),
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --source-fd 5 --fence-fd 6 --bps 1000:20";
-        let options = serve(whole).unwrap();
+        let options = served(parse, whole).unwrap();
         assert_eq!((options.source, options.inherited.fence), (5, Some(6)));
         assert_eq!(options.bytes, Rate::new("", 1000, 20).unwrap());
         assert_eq!(
-            serve("--control-fd 3 --vhost-fd 4 --source-fd 5").map(|o| o.bytes),
+            served(parse, "--control-fd 3 --vhost-fd 4 --source-fd 5").map(|o| o.bytes),
             Ok(None)
         );
-        for (from, to) in [
-            ("--control-fd 3", ""),
-            ("--source-fd 5", ""),
-            ("--source-fd 5", "--source-fd 4"),
-            ("--source-fd 5", "--source-fd 1"),
-            ("1000:20", "1000:"),
-            ("1000:20", "0:20"),
-            ("1000:20", "x"),
-        ] {
-            let text = whole.replacen(from, to, 1);
-            assert!(serve(&text).is_err(), "{text}");
-        }
-        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+        assert_whole(
+            parse,
+            whole,
+            &[
+                ("--control-fd 3", ""),
+                ("--source-fd 5", ""),
+                ("--source-fd 5", "--source-fd 4"),
+                ("--source-fd 5", "--source-fd 1"),
+                ("1000:20", "1000:"),
+                ("1000:20", "0:20"),
+                ("1000:20", "x"),
+            ],
+        );
     }
 }

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use bulkhead_runtime::driver::{Desc, DriverRing, NEXT, WRITE, guest};
 use bulkhead_runtime::limit::Rate;
-use bulkhead_runtime::mailbox::{Answer, Order, RingSetup, WorkerHandle, mailbox};
-use bulkhead_runtime::ring::RingFeatures;
+use bulkhead_runtime::mailbox::{Answer, Order, WorkerHandle, mailbox};
 use bulkhead_runtime::sys;
+use bulkhead_runtime::worker_bed;
 use proptest::prelude::*;
 
 use super::*;
@@ -56,32 +56,12 @@ impl Bed {
     }
 
     fn start(&self, base: u16) -> Answer {
-        self.order(Order::Start(Box::new(RingSetup {
-            memory: Arc::clone(&self.memory),
-            layout: self.ring.layout(),
-            ring_features: RingFeatures {
-                event_idx: false,
-                indirect: false,
-            },
-            features: 0,
-            base,
-            kick: Arc::clone(&self.kick),
-            call: Some(Arc::new(sys::eventfd().unwrap())),
-            err: Some(Arc::clone(&self.err)),
-            inflight: None,
-        })))
+        let start = worker_bed::start(&self.memory, &self.ring, base, &self.kick, &self.err);
+        self.order(start)
     }
 
     fn order(&self, order: Order) -> Answer {
-        self.handle.order(order);
-        let begun = Instant::now();
-        loop {
-            if let Some(answer) = self.handle.take_answer() {
-                return answer;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no answer");
-            self.handle.wait_answer(10);
-        }
+        worker_bed::order(&self.handle, order)
     }
 
     /// Offers buffers from a descriptor on, one after another.
@@ -109,14 +89,7 @@ impl Bed {
 
     /// The completion that comes next: which, and how many bytes.
     fn completed(&mut self) -> (u32, u32) {
-        let begun = Instant::now();
-        loop {
-            if let Some(used) = self.ring.take_used() {
-                return used;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no completion");
-            std::thread::yield_now();
-        }
+        worker_bed::completion(&mut self.ring)
     }
 
     /// It comes to say this of its sleep.

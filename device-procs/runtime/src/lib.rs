@@ -21,6 +21,8 @@ pub mod backlog;
 pub mod chain;
 pub mod channels;
 pub mod clock;
+#[cfg(any(test, feature = "testing"))]
+pub mod command_lines;
 pub mod control;
 #[cfg(test)]
 mod crash;
@@ -29,6 +31,8 @@ pub mod device;
 pub mod driver;
 #[cfg(any(test, feature = "testing"))]
 pub mod frontend;
+#[cfg(any(test, feature = "testing"))]
+pub mod frontend_vm;
 #[cfg(feature = "hostile")]
 pub mod hostile;
 pub mod inflight;
@@ -44,6 +48,10 @@ pub mod seat;
 pub mod serve;
 pub mod status;
 pub mod sys;
+#[cfg(any(test, feature = "testing"))]
+pub mod test_process;
 mod waiter;
+#[cfg(any(test, feature = "testing"))]
+pub mod worker_bed;
 
 pub use serve::{ServeError, ServeOptions, serve};

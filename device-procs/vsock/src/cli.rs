@@ -84,20 +84,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bulkhead_runtime::command_lines::{assert_whole, served};
 
-    fn serve(text: &str) -> Result<Options, String> {
-        match parse(text.split_whitespace().map(OsString::from)) {
-            Ok(Command::Serve(options)) => Ok(options),
-            Ok(_) => Err("not to serve".into()),
-            Err(e) => Err(e.to_string()),
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_whole_command_line_is_understood_and_a_part_of_it_is_not() {
         let whole = "--control-fd 3 --vhost-fd 4 --listen-fd 5 --fence-fd 6 --dial-fd 7 --cid 77";
-        let options = serve(whole).unwrap();
+        let options = served(parse, whole).unwrap();
         assert_eq!(
             (
                 options.listener,
@@ -107,19 +101,19 @@ mod tests {
             ),
             (5, Some(6), Some(7), 77)
         );
-        for (from, to) in [
-            ("--control-fd 3", ""),
-            ("--listen-fd 5", ""),
-            ("--listen-fd 5", "--listen-fd 4"),
-            ("--listen-fd 5", "--listen-fd 1"),
-            ("--dial-fd 7", "--dial-fd 6"),
-            ("77", "2"),
-            ("77", "4294967295"),
-            ("77", "x"),
-        ] {
-            let text = whole.replacen(from, to, 1);
-            assert!(serve(&text).is_err(), "{text}");
-        }
-        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+        assert_whole(
+            parse,
+            whole,
+            &[
+                ("--control-fd 3", ""),
+                ("--listen-fd 5", ""),
+                ("--listen-fd 5", "--listen-fd 4"),
+                ("--listen-fd 5", "--listen-fd 1"),
+                ("--dial-fd 7", "--dial-fd 6"),
+                ("77", "2"),
+                ("77", "4294967295"),
+                ("77", "x"),
+            ],
+        );
     }
 }

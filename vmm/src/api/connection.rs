@@ -249,7 +249,10 @@ impl Connection {
         self.ending = true;
         for (stream_id, call) in std::mem::take(&mut self.calls) {
             call.abandoned.store(true, Ordering::Release);
-            let status = RpcStatus::new(Code::Unavailable, "bulkhead is ending");
+            let status = RpcStatus::new(
+                Code::Unavailable,
+                "bulkhead is ending, and this request has no answer: what it was about ends with it",
+            );
             self.reply(stream_id, Err(status), limits);
         }
     }

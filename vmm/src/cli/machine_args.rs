@@ -230,7 +230,7 @@ impl MachineArgs {
 fn parse_ports(text: &str) -> Result<Vec<String>, String> {
     let wanted = || {
         format!(
-            "--hotplug-ports {text}: give a number up to {MAX_PORTS}, or names with ':' between them"
+            "--hotplug-ports {text}: give a number up to {MAX_PORTS}, or names with ':' between them: of up to 32 letters, digits, '-', '_' and '.'"
         )
     };
     if let Ok(count) = text.parse::<usize>() {

@@ -196,13 +196,27 @@ fn usage(error: &clap::Error) -> ExitCode {
                 .lines()
                 .map(str::trim)
                 .take_while(|l| !l.starts_with("Usage:"))
-                .filter(|l| !l.is_empty())
+                .filter(|l| !l.is_empty() && !l.starts_with("For more information"))
                 .collect();
             let what = what.join(" ");
             let what = what.strip_prefix("error: ").unwrap_or(&what);
-            fail(EXIT_USAGE, &format!("{what} (see `bulkhead --help`)"))
+            let command = asked(std::env::args().skip(1));
+            fail(EXIT_USAGE, &format!("{what} (see `{command} --help`)"))
         }
     }
+}
+
+/// The command whose help lists the options that were given.
+fn asked(args: impl Iterator<Item = String>) -> String {
+    let mut command = <Cli as clap::CommandFactory>::command();
+    let mut words = vec!["bulkhead".to_owned()];
+    for arg in args {
+        if let Some(next) = command.find_subcommand(&arg).cloned() {
+            words.push(arg);
+            command = next;
+        }
+    }
+    words.join(" ")
 }
 
 /// One line on standard error, and the exit code.

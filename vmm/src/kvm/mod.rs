@@ -208,6 +208,13 @@ impl KvmVm {
         }
     }
 
+    fn has_slot(&self, slot: u32) -> bool {
+        let slots = self.slots.lock();
+        slots
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&slot)
+    }
+
     /// How many memory slots are in use.
     pub(crate) fn memory_slots(&self) -> usize {
         let slots = self.slots.lock();
@@ -219,6 +226,10 @@ impl KvmVm {
     pub fn set_region(&self, region: &RamRegion, present: bool) -> Result<(), KvmError> {
         let mut region = region.clone();
         if !present {
+            // KVM takes the removal of a slot that is not there for an error.
+            if !self.has_slot(region.slot) {
+                return Ok(());
+            }
             region.size = 0;
         }
         raw::set_user_memory_region(&self.vm, &region)

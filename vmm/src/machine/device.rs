@@ -471,7 +471,11 @@ pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> Strin
     if forget(launcher, id, incarnation) {
         launcher.take_end(id, incarnation, END_LIMIT);
     }
-    format!("device {id}: {why}")
+    let name = format!("device {id}: ");
+    match why.starts_with(&name) {
+        true => why.to_owned(),
+        false => name + why,
+    }
 }
 
 /// Has the launcher end whatever is there of a device. False: it could not be told.

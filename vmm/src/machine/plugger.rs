@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::hotplug::{News, Post};
 use super::plugging::Job;
 use crate::kvm::KvmVm;
-use crate::memory::Pluggable;
+use crate::memory::{Pluggable, RamRegion};
 use crate::threads::{self, ThreadHook};
 use crate::virtio::VirtioPciFunction;
 
@@ -21,8 +21,52 @@ use crate::virtio::VirtioPciFunction;
 const QUIET_LIMIT: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(5);
 
-/// What the thread is told of a device.
-pub type Listener = (String, Arc<VirtioPciFunction>);
+/// Where memory becomes the guest's and ceases to be.
+pub trait Slots: Send + Sync {
+    /// Has the guest reach a region, or not.
+    ///
+    /// # Errors
+    /// What the hypervisor says: nothing has changed.
+    fn set_region(&self, region: &RamRegion, present: bool) -> Result<(), String>;
+}
+
+impl Slots for KvmVm {
+    fn set_region(&self, region: &RamRegion, present: bool) -> Result<(), String> {
+        Self::set_region(self, region, present).map_err(|e| e.to_string())
+    }
+}
+
+/// A device, whose process maps memory.
+pub trait Mapper: Send + Sync {
+    /// Tells the process of all that has come and gone; a process that does not acknowledge
+    /// what is gone is lost.
+    ///
+    /// # Errors
+    /// It serves on without what has come.
+    fn sync_memory(&self) -> Result<(), String>;
+
+    /// Nothing is left of a process that was lost.
+    fn is_quiet(&self) -> bool;
+}
+
+impl Mapper for VirtioPciFunction {
+    fn sync_memory(&self) -> Result<(), String> {
+        Self::sync_memory(self).map_err(|e| e.to_string())
+    }
+
+    fn is_quiet(&self) -> bool {
+        Self::is_quiet(self)
+    }
+}
+
+/// A device by its id.
+pub type Listener = (String, Arc<dyn Mapper>);
+
+/// A device of the machine as a listener.
+pub fn listener(id: &str, function: &Arc<VirtioPciFunction>) -> Listener {
+    let function = Arc::clone(function);
+    (id.to_owned(), function)
+}
 
 /// A job, and who must hear of it.
 struct Order {
@@ -42,12 +86,17 @@ impl Plugger {
     /// When there is none to be had.
     pub fn start(
         area: Arc<Pluggable>,
-        kvm: Arc<KvmVm>,
+        kvm: Arc<dyn Slots>,
         post: Post,
         hook: ThreadHook,
     ) -> io::Result<Self> {
         let (orders, inbox) = channel();
-        let worker = Worker { area, kvm, post };
+        let worker = Worker {
+            area,
+            kvm,
+            post,
+            patience: QUIET_LIMIT,
+        };
         threads::spawn(
             "memory".to_owned(),
             hook,
@@ -73,8 +122,9 @@ impl Plugger {
 
 struct Worker {
     area: Arc<Pluggable>,
-    kvm: Arc<KvmVm>,
+    kvm: Arc<dyn Slots>,
     post: Post,
+    patience: Duration,
 }
 
 impl Worker {
@@ -119,11 +169,11 @@ impl Worker {
         for number in numbers {
             self.tell_kvm(*number, true)?;
         }
-        for (id, function) in listeners {
-            let told = function.sync_memory();
+        for (id, device) in listeners {
+            let told = device.sync_memory();
             told.map_err(|e| format!("device {id} cannot be told of more memory: {e}"))?;
         }
-        wait_for_quiet(listeners)
+        self.wait_for_quiet(listeners)
     }
 
     /// The guest was never told of these: whoever still maps them reaches nothing of its, and what
@@ -154,7 +204,7 @@ impl Worker {
             self.area.set_present(*number, false);
         }
         tell_all(listeners);
-        wait_for_quiet(listeners)?;
+        self.wait_for_quiet(listeners)?;
         numbers.iter().try_for_each(|n| self.tell_kvm(*n, false))
     }
 
@@ -162,34 +212,37 @@ impl Worker {
         let Some(region) = self.area.region(number) else {
             return Ok(());
         };
-        let told = self.kvm.set_region(region, present);
-        told.map_err(|e| e.to_string())
+        self.kvm.set_region(region, present)
+    }
+
+    /// Waits until nothing is left of processes that were lost: such a one has acknowledged
+    /// nothing, and might fail requests for lack of what is new, or write to what is gone.
+    fn wait_for_quiet(&self, listeners: &[Listener]) -> Result<(), String> {
+        let limit = Instant::now().checked_add(self.patience);
+        for (id, device) in listeners {
+            while !device.is_quiet() {
+                if limit.is_none_or(|limit| Instant::now() >= limit) {
+                    return Err(format!(
+                        "device {id}: a process of it that was lost, or its I/O, does not end: is the host's storage stuck?"
+                    ));
+                }
+                sleep(LOOK);
+            }
+        }
+        Ok(())
     }
 }
 
 /// Tells all of them what is gone.
 fn tell_all(listeners: &[Listener]) {
-    for (id, function) in listeners {
-        if let Err(error) = function.sync_memory() {
+    for (id, device) in listeners {
+        if let Err(error) = device.sync_memory() {
             // What is gone it has let go of, or it is lost; something else is new to it.
             log::warn!("device {id}: {error}");
         }
     }
 }
 
-/// Waits until nothing is left of processes that were lost: such a one has acknowledged nothing,
-/// and might fail requests for lack of what is new, or write to what is gone.
-fn wait_for_quiet(listeners: &[Listener]) -> Result<(), String> {
-    let limit = Instant::now().checked_add(QUIET_LIMIT);
-    for (id, function) in listeners {
-        while !function.is_quiet() {
-            if limit.is_none_or(|limit| Instant::now() >= limit) {
-                return Err(format!(
-                    "device {id}: a process of it that was lost, or its I/O, does not end: is the host's storage stuck?"
-                ));
-            }
-            sleep(LOOK);
-        }
-    }
-    Ok(())
-}
+#[cfg(test)]
+#[path = "plugger_tests.rs"]
+mod tests;

@@ -118,6 +118,16 @@ pub enum VirtioError {
     #[error("device {0}: {1}")]
     Backend(String, #[source] VhostUserError),
     /// The kernel refused.
-    #[error("device {0}: {1}")]
+    #[error("device {0}: {1}{remedy}", remedy = remedy(.1))]
     Io(String, #[source] io::Error),
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => {
+            ": the VMM may hold no more: give the devices fewer queues=, or raise the limit of open files (ulimit -n)"
+        }
+        Some(libc::ENFILE) => ": the host's file-max is reached",
+        _ => "",
+    }
 }

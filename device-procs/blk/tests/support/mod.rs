@@ -8,15 +8,13 @@ pub mod loops;
 pub mod trace;
 
 use std::fs::File;
-use std::io::Read;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use bulkhead_proto::common::{DiskLimits, TokenBucket};
 use bulkhead_proto::device::{
@@ -27,17 +25,9 @@ use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 pub use bulkhead_runtime::driver::WRITE;
-use bulkhead_runtime::driver::{Desc, USER_BASE, guest};
-pub use bulkhead_runtime::frontend::Vq;
-use bulkhead_runtime::frontend::{fd, negotiate};
-use bulkhead_runtime::memory::Memory;
-use bulkhead_runtime::sys;
-use vhost::vhost_user::message::VhostUserConfigFlags;
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-
-/// Long enough for a busy machine; a test never waits that long when all is well.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+use bulkhead_runtime::frontend_vm::Layout;
+pub use bulkhead_runtime::frontend_vm::{PATIENCE, Vm, d};
+pub use bulkhead_runtime::test_process::{Process, wait_for};
 
 /// Guest memory: 2 MiB at 1 MiB.
 pub const GPA: u64 = 0x10_0000;
@@ -45,6 +35,13 @@ pub const RAM: u64 = 0x20_0000;
 /// Rings at its end; everything below is for data.
 const RINGS: u64 = GPA + RAM - 0x1_0000;
 pub const RING_SIZE: u16 = 64;
+const LAYOUT: Layout = Layout {
+    start: GPA,
+    size: RAM,
+    rings: RINGS,
+    apart: 0x1000,
+    ring_size: RING_SIZE,
+};
 
 pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
@@ -106,23 +103,16 @@ pub fn sector(s: u64) -> Vec<u8> {
 }
 
 /// A running bulkhead-blk, killed with the test.
-pub struct Blk {
-    pub child: Child,
-}
+pub struct Blk(pub Process);
 
 impl Blk {
     pub fn command() -> Command {
-        let mut c = Command::new(env!("CARGO_BIN_EXE_bulkhead-blk"));
-        c.stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        c
+        Process::command(Path::new(env!("CARGO_BIN_EXE_bulkhead-blk")))
     }
 
     /// Stand-alone, listening.
     pub fn listen(socket: &Path, disk: &str, more: &[&str]) -> Self {
-        let child = Self::listening(socket, disk, more).spawn().unwrap();
-        let blk = Self { child };
+        let blk = Self(Process::spawn(&mut Self::listening(socket, disk, more)));
         wait_for("the socket", || UnixStream::connect(socket).is_ok());
         blk
     }
@@ -141,8 +131,7 @@ impl Blk {
     /// As the launcher starts it: channels at 3 and 4, the disk at 5.
     pub fn inherit(disk: File, options: &str, more: &[&str]) -> (Self, OwnedFd, UnixStream) {
         let (mut command, control, vhost) = Self::inheriting(disk, options, more);
-        let child = command.spawn().unwrap();
-        (Self { child }, control, vhost)
+        (Self(Process::spawn(&mut command)), control, vhost)
     }
 
     /// The command of [`Self::inherit`].
@@ -175,49 +164,19 @@ impl Blk {
         }
         (command, control.into(), vhost)
     }
+}
 
-    pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
+impl Deref for Blk {
+    type Target = Process;
 
-    pub fn wait_exit(&mut self) -> ExitStatus {
-        let mut status = None;
-        wait_for("the process to exit", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        status.unwrap()
-    }
-
-    /// A field of /proc/PID/status.
-    pub fn status_field(&self, field: &str) -> String {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = text.lines().find(|l| l.starts_with(&format!("{field}:")));
-        line.unwrap().split_once(':').unwrap().1.trim().into()
-    }
-
-    /// What it wrote to stderr; after it has exited.
-    pub fn stderr(&mut self) -> String {
-        let mut text = String::new();
-        if let Some(mut pipe) = self.child.stderr.take() {
-            pipe.read_to_string(&mut text).unwrap();
-        }
-        text
+    fn deref(&self) -> &Process {
+        &self.0
     }
 }
 
-impl Drop for Blk {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < PATIENCE, "waited too long for {what}");
-        std::thread::sleep(Duration::from_millis(2));
+impl DerefMut for Blk {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.0
     }
 }
 
@@ -297,133 +256,48 @@ impl Control {
     }
 }
 
-/// A front-end and its guest.
-pub struct Vm {
-    pub frontend: Frontend,
-    pub file: File,
-    pub memory: Arc<Memory>,
-    pub queues: Vec<Vq>,
-    pub features: u64,
+/// What a test's driver of a disk does.
+pub trait DiskDriver: Sized {
+    fn connect(socket: &Path, queues: u16) -> Self;
+
+    /// Negotiates, up to but without memory and rings.
+    fn over(stream: UnixStream, queues: u16) -> Self;
+
+    /// Writes a request header at `addr`.
+    fn header(&self, addr: u64, kind: u32, sector: u64);
+
+    fn request_on(
+        &mut self,
+        queue: usize,
+        kind: u32,
+        sector: u64,
+        data: u64,
+        len: u32,
+    ) -> (u8, u32);
+
+    /// One request on queue 0 with data in one piece at `data`; returns status and length.
+    fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) -> (u8, u32) {
+        self.request_on(0, kind, sector, data, len)
+    }
 }
 
-impl Vm {
-    pub fn connect(socket: &Path, queues: u16) -> Self {
+impl DiskDriver for Vm {
+    fn connect(socket: &Path, queues: u16) -> Self {
         Self::over(UnixStream::connect(socket).unwrap(), queues)
     }
 
-    /// Negotiates, up to but without memory and rings.
-    pub fn over(stream: UnixStream, queues: u16) -> Self {
-        let (frontend, features) = negotiate(stream, queues, |f| f);
-        let (file, memory) = guest(GPA, RAM).unwrap();
-        let queues = (0..u64::from(queues))
-            .map(|i| Vq::new(&memory, RINGS + 0x1000 * i, RING_SIZE))
-            .collect();
-        Self {
-            frontend,
-            file,
-            memory,
-            queues,
-            features,
-        }
+    fn over(stream: UnixStream, queues: u16) -> Self {
+        Self::negotiated(LAYOUT, stream, queues, |f| f)
     }
 
-    pub fn region(&self) -> VhostUserMemoryRegionInfo {
-        VhostUserMemoryRegionInfo {
-            guest_phys_addr: GPA,
-            memory_size: RAM,
-            userspace_addr: USER_BASE + GPA,
-            mmap_offset: 0,
-            mmap_handle: self.file.as_raw_fd(),
-        }
-    }
-
-    /// Memory and all rings, from index 0.
-    pub fn start(&mut self) {
-        self.frontend.set_mem_table(&[self.region()]).unwrap();
-        for i in 0..self.queues.len() {
-            self.queues[i].ring.reset();
-            self.start_queue(i, 0);
-        }
-    }
-
-    pub fn start_queue(&mut self, index: usize, base: u16) {
-        let q = &self.queues[index];
-        let l = q.ring.layout();
-        let f = &mut self.frontend;
-        f.set_vring_num(index, q.ring.size()).unwrap();
-        f.set_vring_base(index, base).unwrap();
-        f.set_vring_addr(
-            index,
-            &VringConfigData {
-                queue_max_size: 1024,
-                queue_size: q.ring.size(),
-                flags: 0,
-                desc_table_addr: l.desc,
-                used_ring_addr: l.used,
-                avail_ring_addr: l.avail,
-                log_addr: None,
-            },
-        )
-        .unwrap();
-        f.set_vring_call(index, &q.call).unwrap();
-        f.set_vring_err(index, &q.err).unwrap();
-        f.set_vring_kick(index, &q.kick).unwrap();
-        f.set_vring_enable(index, true).unwrap();
-    }
-
-    pub fn config(&mut self, offset: u32, len: usize) -> Vec<u8> {
-        let buf = vec![0; len];
-        let (_, data) = self
-            .frontend
-            .get_config(offset, len as u32, VhostUserConfigFlags::WRITABLE, &buf)
-            .unwrap();
-        data
-    }
-
-    pub fn write_mem(&self, addr: u64, bytes: &[u8]) {
-        assert!(self.memory.write(addr, bytes));
-    }
-
-    pub fn read_mem(&self, addr: u64, len: usize) -> Vec<u8> {
-        let mut out = vec![0; len];
-        assert!(self.memory.read(addr, &mut out));
-        out
-    }
-
-    /// Writes a request header at `addr`.
-    pub fn header(&self, addr: u64, kind: u32, sector: u64) {
+    fn header(&self, addr: u64, kind: u32, sector: u64) {
         let mut h = [0; 16];
         h[..4].copy_from_slice(&kind.to_le_bytes());
         h[8..].copy_from_slice(&sector.to_le_bytes());
         self.write_mem(addr, &h);
     }
 
-    pub fn kick(&self, queue: usize) {
-        self.queues[queue].kick.write(1).unwrap();
-    }
-
-    /// Waits for the next completion, by the call eventfd.
-    pub fn completion(&mut self, queue: usize) -> (u32, u32) {
-        let start = Instant::now();
-        loop {
-            let q = &mut self.queues[queue];
-            if let Some(used) = q.ring.take_used() {
-                return used;
-            }
-            assert!(start.elapsed() < PATIENCE, "no completion");
-            let _ = q.call.read();
-            if !q.ring.want_interrupt() {
-                sys::wait_readable(&fd(&q.call), PATIENCE.as_millis() as i32).unwrap();
-            }
-        }
-    }
-
-    /// One request on queue 0 with data in one piece at `data`; returns status and length.
-    pub fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) -> (u8, u32) {
-        self.request_on(0, kind, sector, data, len)
-    }
-
-    pub fn request_on(
+    fn request_on(
         &mut self,
         queue: usize,
         kind: u32,
@@ -443,31 +317,6 @@ impl Vm {
         chain.push(d(status, 1, WRITE));
         let used = self.chain_on(queue, &chain);
         (self.read_mem(status, 1)[0], used)
-    }
-
-    /// One chain, to completion; returns the used length.
-    pub fn chain_on(&mut self, queue: usize, chain: &[Desc]) -> u32 {
-        let q = &mut self.queues[queue];
-        q.ring.chain(0, chain);
-        q.ring.offer(0);
-        self.kick(queue);
-        let (head, len) = self.completion(queue);
-        assert_eq!(head, 0);
-        len
-    }
-
-    pub fn err_fired(&self, queue: usize) -> bool {
-        self.queues[queue].err.read().is_ok()
-    }
-}
-
-/// A descriptor.
-pub fn d(addr: u64, len: u32, flags: u16) -> Desc {
-    Desc {
-        addr,
-        len,
-        flags,
-        next: 0,
     }
 }
 

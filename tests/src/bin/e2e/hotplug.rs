@@ -194,10 +194,36 @@ pub fn created(
     libexec: Option<&str>,
     ports: u32,
 ) -> Result<(Vmm, String), String> {
+    let site = Site {
+        libexec,
+        ..Site::default()
+    };
+    created_on(scratch, site, ports)
+}
+
+/// Where a machine is made.
+#[derive(Clone, Copy, Default)]
+pub struct Site<'a> {
+    /// The directory of the device processes' programs; None: the usual one.
+    pub libexec: Option<&'a str>,
+    /// A command that runs the VMM's.
+    pub wrapper: &'a [&'a str],
+}
+
+/// The same, elsewhere.
+pub fn created_on(scratch: &Scratch, site: Site<'_>, ports: u32) -> Result<(Vmm, String), String> {
     let socket = scratch.path("api");
-    let mut command = Command::new(bin("bulkhead"));
+    let program = bin("bulkhead");
+    let mut command = match site.wrapper.split_first() {
+        Some((wrapper, args)) => {
+            let mut command = Command::new(wrapper);
+            command.args(args).arg(program);
+            command
+        }
+        None => Command::new(program),
+    };
     command.args(["serve", "--api-socket", &socket]);
-    if let Some(libexec) = libexec {
+    if let Some(libexec) = site.libexec {
         command.args(["--libexec", libexec, "--device-dir", libexec]);
     }
     let vmm = Vmm::spawn(command)?;

@@ -28,7 +28,7 @@ pub fn tests() -> Vec<Test> {
             in_a_guest,
         ),
         test(
-            "memory does not grow beside a back-end that cannot be told of it, which is named",
+            "memory does not grow beside a back-end that cannot be told of it, which is named, and shrinks without a word to it",
             deaf,
         ),
         test(
@@ -217,7 +217,8 @@ fn by_vhost_net() -> Verdict {
     guest.vmm.ends_with(0, LIMIT)
 }
 
-/// passt takes a whole memory table and no single region.
+/// passt takes a whole memory table and no single region: it is not told of memory that comes,
+/// and is not disturbed by memory that goes.
 fn deaf() -> Verdict {
     let scratch = Scratch::new("hotplug-deaf")?;
     let socket = scratch.path("api");
@@ -225,16 +226,26 @@ fn deaf() -> Verdict {
     let args = [
         "--memory",
         "size=384M,max=640M",
-        "--net",
-        "user,id=user0",
+        "--hotplug-ports",
+        "1",
         "--passt",
         &passt,
         "--api-socket",
         &socket,
     ];
-    let script = "echo READY; read -r line";
-    let mut vmm = debian(&scratch, script, &[] as &[&str], &args)?;
-    vmm.wait_for("READY", LIMIT)?;
+    let mut guest = Shell::new(debian(&scratch, READER, &[] as &[&str], &args)?)?;
+    guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks")?;
+    resize(&socket, 512)?;
+    reaches(&socket, 512, &guest.vmm)?;
+    ctl(&socket, &["add-net", "user,id=user0"])?;
+    guest.run("until n=$(ls /sys/class/net | grep -v lo) && ip link set $n up && [ $(cat /sys/class/net/$n/carrier) = 1 ]; do sleep 0.1; done; cat /sys/class/net/$n/carrier_changes >/tmp/before")?;
+    let slots = memory_slots(&socket)?;
+    resize(&socket, BASE)?;
+    reaches(&socket, BASE, &guest.vmm)?;
+    let now = memory_slots(&socket)?;
+    check(now == slots, || format!("{now} slots, {slots} before"))?;
+    let left = held(&guest.vmm)?;
+    check(left == 0, || format!("{left} KiB are still held"))?;
     refused(
         &resize(&socket, 512),
         "device user0: its back-end cannot be told",
@@ -242,8 +253,16 @@ fn deaf() -> Verdict {
     check(memory(&socket, "present_bytes")? == BASE, || {
         "it grew".into()
     })?;
-    vmm.type_text("\n")?;
-    vmm.ends_with(0, LIMIT)
+    guest.run("cmp /tmp/before /sys/class/net/$n/carrier_changes")?;
+    let told = events(&socket)?;
+    check(!told.contains("disconnected"), || told)?;
+    // Without it, as before.
+    ctl(&socket, &["remove-device", "user0", "--timeout", "300"])?;
+    resize(&socket, 512)?;
+    reaches(&socket, 512, &guest.vmm)?;
+    guest.is_well("virtio_mem.*(error|fail)")?;
+    guest.vmm.type_text("exit\n")?;
+    guest.vmm.ends_with(0, LIMIT)
 }
 
 fn without_a_guest() -> Verdict {

@@ -28,6 +28,7 @@ mod hotplug;
 mod hotplug_beside;
 mod hotplug_kinds;
 mod hotplug_late;
+mod hotplug_limits;
 mod hotplug_memory;
 mod hotplug_order;
 mod kata;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         tests.extend(faults::native());
         tests.extend(update::native());
         tests.extend(hotplug::native());
+        tests.extend(hotplug_limits::native());
         tests.extend(hotplug_kinds::native());
         tests.extend(hotplug_memory::native());
         tests.extend(kata_native::native());

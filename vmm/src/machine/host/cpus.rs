@@ -234,7 +234,7 @@ impl Host {
         } else if machine.state == MachineState::Paused {
             "the machine is paused: resume it".to_owned()
         } else if asked || !unseen.is_empty() {
-            "the guest has not looked at the request: it has not come so far in its boot, or has no ACPI CPU hot-plug (Linux: CONFIG_ACPI_HOTPLUG_CPU)".to_owned()
+            "the guest has not looked at the request: it is busy with another, has not come so far in its boot, or has no ACPI CPU hot-plug (Linux: CONFIG_ACPI_HOTPLUG_CPU)".to_owned()
         } else {
             format!(
                 "the guest was asked for {} and has not answered: it may still let go, so that another change waits for it",

@@ -33,11 +33,11 @@ use crate::launcher::Launcher;
 use crate::machine::device::{Device, NO_PORT, Special};
 use crate::machine::hotplug::{self, Addition, Mail, News, Workshop};
 use crate::machine::life::Life;
-use crate::machine::plugger::Listener;
+use crate::machine::plugger::{Listener, listener};
 use crate::machine::state::MachineState;
 use crate::machine::told;
 use crate::machine::trial::Ended;
-use crate::pci::{self, PciError, PciFunction, is_same};
+use crate::pci::{PciError, PciFunction, is_same};
 
 /// Devices that are made at a time.
 const MAX_ADDING: usize = 8;
@@ -131,9 +131,7 @@ impl Host {
         let leaving = self.hotplug.leaving.iter();
         leaving
             .filter_map(|leaver| match &leaver.step {
-                Step::Ending { device, .. } => {
-                    Some((leaver.id.clone(), Arc::clone(&device.function)))
-                }
+                Step::Ending { device, .. } => Some(listener(&leaver.id, &device.function)),
                 _ => None,
             })
             .collect()
@@ -218,7 +216,8 @@ impl Host {
                     format!("port {port}: there is none of this name: see Info"),
                 ));
             }
-            None if !ports.iter().any(pci::PortInfo::is_free) => {
+            // Those that are on their way take one each.
+            None if ports.iter().filter(|p| p.is_free()).count() <= self.hotplug.adding.len() => {
                 return Err(precondition(NO_PORT));
             }
             _ => {}

@@ -26,7 +26,7 @@ use crate::machine::control::Task;
 use crate::machine::device::{Device, Special};
 use crate::machine::hotplug::News;
 use crate::machine::mem::{self, Busy, Memory};
-use crate::machine::plugger::Plugger;
+use crate::machine::plugger::{Plugger, listener};
 use crate::machine::plugging::{Job, Verdict};
 use crate::machine::state::MachineState;
 use crate::machine::supervise::CrashReason;
@@ -329,7 +329,11 @@ impl Host {
         }
     }
 
-    fn begin_job(&mut self, job: Job) {
+    fn begin_job(&mut self, mut job: Job) {
+        // A region that a back-end cannot let go of while it serves stays where it is, empty.
+        if self.is_any_deaf() {
+            job.remove.clear();
+        }
         if job == Job::default() {
             return self.on_plugged(Ok(()));
         }
@@ -341,11 +345,17 @@ impl Host {
             return;
         };
         let devices = parts.devices.iter();
-        let listeners = devices.map(|d| (d.id.clone(), Arc::clone(&d.function)));
+        let listeners = devices.map(|d| listener(&d.id, &d.function));
         let listeners = listeners.chain(self.functions_that_leave());
         if let (Some(plugger), Some(area)) = (&self.memory.plugger, parts.ram.pluggable()) {
             plugger.begin(area, job, listeners.collect());
         }
+    }
+
+    /// Some back-end is told of memory when it starts, and never again.
+    fn is_any_deaf(&self) -> bool {
+        let mut devices = self.machine.iter().flat_map(|m| m.parts.devices.iter());
+        devices.any(|device| !device.function.takes_regions(1))
     }
 
     /// What was wanted has been done, or could not be.

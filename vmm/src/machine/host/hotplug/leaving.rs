@@ -83,7 +83,7 @@ impl Leaving {
 
 fn stuck(id: &str, incarnation: u64) -> String {
     format!(
-        "device {id}: it has left the machine, but its process number {incarnation} or its I/O has not ended in {} s: is the host's storage stuck?",
+        "device {id}: it has left the machine, but its process number {incarnation} or its I/O has not ended in {} s: is the host's storage stuck, or the launcher stopped?",
         END_LIMIT.as_secs()
     )
 }
@@ -565,7 +565,7 @@ impl Host {
                 let why = if state == Some(MachineState::Paused) {
                     "the machine is paused: resume it, or use force"
                 } else if unseen {
-                    "the guest has not looked at the request: it has not come so far in its boot, or has no ACPI hot-plug: wait, or use force"
+                    "the guest has not looked at the request: it is busy with another, has not come so far in its boot, or has no ACPI hot-plug: wait, or use force"
                 } else {
                     "the guest was asked and has not ejected it: it is in use there, or the guest has no PCI hot-plug (Linux: CONFIG_HOTPLUG_PCI_ACPI): release it, or use force"
                 };
