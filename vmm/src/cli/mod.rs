@@ -12,6 +12,7 @@ use crate::launcher::{CgroupChoice, IdRange};
 use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
+pub mod config_file;
 pub mod console_args;
 pub mod ctl;
 mod ctl_device;
@@ -22,6 +23,7 @@ mod ctl_stats;
 pub mod disk_args;
 mod event_json;
 pub mod machine_args;
+mod machine_base;
 pub mod net_args;
 pub mod resource_args;
 pub mod rng_args;
@@ -100,6 +102,9 @@ pub struct HostArgs {
 pub struct RunArgs {
     #[command(flatten)]
     machine: machine_args::MachineArgs,
+    /// Print the machine's configuration as a file for --config, and start nothing
+    #[arg(long)]
+    print_config: bool,
     /// Serve the API (bulkhead.v1.Machine over ttrpc) on a unix socket made here
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,

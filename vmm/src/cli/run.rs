@@ -1,9 +1,10 @@
 //! `bulkhead run`, `bulkhead serve` and `bulkhead --ttrpc`: start the VMM in this process.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, fail};
+use super::{EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, config_file, fail};
 use crate::api::Services;
 use crate::logger;
 use crate::machine::host::{self, HostOptions};
@@ -15,6 +16,12 @@ pub fn run(args: RunArgs) -> ExitCode {
         Ok(config) => config,
         Err(e) => return fail(EXIT_USAGE, &e),
     };
+    if args.print_config {
+        return match config_file::print(&config) {
+            Ok(text) => show(&text),
+            Err(e) => fail(1, &e),
+        };
+    }
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
@@ -27,6 +34,14 @@ pub fn run(args: RunArgs) -> ExitCode {
         allow_paths: args.host.allow_path,
         ids: args.host.uid_range,
     }))
+}
+
+fn show(text: &str) -> ExitCode {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(1, &format!("--print-config: standard output: {e}")),
+    }
 }
 
 /// `bulkhead serve`: wait for a client to create the machine.

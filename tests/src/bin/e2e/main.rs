@@ -13,6 +13,7 @@ mod audit_native;
 mod bad_input;
 mod block;
 mod boot;
+mod config;
 mod console;
 mod death;
 mod disk;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
+        tests.extend(config::native());
         tests.extend(death::native());
         tests.extend(events::native());
         tests.extend(faults::native());
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
+        tests.extend(config::tests());
         tests.extend(block::tests());
         tests.extend(disk::tests());
         tests.extend(disk_formats::tests());
