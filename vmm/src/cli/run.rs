@@ -4,10 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, config_file, fail};
-use crate::api::Services;
+use super::{ApiArgs, EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, config_file, fail};
+use crate::api::{Callers, Services};
 use crate::logger;
-use crate::machine::host::{self, HostOptions};
+use crate::machine::host::{self, ApiOptions, HostOptions};
 
 /// `bulkhead run`: create, boot, and stay until the machine ends.
 pub fn run(args: RunArgs) -> ExitCode {
@@ -22,11 +22,17 @@ pub fn run(args: RunArgs) -> ExitCode {
             Err(e) => fail(1, &e),
         };
     }
+    let api = args.host.api.options(args.api_socket);
+    if api.socket.is_none() && api.read_only.is_none() && !api.callers.is_empty() {
+        let line =
+            "--api-uid and --api-gid: there is no socket: add --api-socket or --api-read-only";
+        return fail(EXIT_USAGE, line);
+    }
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
         cgroup: args.host.cgroup.unwrap_or_default(),
-        api_socket: args.api_socket,
+        api,
         services: Services::Machine,
         first: Some(config),
         restarts: args.host.restarts,
@@ -34,6 +40,24 @@ pub fn run(args: RunArgs) -> ExitCode {
         allow_paths: args.host.allow_path,
         ids: args.host.uid_range,
     }))
+}
+
+impl ApiArgs {
+    /// What they come to, beside the API's socket.
+    fn options(&self, socket: Option<PathBuf>) -> ApiOptions {
+        ApiOptions {
+            socket,
+            read_only: self.api_read_only.clone(),
+            callers: Callers {
+                uids: self.api_uid.clone(),
+                gids: self.api_gid.clone(),
+            },
+            readers: Callers {
+                uids: self.api_read_uid.clone(),
+                gids: self.api_read_gid.clone(),
+            },
+        }
+    }
 }
 
 fn show(text: &str) -> ExitCode {
@@ -60,7 +84,7 @@ fn wait_on(socket: PathBuf, services: Services, host: HostArgs) -> ExitCode {
         libexec: host.libexec,
         passt: host.passt,
         cgroup: host.cgroup.unwrap_or_default(),
-        api_socket: Some(socket),
+        api: host.api.options(Some(socket)),
         services,
         first: None,
         restarts: host.restarts,

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use bulkhead_tests::runner::{self, Test};
 
 mod api;
+mod api_access;
 mod audit;
 mod audit_native;
 mod bad_input;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
         tests.extend(config::native());
+        tests.extend(api_access::native());
         tests.extend(death::native());
         tests.extend(events::native());
         tests.extend(faults::native());
