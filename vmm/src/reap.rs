@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | notes `vm-PID-START.run` in the run directory | name and owner | locked by its VMM and launcher |
 //! | sockets | listed in such a note, by device and inode | the note's lock; and nobody listens |
+//! | directories made for API sockets | the same | the note's lock; and nothing is in them |
 //! | cgroups `bulkhead-vm-PID-START` | name and the leaves in it | locked; and no process is in it |
 //!
 //! A lock ends with the last process that holds it, whatever ended that: no pid is trusted,
@@ -136,13 +137,27 @@ impl Reaper {
         if read.is_err() || !leftovers::is_at(&file, path) {
             return;
         }
-        for socket in leftovers::sockets(&String::from_utf8_lossy(&bytes)) {
+        let text = String::from_utf8_lossy(&bytes);
+        let mut going = BTreeSet::new();
+        for socket in leftovers::sockets(&text) {
             let place = &socket.path;
             let ours = fs::symlink_metadata(place).is_ok_and(|there| {
                 there.file_type().is_socket() && (there.dev(), there.ino()) == socket.identity
             });
             if ours && matches!(somebody_listens(place), Ok(false)) {
                 self.remove("socket", place, || fs::remove_file(place));
+                going.insert(socket.path.clone());
+            }
+        }
+        for directory in leftovers::directories(&text) {
+            let place = &directory.path;
+            let ours = fs::symlink_metadata(place).is_ok_and(|there| {
+                there.is_dir() && (there.dev(), there.ino()) == directory.identity
+            });
+            // A dry run leaves the sockets in it.
+            let empty = entries(place).iter().all(|entry| going.contains(entry));
+            if ours && empty {
+                self.remove("directory", place, || fs::remove_dir(place));
             }
         }
         self.remove("note", path, || fs::remove_file(path));
@@ -295,6 +310,46 @@ mod tests {
         drop(holder);
         assert_eq!(reap(false).removed, 2);
         assert!(!live.exists() && !live_note.exists() && stranger.exists());
+        fs::remove_dir_all(&bed).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_was_made_for_sockets_goes_with_them_when_it_is_empty() {
+        let bed = bed("made");
+        let line = |what: &str, path: &Path| {
+            let there = fs::symlink_metadata(path).unwrap();
+            let (dev, ino) = (there.dev(), there.ino());
+            format!("{what} {dev} {ino} {}\n", path.display())
+        };
+        let [made, used, other] = ["made", "used", "other"].map(|name| bed.join(name));
+        let mut text = String::new();
+        for directory in [&made, &used, &other] {
+            fs::create_dir(directory).unwrap();
+            let socket = directory.join("api");
+            drop(UnixListener::bind(&socket).unwrap());
+            text.push_str(&line("socket", &socket));
+            text.push_str(&line("directory", directory));
+        }
+        fs::write(used.join("file"), "x").unwrap();
+        // Another directory is where one was noted.
+        fs::rename(&other, bed.join("moved")).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(bed.join("vm-5-6.run"), text).unwrap();
+        let reap = |dry_run| {
+            let mut reaper = Reaper {
+                dry_run,
+                ..Reaper::default()
+            };
+            reaper.notes(&bed);
+            reaper
+        };
+        // Two sockets, a directory, the note.
+        assert_eq!(reap(true).removed, 4);
+        assert!(made.join("api").exists());
+        let wet = reap(false);
+        assert_eq!((wet.removed, wet.failed), (4, 0), "{wet:?}");
+        assert!(!made.exists() && used.join("file").exists() && other.exists());
+        assert!(bed.join("moved/api").exists());
         fs::remove_dir_all(&bed).unwrap();
     }
 

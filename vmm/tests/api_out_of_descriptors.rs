@@ -10,7 +10,7 @@ use std::time::Duration;
 use bulkhead_proto::machine::{BootRequest, BootResponse};
 use bulkhead_proto::{BlockingClient, MACHINE_SERVICE};
 use bulkhead_vmm::api::{
-    ApiRequest, ApiResponse, ApiServer, EventLog, MachineService, ReplyHandle,
+    ApiRequest, ApiResponse, ApiServer, Callers, Door, EventLog, MachineService, ReplyHandle, Role,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -47,8 +47,9 @@ fn a_client_that_comes_while_no_descriptor_is_left_is_served_later() {
     log::set_max_level(log::LevelFilter::Warn);
     let path = std::env::temp_dir().join(format!("bulkhead-emfile-{}.sock", std::process::id()));
     let listener = UnixListener::bind(&path).unwrap();
+    let own = bulkhead_proto::sys::effective_uid();
     let server = ApiServer::start(
-        listener,
+        vec![Door::new(listener, Role::Operator, Callers::default(), own)],
         Arc::new(Prompt),
         Arc::new(EventLog::new()),
         bulkhead_vmm::api::Services::Machine,

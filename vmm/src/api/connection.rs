@@ -20,6 +20,7 @@ use bulkhead_proto::{Code, RpcStatus, envelope, sys};
 use vmm_sys_util::epoll::EventSet;
 
 use super::MachineService;
+use super::access::Role;
 use super::events::{EventLog, Lookup};
 use super::reply::{ApiResponse, CallKey, Replies};
 use super::request::{self, ApiRequest, Call, EventsFrom, Services};
@@ -102,6 +103,8 @@ struct Subscription {
 pub(super) struct Connection {
     socket: UnixStream,
     token: u64,
+    /// Of the socket it came in by.
+    role: Role,
     reader: FrameReader,
     /// Read, but not handled while the client is over a limit. At most one read's worth.
     unread: Vec<u8>,
@@ -126,10 +129,16 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(socket: UnixStream, token: u64, limits: &Limits, now: Instant) -> Self {
+    pub(super) fn new(
+        socket: UnixStream,
+        (token, role): (u64, Role),
+        limits: &Limits,
+        now: Instant,
+    ) -> Self {
         Self {
             socket,
             token,
+            role,
             reader: FrameReader::new(limits.request).skipping(limits.skipped_request),
             unread: Vec::new(),
             outbox: Outbox::default(),
@@ -148,6 +157,10 @@ impl Connection {
 
     pub(super) fn socket(&self) -> &UnixStream {
         &self.socket
+    }
+
+    pub(super) fn role(&self) -> Role {
+        self.role
     }
 
     /// Nothing is asked for or owed; the server may close it to make room.
@@ -335,6 +348,7 @@ impl Connection {
             Ok(nanos) => Some(Duration::from_nanos(nanos)),
             Err(_) => return Err(RpcStatus::invalid_argument("timeout_nano is negative")),
         };
+        self.role.allows(request.service, request.method)?;
         let services = context.services;
         match request::parse(services, request.service, request.method, request.payload)? {
             Call::Unary(request) => self.submit(header.stream_id, request, false, timeout, context),
@@ -367,9 +381,14 @@ impl Connection {
             call,
         };
         let abandoned = Arc::new(AtomicBool::new(false));
+        // Readers leave half to operators.
+        let most = match self.role {
+            Role::Operator => context.limits.outstanding,
+            Role::Reader => context.limits.outstanding / 2,
+        };
         let handle = context
             .replies
-            .handle(key, deadline, Arc::clone(&abandoned))
+            .handle(key, deadline, Arc::clone(&abandoned), most)
             .ok_or_else(|| {
                 RpcStatus::new(
                     Code::ResourceExhausted,

@@ -7,12 +7,14 @@
 //!                 EventLog     replies ◀──────── ReplyHandle::complete ────┘
 //! ```
 //!
-//! One thread, one epoll, nothing that blocks. What a client can make the server hold is
+//! A socket's role says what its clients may call, and the kernel who they are (`access`). One
+//! thread, one epoll, nothing that blocks, and the same bounds for all sockets. What a client can make the server hold is
 //! bounded everywhere: connections, the size of a request (checked on its frame's header),
 //! calls in flight, bytes of replies not yet read, subscriptions, and time. A client that
 //! does not read is first no longer listened to and then cut off; it costs no other client
 //! anything.
 
+mod access;
 pub mod config;
 mod config_console;
 mod config_disk;
@@ -31,6 +33,7 @@ mod server;
 mod tests;
 mod vmservice;
 
+pub use access::{Callers, Door, Role};
 #[cfg(test)]
 pub(crate) use config_console::MOST_PORTS as MOST_CONSOLE_PORTS;
 pub(crate) use config_net::check_interface_name;

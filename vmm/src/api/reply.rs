@@ -157,28 +157,27 @@ pub(super) struct Replies {
     /// Handles that exist: those of clients long gone count until they are completed, or
     /// a client could fill the manager's queue by giving up again and again.
     outstanding: AtomicUsize,
-    limit: usize,
 }
 
 impl Replies {
-    pub(super) fn new(bell: Arc<EventFd>, limit: usize) -> Self {
+    pub(super) fn new(bell: Arc<EventFd>) -> Self {
         Self {
             queue: Mutex::new(Vec::new()),
             bell,
             outstanding: AtomicUsize::new(0),
-            limit,
         }
     }
 
-    /// A handle for a call; `None` when too many are unanswered. Called on `api` only.
+    /// A handle for a call; `None` when `most` or more are unanswered. Called on `api` only.
     pub(super) fn handle(
         self: &Arc<Self>,
         key: CallKey,
         deadline: Instant,
         abandoned: Arc<AtomicBool>,
+        most: usize,
     ) -> Option<ReplyHandle> {
         // Only this thread adds, so between the check and the addition it can only shrink.
-        if self.outstanding.load(Ordering::Acquire) >= self.limit {
+        if self.outstanding.load(Ordering::Acquire) >= most {
             return None;
         }
         self.outstanding.fetch_add(1, Ordering::AcqRel);

@@ -6,17 +6,18 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::sys::{self, PeerCredentials};
+use bulkhead_proto::sys;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::MachineService;
+use super::access::{Door, Refusals, Role};
 use super::connection::{Connection, Context, Limits};
 use super::events::EventLog;
 use super::reply::Replies;
@@ -24,8 +25,9 @@ use super::request::Services;
 use crate::threads::{self, ThreadHook};
 
 const BELL: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_CONNECTION: u64 = 2;
+/// Of the first socket; the others' follow.
+const FIRST_DOOR: u64 = 1;
+const FIRST_CONNECTION: u64 = 16;
 /// Read at once from one client.
 const CHUNK: usize = 16 * 1024;
 /// Clients accepted before the others have their turn.
@@ -35,44 +37,37 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long [`ApiServerHandle`] waits for clients to read when it is merely dropped.
 const DROP_GRACE: Duration = Duration::from_secs(1);
 
-/// Decides whether a peer may use the API.
-type Admission = Box<dyn Fn(&PeerCredentials) -> bool + Send>;
-
 /// The outward server.
 #[derive(Debug)]
 pub struct ApiServer;
 
 impl ApiServer {
-    /// Starts the `api` thread on a listening socket. To be called before the process
-    /// confines itself.
-    ///
-    /// Clients must have this process's effective uid, or be root.
+    /// Starts the `api` thread on listening sockets, which share all of its bounds.
     ///
     /// # Errors
     ///
     /// The system call that failed: an epoll, an eventfd or a thread could not be had.
     pub fn start(
-        listener: UnixListener,
+        doors: Vec<Door>,
         service: Arc<dyn MachineService>,
         events: Arc<EventLog>,
         services: Services,
         hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
-        let own = sys::effective_uid();
-        let admits = Box::new(move |peer: &PeerCredentials| admits(own, peer));
         let limits = Limits::default();
-        Self::start_with(listener, service, events, (services, limits), admits, hook)
+        Self::start_with(doors, service, events, (services, limits), hook)
     }
 
     pub(super) fn start_with(
-        listener: UnixListener,
+        doors: Vec<Door>,
         service: Arc<dyn MachineService>,
         events: Arc<EventLog>,
         (services, limits): (Services, Limits),
-        admits: Admission,
         hook: ThreadHook,
     ) -> io::Result<ApiServerHandle> {
-        listener.set_nonblocking(true)?;
+        for door in &doors {
+            door.listener.set_nonblocking(true)?;
+        }
         let bell = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let epoll = Epoll::new()?;
         epoll.ctl(
@@ -85,17 +80,16 @@ impl ApiServer {
         let clients = Arc::new(AtomicUsize::new(0));
         let mut server = Server {
             epoll,
-            listener,
-            listening: false,
+            doors,
+            refusals: Refusals::default(),
             accept_again: None,
-            replies: Arc::new(Replies::new(Arc::clone(&bell), limits.outstanding)),
+            replies: Arc::new(Replies::new(Arc::clone(&bell))),
             bell: Arc::clone(&bell),
             stop: Arc::clone(&stop),
             service,
             events,
             services,
             limits,
-            admits,
             connections: BTreeMap::new(),
             clients: Arc::clone(&clients),
             next_token: FIRST_CONNECTION,
@@ -110,11 +104,6 @@ impl ApiServer {
     }
 }
 
-/// The API acts with this process's rights, so a client must have them already.
-fn admits(own: u32, peer: &PeerCredentials) -> bool {
-    peer.uid == own || peer.uid == 0
-}
-
 /// Ends the server.
 #[derive(Debug)]
 pub struct ApiServerHandle {
@@ -125,7 +114,7 @@ pub struct ApiServerHandle {
 }
 
 impl ApiServerHandle {
-    /// Clients that are connected.
+    /// Clients that are connected and may end the machine.
     pub fn clients(&self) -> usize {
         self.clients.load(Ordering::Acquire)
     }
@@ -158,9 +147,8 @@ impl Drop for ApiServerHandle {
 
 struct Server {
     epoll: Epoll,
-    listener: UnixListener,
-    /// The listener is in the epoll set.
-    listening: bool,
+    doors: Vec<Door>,
+    refusals: Refusals,
     /// When to listen again after an accept failed.
     accept_again: Option<Instant>,
     replies: Arc<Replies>,
@@ -171,9 +159,8 @@ struct Server {
     events: Arc<EventLog>,
     services: Services,
     limits: Limits,
-    admits: Admission,
     connections: BTreeMap<u64, Connection>,
-    /// How many connections there are, for others.
+    /// How many connections of operators there are, for others.
     clients: Arc<AtomicUsize>,
     next_token: u64,
 }
@@ -202,7 +189,7 @@ impl Server {
                         // Only resets the counter: what rang is looked at below.
                         let _ = self.bell.read();
                     }
-                    LISTENER => self.accept(now),
+                    token @ FIRST_DOOR..FIRST_CONNECTION => self.accept(token, now),
                     token => {
                         if let Some(connection) = self.connections.get_mut(&token) {
                             connection.on_ready(event.event_set(), &mut chunk, now);
@@ -268,7 +255,7 @@ impl Server {
                 .is_ok()
         });
         self.clients
-            .store(self.connections.len(), Ordering::Release);
+            .store(self.count(Role::Operator), Ordering::Release);
     }
 
     fn next_deadline(&self, ending: Option<Instant>) -> Option<Instant> {
@@ -280,35 +267,48 @@ impl Server {
             .min()
     }
 
-    /// Puts the listener into the epoll set, or takes it out of it.
+    fn count(&self, role: Role) -> usize {
+        let connections = self.connections.values();
+        connections.filter(|c| c.role() == role).count()
+    }
+
+    /// Puts the listeners into the epoll set, or takes them out of it.
     fn listen(&mut self, open: bool, now: Instant) {
         if self.accept_again.is_some_and(|at| at <= now) {
             self.accept_again = None;
         }
         let listening = open && self.accept_again.is_none();
-        if listening == self.listening {
-            return;
-        }
-        let operation = if listening {
-            ControlOperation::Add
-        } else {
-            ControlOperation::Delete
-        };
-        let event = EpollEvent::new(EventSet::IN, LISTENER);
-        match self.epoll.ctl(operation, self.listener.as_raw_fd(), event) {
-            Ok(()) => self.listening = listening,
-            // Out of memory or watches: as when accept is.
-            Err(error) => {
-                log::warn!("API: cannot listen: {error}; trying again");
-                self.accept_again = now.checked_add(ACCEPT_PAUSE);
+        for (token, door) in (FIRST_DOOR..).zip(&mut self.doors) {
+            if listening == door.listening {
+                continue;
+            }
+            let operation = match listening {
+                true => ControlOperation::Add,
+                false => ControlOperation::Delete,
+            };
+            let event = EpollEvent::new(EventSet::IN, token);
+            match self.epoll.ctl(operation, door.listener.as_raw_fd(), event) {
+                Ok(()) => door.listening = listening,
+                // Out of memory or watches: as when accept is.
+                Err(error) => {
+                    log::warn!("API: cannot listen: {error}; trying again");
+                    self.accept_again = now.checked_add(ACCEPT_PAUSE);
+                }
             }
         }
     }
 
-    fn accept(&mut self, now: Instant) {
+    /// Takes clients that wait at a socket in.
+    fn accept(&mut self, token: u64, now: Instant) {
+        let Ok(index) = usize::try_from(token.saturating_sub(FIRST_DOOR)) else {
+            return;
+        };
         for _ in 0..ACCEPTS_PER_TURN {
-            match self.listener.accept() {
-                Ok((socket, _)) => self.admit(socket, now),
+            let Some(door) = self.doors.get(index) else {
+                return;
+            };
+            match door.listener.accept() {
+                Ok((socket, _)) => self.admit(index, socket, now),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return,
                     // The client gave up in the queue.
@@ -325,26 +325,27 @@ impl Server {
         }
     }
 
-    fn admit(&mut self, socket: UnixStream, now: Instant) {
+    fn admit(&mut self, door: usize, socket: UnixStream, now: Instant) {
+        let Some(door) = self.doors.get(door) else {
+            return;
+        };
+        let role = door.role;
         match sys::peer_credentials(socket.as_fd()) {
-            Ok(peer) if (self.admits)(&peer) => {}
-            Ok(peer) => {
-                log::warn!("API: refused process {} of uid {}", peer.pid, peer.uid);
-                return;
-            }
+            Ok(peer) if (door.admits)(&peer) => {}
+            Ok(peer) => return self.refusals.tell(role, &peer, &self.events, now),
             Err(error) => {
                 log::warn!("API: refused a client without credentials: {error}");
                 return;
             }
         }
-        if self.connections.len() >= self.limits.connections && !self.evict() {
+        if self.is_full(role) && !self.evict(role) {
             log::warn!("API: refused a client: {} are busy", self.connections.len());
             return;
         }
         let token = self.next_token;
-        // Never 0 or 1 again: 2^64 connections do not happen.
+        // Never a socket's again: 2^64 connections do not happen.
         self.next_token = token.wrapping_add(1);
-        let connection = Connection::new(socket, token, &self.limits, now);
+        let connection = Connection::new(socket, (token, role), &self.limits, now);
         let event = EpollEvent::new(connection.interest, token);
         let fd = connection.socket().as_raw_fd();
         match self.epoll.ctl(ControlOperation::Add, fd, event) {
@@ -355,14 +356,26 @@ impl Server {
         }
     }
 
-    /// Closes the connection that has been idle for longest, if any is.
-    fn evict(&mut self) -> bool {
+    /// Readers leave half of the connections to operators.
+    fn is_full(&self, role: Role) -> bool {
+        let half = self.limits.connections / 2;
+        self.connections.len() >= self.limits.connections
+            || role == Role::Reader && self.count(role) >= half
+    }
+
+    /// Closes the connection that has been idle for longest, if any is: a reader's before an
+    /// operator's, and an operator's for no reader.
+    fn evict(&mut self, role: Role) -> bool {
         let idlest = self
             .connections
             .iter()
-            .filter_map(|(&token, connection)| Some((connection.idle_since()?, token)))
+            .map(|(&token, connection)| (connection.role() == Role::Operator, connection, token))
+            .filter(|(operator, ..)| role == Role::Operator || !operator)
+            .filter_map(|(operator, connection, token)| {
+                Some((operator, connection.idle_since()?, token))
+            })
             .min();
-        idlest.is_some_and(|(_, token)| self.connections.remove(&token).is_some())
+        idlest.is_some_and(|(_, _, token)| self.connections.remove(&token).is_some())
     }
 }
 
@@ -377,23 +390,6 @@ fn millis_until(deadline: Option<Instant>, now: Instant) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_owner_and_root_are_admitted() {
-        let peer = |uid| PeerCredentials {
-            pid: 1,
-            uid,
-            gid: 1000,
-        };
-        assert!(admits(1000, &peer(1000)));
-        assert!(admits(1000, &peer(0)));
-        assert!(!admits(1000, &peer(1001)));
-        assert!(!admits(0, &peer(1000)));
-        assert!(
-            !admits(1000, &peer(65534)),
-            "an unmapped uid shows as the overflow uid"
-        );
-    }
 
     #[test]
     fn waits_are_rounded_up() {

@@ -13,7 +13,9 @@ use bulkhead_proto::machine::{
 use clap::Parser;
 
 use super::*;
-use crate::api::{ApiRequest, ApiResponse, ApiServer, EventLog, MachineService, ReplyHandle};
+use crate::api::{
+    ApiRequest, ApiResponse, ApiServer, Callers, Door, EventLog, MachineService, ReplyHandle, Role,
+};
 
 #[derive(Parser, Debug)]
 struct Line {
@@ -101,8 +103,9 @@ impl Fixture {
         let machine = Arc::new(Machine::default());
         let events = Arc::new(EventLog::new());
         let listener = UnixListener::bind(&path).unwrap();
+        let own = bulkhead_proto::sys::effective_uid();
         let server = ApiServer::start(
-            listener,
+            vec![Door::new(listener, Role::Operator, Callers::default(), own)],
             machine.clone(),
             events.clone(),
             crate::api::Services::Machine,

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::num::{IntErrorKind, ParseIntError};
+use std::path::PathBuf;
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
+use super::machine_base::Base;
 use super::{console_args, disk_args, net_args, rng_args, vsock_args};
 
 /// Most root ports on the bus.
@@ -16,22 +18,27 @@ pub const MAX_CPUS: u32 = 64;
 /// Options that describe a machine.
 #[derive(clap::Args, Debug, Clone)]
 pub struct MachineArgs {
-    /// Kernel: an ELF vmlinux with a PVH note, or a bzImage
+    /// A TOML file that describes the machine, as `run --print-config` prints it; options
+    /// add to its lists and replace its single values
     #[arg(long, value_name = "FILE")]
-    pub kernel: String,
+    pub config: Option<PathBuf>,
+    /// Kernel: an ELF vmlinux with a PVH note, or a bzImage
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    pub kernel: Option<String>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<String>,
-    /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
-    pub cmdline: String,
+    /// Kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
     /// Guest memory, and as much as there may be later: numbers with K, M, G or T (powers of 1024)
-    #[arg(long, value_name = "[size=]SIZE[,max=SIZE]", default_value = "512M")]
-    pub memory: String,
+    /// [default: 512M]
+    #[arg(long, value_name = "[size=]SIZE[,max=SIZE]")]
+    pub memory: Option<String>,
     /// vCPUs, as many as there may be later, and the host CPU of each in order:
-    /// N[,max=M][,pin=A:B:…]
-    #[arg(long, value_name = "N[,max=M][,pin=A:B]", default_value = "1")]
-    pub cpus: String,
+    /// N[,max=M][,pin=A:B:…] [default: 1]
+    #[arg(long, value_name = "N[,max=M][,pin=A:B]")]
+    pub cpus: Option<String>,
     /// A disk, served by a confined process of its own: path=FILE[,KEY=VALUE]…; may be repeated
     ///
     ///   path=FILE              a file or a block device
@@ -123,111 +130,89 @@ pub struct MachineArgs {
     /// (hp1, hp2, …), or their names
     #[arg(long, value_name = "N|NAME[:NAME]…")]
     pub hotplug_ports: Option<String>,
-    /// Where the guest's first serial port goes
-    #[arg(
-        long,
-        value_name = "stdio|none|file=PATH|socket=PATH",
-        default_value = "stdio"
-    )]
-    pub serial: String,
+    /// Where the guest's first serial port goes [default: stdio]
+    #[arg(long, value_name = "stdio|none|file=PATH|socket=PATH")]
+    pub serial: Option<String>,
 }
 
 impl MachineArgs {
-    /// The configuration these options describe.
+    /// The configuration that these options describe, over that of `--config`.
     ///
-    /// Relative paths are made absolute against the working directory, since whoever
-    /// opens them may have another.
+    /// Relative paths of the command line are made absolute against the working directory, since
+    /// whoever opens them may have another.
     ///
     /// # Errors
-    /// One line that names the option and what it takes.
+    /// One line that names the option, or the file and the key, and what it takes.
     pub fn to_config(&self) -> Result<MachineConfig, String> {
-        let mut config = MachineConfig::new();
-        config.kernel = absolute("--kernel", &self.kernel)?;
+        let (mut config, base) = Base::read(self.config.as_deref())?;
+        if let Some(kernel) = &self.kernel {
+            config.kernel = absolute("--kernel", kernel)?;
+        }
         if let Some(initrd) = &self.initrd {
             config.initrd = absolute("--initrd", initrd)?;
         }
-        config.cmdline = self.cmdline.clone();
-        (config.memory_bytes, config.memory_max_bytes) = parse_memory(&self.memory)?;
-        config.cpus = Some(parse_cpus(&self.cpus)?).into();
-        if let Some(text) = &self.hotplug_ports {
-            config.hotplug_ports = parse_ports(text)?;
+        if let Some(cmdline) = &self.cmdline {
+            config.cmdline.clone_from(cmdline);
         }
-        let mut ids = BTreeSet::new();
-        for (index, text) in self.disks.iter().enumerate() {
-            let disk = disk_args::parse_disk(text, index)?;
+        if let Some(memory) = &self.memory {
+            (config.memory_bytes, config.memory_max_bytes) = parse_memory(memory)?;
+        }
+        if let Some(cpus) = &self.cpus {
+            config.cpus = Some(parse_cpus(cpus)?).into();
+        }
+        if let Some(text) = &self.hotplug_ports {
+            let more = parse_ports(text, &config.hotplug_ports)?;
+            config.hotplug_ports.extend(more);
+        }
+        let mut ids = base.ids.clone();
+        for text in &self.disks {
+            let disk = disk_args::parse_disk(text, config.disks.len())?;
             take_id(&mut ids, &format!("--disk {text}"), &disk.id)?;
             config.disks.push(disk);
         }
-        for (index, text) in self.nets.iter().enumerate() {
-            let net = net_args::parse_net(text, index)?;
+        for text in &self.nets {
+            let net = net_args::parse_net(text, config.nets.len())?;
             take_id(&mut ids, &format!("--net {text}"), &net.id)?;
             config.nets.push(net);
         }
-        for (index, text) in self.vhost_users.iter().enumerate() {
-            let device = net_args::parse_vhost_user(text, index)?;
+        for text in &self.vhost_users {
+            let device = net_args::parse_vhost_user(text, config.vhost_users.len())?;
             take_id(&mut ids, &format!("--vhost-user {text}"), &device.id)?;
             config.vhost_users.push(device);
         }
-        for (index, text) in self.rngs.iter().enumerate() {
-            let rng = rng_args::parse_rng(text, index)?;
+        for text in &self.rngs {
+            let rng = rng_args::parse_rng(text, config.rngs.len())?;
             take_id(&mut ids, &format!("--rng {text}"), &rng.id)?;
             config.rngs.push(rng);
         }
         if let Some(text) = &self.vsock {
             let vsock = vsock_args::parse_vsock(text)?;
+            if let Some(replaced) = config.vsock.take() {
+                ids.remove(&replaced.id);
+            }
             take_id(&mut ids, &format!("--vsock {text}"), &vsock.id)?;
             config.vsock = Some(vsock).into();
         }
-        for (index, text) in self.consoles.iter().enumerate() {
-            let console = console_args::parse_console(text, index)?;
+        for text in &self.consoles {
+            let console = console_args::parse_console(text, config.consoles.len())?;
             take_id(&mut ids, &format!("--console {text}"), &console.id)?;
             config.consoles.push(console);
         }
-        config.serial = Some(parse_serial(&self.serial)?).into();
+        if let Some(serial) = &self.serial {
+            config.serial = Some(parse_serial(serial)?).into();
+        }
         // What no option shows by itself: queues and vCPUs, two devices on one tap.
-        crate::api::config::validate(&config).map_err(|why| self.in_options(&why))?;
+        let checked = match config.kernel.as_str() {
+            "" => Err("config.kernel is missing: give the path of a kernel".to_owned()),
+            _ => crate::api::config::validate(&config),
+        };
+        checked.map_err(|why| base.refusal(self, &why))?;
         Ok(config)
-    }
-
-    /// A refusal that names a field of the configuration, with the option named instead.
-    fn in_options(&self, why: &str) -> String {
-        let lists = [
-            ("disks", "--disk", &self.disks),
-            ("nets", "--net", &self.nets),
-            ("vhost_users", "--vhost-user", &self.vhost_users),
-            ("rngs", "--rng", &self.rngs),
-            ("consoles", "--console", &self.consoles),
-        ];
-        for (list, option, texts) in lists {
-            for (index, text) in texts.iter().enumerate() {
-                let field = format!("config.{list}[{index}]");
-                if let Some(rest) = why.strip_prefix(&field) {
-                    let rest = rest.trim_start_matches(['.', ':', ' ']);
-                    let rest = rest.replace(&format!("{field}."), "");
-                    return format!("{option} {text}: {rest}");
-                }
-            }
-        }
-        let fields = [
-            ("kernel", "--kernel"),
-            ("initrd", "--initrd"),
-            ("cmdline", "--cmdline"),
-            ("memory", "--memory"),
-            ("cpus", "--cpus"),
-            ("hotplug_ports", "--hotplug-ports"),
-            ("serial", "--serial"),
-        ];
-        let field = why.strip_prefix("config.");
-        let known = field.and_then(|rest| fields.iter().find(|(name, _)| rest.starts_with(name)));
-        match (field, known) {
-            (Some(rest), Some((_, option))) => format!("{option}: {rest}"),
-            _ => why.to_owned(),
-        }
     }
 }
 
-/// Names of root ports, or how many.
-fn parse_ports(text: &str) -> Result<Vec<String>, String> {
+/// Names of root ports, or how many; then they have the first names that are free.
+fn parse_ports(text: &str, taken: &[String]) -> Result<Vec<String>, String> {
     let wanted = || {
         format!(
             "--hotplug-ports {text}: give a number up to {MAX_PORTS}, or names with ':' between them: of up to 32 letters, digits, '-', '_' and '.'"
@@ -235,7 +220,10 @@ fn parse_ports(text: &str) -> Result<Vec<String>, String> {
     };
     if let Ok(count) = text.parse::<usize>() {
         return match count {
-            0..=MAX_PORTS => Ok((1..=count).map(|n| format!("hp{n}")).collect()),
+            0..=MAX_PORTS => {
+                let names = (1_usize..).map(|n| format!("hp{n}"));
+                Ok(names.filter(|n| !taken.contains(n)).take(count).collect())
+            }
             _ => Err(wanted()),
         };
     }
@@ -504,11 +492,12 @@ mod tests {
     fn what_no_option_shows_by_itself_is_refused_by_the_options_name() {
         let refused = |nets: &[&str]| {
             let args = MachineArgs {
-                kernel: "/k".into(),
+                config: None,
+                kernel: Some("/k".into()),
                 initrd: None,
-                cmdline: String::new(),
-                memory: "128M".into(),
-                cpus: "2".into(),
+                cmdline: None,
+                memory: Some("128M".into()),
+                cpus: Some("2".into()),
                 disks: Vec::new(),
                 nets: nets.iter().map(|net| (*net).to_owned()).collect(),
                 vhost_users: Vec::new(),
@@ -516,7 +505,7 @@ mod tests {
                 vsock: None,
                 consoles: Vec::new(),
                 hotplug_ports: None,
-                serial: "none".into(),
+                serial: None,
             };
             args.to_config().unwrap_err()
         };
@@ -537,7 +526,8 @@ mod tests {
 
     #[test]
     fn ports_are_counted_or_named() {
-        assert_eq!(parse_ports("2").unwrap(), ["hp1", "hp2"]);
+        let parse_ports = |text| parse_ports(text, &["hp2".to_owned()]);
+        assert_eq!(parse_ports("2").unwrap(), ["hp1", "hp3"]);
         assert_eq!(parse_ports("a:b").unwrap(), ["a", "b"]);
         for bad in ["32", "a::b", "../x", ""] {
             assert!(parse_ports(bad).is_err(), "{bad}");

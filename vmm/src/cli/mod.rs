@@ -12,6 +12,7 @@ use crate::launcher::{CgroupChoice, IdRange};
 use crate::machine::supervise::{Budget, MAX_BUDGET};
 
 pub mod audit;
+pub mod config_file;
 pub mod console_args;
 pub mod ctl;
 mod ctl_device;
@@ -22,12 +23,15 @@ mod ctl_stats;
 pub mod disk_args;
 mod event_json;
 pub mod machine_args;
+mod machine_base;
 pub mod net_args;
 pub mod resource_args;
 pub mod rng_args;
 pub mod run;
 pub mod vsock_args;
 
+/// What ids of other user namespaces show as (/proc/sys/kernel/overflowuid).
+const OVERFLOW_ID: u32 = 65534;
 /// Exit code of a wrong command line.
 pub const EXIT_USAGE: u8 = 2;
 
@@ -51,7 +55,7 @@ enum Command {
     /// Boot a machine and stay until it ends
     Run(Box<RunArgs>),
     /// Wait on an API socket for a machine to be created
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Drive a running `bulkhead` through its API socket
     Ctl(Box<ctl::CtlArgs>),
     /// Show what the kernel says of every process of a VM, graded against what it should be
@@ -86,6 +90,9 @@ pub struct HostArgs {
     /// command line and the API; may be repeated [default: whatever the user may]
     #[arg(long, value_name = "PATH")]
     pub allow_path: Vec<PathBuf>,
+    /// Who may call the API
+    #[command(flatten)]
+    pub api: ApiArgs,
     /// Host uids and gids for device processes, as root: each VM takes 64 of them that no other
     /// has [default: 64 from 0x70000000 on, by the VMM's pid]
     #[arg(long, value_name = "FIRST:COUNT")]
@@ -95,11 +102,35 @@ pub struct HostArgs {
     pub log: log::LevelFilter,
 }
 
+/// Who may call the API, and what.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ApiArgs {
+    /// A second unix socket to make, on which the API only tells: info, devices, statistics, events
+    #[arg(long, value_name = "SOCKET")]
+    pub api_read_only: Option<PathBuf>,
+    /// A user whose calls are heard beside root's and your own, on both sockets; may be repeated.
+    /// Then anybody may connect (mode 0666), and who is not named is hung up on
+    #[arg(long, value_name = "UID", value_parser = caller)]
+    pub api_uid: Vec<u32>,
+    /// The same for a group: that which the caller's process has as its own
+    #[arg(long, value_name = "GID", value_parser = caller)]
+    pub api_gid: Vec<u32>,
+    /// A user whose calls are heard on the socket of --api-read-only alone; may be repeated
+    #[arg(long, value_name = "UID", value_parser = caller, requires = "api_read_only")]
+    pub api_read_uid: Vec<u32>,
+    /// The same for a group
+    #[arg(long, value_name = "GID", value_parser = caller, requires = "api_read_only")]
+    pub api_read_gid: Vec<u32>,
+}
+
 /// `bulkhead run`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct RunArgs {
     #[command(flatten)]
     machine: machine_args::MachineArgs,
+    /// Print the machine's configuration as a file for --config, and start nothing
+    #[arg(long)]
+    print_config: bool,
     /// Serve the API (bulkhead.v1.Machine over ttrpc) on a unix socket made here
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
@@ -143,6 +174,16 @@ fn restarts(text: &str) -> Result<Budget, String> {
     }
 }
 
+/// An id of a caller's. What the kernel shows in the place of ids that it cannot name is nobody's.
+fn caller(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(id) if id != OVERFLOW_ID && id != u32::MAX => Ok(id),
+        _ => Err(format!(
+            "give a number, such as 1000, but not {OVERFLOW_ID}: whoever has no id here has that"
+        )),
+    }
+}
+
 fn cgroup(text: &str) -> Result<CgroupChoice, String> {
     match text {
         "off" => Ok(CgroupChoice::Off),
@@ -171,7 +212,7 @@ pub fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(args) => run::run(*args),
-        Command::Serve(args) => run::serve(args),
+        Command::Serve(args) => run::serve(*args),
         Command::Ctl(args) => ctl::run(*args),
         Command::Audit(args) => audit::run(&args),
         Command::Reap(args) => ExitCode::from(u8::from(crate::reap::run(&args) != 0)),

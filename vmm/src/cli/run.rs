@@ -1,12 +1,13 @@
 //! `bulkhead run`, `bulkhead serve` and `bulkhead --ttrpc`: start the VMM in this process.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, fail};
-use crate::api::Services;
+use super::{ApiArgs, EXIT_USAGE, HostArgs, RunArgs, ServeArgs, TtrpcArgs, config_file, fail};
+use crate::api::{Callers, Services};
 use crate::logger;
-use crate::machine::host::{self, HostOptions};
+use crate::machine::host::{self, ApiOptions, HostOptions};
 
 /// `bulkhead run`: create, boot, and stay until the machine ends.
 pub fn run(args: RunArgs) -> ExitCode {
@@ -15,11 +16,23 @@ pub fn run(args: RunArgs) -> ExitCode {
         Ok(config) => config,
         Err(e) => return fail(EXIT_USAGE, &e),
     };
+    if args.print_config {
+        return match config_file::print(&config) {
+            Ok(text) => show(&text),
+            Err(e) => fail(1, &e),
+        };
+    }
+    let api = args.host.api.options(args.api_socket);
+    if api.socket.is_none() && api.read_only.is_none() && !api.callers.is_empty() {
+        let line =
+            "--api-uid and --api-gid: there is no socket: add --api-socket or --api-read-only";
+        return fail(EXIT_USAGE, line);
+    }
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
         cgroup: args.host.cgroup.unwrap_or_default(),
-        api_socket: args.api_socket,
+        api,
         services: Services::Machine,
         first: Some(config),
         restarts: args.host.restarts,
@@ -27,6 +40,32 @@ pub fn run(args: RunArgs) -> ExitCode {
         allow_paths: args.host.allow_path,
         ids: args.host.uid_range,
     }))
+}
+
+impl ApiArgs {
+    /// What they come to, beside the API's socket.
+    fn options(&self, socket: Option<PathBuf>) -> ApiOptions {
+        ApiOptions {
+            socket,
+            read_only: self.api_read_only.clone(),
+            callers: Callers {
+                uids: self.api_uid.clone(),
+                gids: self.api_gid.clone(),
+            },
+            readers: Callers {
+                uids: self.api_read_uid.clone(),
+                gids: self.api_read_gid.clone(),
+            },
+        }
+    }
+}
+
+fn show(text: &str) -> ExitCode {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(1, &format!("--print-config: standard output: {e}")),
+    }
 }
 
 /// `bulkhead serve`: wait for a client to create the machine.
@@ -45,7 +84,7 @@ fn wait_on(socket: PathBuf, services: Services, host: HostArgs) -> ExitCode {
         libexec: host.libexec,
         passt: host.passt,
         cgroup: host.cgroup.unwrap_or_default(),
-        api_socket: Some(socket),
+        api: host.api.options(Some(socket)),
         services,
         first: None,
         restarts: host.restarts,

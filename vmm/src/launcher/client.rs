@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::ThreadId;
@@ -25,7 +25,7 @@ use exchange::{Answer, receive, send, take};
 
 use super::helper::Program;
 use super::lock;
-use super::packet::{self, MAX_FDS, PacketSocket};
+use super::packet::{MAX_FDS, PacketSocket};
 use super::start::{Started, start};
 use super::sys::{self};
 use super::{MAX_ARG, MAX_ARGS, MAX_PATH, printable, valid_id};
@@ -266,38 +266,6 @@ impl Launcher {
                 "an open was answered with something else",
             )),
         }
-    }
-
-    /// Binds a unix socket, mode 0600, and listens; it does not block. The path is removed
-    /// when the VM ends.
-    pub fn bind_unix(&self, path: &Path, role: &str) -> Result<UnixListener, LauncherError> {
-        let op = wire::BindUnix {
-            path: path_text(path, role)?,
-            role: role.to_owned(),
-            ..Default::default()
-        };
-        let (reply, mut fds, _) =
-            self.call(wire::request::Op::BindUnix(op), &[], PATH_DEADLINE, "bind")?;
-        match (reply.result, fds.pop(), fds.pop()) {
-            (Some(wire::reply::Result::Bound(_)), Some(fd), None) => {
-                // So that SO_PEERCRED names this process and not the launcher to clients.
-                packet::listen(fd.as_fd()).map_err(|e| LauncherError::Io("listen", e))?;
-                Ok(fd.into())
-            }
-            _ => Err(LauncherError::Protocol(
-                "a bind was answered with something else",
-            )),
-        }
-    }
-
-    /// Removes a path that `bind_unix` made.
-    pub fn forget(&self, path: &Path) -> Result<(), LauncherError> {
-        let op = wire::Forget {
-            path: path_text(path, "socket")?,
-            ..Default::default()
-        };
-        self.call(wire::request::Op::Forget(op), &[], PATH_DEADLINE, "removal")
-            .map(|_| ())
     }
 
     /// Whether device processes may have restricted io_uring rings, as tried at the start.
@@ -583,6 +551,7 @@ mod disks;
 mod exchange;
 mod nets;
 mod resources;
+mod sockets;
 mod types;
 
 pub use nets::{Linked, SpawnedHelper};

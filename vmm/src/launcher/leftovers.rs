@@ -5,6 +5,7 @@
 //! ```text
 //!   /run/bulkhead/vm-PID-START.run         of root; else $XDG_RUNTIME_DIR/bulkhead/…
 //!     socket DEV INO PATH                  bound by the launcher; PATH with \n and \\ escaped
+//!     directory DEV INO PATH               made for an API socket
 //! ```
 //!
 //! The VMM makes it on its main thread before it confines itself; the launcher adds to it and
@@ -35,12 +36,12 @@ pub struct Note {
     pub path: PathBuf,
 }
 
-/// A socket that is noted.
+/// A socket or a directory that is noted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Socket {
-    /// Device number and inode of the socket itself.
+pub struct Noted {
+    /// Device number and inode of it itself.
     pub identity: (u64, u64),
-    /// Where it was bound.
+    /// Where it was made.
     pub path: PathBuf,
 }
 
@@ -102,8 +103,17 @@ impl Note {
 
     /// Adds a socket that has been bound.
     pub fn socket(&mut self, path: &Path, metadata: &fs::Metadata) {
+        self.add("socket", path, metadata);
+    }
+
+    /// Adds a directory that has been made for one.
+    pub fn directory(&mut self, path: &Path, metadata: &fs::Metadata) {
+        self.add("directory", path, metadata);
+    }
+
+    fn add(&mut self, what: &str, path: &Path, metadata: &fs::Metadata) {
         let escaped = escape(&path.to_string_lossy());
-        let line = format!("socket {} {} {escaped}\n", metadata.dev(), metadata.ino());
+        let line = format!("{what} {} {} {escaped}\n", metadata.dev(), metadata.ino());
         // Without it, a socket that is left behind is replaced by the next that binds it.
         if let Err(error) = self.file.write_all(line.as_bytes()) {
             log::warn!(
@@ -130,14 +140,23 @@ pub fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Reads a note; what is no line of ours is skipped.
-pub fn sockets(text: &str) -> Vec<Socket> {
+/// The sockets of a note; what is no line of ours is skipped.
+pub fn sockets(text: &str) -> Vec<Noted> {
+    noted(text, "socket ")
+}
+
+/// Its directories.
+pub fn directories(text: &str) -> Vec<Noted> {
+    noted(text, "directory ")
+}
+
+fn noted(text: &str, what: &str) -> Vec<Noted> {
     text.lines()
         .filter_map(|line| {
-            let mut fields = line.strip_prefix("socket ")?.splitn(3, ' ');
+            let mut fields = line.strip_prefix(what)?.splitn(3, ' ');
             let identity = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
             let path = PathBuf::from(unescape(fields.next()?));
-            path.is_absolute().then_some(Socket { identity, path })
+            path.is_absolute().then_some(Noted { identity, path })
         })
         .collect()
 }
@@ -179,9 +198,12 @@ mod tests {
         assert!(!cgroup_sys::try_lock(&other).unwrap());
         let metadata = fs::metadata(&directory).unwrap();
         note.socket(Path::new("/a\nb \\n"), &metadata);
+        note.directory(Path::new("/d"), &metadata);
         let text = fs::read_to_string(&note.path).unwrap();
         let read = sockets(&text);
         assert_eq!(read.len(), 1);
+        assert_eq!(directories(&text)[0].path, Path::new("/d"));
+        assert_eq!(directories(&text)[0].identity, read[0].identity);
         assert_eq!(read[0].path, Path::new("/a\nb \\n"));
         assert_eq!(read[0].identity, (metadata.dev(), metadata.ino()));
         note.remove();

@@ -12,7 +12,7 @@
 //!   thread may call it; calls take turns.
 //! - In the launcher process, all on its only thread: `args` (its command line), `server`
 //!   (the loop), `paths` and `lock` (what it opens and binds), `device` (starting one), `kept`
-//!   (what stays of one that has died), `dial` (what one may ask for), `programs` (what may be executed beside the binaries that
+//!   (what stays of one that has died), `made` (directories of sockets), `dial` (what one may ask for), `programs` (what may be executed beside the binaries that
 //!   were opened at the start), `cgroup` (what its processes may use), `log` (what
 //!   devices say), `leftovers` (what is to be removed should all of this be killed).
 //! - Between clone and exec, in the process that becomes a device: `child`.
@@ -39,6 +39,7 @@ mod kept;
 pub(crate) mod leftovers;
 mod lock;
 mod log;
+mod made;
 pub(crate) mod packet;
 mod paths;
 mod programs;

@@ -14,6 +14,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use super::leftovers::Note;
+use super::made::Made;
 use super::packet::{MAX_SOCKET_PATH, bind_listen, somebody_listens};
 use super::{ENTROPY_ROLE, MAX_PATH, isolate, lock, printable, sys};
 
@@ -65,6 +66,7 @@ struct Bound {
 pub struct Paths {
     allowed: Vec<PathBuf>,
     bound: Vec<Bound>,
+    made: Vec<Made>,
     /// Where sockets are noted, should this process not get to remove them.
     note: Option<Note>,
 }
@@ -104,6 +106,7 @@ impl Paths {
         Self {
             allowed,
             bound: Vec::new(),
+            made: Vec::new(),
             note: None,
         }
     }
@@ -287,8 +290,20 @@ impl Paths {
         Ok((directory, name.to_owned()))
     }
 
-    /// Binds a unix socket, mode 0600, and listens. A socket nobody listens on is replaced.
+    /// Binds a socket that nobody else may connect to.
+    #[cfg(test)]
     pub fn bind(&mut self, path: &Path, role: &str) -> Result<UnixListener, String> {
+        self.bind_for(path, role, false)
+    }
+
+    /// Binds a unix socket, mode 0600, and listens. A socket nobody listens on is replaced. With
+    /// `anybody`, mode 0666: who listens asks the kernel who has connected.
+    pub fn bind_for(
+        &mut self,
+        path: &Path,
+        role: &str,
+        anybody: bool,
+    ) -> Result<UnixListener, String> {
         Self::check_text(role, path)?;
         if self.bound.len() >= MAX_SOCKETS {
             return refuse(role, path, "too many sockets");
@@ -353,7 +368,7 @@ impl Paths {
             }
         }
         // This process has one thread: nothing else is created under this mask.
-        let mask = isolate::umask(0o177);
+        let mask = isolate::umask(if anybody { 0o111 } else { 0o177 });
         let listener = bind_listen(&address);
         isolate::umask(mask);
         let listener = listener.or_else(|error| {
@@ -373,6 +388,17 @@ impl Paths {
         Ok(listener)
     }
 
+    /// The directory of a socket was made for it: it goes when the VM ends, too.
+    pub fn has_made_directory(&mut self, socket: &Path) -> Result<(), String> {
+        let made =
+            Made::of(socket).or_else(|error| refuse("directory of", socket, &reason(&error)))?;
+        if let (Some(note), Ok(metadata)) = (&mut self.note, made.directory.metadata()) {
+            note.directory(&made.path, &metadata);
+        }
+        self.made.push(made);
+        Ok(())
+    }
+
     /// Whether `bind` made a socket at this path, which is still ours.
     pub fn has_bound(&self, path: &Path) -> bool {
         self.bound.iter().any(|bound| bound.path == path)
@@ -389,10 +415,13 @@ impl Paths {
         }
     }
 
-    /// Removes every socket that was bound.
+    /// Removes every socket that was bound, and directories that were made for them.
     pub fn remove_all(&mut self) {
         for bound in self.bound.drain(..) {
             bound.remove();
+        }
+        for made in self.made.drain(..) {
+            made.remove();
         }
     }
 }

@@ -405,7 +405,11 @@ impl Server {
     }
 
     fn bind(&mut self, id: u64, op: &wire::BindUnix) -> Result<Outgoing, String> {
-        let listener = self.paths.bind(Path::new(&op.path), &role(&op.role))?;
+        let path = Path::new(&op.path);
+        let listener = self.paths.bind_for(path, &role(&op.role), op.anybody)?;
+        if op.made_directory {
+            self.paths.has_made_directory(path)?;
+        }
         let answer = wire::reply::Result::Bound(wire::Bound::default());
         let mut outgoing = Outgoing::success(id, Some(answer));
         outgoing.fds.push(listener.into());

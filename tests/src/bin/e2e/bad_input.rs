@@ -125,7 +125,8 @@ fn ranges() -> Verdict {
     nothing_left(Duration::from_secs(5))
 }
 
-fn appears(socket: &str) -> Verdict {
+/// Waits for a socket whose VMM answers.
+pub fn appears(socket: &str) -> Verdict {
     let limit = std::time::Instant::now() + Duration::from_secs(10);
     while ctl(socket, &["info"]).is_err() {
         check(std::time::Instant::now() < limit, || {
@@ -137,7 +138,7 @@ fn appears(socket: &str) -> Verdict {
 }
 
 /// One line, the exit code, the words, and nothing left.
-fn expect(output: &Output, code: i32, words: &[&str]) -> Verdict {
+pub fn expect(output: &Output, code: i32, words: &[&str]) -> Verdict {
     let errors = String::from_utf8_lossy(&output.stderr);
     check(output.status.code() == Some(code), || {
         format!("{}: {errors}", output.status)

@@ -8,11 +8,13 @@ use std::process::ExitCode;
 use bulkhead_tests::runner::{self, Test};
 
 mod api;
+mod api_access;
 mod audit;
 mod audit_native;
 mod bad_input;
 mod block;
 mod boot;
+mod config;
 mod console;
 mod death;
 mod disk;
@@ -68,6 +70,8 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
+        tests.extend(config::native());
+        tests.extend(api_access::native());
         tests.extend(death::native());
         tests.extend(events::native());
         tests.extend(faults::native());
@@ -85,6 +89,7 @@ fn main() -> ExitCode {
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
+        tests.extend(config::tests());
         tests.extend(block::tests());
         tests.extend(disk::tests());
         tests.extend(disk_formats::tests());

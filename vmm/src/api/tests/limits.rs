@@ -258,8 +258,21 @@ fn idle_clients_make_room_and_busy_ones_do_not() {
 #[test]
 fn strangers_are_turned_away_at_the_door() {
     let fixture = Fixture::admitting(Prompt, Limits::default(), EventLog::new(), false);
-    let mut stream = fixture.connect();
-    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    for mut stream in [fixture.connect(), fixture.reader()] {
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+    // Told once of one and the same.
+    let told = |sequence| fixture.events.get(sequence);
+    let own = bulkhead_proto::sys::effective_uid();
+    match told(1) {
+        crate::api::events::Lookup::Event(bytes) => {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            assert!(text.contains("api.refused"), "{text}");
+            assert!(text.contains(&format!("of uid {own} and gid")), "{text}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(told(2), crate::api::events::Lookup::NotYet);
 }
 
 proptest::proptest! {

@@ -21,6 +21,7 @@ mod calls;
 mod devices;
 mod end;
 mod limits;
+mod roles;
 mod streams;
 mod vm;
 
@@ -64,6 +65,8 @@ impl MachineService for Prompt {
 
 struct Fixture {
     path: PathBuf,
+    /// That of readers.
+    reading: PathBuf,
     events: Arc<EventLog>,
     handle: ApiServerHandle,
 }
@@ -83,20 +86,23 @@ impl Fixture {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path =
             std::env::temp_dir().join(format!("bulkhead-api-{}-{number}.sock", std::process::id()));
-        let listener = UnixListener::bind(&path).unwrap();
+        let reading = path.with_extension("reading");
+        let door = |path, role| {
+            let listener = UnixListener::bind(path).unwrap();
+            Door::admitting(listener, role, Box::new(move |_: &_| admit))
+        };
         let events = Arc::new(events);
-        let admits = Box::new(move |_: &_| admit);
         let handle = ApiServer::start_with(
-            listener,
+            vec![door(&path, Role::Operator), door(&reading, Role::Reader)],
             Arc::new(service),
             Arc::clone(&events),
             (Services::Vm, limits),
-            admits,
             crate::threads::no_hook(),
         )
         .unwrap();
         Self {
             path,
+            reading,
             events,
             handle,
         }
@@ -117,7 +123,16 @@ impl Fixture {
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.path).unwrap();
+        Self::connect_to(&self.path)
+    }
+
+    /// As a reader.
+    fn reader(&self) -> UnixStream {
+        Self::connect_to(&self.reading)
+    }
+
+    fn connect_to(path: &PathBuf) -> UnixStream {
+        let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(LONG)).unwrap();
         stream.set_write_timeout(Some(LONG)).unwrap();
         stream
@@ -135,6 +150,7 @@ impl Fixture {
 impl Drop for Fixture {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.reading);
     }
 }
 

@@ -27,6 +27,7 @@ use crate::terminal::{RawTerminal, Terminal};
 
 mod cpus;
 mod devices;
+mod doors;
 mod foreign;
 mod hotplug;
 mod memory;
@@ -37,6 +38,7 @@ mod supervision;
 mod updating;
 mod vmservice;
 
+pub use doors::ApiOptions;
 use source::Source;
 
 /// How long vCPUs may take to park or to end.
@@ -60,8 +62,8 @@ pub struct HostOptions {
     pub passt: Option<PathBuf>,
     /// Where the VM's cgroup is to be.
     pub cgroup: CgroupChoice,
-    /// Where to serve the API.
-    pub api_socket: Option<PathBuf>,
+    /// Where to serve the API, and to whom.
+    pub api: ApiOptions,
     /// What to serve there.
     pub services: Services,
     /// The machine to create and boot at once.
@@ -102,26 +104,18 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         config.libexec = dir;
     }
     // A machine that somebody can speak to can be given more devices.
-    let grows = options.api_socket.is_some();
+    let grows = options.api.socket.is_some();
     config.devices = super::kinds::binaries(options.first.as_ref(), &config.libexec, grows);
     config.cgroup = options.cgroup;
     config.device_dirs = options.device_dirs;
     config.allow_paths = options.allow_paths;
     config.ids = options.ids;
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
+    let places = options.api.prepare()?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     // A confined VMM cannot reap it.
     signals::forget_children();
-    let listener = match &options.api_socket {
-        Some(path) => {
-            let path = std::path::absolute(path).map_err(|e| format!("API socket: {e}"))?;
-            let listener = launcher
-                .bind_unix(&path, "API socket")
-                .map_err(|e| e.to_string())?;
-            Some(listener)
-        }
-        None => None,
-    };
+    let doors = places.bind(&launcher)?;
     let hooks = Hooks {
         vcpu: confine::vcpu_hook(),
         helper: confine::helper_hook(),
@@ -131,10 +125,10 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     let log = Arc::new(EventLog::new());
     let (sender, requests) = queue::channel().map_err(|e| format!("request queue: {e}"))?;
     let (events_in, vcpu_events) = events::event_channel().map_err(|e| format!("events: {e}"))?;
-    let api = match listener {
-        Some(listener) => Some(
+    let api = match doors.is_empty() {
+        false => Some(
             ApiServer::start(
-                listener,
+                doors,
                 Arc::new(sender),
                 Arc::clone(&log),
                 options.services,
@@ -142,7 +136,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
             )
             .map_err(|e| format!("API server: {e}"))?,
         ),
-        None => None,
+        true => None,
     };
     let mut host = Host {
         launcher: Arc::new(launcher),
