@@ -13,8 +13,8 @@ use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
 
 /// Descriptors that it holds at most: its own, those of its channels, kick, call and err of its ring and the
-/// successors of each, and those that come with a table of as many memory regions as there may be.
-const FDS: u64 = 44;
+/// successors of each, the fence, and those that come with a table of as many memory regions as there may be.
+const FDS: u64 = 48;
 
 fn main() -> ExitCode {
     let program = Program {

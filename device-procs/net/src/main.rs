@@ -17,14 +17,17 @@ use bulkhead_runtime::{ServeError, ServeOptions, serve, sys};
 use bulkhead_seccomp::policy::{self, Policy};
 use bulkhead_seccomp::privileges::Rlimits;
 
-/// Descriptors of the process itself, and those that come and go with messages.
-const BASE_FDS: u64 = 80;
-/// Descriptors of a pair: of each ring kick, call, err, their successors and two eventfds;
-/// the tap's, vhost-net's, a ring's.
-const FDS_PER_PAIR: u64 = 24;
+/// Descriptors of the process itself, those that come with a table of as many memory regions as there may be and
+/// go again, and of the control queue: kick, call, err and the successor of each, an eventfd, the fence or a ring.
+const BASE_FDS: u64 = 47;
+/// Descriptors of a pair: of each ring kick, call, err, the successor of each and an eventfd; the tap's.
+const FDS_PER_PAIR: u64 = 15;
 
 /// Small blocks of memory, all together: connections, messages, tables. Costs nothing until used.
 const HEAP: usize = 8 << 20;
+/// The same of a pair: its rings' tables and frames that are under way. These are large blocks, but malloc
+/// takes those from the heap, too, as long as they fit.
+const PAIR_HEAP: usize = 2560 << 10;
 
 #[derive(Debug, thiserror::Error)]
 enum MainError {
@@ -45,7 +48,6 @@ fn main() -> ExitCode {
     if bulkhead_runtime::hostile::listed() {
         return ExitCode::SUCCESS;
     }
-    sys::fixed_heap(HEAP);
     let program = Program {
         name: "bulkhead-net",
         version: env!("CARGO_PKG_VERSION"),
@@ -64,7 +66,22 @@ fn random_mac() -> Mac {
     [a & 0xfc | 2, b, c, d, e, f]
 }
 
+/// Descriptors that a process holds at most.
+fn descriptors(engine: EngineKind, pairs: u16) -> u64 {
+    let pairs = u64::from(pairs);
+    let engines = match engine {
+        // A ring for each pair and one for the main thread; they hold the fence.
+        EngineKind::IoUring => pairs + 1,
+        // The fence for each ring.
+        EngineKind::Plain => 2 * pairs,
+        // That, vhost-net's, and what it signals for each ring.
+        EngineKind::Kernel => 5 * pairs,
+    };
+    BASE_FDS + FDS_PER_PAIR * pairs + engines
+}
+
 fn run(options: &Options) -> Result<(), MainError> {
+    sys::fixed_heap(HEAP + PAIR_HEAP * usize::from(options.pairs));
     // Inherited numbers first, before anything else can take them.
     let channels = match &options.endpoint {
         Endpoint::Inherited {
@@ -108,7 +125,7 @@ fn run(options: &Options) -> Result<(), MainError> {
         (_, EngineKind::Plain) => &policy::BULKHEAD_NET_PLAIN,
         (_, EngineKind::Kernel) => &policy::BULKHEAD_NET_VHOST,
     };
-    let rlimits = Rlimits::new().nofile(BASE_FDS + FDS_PER_PAIR * u64::from(options.pairs));
+    let rlimits = Rlimits::new().nofile(descriptors(engine, options.pairs));
     log::debug!("tap {}, {} queue pairs", tap.name(), tap.queues());
     let settings = Settings {
         mac: options.mac.unwrap_or_else(random_mac),

@@ -4,7 +4,7 @@
 //! a subscriber keeps a position in it and no copy, so a slow one costs nothing, and one
 //! that falls behind by more than the ring holds is told so.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,8 +18,17 @@ pub const CAPACITY: usize = 1024;
 /// Longest kind and subject, and longest detail, in bytes; longer ones are cut.
 const MAX_NAME: usize = 128;
 const MAX_DETAIL: usize = 1024;
-/// Processes whose pids are remembered: more than may run at a time, two for each device.
+/// Processes whose pids are remembered: more than may run at a time.
 const MAX_PIDS: usize = 256;
+/// Processes that a device may have at a time: one that serves, and one on trial or on its way in.
+const AT_A_TIME: usize = 2;
+
+/// A process that was started and has not ended.
+struct Running {
+    device: String,
+    incarnation: u64,
+    pid: i32,
+}
 
 struct Inner {
     /// Number of the event that `publish` makes next.
@@ -27,9 +36,9 @@ struct Inner {
     /// The newest events, encoded; the last has number `next - 1`.
     ring: VecDeque<Arc<[u8]>>,
     bells: Vec<Arc<EventFd>>,
-    /// Pids of processes that run, by device and incarnation: who tells of their end often knows no
-    /// more than those.
-    pids: BTreeMap<(String, u64), i32>,
+    /// Processes that run, in the order in which they were started: who tells of their end often
+    /// knows no more than device and incarnation.
+    running: VecDeque<Running>,
 }
 
 /// A bounded, numbered log of events. Numbers start at 1.
@@ -66,7 +75,7 @@ impl EventLog {
             next: 1,
             ring: VecDeque::new(),
             bells: Vec::new(),
-            pids: BTreeMap::new(),
+            running: VecDeque::new(),
         };
         Self {
             inner: Mutex::new(inner),
@@ -195,20 +204,32 @@ fn whose(what: &What) -> Option<String> {
 }
 
 impl Inner {
-    /// Remembers a process that is new, and names the pid of one that is told of later.
-    fn add_pid(&mut self, subject: &str, what: &mut What) {
-        let key = |incarnation| (subject.to_owned(), incarnation);
+    /// Remembers a process that is new, and names the pid of one that is told of later. Of two with
+    /// one name, as another machine's may have that was given up, the older one ends first.
+    fn add_pid(&mut self, device: &str, what: &mut What) {
+        let running = &mut self.running;
+        let is =
+            |incarnation| move |r: &Running| r.incarnation == incarnation && r.device == device;
         match what {
             What::Spawned(e) => {
-                if self.pids.len() >= MAX_PIDS {
-                    self.pids.pop_first();
+                if running.len() >= MAX_PIDS {
+                    running.remove(least_missed(running));
                 }
-                self.pids.insert(key(e.incarnation), e.pid);
+                running.push_back(Running {
+                    device: device.to_owned(),
+                    incarnation: e.incarnation,
+                    pid: e.pid,
+                });
             }
             What::Crashed(e) => {
-                e.pid = self.pids.get(&key(e.incarnation)).copied().unwrap_or(0);
+                let newest = running.iter().rfind(|r| is(e.incarnation)(r));
+                e.pid = newest.map_or(0, |r| r.pid);
             }
-            What::Exited(e) => e.pid = self.pids.remove(&key(e.incarnation)).unwrap_or(0),
+            What::Exited(e) => {
+                let oldest = running.iter().position(is(e.incarnation));
+                let ended = oldest.and_then(|at| running.remove(at));
+                e.pid = ended.map_or(0, |r| r.pid);
+            }
             _ => {}
         }
     }
@@ -216,6 +237,16 @@ impl Inner {
     fn oldest(&self) -> u64 {
         self.next.saturating_sub(self.ring.len() as u64)
     }
+}
+
+/// Which one is to be forgotten when there are too many: one whose device has had as many after it
+/// as it may have at a time, so that its end was not told; else the oldest.
+fn least_missed(running: &VecDeque<Running>) -> usize {
+    let outlived = running.iter().enumerate().position(|(at, one)| {
+        let later = running.iter().skip(at.saturating_add(1));
+        later.filter(|r| r.device == one.device).count() >= AT_A_TIME
+    });
+    outlived.unwrap_or(0)
 }
 
 impl std::fmt::Debug for EventLog {
@@ -283,13 +314,7 @@ mod tests {
         use crate::machine::supervise::CrashReason;
         use crate::machine::told;
         let log = EventLog::new();
-        let told = |kind: &str, detail: &str, what: What| {
-            let number = log.publish_typed(kind, "d", detail, Some(what));
-            let Lookup::Event(bytes) = log.get(number) else {
-                panic!("it was just published")
-            };
-            Event::parse_from_bytes(&bytes).unwrap()
-        };
+        let told = |kind, detail, what| tell(&log, "d", kind, detail, what);
         let event = told("device.spawned", "", told::spawned(12, 3));
         assert_eq!(event.detail, "pid 12, incarnation 3");
         let reason = CrashReason::Signal(9);
@@ -306,10 +331,70 @@ mod tests {
             assert_eq!(event.detail, format!("incarnation {incarnation}"));
             assert_eq!(event.exited().pid, 0);
         }
-        for n in 0..2000 {
-            told("device.spawned", "", told::spawned(1, n));
+    }
+
+    /// What clients are told.
+    fn tell(log: &EventLog, device: &str, kind: &str, detail: &str, what: What) -> Event {
+        let number = log.publish_typed(kind, device, detail, Some(what));
+        let Lookup::Event(bytes) = log.get(number) else {
+            panic!("it was just published")
+        };
+        Event::parse_from_bytes(&bytes).unwrap()
+    }
+
+    #[test]
+    fn processes_whose_end_is_never_told_crowd_out_none_that_runs() {
+        use crate::launcher::ExitOutcome;
+        use crate::machine::told;
+        let log = EventLog::new();
+        let spawned = |device: &str, pid, incarnation| {
+            let what = told::spawned(pid, incarnation);
+            tell(&log, device, "device.spawned", "", what);
+        };
+        let ended = |device: &str, incarnation| {
+            let what = told::exited(incarnation, &ExitOutcome::Signal(9));
+            let event = tell(&log, device, "device.exited", "", what);
+            event.exited().pid
+        };
+        // Whatever an order by name or number would forget first.
+        let still = [("a", 7, 1), ("m", 8, 1), ("z", 9, 5000)];
+        for (device, pid, incarnation) in still {
+            spawned(device, pid, incarnation);
         }
-        assert_eq!(log.lock().pids.len(), MAX_PIDS);
+        for n in 1..=2000 {
+            spawned("m2", 1000 + n, u64::from(n.unsigned_abs()));
+        }
+        assert_eq!(log.lock().running.len(), MAX_PIDS);
+        assert_eq!((ended("m2", 2000), ended("m2", 1999)), (3000, 2999));
+        assert_eq!(ended("m2", 1), 0);
+        for (device, pid, incarnation) in still {
+            assert_eq!(ended(device, incarnation), pid, "{device}");
+        }
+        // Each of another device: the first ones are forgotten, and no other has their numbers.
+        for n in 1..=1000 {
+            spawned(&format!("d{n}"), n, 1);
+        }
+        assert_eq!(log.lock().running.len(), MAX_PIDS);
+        assert_eq!((ended("d1", 1), ended("d1000", 1)), (0, 1000));
+    }
+
+    #[test]
+    fn of_two_processes_with_one_name_each_has_its_own_end() {
+        use crate::launcher::ExitOutcome;
+        use crate::machine::supervise::CrashReason;
+        use crate::machine::told;
+        let log = EventLog::new();
+        for pid in [21, 22] {
+            tell(&log, "d", "device.spawned", "", told::spawned(pid, 1));
+        }
+        let outcome = ExitOutcome::Signal(9);
+        let exited = || tell(&log, "d", "device.exited", "", told::exited(1, &outcome));
+        assert_eq!(exited().exited().pid, 21);
+        let reason = CrashReason::Signal(9);
+        let crashed = tell(&log, "d", "device.crashed", "", told::crashed(1, &reason));
+        assert_eq!(crashed.crashed().pid, 22);
+        assert_eq!(exited().exited().pid, 22);
+        assert_eq!(exited().exited().pid, 0);
     }
 
     #[test]

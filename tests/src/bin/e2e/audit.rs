@@ -1,11 +1,12 @@
 //! The audit: what the kernel says of each process, and that deviations are noticed.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::fault::fault;
 use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, ctl};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -21,7 +22,27 @@ pub fn tests() -> Vec<Test> {
             "a core pattern that is a pipe gets nothing of device processes that die of a fault",
             cores,
         ),
+        test(
+            "each kind of process may hold as many descriptors as it needs at most, by vhost-net too",
+            held,
+        ),
     ]
+}
+
+fn held() -> Verdict {
+    let here = bin("bulkhead");
+    let here = here.parent().ok_or("the binaries lie nowhere")?;
+    let output = Command::new("tests/native/inherited")
+        .arg("held")
+        .env("BULKHEAD_BIN", here)
+        .output()
+        .map_err(|e| format!("tests/native/inherited: {e}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    // It notes what is not here.
+    let whole = text.contains("1 passed, 0 failed") && !text.contains("note ");
+    check(output.status.success() && whole, || {
+        format!("{text}{}", String::from_utf8_lossy(&output.stderr))
+    })
 }
 
 fn confined() -> Verdict {

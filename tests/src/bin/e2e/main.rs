@@ -1,8 +1,9 @@
 //! The end-to-end tests: real guests under KVM. Runs inside the nested host (or on a
 //! machine whose own KVM runs Linux guests); `tests/e2e` starts it.
 //!
-//! usage: e2e [--long] [--native] [--without SUBJECT]… [SUBJECT]
+//! usage: e2e [--long] [--native] [--without SUBJECT | --only SUBJECT]… [--subjects | SUBJECT]
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use bulkhead_tests::runner::{self, Test};
@@ -55,11 +56,15 @@ mod vsock_guest;
 
 fn main() -> ExitCode {
     let (mut long, mut native, mut filter) = (false, false, None);
-    let mut without = Vec::new();
+    let (mut without, mut only, mut list) = (Vec::new(), Vec::new(), false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--without" => without.extend(arguments.next()),
+            // What stands for itself is also looked for in the names of tests of other subjects.
+            "--only" => only.extend(arguments.next()),
+            // Names them and runs none.
+            "--subjects" => list = true,
             "--long" => long = true,
             // Only the tests that need no guest.
             "--native" => native = true,
@@ -126,6 +131,14 @@ fn main() -> ExitCode {
         tests.extend(vsock_guest::tests());
         tests.extend(bad_input::tests());
     }
-    tests.retain(|test| !without.iter().any(|subject| subject == test.subject));
+    let is = |subjects: &[String], test: &Test| subjects.iter().any(|s| s == test.subject);
+    tests.retain(|test| !is(&without, test) && (only.is_empty() || is(&only, test)));
+    if list {
+        let subjects: BTreeSet<&str> = tests.iter().map(|test| test.subject).collect();
+        for subject in subjects {
+            println!("{subject}");
+        }
+        return ExitCode::SUCCESS;
+    }
     runner::run(&tests, filter.as_deref(), long)
 }

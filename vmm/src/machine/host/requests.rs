@@ -82,6 +82,9 @@ impl Host {
             ));
         }
         api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
+        // Processes of a machine that could not be made have ended: that is told before there are
+        // others with the same names.
+        self.on_launcher();
         build::fill_defaults(&mut config);
         let prepared = Arc::clone(&self.prepared);
         let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
