@@ -9,7 +9,8 @@ use std::time::Duration;
 use bulkhead_net::tap::Tap;
 use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::device::{
-    DrainRequest, DrainResponse, NetUpdate, ResumeRequest, ResumeResponse,
+    DrainRequest, DrainResponse, HealthRequest, HealthResponse, NetUpdate, ResumeRequest,
+    ResumeResponse,
 };
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_proto::server::CONTROL_MAX_FRAME;
@@ -185,7 +186,12 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
 fn a_tap_that_was_removed_before_the_driver_begins_is_told_by_its_name() {
     engines(|engine| {
         let tap = Tap::attach("t0", 1, None).unwrap();
-        let (mut net, _control, vhost) = Net::inherit(&tap, &["--io-engine", engine]);
+        let (mut net, control, vhost) = Net::inherit(&tap, &["--io-engine", engine]);
+        // It has taken the tap when it answers.
+        let mut client = BlockingClient::new(control, CONTROL_MAX_FRAME);
+        let _: HealthResponse = client
+            .call(DEVICE_SERVICE, "Health", &HealthRequest::new(), PATIENCE)
+            .unwrap();
         ip(&["link", "del", "t0"]);
         // When it ends in the middle of this, that is well, too.
         let begun = std::panic::AssertUnwindSafe(|| Vm::over(vhost, 3, |offered| offered).start());

@@ -70,7 +70,7 @@ pub struct MachineArgs {
     ///   vhost-user=SOCKET      on a switch that listens there; with server=on, that connects
     ///   user                   on the host's own sockets, by passt
     ///   forward=[tcp:|udp:][ADDR:]HOST:GUEST   user: a port of the host; may be repeated
-    ///   mac=MAC                [default: made from the id]
+    ///   mac=MAC                [default: made from the host, the tap and the id]
     ///   queues=N               queue pairs [default: 1]
     ///   mtu=N                  [default: what the back-end has]
     ///   id=NAME                its name in the API [default: net0, net1, …]

@@ -71,6 +71,8 @@ struct First {
     process: Option<HelperProcess>,
     /// Why it is not there.
     missing: Option<String>,
+    /// A network device may be without it.
+    optional: bool,
 }
 
 /// A network device behind a switch, behind passt, or (`Nothing`, by `absent`) behind
@@ -103,6 +105,7 @@ pub fn make_absent(net: &NetConfig, why: String, site: &Site<'_>) -> Result<Devi
         frontend: None,
         process: None,
         missing: None,
+        optional: false,
     };
     finish_net(net, first, site)
 }
@@ -162,7 +165,12 @@ pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Foreign, St
     if let Ok(size @ 1..) = u16::try_from(config.queue_size) {
         options.queue_size = size;
     }
-    finish(&name, options, first, None, site).map(|made| Foreign::Made(Box::new(made)))
+    let made = finish(&name, options, first, None, site);
+    match made {
+        Ok(made) => Ok(Foreign::Made(Box::new(made))),
+        Err(why) if config.optional => Ok(Foreign::Absent(format!("{name}: {why}"))),
+        Err(why) => Err(why),
+    }
 }
 
 /// Puts the function in front.
@@ -177,17 +185,30 @@ fn finish(
         origin,
         frontend,
         process,
-        missing,
+        mut missing,
+        optional,
     } = first;
     let id = options.id.clone();
     let queues = options.queues.into();
     options.hook = Arc::clone(site.hook);
-    let serving = frontend.is_some();
+    let mut serving = frontend.is_some();
     let granted = match (&origin, serving) {
         (Origin::Passt(_), true) => vec!["vhost-user channel".to_owned()],
         _ => Vec::new(),
     };
-    let made = device::attach(site, options, frontend);
+    let mut made = device::attach(site, options.clone(), frontend);
+    // One that does not fit is as good as none; a successor of it may.
+    if let Err(why) = &made
+        && serving
+        && optional
+        && net.is_some()
+        && process.is_none()
+    {
+        let why = format!("{origin}: {}", of_others(&id, why));
+        log::warn!("device {id}: {why}; the machine starts without it");
+        (serving, missing) = (false, Some(why));
+        made = device::attach(site, options, None);
+    }
     let (function, address, port) = made.map_err(|why| {
         if process.is_some() {
             return device::undo(site.launcher, &id, 1, &why);
@@ -265,6 +286,7 @@ fn reach(
             frontend: Some(frontend),
             process: None,
             missing: None,
+            optional,
         }),
         Err(why) if optional => {
             log::warn!("device {id}: {why}; the machine starts without it");
@@ -273,6 +295,7 @@ fn reach(
                 frontend: None,
                 process: None,
                 missing: Some(why),
+                optional,
             })
         }
         Err(why) => Err(format!("device {id}: {why}")),
@@ -365,6 +388,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
             frontend: Some(frontend),
             process: Some(process),
             missing: None,
+            optional: net.optional,
         }),
         Err(why) if net.optional && helper::lasting(&why) => {
             // Nothing was started, but its place was made.
@@ -376,6 +400,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 frontend: None,
                 process: None,
                 missing: None,
+                optional: net.optional,
             })
         }
         Err(why) if net.optional => {
@@ -385,6 +410,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 frontend: None,
                 process: None,
                 missing: Some(why),
+                optional: net.optional,
             })
         }
         Err(why) => Err(why),

@@ -8,7 +8,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bulkhead, ctl, nothing_left, patience};
 
 use crate::net::LIMIT;
-use crate::net_modes::{testpmd_that, tool};
+use crate::net_modes::{passt_at, testpmd_that};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
@@ -280,10 +280,7 @@ done";
     told("broke the vhost-user protocol")?;
     drop(rogue);
     let _ = std::fs::remove_file(&socket);
-    let fewer = host.spawn(&format!(
-        "{} --vhost-user -s {socket} -f --runas 0",
-        tool("PASST")?
-    ))?;
+    let fewer = passt_at(&host, &socket)?;
     told("serves 1 queues, not 2")?;
     drop(fewer);
     let other = switch("0")?;

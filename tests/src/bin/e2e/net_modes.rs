@@ -406,24 +406,27 @@ fn passt_killed() -> Verdict {
     bulkhead_tests::vmm::nothing_left(LIMIT)
 }
 
+/// passt that listens at a socket, for one front-end.
+pub fn passt_at(host: &Namespace, socket: &str) -> Result<Vmm, String> {
+    let passt = host.spawn(&format!(
+        "{} --vhost-user -s {socket} -f --runas 0",
+        tool("PASST")?
+    ))?;
+    let end = std::time::Instant::now() + patience(LIMIT);
+    while !std::path::Path::new(socket).exists() {
+        check(std::time::Instant::now() < end, || {
+            passt.story("passt does not listen")
+        })?;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Ok(passt)
+}
+
 fn passt() -> Verdict {
     let scratch = Scratch::new("passt")?;
     let socket = scratch.path("passt");
     let host = passt_host("passt")?;
-    let start = || -> Result<Vmm, String> {
-        let passt = host.spawn(&format!(
-            "{} --vhost-user -s {socket} -f --runas 0",
-            tool("PASST")?
-        ))?;
-        let end = std::time::Instant::now() + patience(LIMIT);
-        while !std::path::Path::new(&socket).exists() {
-            check(std::time::Instant::now() < end, || {
-                passt.story("passt does not listen")
-            })?;
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
-        Ok(passt)
-    };
+    let start = || passt_at(&host, &socket);
     let first = start()?;
     let mut vmm = host.debian(
         &scratch,

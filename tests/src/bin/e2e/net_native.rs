@@ -11,6 +11,7 @@ use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_
 
 use super::disk::LIMIT;
 use super::hotplug::device;
+use super::net_modes::passt_at;
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
@@ -19,6 +20,10 @@ pub fn native() -> Vec<Test> {
         test(
             "with required=off a machine is made without tap, switch, passt or back-end, and says so once",
             not_required,
+        ),
+        test(
+            "a switch with fewer queues than were asked for is one that is not there, where required=off",
+            unfit,
         ),
         test(
             "a mistake in --net is one of usage and named by the option",
@@ -171,6 +176,26 @@ fn not_required() -> Verdict {
     std::thread::sleep(Duration::from_secs(2));
     let said = served.vmm.errors();
     check(said.lines().count() == 5, || said)?;
+    served.end()
+}
+
+fn unfit() -> Verdict {
+    let scratch = Scratch::new("net-unfit")?;
+    let host = Namespace::new("unfit")?;
+    let served = Served::new(&host, &scratch, "api")?;
+    let socket = scratch.path("passt");
+    // It serves one pair, and one machine after the other.
+    let _passt = passt_at(&host, &socket)?;
+    let net = format!("vhost-user={socket},id=lan,queues=2");
+    let make = |net: &str| served.create(&["--cpus", "2", "--net", net]);
+    refused(make(&net), "its back-end serves 1 queues, not 2")?;
+    let _ = std::fs::remove_file(&socket);
+    let _next = passt_at(&host, &socket)?;
+    make(&format!("{net},required=off"))?;
+    let found = served.state("lan")?;
+    check(found == "disconnected", || {
+        format!("{found}\n{}", served.vmm.errors())
+    })?;
     served.end()
 }
 
