@@ -27,7 +27,10 @@ fn all_text(directory: &Path) -> String {
 /// Why what a promise names is not there.
 fn missing(named: &str, subjects: &str) -> Option<String> {
     let words: Vec<&str> = named.split(' ').collect();
-    let subject = words.iter().find_map(|word| word.strip_prefix("T="));
+    let subject = match words.as_slice() {
+        ["$BULKHEAD_BIN/e2e", "--native", subject] => Some(*subject),
+        words => words.iter().find_map(|word| word.strip_prefix("T=")),
+    };
     match words.as_slice() {
         _ if subject.is_some() => {
             let subject = subject.unwrap();
