@@ -210,6 +210,7 @@ impl VirtioPciFunction {
         if shown != 0 && self.signals.unquiet.load(Ordering::Acquire) {
             device.resetting = Some(shown);
         }
+        device.stand_in = None;
         if let Some(control) = &mut device.control {
             control.reset();
         }

@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use super::backend::{Backend, Shape};
 use super::common::CommonConfig;
 use super::events::FailReason;
-use super::function::VirtioPciFunction;
+use super::function::{Device, VirtioPciFunction};
 use super::registers::{F_EVENT_IDX, net};
 use crate::pci::NO_VECTOR;
 
@@ -132,6 +132,18 @@ impl NetControl {
             ring.set_ready(true);
             Some(ring)
         });
+    }
+
+    /// Goes on where whoever served the ring before has come to.
+    pub fn go_on(&mut self, memory: &GuestMemoryMmap) {
+        let Some(ring) = &mut self.ring else { return };
+        match ring.used_idx(memory, Ordering::Acquire) {
+            Ok(used) => {
+                ring.set_next_avail(used.0);
+                ring.set_next_used(used.0);
+            }
+            Err(_) => self.ring = None,
+        }
     }
 
     /// The device was reset.
@@ -276,7 +288,8 @@ impl VirtioPciFunction {
     /// The control queue whose doorbell is to be listened to.
     pub(super) fn control_queue(&self) -> Option<u16> {
         let device = self.lock_device();
-        device.control.as_ref().and_then(NetControl::queue)
+        let controls = [&device.control, &device.stand_in];
+        controls.into_iter().flatten().find_map(NetControl::queue)
     }
 
     /// A turn at the control queue; true when there may be more.
@@ -310,14 +323,27 @@ impl VirtioPciFunction {
                 true
             }
         });
-        let served = match served {
-            Ok(served) => served,
-            Err(Malformed) => {
-                let id = &self.options.id;
-                log::info!("device {id}: the control queue is malformed");
-                self.require_reset();
-                return false;
-            }
+        let more = self.conclude(device, index, served);
+        self.publish(device);
+        drop(guard);
+        if again {
+            self.config_changed();
+        }
+        more
+    }
+
+    /// Tells the driver of a turn at queue `index`; true when there may be more.
+    pub(super) fn conclude(
+        &self,
+        device: &Device,
+        index: u16,
+        served: Result<Served, Malformed>,
+    ) -> bool {
+        let Ok(served) = served else {
+            let id = &self.options.id;
+            log::info!("device {id}: the control queue is malformed");
+            self.require_reset();
+            return false;
         };
         let vector = device
             .common
@@ -326,11 +352,6 @@ impl VirtioPciFunction {
             .map_or(NO_VECTOR, |(_, queue)| queue.vector);
         if served.signal && vector != NO_VECTOR {
             self.doorbells.call(vector);
-        }
-        self.publish(device);
-        drop(guard);
-        if again {
-            self.config_changed();
         }
         served.more
     }

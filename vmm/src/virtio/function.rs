@@ -64,6 +64,8 @@ pub(super) struct Device {
     pub(super) common: CommonConfig,
     pub(super) backend: Backend,
     pub(super) control: Option<NetControl>,
+    /// Answers the control queue of a process that was given up.
+    pub(super) stand_in: Option<NetControl>,
     /// What the status register shows of a reset until it is complete.
     pub(super) resetting: Option<u8>,
     /// Whether the link carries frames, as the back-end was told or will be.
@@ -219,6 +221,7 @@ impl VirtioPciFunction {
                 common,
                 backend,
                 control,
+                stand_in: None,
                 resetting: None,
                 carries: true,
             }),
@@ -315,6 +318,7 @@ impl VirtioPciFunction {
             log::warn!("device {}: {text}", self.options.id);
             self.follow_link();
             self.notify_config();
+            self.service.wake();
         }
     }
 
@@ -360,6 +364,7 @@ impl VirtioPciFunction {
     /// for this is complete. For functions whose options say `fenced`.
     pub fn quiesced(&self) {
         self.signals.unquiet.store(false, Ordering::Release);
+        self.service.wake();
     }
 
     /// Nothing that a process which was lost had in flight can still reach guest memory. Always so

@@ -6,7 +6,8 @@
 //! device-specific one; `backend` drives the process through the driver's life cycle;
 //! `link` is the tie to the process, and `succession` puts another one in its place;
 //! `doorbell` wires notifications; `control` is the control queue of network back-ends that
-//! do not serve it, and `carrier` their link.
+//! do not serve it, and `carrier` their link; `stand_in` answers it where a process of ours
+//! was given up.
 //!
 //! # Threads
 //!
@@ -54,6 +55,7 @@ mod options;
 mod registers;
 mod ring;
 mod service;
+mod stand_in;
 mod succession;
 
 use std::io;

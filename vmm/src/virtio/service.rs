@@ -236,8 +236,9 @@ impl Worker {
                 signal(&self.shared.done);
             }
             function.follow_carrier();
+            function.follow_stand_in();
             self.follow_control(&function);
-            if function.serve_control() {
+            if function.serve_control() || function.serve_stand_in() {
                 signal(&self.shared.wake);
             }
         }

@@ -139,6 +139,7 @@ impl VirtioPciFunction {
     ) -> Result<Reconnected, ReconnectError> {
         let mut guard = self.lock_device();
         let device = &mut *guard;
+        device.stand_in = None;
         let deadline = self.deadline();
         let negotiated = device.common.status() & status::FEATURES_OK != 0;
         self.options.check_backend(&frontend)?;

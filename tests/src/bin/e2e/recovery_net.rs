@@ -8,7 +8,9 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, nothing_left};
 
 use crate::disk::LIMIT;
+use crate::net_bad::until_event;
 use crate::recovery::{field, kill};
+use crate::shell::{READER, Shell};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
@@ -23,6 +25,11 @@ pub fn tests() -> Vec<Test> {
             "a guest announces its address on the tap after its network process died, and after its link came up",
             false,
             announces,
+        ),
+        test(
+            "a network device that is given up answers its guest's commands, and is removed as any other",
+            false,
+            given_up,
         ),
         test(
             "a network process is killed 4 times during iperf3 both ways: the flow goes on",
@@ -40,6 +47,45 @@ pub fn tests() -> Vec<Test> {
             || killed_under_iperf("vhost-net", kills(500) / 10),
         ),
     ]
+}
+
+/// Linux waits for the answer to a command for ever, and nothing of its networks can be changed
+/// meanwhile.
+fn given_up() -> Verdict {
+    let scratch = Scratch::new("given-up")?;
+    let socket = scratch.path("api");
+    let host = Namespace::new("givenup")?;
+    host.tap("tap0", "10.5.0.1/24", "")?;
+    let args = [
+        "--net",
+        "tap=tap0,id=lan,backend=user",
+        "--hotplug-ports",
+        "1",
+        "--restarts",
+        "1:3600",
+        "--api-socket",
+        &socket,
+    ];
+    let mut guest = Shell::new(host.debian(&scratch, READER, &args)?)?;
+    let reaches = |name: &str, network: u8| {
+        format!(
+            "{name}=$(ls /sys/class/net | grep -v lo) && ip link set ${name} up && ip addr add 10.5.{network}.2/24 dev ${name} && ping -q -c 1 -w 60 10.5.{network}.1 >/dev/null"
+        )
+    };
+    guest.run(&reaches("n", 0))?;
+    // Without its tap, no process can be put in the place of this one.
+    host.sh("ip link del tap0")?;
+    kill(&socket, "lan")?;
+    until_event(&socket, "device.quarantined", "lan")?;
+    guest.run("ip link set $n promisc on; ip link set $n down; ip link set $n up")?;
+    ctl(&socket, &["remove-device", "lan", "--timeout", "300"])?;
+    guest.run("until [ $(ls /sys/class/net) = lo ]; do sleep 0.1; done")?;
+    host.tap("tap1", "10.5.1.1/24", "user root")?;
+    ctl(&socket, &["add-net", "tap=tap1,id=next,backend=user"])?;
+    guest.run("until ls /sys/class/net | grep -qv lo; do sleep 0.1; done")?;
+    guest.run(&reaches("m", 1))?;
+    guest.ends()?;
+    nothing_left(LIMIT)
 }
 
 /// Seconds of the flow in which something arrived: `role` is RX (from the guest) or TX.

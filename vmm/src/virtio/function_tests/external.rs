@@ -17,7 +17,7 @@ const SWITCH: u64 = F_VERSION_1 | 1 << 30 | net::F_MRG_RXBUF | 1 | net::F_MQ | 1
 /// Link up and announce, in the configuration space.
 const STATUS: u64 = BAR + bar::DEVICE + 6;
 /// The control queue's rings, and a command of it.
-const CONTROL: u64 = 0x5_0000;
+pub(super) const CONTROL: u64 = 0x5_0000;
 const COMMAND: u64 = 0x6_0000;
 
 fn switch_with(pairs: u16) -> impl FnOnce(&mut Recorder) {
@@ -46,7 +46,7 @@ fn switched() -> Guest {
 
 /// What Linux does, with both pairs and the control queue. Vector 0 is for changes of
 /// configuration, 1 for all queues.
-fn bring_up(guest: &Guest) {
+pub(super) fn bring_up(guest: &Guest) {
     guest.map();
     guest.enable_interrupts();
     assert_eq!(guest.negotiate(), 11);
@@ -62,7 +62,17 @@ fn bring_up(guest: &Guest) {
 }
 
 /// Sends a command as the `number`-th and waits for its interrupt. Its answer.
-fn command(guest: &Guest, number: u16, bytes: &[u8]) -> u8 {
+pub(super) fn command(guest: &Guest, number: u16, bytes: &[u8]) -> u8 {
+    send(guest, number, bytes);
+    // The function's own thread serves it.
+    while !guest.interrupts().contains(&0x42) {
+        std::thread::yield_now();
+    }
+    answer(guest)
+}
+
+/// Sends a command as the `number`-th.
+pub(super) fn send(guest: &Guest, number: u16, bytes: &[u8]) {
     let ram = &guest.ram.file;
     ram.write_all_at(bytes, COMMAND).unwrap();
     ram.write_all_at(&[0xff], COMMAND + 0x100).unwrap();
@@ -84,10 +94,11 @@ fn command(guest: &Guest, number: u16, bytes: &[u8]) -> u8 {
     ram.write_all_at(&next.to_le_bytes(), CONTROL + 0x1002)
         .unwrap();
     assert!(guest.hypervisor.write(doorbell(4)), "KVM's doorbell");
-    // The function's own thread serves it.
-    while !guest.interrupts().contains(&0x42) {
-        std::thread::yield_now();
-    }
+}
+
+/// What stands where the answer to the last command goes.
+pub(super) fn answer(guest: &Guest) -> u8 {
+    let ram = &guest.ram.file;
     let mut answer = [0xff];
     ram.read_exact_at(&mut answer, COMMAND + 0x100).unwrap();
     answer[0]
@@ -99,7 +110,7 @@ fn enabled(guest: &Guest) -> Vec<bool> {
 }
 
 /// A successor by the function's own thread, as the manager does it.
-fn adopt(guest: &Guest, socket: UnixStream) -> Outcome {
+pub(super) fn adopt(guest: &Guest, socket: UnixStream) -> Outcome {
     guest.function.adopt(socket).unwrap();
     loop {
         match guest.function.on_event(EventSource::Successor) {

@@ -9,6 +9,7 @@ mod killed;
 mod memory;
 mod races;
 mod real_backends;
+mod stood_in;
 mod succession;
 mod switches;
 
