@@ -149,7 +149,8 @@ impl Reaper {
                 going.insert(socket.path.clone());
             }
         }
-        for directory in leftovers::directories(&text) {
+        // One may lie in another that was made before it.
+        for directory in leftovers::directories(&text).into_iter().rev() {
             let place = &directory.path;
             let ours = fs::symlink_metadata(place).is_ok_and(|there| {
                 there.is_dir() && (there.dev(), there.ino()) == directory.identity
@@ -158,6 +159,7 @@ impl Reaper {
             let empty = entries(place).iter().all(|entry| going.contains(entry));
             if ours && empty {
                 self.remove("directory", place, || fs::remove_dir(place));
+                going.insert(directory.path.clone());
             }
         }
         self.remove("note", path, || fs::remove_file(path));

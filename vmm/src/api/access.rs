@@ -15,7 +15,7 @@ use super::request::short;
 const TELLING: [&str; 4] = ["Info", "Devices", "DeviceStats", "Events"];
 /// How long a peer that was refused is not told of again, and how many are told of in that time:
 /// who is not heard does not fill the log of events.
-const TOLD_FOR: Duration = Duration::from_secs(60);
+pub(super) const TOLD_FOR: Duration = Duration::from_secs(60);
 const MOST_TOLD: usize = 8;
 
 /// What a socket's clients may do.

@@ -17,6 +17,8 @@ const MAX_PATH: usize = 4095;
 const MAX_CMDLINE: usize = 8192;
 /// Devices behind root ports on bus 0.
 pub(super) const MAX_DEVICES: usize = 31;
+/// How a refusal of more devices ends.
+pub const BUS_IS_FULL: &str = "devices and empty ports fit on the bus";
 
 /// Checks the form of a configuration.
 ///
@@ -83,7 +85,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         devices = devices.saturating_add(count);
         if devices > MAX_DEVICES {
             return Err(format!(
-                "config.{field} has {count} entries: at most {MAX_DEVICES} devices and empty ports fit on the bus"
+                "config.{field} has {count} entries: at most {MAX_DEVICES} {BUS_IS_FULL}"
             ));
         }
     }

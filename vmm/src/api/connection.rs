@@ -386,9 +386,10 @@ impl Connection {
             Role::Operator => context.limits.outstanding,
             Role::Reader => context.limits.outstanding / 2,
         };
+        let asks = self.role == Role::Reader && matches!(request, ApiRequest::DeviceStats { .. });
         let handle = context
             .replies
-            .handle(key, deadline, Arc::clone(&abandoned), most)
+            .handle(key, deadline, Arc::clone(&abandoned), most, asks)
             .ok_or_else(|| {
                 RpcStatus::new(
                     Code::ResourceExhausted,

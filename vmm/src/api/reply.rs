@@ -157,7 +157,12 @@ pub(super) struct Replies {
     /// Handles that exist: those of clients long gone count until they are completed, or
     /// a client could fill the manager's queue by giving up again and again.
     outstanding: AtomicUsize,
+    /// Of these, what readers ask devices.
+    asking: AtomicUsize,
 }
+
+/// Requests of readers that devices have to answer: an operator's never wait behind more.
+const MOST_ASKING: usize = 2;
 
 impl Replies {
     pub(super) fn new(bell: Arc<EventFd>) -> Self {
@@ -165,21 +170,28 @@ impl Replies {
             queue: Mutex::new(Vec::new()),
             bell,
             outstanding: AtomicUsize::new(0),
+            asking: AtomicUsize::new(0),
         }
     }
 
-    /// A handle for a call; `None` when `most` or more are unanswered. Called on `api` only.
+    /// A handle for a call; `None` when `most` or more are unanswered, or, where a reader asks
+    /// a device (`asks`), when others do. Called on `api` only.
     pub(super) fn handle(
         self: &Arc<Self>,
         key: CallKey,
         deadline: Instant,
         abandoned: Arc<AtomicBool>,
         most: usize,
+        asks: bool,
     ) -> Option<ReplyHandle> {
         // Only this thread adds, so between the check and the addition it can only shrink.
         if self.outstanding.load(Ordering::Acquire) >= most {
             return None;
         }
+        if asks && self.asking.load(Ordering::Acquire) >= MOST_ASKING {
+            return None;
+        }
+        self.asking.fetch_add(usize::from(asks), Ordering::AcqRel);
         self.outstanding.fetch_add(1, Ordering::AcqRel);
         let replies = Arc::clone(self);
         let sink = move |outcome| {
@@ -188,6 +200,9 @@ impl Replies {
                 queue.push(Completion { key, outcome });
             }
             replies.outstanding.fetch_sub(1, Ordering::AcqRel);
+            replies
+                .asking
+                .fetch_sub(usize::from(asks), Ordering::AcqRel);
             // Private to this process and non-blocking: at worst it is readable already.
             let _ = replies.bell.write(1);
         };

@@ -17,7 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::MachineService;
-use super::access::{Door, Refusals, Role};
+use super::access::{Door, Refusals, Role, TOLD_FOR};
 use super::connection::{Connection, Context, Limits};
 use super::events::EventLog;
 use super::reply::Replies;
@@ -82,6 +82,7 @@ impl ApiServer {
             epoll,
             doors,
             refusals: Refusals::default(),
+            full_told: None,
             accept_again: None,
             replies: Arc::new(Replies::new(Arc::clone(&bell))),
             bell: Arc::clone(&bell),
@@ -149,6 +150,8 @@ struct Server {
     epoll: Epoll,
     doors: Vec<Door>,
     refusals: Refusals,
+    /// When it was told that there is no room.
+    full_told: Option<Instant>,
     /// When to listen again after an accept failed.
     accept_again: Option<Instant>,
     replies: Arc<Replies>,
@@ -339,7 +342,11 @@ impl Server {
             }
         }
         if self.is_full(role) && !self.evict(role) {
-            log::warn!("API: refused a client: {} are busy", self.connections.len());
+            let told = self.full_told;
+            if told.is_none_or(|at| now.saturating_duration_since(at) >= TOLD_FOR) {
+                self.full_told = Some(now);
+                log::warn!("API: refused a client: {} are busy", self.connections.len());
+            }
             return;
         }
         let token = self.next_token;

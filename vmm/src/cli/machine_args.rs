@@ -161,7 +161,9 @@ impl MachineArgs {
             config.cpus = Some(parse_cpus(cpus)?).into();
         }
         if let Some(text) = &self.hotplug_ports {
-            let more = parse_ports(text, &config.hotplug_ports)?;
+            let devices = config.ports.iter().map(|port| port.name.clone());
+            let taken: Vec<String> = devices.chain(config.hotplug_ports.clone()).collect();
+            let more = parse_ports(text, &taken)?;
             config.hotplug_ports.extend(more);
         }
         let mut ids = base.ids.clone();

@@ -1,6 +1,7 @@
 //! The command line: one module per command. Usage errors are one line and exit code 2,
 //! every other error one line and exit code 1.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -109,7 +110,8 @@ pub struct ApiArgs {
     #[arg(long, value_name = "SOCKET")]
     pub api_read_only: Option<PathBuf>,
     /// A user whose calls are heard beside root's and your own, on both sockets; may be repeated.
-    /// Then anybody may connect (mode 0666), and who is not named is hung up on
+    /// Then anybody may connect (mode 0666), and who is not named is hung up on. Who is heard acts
+    /// with bulkhead's own rights: as root, give --allow-path, or they can have any file of the host
     #[arg(long, value_name = "UID", value_parser = caller)]
     pub api_uid: Vec<u32>,
     /// The same for a group: that which the caller's process has as its own
@@ -241,19 +243,19 @@ fn usage(error: &clap::Error) -> ExitCode {
                 .collect();
             let what = what.join(" ");
             let what = what.strip_prefix("error: ").unwrap_or(&what);
-            let command = asked(std::env::args().skip(1));
+            let command = asked(std::env::args_os().skip(1));
             fail(EXIT_USAGE, &format!("{what} (see `{command} --help`)"))
         }
     }
 }
 
 /// The command whose help lists the options that were given.
-fn asked(args: impl Iterator<Item = String>) -> String {
+fn asked(args: impl Iterator<Item = OsString>) -> String {
     let mut command = <Cli as clap::CommandFactory>::command();
     let mut words = vec!["bulkhead".to_owned()];
     for arg in args {
         if let Some(next) = command.find_subcommand(&arg).cloned() {
-            words.push(arg);
+            words.push(next.get_name().to_owned());
             command = next;
         }
     }

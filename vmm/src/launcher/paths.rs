@@ -420,7 +420,8 @@ impl Paths {
         for bound in self.bound.drain(..) {
             bound.remove();
         }
-        for made in self.made.drain(..) {
+        // One may lie in another.
+        for made in self.made.drain(..).rev() {
             made.remove();
         }
     }

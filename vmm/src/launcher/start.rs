@@ -309,7 +309,9 @@ fn go(sync: &mut UnixStream) -> Result<(), LauncherError> {
             let error = io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
             let remedy = match error.raw_os_error().unwrap_or(0) {
                 // fcntl(F_DUPFD) beyond RLIMIT_NOFILE.
-                libc::EINVAL | libc::EMFILE => "raise the limit of open files (ulimit -n 1024)",
+                libc::EINVAL | libc::EMFILE if stage == "its descriptors" => {
+                    "raise the limit of open files (ulimit -n 1024)"
+                }
                 _ => "is bulkhead-launcher a static program of this machine, executable by you?",
             };
             Err(failed(format!("launcher: {stage}: {error}; {remedy}")))

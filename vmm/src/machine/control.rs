@@ -83,6 +83,8 @@ pub struct ControlChannel {
     host_errors: Vec<u64>,
     /// It was asked what it wants; and is to be asked again.
     taking: (bool, bool),
+    /// Its health was to be asked for while it was busy.
+    health_due: bool,
     /// Why it is given up.
     ended: Option<String>,
 }
@@ -107,6 +109,7 @@ impl ControlChannel {
             current: None,
             last_token: FINISH,
             taking: (false, false),
+            health_due: false,
             ended: None,
         }
     }
@@ -200,13 +203,17 @@ impl ControlChannel {
         self.advance(turn)
     }
 
-    /// Asks for the device's health, unless it is busy with something: that has a deadline
-    /// too.
+    /// Asks for the device's health, where it is busy with something once it is not: that has a
+    /// deadline too.
     ///
     /// # Errors
     /// [`Breach`].
     pub fn ask_health(&mut self) -> Result<(), Breach> {
-        if self.ended.is_some() || self.client.outstanding() > 0 {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        self.health_due = self.current.is_some();
+        if self.client.outstanding() > 0 {
             return Ok(());
         }
         self.call("Health", &HealthRequest::new(), CALL_LIMIT, HEALTH)
@@ -390,6 +397,10 @@ impl ControlChannel {
     /// Begins what waits, if nothing is under way.
     fn advance(&mut self, turn: &mut Turn<'_>) -> Result<(), Breach> {
         let now = turn.now;
+        // Before the next request: one after another may come for ever.
+        if self.health_due && self.current.is_none() && self.client.outstanding() == 0 {
+            self.ask_health()?;
+        }
         while self.current.is_none() {
             let Some((task, reply)) = self.waiting.pop_front() else {
                 break;

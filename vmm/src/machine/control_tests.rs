@@ -407,12 +407,18 @@ fn errors_of_the_host_are_told_once() {
 }
 
 #[test]
-fn health_is_not_asked_of_one_that_is_busy() {
+fn health_is_not_asked_of_one_that_is_busy_but_before_its_next_request() {
+    let answers = |method: &str, _: &[u8]| match method {
+        "Health" => Ok(health([0, 0], 0, 0)),
+        _ => Ok(Vec::new()),
+    };
     let mut bed = bed();
-    bed.ask(Task::Stats).unwrap();
+    for _ in 0..3 {
+        bed.ask(Task::Stats).unwrap();
+    }
     bed.control.ask_health().unwrap();
-    bed.settle(empty);
-    assert_eq!(bed.calls(), ["Stats"]);
+    bed.settle(answers);
+    assert_eq!(bed.calls(), ["Stats", "Health", "Stats", "Stats"]);
     bed.control.ask_health().unwrap();
     bed.control.ask_health().unwrap();
     bed.settle(|_, _| Ok(health([0, 0], 0, 0)));

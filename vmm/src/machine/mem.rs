@@ -27,6 +27,8 @@ pub struct Memory {
     pub bell: OwnedFd,
     /// What is being done.
     pub busy: Option<Busy>,
+    /// Regions in which nothing is plugged and which are there: a back-end could not let go.
+    pub kept: Vec<usize>,
     /// The last wish that was answered, by incarnation and number: asked twice, the process
     /// may have named it once more meanwhile.
     pub answered: (u64, u64),
@@ -107,6 +109,7 @@ pub fn spawn(area: &Pluggable, base: u64, site: &Site<'_>) -> Result<Device, Str
             books,
             bell,
             busy: None,
+            kept: Vec::new(),
             answered: (0, 0),
             rings: (None, 0),
         })),

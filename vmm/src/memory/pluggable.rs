@@ -1,6 +1,7 @@
 //! Memory that can be plugged while the machine runs: an area above RAM, in a few regions of a
 //! memfd each. A region is there, for KVM and for device processes, while any block of it is
-//! plugged; blocks that are not have no pages.
+//! plugged, and longer beside a back-end that cannot let go of it; blocks that are not plugged have
+//! no pages but those that the guest touches against the rules.
 //!
 //! The regions are mapped here from the start. The manager thread says which are present; the
 //! thread that plugs and those of functions look.

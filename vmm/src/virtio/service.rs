@@ -231,6 +231,8 @@ impl Worker {
             };
             self.make_accesses(&function);
             if let Some(socket) = next {
+                // It is given its rings as the link is wanted by now.
+                function.follow_carrier();
                 let finished = bring_in(&function, socket);
                 self.shared.lock().finished = Some(finished);
                 signal(&self.shared.done);

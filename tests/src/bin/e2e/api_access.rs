@@ -49,12 +49,15 @@ impl Served {
         let directory = scratch.path(name);
         let (socket, reading) = (format!("{directory}/api"), format!("{directory}/read"));
         let sockets = ["--api-socket", &socket, "--api-read-only", &reading];
-        let vmm = Vmm::start(&[["serve"].as_slice(), &sockets, more].concat())?;
+        Self::at(directory, sockets, more)
+    }
+
+    fn at(directory: String, sockets: [&str; 4], more: &[&str]) -> Result<Self, String> {
         let served = Self {
-            vmm,
+            vmm: Vmm::start(&[["serve"].as_slice(), &sockets, more].concat())?,
             directory,
-            socket,
-            reading,
+            socket: sockets[1].to_owned(),
+            reading: sockets[3].to_owned(),
         };
         appears(&served.socket)?;
         appears(&served.reading)?;
@@ -80,6 +83,17 @@ impl Served {
         check(modes == wanted, || {
             format!("{}, not {}", octal(modes), octal(wanted))
         })
+    }
+
+    /// One of whose directories lies in the other.
+    fn nested(scratch: &Scratch) -> Result<Self, String> {
+        let directory = scratch.path("outer");
+        let (socket, reading) = (
+            format!("{directory}/api"),
+            format!("{directory}/inner/read"),
+        );
+        let sockets = ["--api-socket", &socket, "--api-read-only", &reading];
+        Self::at(directory, sockets, &[])
     }
 
     fn gone(&self) -> Verdict {
@@ -115,6 +129,20 @@ fn places() -> Verdict {
     check(
         Path::new(&file).exists() && !Path::new(&shared.socket).exists(),
         || "the file is gone, or the socket is there".to_owned(),
+    )?;
+
+    let mut nested = Served::nested(&scratch)?;
+    sh(&format!("kill -TERM {}", nested.vmm.pid()))?;
+    nested.vmm.ends_with(128 + 15, LIMIT)?;
+    nested.gone()?;
+    // One directory is made for each, not two: what was made goes again.
+    let deep = scratch.path("deep");
+    let read = format!("{deep}/inner/further/read");
+    let api = format!("{deep}/api");
+    let refused = bulkhead(&["serve", "--api-socket", &api, "--api-read-only", &read])?;
+    check(
+        !refused.status.success() && !Path::new(&deep).exists(),
+        || format!("{deep} is there"),
     )?;
 
     // As a power cut leaves them.

@@ -1,6 +1,8 @@
 //! What a careless operator types: one line that names the thing, exit code 1 (2 for
 //! usage), nothing left behind.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -300,6 +302,12 @@ fn bad_options() -> Verdict {
     ] {
         expect(&bulkhead(&args)?, 2, &words).map_err(|e| format!("{args:?}: {e}"))?;
     }
+    // Its own help is the one that is named, whatever stands beside it.
+    let mut command = Command::new(bin("bulkhead"));
+    command.args(["ctl", "resize-cpus", "many"]);
+    command.arg(OsStr::from_bytes(b"\xff"));
+    let output = command.output().map_err(|e| e.to_string())?;
+    expect(&output, 2, &["bulkhead ctl resize-cpus --help"])?;
     let socket = "/no/such/socket";
     expect(
         &bulkhead(&["ctl", "--socket", socket, "info"])?,

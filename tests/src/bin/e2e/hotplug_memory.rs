@@ -235,6 +235,7 @@ fn deaf() -> Verdict {
     ];
     let mut guest = Shell::new(debian(&scratch, READER, &[] as &[&str], &args)?)?;
     guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks")?;
+    let at_first = memory_slots(&socket)?;
     resize(&socket, 512)?;
     reaches(&socket, 512, &guest.vmm)?;
     ctl(&socket, &["add-net", "user,id=user0"])?;
@@ -260,6 +261,12 @@ fn deaf() -> Verdict {
     ctl(&socket, &["remove-device", "user0", "--timeout", "300"])?;
     resize(&socket, 512)?;
     reaches(&socket, 512, &guest.vmm)?;
+    resize(&socket, BASE)?;
+    reaches(&socket, BASE, &guest.vmm)?;
+    let now = memory_slots(&socket)?;
+    check(now == at_first, || {
+        format!("{now} slots, {at_first} before")
+    })?;
     guest.is_well("virtio_mem.*(error|fail)")?;
     guest.vmm.type_text("exit\n")?;
     guest.vmm.ends_with(0, LIMIT)

@@ -157,6 +157,41 @@ fn calls_of_both_sockets_count_together_and_half_are_operators() {
 }
 
 #[test]
+fn readers_ask_devices_for_little_at_a_time() {
+    let (fixture, requests) = Fixture::manual(Limits::default());
+    let mut asked = bulkhead_proto::machine::DeviceStatsRequest::new();
+    asked.id = "disk0".to_owned();
+    let asked = asked.write_to_bytes().unwrap();
+    let ask = |stream: &mut UnixStream, id: u32| {
+        stream
+            .write_all(&request_with(id, "DeviceStats", &asked, 0))
+            .unwrap();
+    };
+    let mut first = fixture.reader();
+    ask(&mut first, 1);
+    ask(&mut first, 3);
+    let kept: Vec<_> = (0..2)
+        .map(|_| requests.recv_timeout(LONG).unwrap())
+        .collect();
+    // Those of one that has gone count until they are answered.
+    drop(first);
+    let mut second = fixture.reader();
+    ask(&mut second, 1);
+    assert_eq!(answer(&mut second), (1, Err(Code::ResourceExhausted)));
+    // An operator has places of its own.
+    let mut operator = fixture.connect();
+    ask(&mut operator, 1);
+    let (_, reply) = requests.recv_timeout(LONG).unwrap();
+    reply.complete(Ok(ApiResponse::Done));
+    assert_eq!(answer(&mut operator), (1, Ok(())));
+    drop(kept);
+    ask(&mut second, 3);
+    let (_, reply) = requests.recv_timeout(LONG).unwrap();
+    reply.complete(Ok(ApiResponse::Done));
+    assert_eq!(answer(&mut second), (3, Ok(())));
+}
+
+#[test]
 fn a_request_of_a_readers_is_bounded_too() {
     let limits = Limits {
         request: 64,

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_proto::sys;
@@ -56,6 +56,13 @@ struct Place {
     fresh: Option<Fresh>,
 }
 
+impl Drop for Places {
+    /// One directory may lie in another.
+    fn drop(&mut self) {
+        while self.places.pop().is_some() {}
+    }
+}
+
 impl Role {
     fn name(self) -> &'static str {
         match self {
@@ -79,7 +86,11 @@ impl ApiOptions {
             (&self.socket, Role::Operator, self.callers.clone()),
             (&self.read_only, Role::Reader, readers.clone()),
         ];
-        let mut places: Vec<Place> = Vec::new();
+        let mut made = Places {
+            own,
+            places: Vec::new(),
+        };
+        let places = &mut made.places;
         for (path, role, callers) in sockets {
             let Some(path) = path else {
                 continue;
@@ -103,7 +114,7 @@ impl ApiOptions {
                 fresh,
             });
         }
-        Ok(Places { own, places })
+        Ok(made)
     }
 }
 
@@ -112,7 +123,7 @@ impl Places {
     ///
     /// # Errors
     /// One line that names the socket and the remedy.
-    pub(super) fn bind(self, launcher: &Launcher) -> Result<Vec<Door>, String> {
+    pub(super) fn bind(mut self, launcher: &Launcher) -> Result<Vec<Door>, String> {
         let own = self.own;
         let bind = |place: Place| {
             let anybody = !place.callers.is_empty();
@@ -126,7 +137,8 @@ impl Places {
             }
             Ok(Door::new(listener, role, place.callers, own))
         };
-        self.places.into_iter().map(bind).collect()
+        let places = std::mem::take(&mut self.places);
+        places.into_iter().map(bind).collect()
     }
 }
 
@@ -164,7 +176,15 @@ fn directory(socket: &Path, own: u32, others: bool) -> Result<Option<Fresh>, Str
                         "its directory cannot be made: {error}: make it, or choose another path"
                     )
                 })?;
-            Ok(Some(Fresh(path.to_owned())))
+            let fresh = Fresh(path.to_owned());
+            // The umask took what it takes.
+            fs::OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+                .open(path)
+                .and_then(|made| made.set_permissions(fs::Permissions::from_mode(mode)))
+                .map_err(|error| format!("its directory, just made: {error}"))?;
+            Ok(Some(fresh))
         }
         Err(error) => Err(format!("its directory: {error}: choose another path")),
     }

@@ -27,6 +27,7 @@ use turns::{Place, Request, Waiting};
 
 use super::Host;
 use super::devices::tell_spawned;
+use crate::api::config::BUS_IS_FULL;
 use crate::api::{ApiResponse, EventLog, ReplyHandle};
 use crate::ged::GedEvents;
 use crate::launcher::Launcher;
@@ -37,7 +38,7 @@ use crate::machine::plugger::{Listener, listener};
 use crate::machine::state::MachineState;
 use crate::machine::told;
 use crate::machine::trial::Ended;
-use crate::pci::{PciError, PciFunction, is_same};
+use crate::pci::{self, PciError, PciFunction, is_same};
 
 /// Devices that are made at a time.
 const MAX_ADDING: usize = 8;
@@ -216,8 +217,7 @@ impl Host {
                     format!("port {port}: there is none of this name: see Info"),
                 ));
             }
-            // Those that are on their way take one each.
-            None if ports.iter().filter(|p| p.is_free()).count() <= self.hotplug.adding.len() => {
+            None if !ports.iter().any(pci::PortInfo::is_free) => {
                 return Err(precondition(NO_PORT));
             }
             _ => {}
@@ -227,9 +227,13 @@ impl Host {
         for adding in &self.hotplug.adding {
             adding.what.enter(&mut beside, "");
         }
-        addition
-            .validate(&beside)
-            .map_err(RpcStatus::invalid_argument)?;
+        addition.validate(&beside).map_err(|why| {
+            // Those that are on their way may take the last ports.
+            match why.ends_with(BUS_IS_FULL) {
+                true => precondition(NO_PORT),
+                false => RpcStatus::invalid_argument(why),
+            }
+        })?;
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
             prepared: Arc::clone(&self.prepared),

@@ -331,9 +331,17 @@ impl Host {
 
     fn begin_job(&mut self, mut job: Job) {
         // A region that a back-end cannot let go of while it serves stays where it is, empty.
-        if self.is_any_deaf() {
-            job.remove.clear();
-        }
+        let deaf = self.is_any_deaf();
+        self.with_memory(|memory| {
+            let kept = &mut memory.kept;
+            kept.retain(|number| !job.add.contains(number));
+            if deaf {
+                kept.append(&mut job.remove);
+            } else if job.add.is_empty() {
+                // What could not go before does now.
+                job.remove.append(kept);
+            }
+        });
         if job == Job::default() {
             return self.on_plugged(Ok(()));
         }
