@@ -248,7 +248,7 @@ fn stuck() -> Verdict {
         &["add-disk", disk.as_str()] as &[&str],
         &["remove-device", "slow"],
     ] {
-        refused(&ctl(&socket, again), "is the host's storage stuck?")?;
+        refused(&ctl(&socket, again), "is the host's storage stuck")?;
     }
     guest.run("echo alive")?;
     mapped.resume()?;

@@ -325,13 +325,19 @@ fn limits(host: &Namespace, vmm: &mut Vmm, sniffer: &mut Vmm, socket: &str) -> V
     ctl(socket, &["update-net", "net0", "--tx-pps", "0"])?;
     vmm.wait_for("SENT", LIMIT)?;
     let end = Instant::now() + LIMIT;
-    while {
+    loop {
         number += 1;
-        count(sniffer, number)?
-    } != MANY
-    {
+        let gone = count(sniffer, number)?;
+        if gone == MANY {
+            break;
+        }
         check(Instant::now() < end, || {
-            vmm.story("held-back datagrams did not all go")
+            let stats = ctl(socket, &["stats", "net0"]);
+            let tap = host.sh("ip -s -s link show tap0; nstat -az | grep -i drop");
+            let far = format!("{went} at first, {gone} of {MANY} now");
+            vmm.story(&format!(
+                "held-back datagrams did not all go: {far}: {stats:?} {tap:?}"
+            ))
         })?;
         std::thread::sleep(Duration::from_millis(100));
     }
