@@ -266,6 +266,15 @@ mod tests {
         path
     }
 
+    fn reap(bed: &Path, dry_run: bool) -> Reaper {
+        let mut reaper = Reaper {
+            dry_run,
+            ..Reaper::default()
+        };
+        reaper.notes(bed);
+        reaper
+    }
+
     #[test]
     fn what_is_stale_goes_and_what_lives_or_is_a_strangers_stays() {
         let bed = bed("notes");
@@ -287,14 +296,7 @@ mod tests {
         assert!(try_lock(&holder).unwrap());
         let stranger = note(&bed, "vm-x.run", &[&live]);
 
-        let reap = |dry_run| {
-            let mut reaper = Reaper {
-                dry_run,
-                ..Reaper::default()
-            };
-            reaper.notes(&bed);
-            reaper
-        };
+        let reap = |dry_run| reap(&bed, dry_run);
         let dry = reap(true);
         assert_eq!((dry.removed, dry.live.len(), dry.failed), (2, 1, 0));
         assert!(stale.exists() && dead_note.exists());
@@ -337,14 +339,7 @@ mod tests {
         fs::rename(&other, bed.join("moved")).unwrap();
         fs::create_dir(&other).unwrap();
         fs::write(bed.join("vm-5-6.run"), text).unwrap();
-        let reap = |dry_run| {
-            let mut reaper = Reaper {
-                dry_run,
-                ..Reaper::default()
-            };
-            reaper.notes(&bed);
-            reaper
-        };
+        let reap = |dry_run| reap(&bed, dry_run);
         // Two sockets, a directory, the note.
         assert_eq!(reap(true).removed, 4);
         assert!(made.join("api").exists());

@@ -22,6 +22,8 @@ use super::{ENTROPY_ROLE, MAX_PATH, isolate, lock, printable, sys};
 const SECTOR: u64 = 512;
 /// Most sockets bound at a time.
 const MAX_SOCKETS: usize = 64;
+/// Most directories that are made for sockets: one of the API's, one of who only reads it.
+const MAX_MADE: usize = 2;
 /// Number of /dev/random (the kernel's list of devices: memory devices, 8).
 const RANDOM: u64 = libc::makedev(1, 8);
 
@@ -390,6 +392,9 @@ impl Paths {
 
     /// The directory of a socket was made for it: it goes when the VM ends, too.
     pub fn has_made_directory(&mut self, socket: &Path) -> Result<(), String> {
+        if self.made.len() >= MAX_MADE {
+            return refuse("directory of", socket, "no more are made for one VM");
+        }
         let made =
             Made::of(socket).or_else(|error| refuse("directory of", socket, &reason(&error)))?;
         if let (Some(note), Ok(metadata)) = (&mut self.note, made.directory.metadata()) {

@@ -13,6 +13,10 @@ use crate::api::{ApiRequest, MachineService, ReplyHandle};
 /// Most requests that may wait for the manager.
 const DEPTH: usize = 64;
 
+/// Most of them that the manager takes before it looks at what else has happened: places that
+/// become free are taken again at once.
+pub const TURN: usize = DEPTH;
+
 /// The API thread's end.
 pub struct RequestSender {
     sender: SyncSender<(ApiRequest, ReplyHandle)>,
@@ -67,6 +71,11 @@ impl RequestReceiver {
     /// Takes the wake-up back, before the queue is looked at.
     pub fn clear(&self) {
         let _ = self.wake.read();
+    }
+
+    /// More may wait than were taken: wakes the manager once more.
+    pub fn look_again(&self) {
+        let _ = self.wake.write(1);
     }
 
     /// Readable while requests may wait.

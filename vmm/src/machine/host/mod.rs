@@ -375,12 +375,7 @@ impl Host {
     /// True: it was nothing but a device's heartbeat.
     fn on_event(&mut self, source: Source) -> bool {
         match source {
-            Source::Requests => {
-                self.requests.clear();
-                while let Some((request, reply)) = self.requests.try_next() {
-                    self.on_request(request, reply);
-                }
-            }
+            Source::Requests => self.on_requests(),
             Source::Vcpus => {
                 while let Some(event) = self.vcpu_events.try_recv() {
                     self.on_machine_event(event);
@@ -407,6 +402,17 @@ impl Host {
             Source::Leaving { operation, fence } => self.on_leaving(operation, fence),
         }
         false
+    }
+
+    fn on_requests(&mut self) {
+        self.requests.clear();
+        for _ in 0..queue::TURN {
+            let Some((request, reply)) = self.requests.try_next() else {
+                return;
+            };
+            self.on_request(request, reply);
+        }
+        self.requests.look_again();
     }
 
     fn on_machine_event(&mut self, event: MachineEvent) {

@@ -34,14 +34,7 @@ fn net_options() -> VirtioPciOptions {
 }
 
 fn switched() -> Guest {
-    let (backend, socket) = TestBackend::start_with(&[], switch_with(PAIRS));
-    let ram = Ram::new();
-    let machine = machine(net_options(), socket, Arc::new(ram.clone()));
-    Guest {
-        machine,
-        backend,
-        ram,
-    }
+    guest_of(net_options(), &[], switch_with(PAIRS))
 }
 
 /// What Linux does, with both pairs and the control queue. Vector 0 is for changes of

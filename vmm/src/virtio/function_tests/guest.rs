@@ -15,7 +15,7 @@ use crate::bus::Bus;
 use crate::hypervisor::MsiMessage;
 use crate::pci::mock_hypervisor::{MockHypervisor, consume};
 use crate::pci::{AddressRange, PortConfig, RootComplex, Windows};
-use crate::vhost_user::test_backend::TestBackend;
+use crate::vhost_user::test_backend::{Recorder, TestBackend};
 use crate::vhost_user::{Frontend, MemoryMap, MemoryRegion};
 use crate::virtio::registers::{NOTIFY_MULTIPLIER, bar, common};
 use crate::virtio::{ConfigSource, VirtioPciOptions};
@@ -120,7 +120,16 @@ pub fn guest() -> Guest {
 pub const CONFIG: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
 
 pub fn guest_with(options: VirtioPciOptions) -> Guest {
-    let (backend, socket) = TestBackend::start(&CONFIG);
+    guest_of(options, &CONFIG, |_| {})
+}
+
+/// A guest in front of a back-end that `change` has made another one.
+pub fn guest_of(
+    options: VirtioPciOptions,
+    config: &[u8],
+    change: impl FnOnce(&mut Recorder),
+) -> Guest {
+    let (backend, socket) = TestBackend::start_with(config, change);
     let ram = Ram::new();
     let machine = machine(options, socket, Arc::new(ram.clone()));
     Guest {

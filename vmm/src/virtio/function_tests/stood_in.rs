@@ -24,14 +24,7 @@ fn ours() -> Guest {
         successor: true,
         ..VirtioPciOptions::new("net0", kinds::NET, 5)
     };
-    let (backend, socket) = TestBackend::start_with(&[0; 12], offers);
-    let ram = Ram::new();
-    let machine = machine(options, socket, Arc::new(ram.clone()));
-    Guest {
-        machine,
-        backend,
-        ram,
-    }
+    guest_of(options, &[0; 12], offers)
 }
 
 /// Commands that the driver has had answered, by the ring.
