@@ -199,7 +199,10 @@ struct Bed {
     inflight: Option<InflightRegion>,
     errors: File,
     last: u64,
-    ready_us: Vec<f64>,
+    /// Of a kill, each of [`SPANS`], milliseconds.
+    parts_ms: [Vec<f64>; 4],
+    /// From a spawn to ready, milliseconds.
+    ready_ms: Vec<f64>,
 }
 
 impl Bed {
@@ -234,7 +237,8 @@ impl Bed {
             inflight: None,
             errors: event()?,
             last: 1,
-            ready_us: Vec::new(),
+            parts_ms: Default::default(),
+            ready_ms: Vec::new(),
         })
     }
 
@@ -332,7 +336,7 @@ impl Bed {
         let Linked { fence, .. } = self.launcher.take_linked(ticket).ok_or("no process")?;
         let fence = fence.ok_or("no fence")?;
         let process = self.greet(self.last, control, vhost, fence)?;
-        self.ready_us.push(begun.elapsed().as_secs_f64() * 1e3);
+        self.ready_ms.push(begun.elapsed().as_secs_f64() * 1e3);
         Ok(process)
     }
 
@@ -385,6 +389,7 @@ impl Bed {
     /// SIGKILL, and another process in its place.
     fn kill(&mut self, process: Process) -> Try<Process> {
         let incarnation = process.incarnation;
+        let begun = Instant::now();
         self.launcher
             .kill("disk", incarnation)
             .map_err(say("kill"))?;
@@ -394,14 +399,28 @@ impl Bed {
             } if of == incarnation => Some(Ok(())),
             _ => None,
         })?;
+        let reaped = begun.elapsed();
         // Its I/O has ended when this hangs up.
         let mut byte = [0];
         let mut fence = File::from(process.fence);
         if fence.read(&mut byte).map_err(say("fence"))? != 0 {
             return Err("the fence has something to say".into());
         }
+        let ended = begun.elapsed();
         let mut next = self.another(false)?;
+        let ready = begun.elapsed();
         self.start(&mut next, None)?;
+        let all = begun.elapsed();
+        for (part, from, to) in [
+            (0, Duration::ZERO, reaped),
+            (1, reaped, ended),
+            (2, ended, ready),
+            (3, ready, all),
+        ] {
+            if let Some(part) = self.parts_ms.get_mut(part) {
+                part.push((to - from).as_secs_f64() * 1e3);
+            }
+        }
         Ok(next)
     }
 
@@ -484,7 +503,7 @@ pub fn measure(rounds: usize) -> crate::Report {
         "most",
         "aim",
     ]);
-    let mut ready = Vec::new();
+    let (mut ready, mut because) = (Vec::new(), Vec::new());
     let disk = std::env::var("BENCH_DISK_DIR").unwrap_or_else(|_| ".".into());
     for (place, directory, aim) in [
         ("tmpfs", "/dev/shm", "p50 ≤ 20, p99 ≤ 100"),
@@ -494,7 +513,14 @@ pub fn measure(rounds: usize) -> crate::Report {
         let path = format!("{directory}/bulkhead-stall-{}.img", std::process::id());
         let outcome = on(&scratch, &path, rounds);
         let _ = std::fs::remove_file(&path);
-        let (killed, updated, starts) = outcome?;
+        let (killed, updated, starts, parts) = outcome?;
+        let told = SPANS.iter().zip(&parts);
+        let told = told.map(|(what, of)| format!("{} {what}", figure(share(of, 0.5), 2)));
+        let told: Vec<String> = told.collect();
+        because.push(format!(
+            "{place}: medians of a SIGKILL's parts, ms: {}.",
+            told.join(", ")
+        ));
         let mut row = |what: String, values: &[f64], aim: &str| {
             let most = values.iter().copied().fold(0.0, f64::max);
             table.row(vec![
@@ -509,6 +535,7 @@ pub fn measure(rounds: usize) -> crate::Report {
         row(format!("{place}: live update"), &updated, "p50 ≤ 10");
         ready.extend(starts);
     }
+    because.push("The kernel takes an io_uring ring apart, and with it lets go of the pipe that tells that its I/O has ended, after grace periods of its RCU; the next process is spawned then.".to_owned());
     let most = ready.iter().copied().fold(0.0, f64::max);
     table.row(vec![
         "spawn → ready under this load".into(),
@@ -518,12 +545,21 @@ pub fn measure(rounds: usize) -> crate::Report {
         "p50 ≤ 5".into(),
     ]);
     Ok(format!(
-        "## stall: bulkhead-blk killed and updated under load ({DEPTH} requests of 4 KiB in flight, half of them writes), {rounds} times each\n\n{}\n",
-        table.text()
+        "## stall: bulkhead-blk killed and updated under load ({DEPTH} requests of 4 KiB in flight, half of them writes), {rounds} times each\n\n{}\n{}\n",
+        table.text(),
+        because.join("\n")
     ))
 }
 
-type Gaps = (Vec<f64>, Vec<f64>, Vec<f64>);
+/// Gaps of kills and of updates, times to ready, and [`SPANS`].
+type Gaps = (Vec<f64>, Vec<f64>, Vec<f64>, [Vec<f64>; 4]);
+/// What a kill's gap is made of, in order.
+const SPANS: [&str; 4] = [
+    "from SIGKILL until the launcher has told its end",
+    "until its I/O has ended",
+    "until the next is ready",
+    "until its rings are set up",
+];
 
 fn on(scratch: &Scratch, path: &str, rounds: usize) -> Try<Gaps> {
     let file = File::create(path).map_err(|e| format!("{path}: {e}"))?;
@@ -555,5 +591,5 @@ fn on(scratch: &Scratch, path: &str, rounds: usize) -> Try<Gaps> {
         (_, Err(why)) | (Err(why), _) => return Err(why),
         (Ok(measured), Ok(())) => measured,
     };
-    Ok((killed, updated, bed.ready_us))
+    Ok((killed, updated, bed.ready_ms, bed.parts_ms))
 }

@@ -59,7 +59,7 @@ pub fn port(socket: &str, name: &str, field: &str) -> Result<serde_json::Value, 
 }
 
 /// Repeats what a guest that has not noticed yet makes fail.
-pub fn until_ok(what: impl Fn() -> Result<serde_json::Value, String>) -> Verdict {
+pub fn until_ok(mut what: impl FnMut() -> Result<serde_json::Value, String>) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     loop {
         match what() {

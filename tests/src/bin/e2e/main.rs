@@ -34,6 +34,7 @@ mod hotplug_late;
 mod hotplug_limits;
 mod hotplug_memory;
 mod hotplug_order;
+mod hotplug_paused;
 mod kata;
 mod kata_native;
 mod mapped;
@@ -124,6 +125,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_late::tests());
         tests.extend(hotplug_memory::tests());
         tests.extend(hotplug_order::tests());
+        tests.extend(hotplug_paused::tests());
         tests.extend(rng::tests());
         tests.extend(console::tests());
         tests.extend(kata::tests());
