@@ -136,7 +136,13 @@ impl Bed {
             disk(attack, &format!("evil-{attack}"))?;
         }
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        ctl(&self.socket, &args).map(|_| ())
+        ctl(&self.socket, &args)?;
+        let of_time = |attack: &&&str| attack.starts_with("til-");
+        for attack in attacks.iter().filter(|attack| !of_time(attack)) {
+            // It begins then, and may end before it has answered; its successor is told the same.
+            let _ = ctl(&self.socket, &["update-disk", attack, "--iops", "1000"]);
+        }
+        Ok(())
     }
 
     /// The good disk answers as it did before.
@@ -249,7 +255,7 @@ fn attacks() -> Verdict {
 fn drip() -> Verdict {
     let bed = serve("drip")?;
     bed.create(&["drip"])?;
-    std::thread::sleep(Duration::from_millis(900));
+    std::thread::sleep(Duration::from_secs(2));
     // The manager waits for no answer: others are served meanwhile.
     let socket = bed.socket.clone();
     let asked = std::thread::spawn(move || ctl(&socket, &["stats", "drip"]));

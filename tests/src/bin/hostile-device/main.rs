@@ -10,6 +10,7 @@ use std::io::{IoSlice, Write};
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_blk::cli::{self, Command, Endpoint, Options};
@@ -21,7 +22,7 @@ use bulkhead_runtime::device::Device;
 use bulkhead_runtime::{ServeOptions, serve};
 use bulkhead_seccomp::policy;
 use bulkhead_seccomp::privileges::Rlimits;
-use trap::{Trap, Trapped};
+use trap::{TOLD, Trap, Trapped};
 
 const CONTROL: RawFd = 3;
 const VHOST: RawFd = 4;
@@ -58,12 +59,16 @@ fn main() -> ExitCode {
         Some("early-silence") => loop {
             std::thread::park_timeout(Duration::from_secs(60));
         },
-        Some(name) if Trap::named(name).is_none() => {
+        Some(name) if name != "stuck" && name != "crash" => {
             let name = name.to_owned();
             let (here, begun) = std::sync::mpsc::channel();
             std::thread::spawn(move || {
                 // Before the filter, which does not let a thread begin.
                 let _ = here.send(());
+                // Not while the VMM still makes the machine.
+                while !TOLD.load(Ordering::Acquire) {
+                    std::thread::park_timeout(Duration::from_millis(10));
+                }
                 // Again and again: on a busy machine a channel may not be there yet.
                 loop {
                     attack(&name);
