@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bulkhead_runtime::driver::{DriverRing, WRITE};
 use bulkhead_runtime::frontend::{
-    Numbers, Region, Step, fd, inject, negotiate, say_reset, steps, takeovers,
+    GREETINGS, Numbers, Region, Step, fd, greet, inject, negotiate, say_reset, steps, takeovers,
 };
 use bulkhead_runtime::sys::{self, PollFd};
 use support::*;
@@ -258,6 +258,16 @@ fn a_process_may_be_killed_at_every_step_of_its_setup() {
     let mut blk = Blk::listen(&socket, &spec, &args);
     let mut machine = Machine::new(&socket);
     machine.set_up();
+    for count in 0..GREETINGS {
+        for i in 0..10 {
+            machine.submit(i % 2, i % 3 > 0, &mut numbers);
+        }
+        inject(|| format!("set-up: kill after {count} of {GREETINGS} messages of greeting"));
+        kill(blk);
+        blk = Blk::listen(&socket, &spec, &args);
+        let stream = UnixStream::connect(&socket).unwrap();
+        machine.vm.frontend = greet(stream, QUEUES, |f| f, count).0;
+    }
     for count in 0..=steps(QUEUES).len() {
         for i in 0..10 {
             machine.submit(i % 2, i % 3 > 0, &mut numbers);

@@ -17,7 +17,7 @@ use bulkhead_proto::server::CONTROL_MAX_FRAME;
 use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 use bulkhead_runtime::driver::WRITE;
 use bulkhead_runtime::frontend::{
-    Numbers, Region, Step, fd, inject, negotiate, say_reset, steps, takeovers,
+    GREETINGS, Numbers, Region, Step, fd, greet, inject, say_reset, steps, takeovers,
 };
 use bulkhead_runtime::sys::{self, PollFd};
 use support::*;
@@ -172,8 +172,13 @@ impl Machine {
     }
 
     /// Another process takes the place of one that was killed, whose I/O has ended first, as a
-    /// supervisor sees to it. It is told nothing yet.
+    /// supervisor sees to it. It is greeted, and told nothing else yet.
     fn replace(&mut self) {
+        self.replace_greeted(GREETINGS);
+    }
+
+    /// The same, of whose greeting so many messages are said.
+    fn replace_greeted(&mut self, greetings: usize) {
         assert_eq!(self.fence.read(&mut [0]).unwrap(), 0, "the fence falls");
         self.reap();
         // Frames that are with the device may come to the wire once more.
@@ -184,7 +189,7 @@ impl Machine {
         }
         let (net, control, vhost, fence) = start(&self.tap, self.engine);
         (self.net, self.control, self.fence) = (Some(net), control, fence);
-        self.vm.frontend = negotiate(vhost, QUEUES, |f| f).0;
+        self.vm.frontend = greet(vhost, QUEUES, |f| f, greetings).0;
     }
 
     fn offer_buffers(&mut self, queue: usize) {
@@ -392,6 +397,20 @@ fn a_process_may_be_killed_at_every_step_of_its_setup_twice_in_a_row() {
     engines(|engine| {
         let mut numbers = Numbers::seeded(0x5eed_0000_1111_2222);
         let mut machine = Machine::new(engine);
+        for count in 0..GREETINGS {
+            machine.load(&mut numbers);
+            inject(|| {
+                format!(
+                    "{engine}: set-up: kill, and again after {count} of {GREETINGS} messages of greeting"
+                )
+            });
+            machine.kill();
+            machine.replace_greeted(count);
+            machine.kill();
+            machine.replace();
+            machine.set_up();
+            machine.flows();
+        }
         for count in 0..=steps(QUEUES).len() {
             machine.load(&mut numbers);
             let all = steps(QUEUES).len();

@@ -51,17 +51,37 @@ pub fn fd(event: &EventFd) -> BorrowedFd<'_> {
     }
 }
 
-/// What a front-end says before it says anything about memory or rings, and what of the offered
-/// features it took: what `choose` made of them.
+/// Messages of a front-end before it says anything about memory or rings: SET_OWNER,
+/// GET_FEATURES, SET_FEATURES, GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES.
+pub const GREETINGS: usize = 5;
+
+/// Says these messages, and what of the offered features was taken: what `choose` made of them.
 pub fn negotiate(stream: UnixStream, queues: u16, choose: impl Fn(u64) -> u64) -> (Frontend, u64) {
+    greet(stream, queues, choose, GREETINGS)
+}
+
+/// Says the first `count` of them.
+pub fn greet(
+    stream: UnixStream,
+    queues: u16,
+    choose: impl Fn(u64) -> u64,
+    count: usize,
+) -> (Frontend, u64) {
     let mut f = Frontend::from_stream(stream, u64::from(queues));
-    f.set_owner().unwrap();
-    let features = choose(f.get_features().unwrap());
-    f.set_features(features).unwrap();
-    let protocol = f.get_protocol_features().unwrap();
+    let (mut features, mut protocol) = (0, VhostUserProtocolFeatures::empty());
     let needed = VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-    assert!(protocol.contains(needed));
-    f.set_protocol_features(protocol).unwrap();
+    for message in 0..count {
+        match message {
+            0 => f.set_owner().unwrap(),
+            1 => features = choose(f.get_features().unwrap()),
+            2 => f.set_features(features).unwrap(),
+            3 => {
+                protocol = f.get_protocol_features().unwrap();
+                assert!(protocol.contains(needed));
+            }
+            _ => f.set_protocol_features(protocol).unwrap(),
+        }
+    }
     f.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     (f, features)
 }

@@ -31,6 +31,23 @@ pub fn figure(value: Option<f64>, decimals: usize) -> String {
         .map_or_else(|| "–".into(), |v| format!("{v:.decimals$}"))
 }
 
+/// The value below which this share of them lies.
+pub fn share(values: &[f64], of: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let index = (sorted.len() as f64 * of).ceil() as usize;
+    sorted.get(index.saturating_sub(1)).copied()
+}
+
+/// An aim, and whether it was met.
+pub fn judged(what: &str, value: Option<f64>, most: f64) -> String {
+    let met = value.is_some_and(|value| value <= most);
+    format!(
+        "{what} ≤ {most}: {}",
+        if met { "met" } else { "**missed**" }
+    )
+}
+
 /// Rows below a heading.
 pub struct Table {
     rows: Vec<Vec<String>>,
