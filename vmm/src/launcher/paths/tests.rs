@@ -185,3 +185,22 @@ fn the_hosts_generator_opens_for_entropy_alone() {
     assert!(open(ENTROPY_ROLE, Path::new("/dev/zero"), Mode::Read).is_err());
     assert!(open(ENTROPY_ROLE, Path::new("/etc/passwd"), Mode::Read).is_err());
 }
+
+#[test]
+fn two_directories_are_made_for_sockets_at_most_and_those_that_are_empty_go() {
+    let scratch = Scratch::new("made");
+    let mut paths = Paths::new(Vec::new());
+    let made = |name: &str| {
+        let directory = scratch.0.join(name);
+        fs::create_dir(&directory).unwrap();
+        directory.join("socket")
+    };
+    paths.has_made_directory(&made("one")).unwrap();
+    paths.has_made_directory(&made("two")).unwrap();
+    let third = paths.has_made_directory(&made("three")).unwrap_err();
+    assert!(third.contains("no more are made for one VM"), "{third}");
+    fs::write(scratch.0.join("two/other"), b"").unwrap();
+    paths.remove_all();
+    let there = |name: &str| scratch.0.join(name).exists();
+    assert_eq!(["one", "two", "three"].map(there), [false, true, true]);
+}
