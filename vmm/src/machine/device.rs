@@ -311,6 +311,8 @@ pub struct Site<'a> {
     pub port: Option<&'a str>,
     /// Run first on the function's own thread, where it has one.
     pub hook: &'a ThreadHook,
+    /// The machine is being made: it could be made without a device that may be missing.
+    pub at_start: bool,
 }
 
 /// A process to start for a device.
