@@ -176,6 +176,8 @@ impl Device {
             "failed"
         } else if status.needs_reset {
             "needs-reset"
+        } else if self.process.as_ref().is_some_and(|p| p.control.host_gone()) {
+            "disconnected"
         } else if self.drained {
             "drained"
         } else if status.active {
@@ -186,10 +188,8 @@ impl Device {
         .to_string();
         if let Some(process) = &self.process {
             // One that has ended, or is about to, has none: its number may be another's by now.
-            info.pid = match process.life.is_manned() {
-                true => process.pid,
-                false => 0,
-            };
+            let manned = process.life.is_manned();
+            info.pid = manned.then_some(process.pid).unwrap_or_default();
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
             info.landlock_abi = process.hello.confinement.landlock_abi;

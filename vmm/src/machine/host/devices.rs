@@ -412,6 +412,15 @@ impl Host {
                 let what = What::IoError(what);
                 return self.tell_typed(index, "device.io-error", &detail, Some(what));
             }
+            Notice::HostGone => {
+                let about = device.process.as_ref().map(|p| p.control.about());
+                let tap = about.map(|a| crate::launcher::printable(&a.tap));
+                let detail = format!(
+                    "tap {} was deleted on the host, and its link is down: make the tap again, then remove-device and add-net bring it back",
+                    tap.unwrap_or_default()
+                );
+                return self.tell(index, "device.disconnected", &detail);
+            }
             Notice::DiskUpdated { update, size } => {
                 if let Special::Disk(disk) = &mut device.special {
                     disk.size = size;

@@ -89,6 +89,9 @@ impl Host {
         build::fill_defaults(&mut config);
         let prepared = Arc::clone(&self.prepared);
         let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared
+            .check(&config.nets)
+            .map_err(RpcStatus::invalid_argument)?;
         prepared.fill_defaults(&mut config);
         let dev_kvm = self
             .dev_kvm
