@@ -100,10 +100,10 @@ impl Prepared {
     /// frames out between them.
     ///
     /// # Errors
-    /// One line that names the field, the tap and who has it.
+    /// One line that names the descriptor, the tap and who has it.
     pub fn check(&self, nets: &[NetConfig]) -> Result<(), String> {
         let mut taken: BTreeMap<&Interface, &str> = BTreeMap::new();
-        for (index, net) in nets.iter().enumerate() {
+        for net in nets {
             let Some(net_config::Backend::Tap(tap)) = &net.backend else {
                 continue;
             };
@@ -115,7 +115,7 @@ impl Prepared {
                 if other != net.id {
                     let name = crate::launcher::printable(&interface.0);
                     return Err(format!(
-                        "config.nets[{index}].tap.fds: {number} is a queue of tap {name}, which device {other} has: give each a tap of its own"
+                        "fd {number}: is a queue of tap {name}, which device {other} has: give each a tap of its own"
                     ));
                 }
             }
@@ -350,7 +350,7 @@ tap0_kata: 1 2 3
         assert_eq!(with(&[&[5], &[7]]), Ok(()), "of another network namespace");
         assert_eq!(with(&[&[98], &[99]]), Ok(()), "told when they are taken");
         let line = with(&[&[5], &[6]]).unwrap_err();
-        let told = "config.nets[1].tap.fds: 6 is a queue of tap t, which device a has";
+        let told = "fd 6: is a queue of tap t, which device a has";
         assert!(line.starts_with(told), "{line}");
     }
 

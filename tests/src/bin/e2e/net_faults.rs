@@ -52,12 +52,9 @@ fn until(what: &str, mut so: impl FnMut() -> Result<bool, String>) -> Verdict {
     Ok(())
 }
 
-/// A host with an interface to nowhere, which is enough for passt, and `bulkhead serve` in it.
+/// `bulkhead serve` with passt, on a host that leads nowhere.
 fn with_passt(host: &Namespace, scratch: &Scratch) -> Result<Served, String> {
-    host.sh(
-        "ip link set lo up; ip link add up0 type dummy; ip addr add 192.0.2.2/24 dev up0; ip link set up0 up
-ip route add default via 192.0.2.1",
-    )?;
+    host.sh("ip link set lo up")?;
     Served::with(host, scratch, "api", &["--passt", &tool("PASST")?])
 }
 
@@ -203,7 +200,7 @@ os.execv(sys.argv[1], sys.argv[1:])";
     check(
         !done.status.success()
             && said.lines().count() == 1
-            && said.contains("12 is a queue of tap tap0, which device a has"),
+            && said.contains("fd 12: is a queue of tap tap0, which device a has"),
         || format!("{}: {said}", done.status),
     )?;
     nothing_left(Duration::from_secs(20))

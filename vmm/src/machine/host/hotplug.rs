@@ -235,11 +235,10 @@ impl Host {
             }
         })?;
         addition.enter(&mut beside, "");
-        let field = format!("config.nets[{}]", beside.nets.len().saturating_sub(1));
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         prepared
             .check(&beside.nets)
-            .map_err(|why| RpcStatus::invalid_argument(why.replace(&field, "net")))?;
+            .map_err(RpcStatus::invalid_argument)?;
         drop(prepared);
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
