@@ -156,7 +156,9 @@ fn interrupted() -> Verdict {
     let sockets = ["one", "two", "three"].map(|name| scratch.path(name));
     let mut listeners = Vec::new();
     for socket in &sockets {
-        listeners.push(UnixListener::bind(socket).map_err(|e| e.to_string())?);
+        let listener = UnixListener::bind(socket).map_err(|e| e.to_string())?;
+        listener.set_nonblocking(true).map_err(|e| e.to_string())?;
+        listeners.push(listener);
     }
     let nets = sockets.map(|socket| format!("vhost-user={socket}"));
     let enter = host.enter();
@@ -168,7 +170,11 @@ fn interrupted() -> Verdict {
     for (name, code) in [("INT", 130), ("TERM", 143)] {
         let mut vmm = Vmm::boot_by(&by, "", &more)?;
         let first = listeners.first().ok_or("no listener")?;
-        let waits = first.accept().map_err(|e| e.to_string())?;
+        let mut waits = None;
+        until("a connection", || {
+            waits = first.accept().ok();
+            Ok(waits.is_some())
+        })?;
         sh(&format!("kill -{name} {}", vmm.pid()))?;
         // By itself it would end by an error, some seconds later.
         let got = vmm.wait(LIMIT)?;
