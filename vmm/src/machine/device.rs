@@ -189,7 +189,7 @@ impl Device {
         if let Some(process) = &self.process {
             // One that has ended, or is about to, has none: its number may be another's by now.
             let manned = process.life.is_manned();
-            info.pid = manned.then_some(process.pid).unwrap_or_default();
+            info.pid = if manned { process.pid } else { 0 };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
             info.landlock_abi = process.hello.confinement.landlock_abi;
