@@ -169,8 +169,7 @@ impl Device {
         info.kind = self.kind.to_string();
         info.pci_address = self.address.to_string();
         info.port = self.port.clone();
-        let life = self.process.as_ref().and_then(|p| p.life.state());
-        info.state = if let Some(state) = life {
+        info.state = if let Some(state) = self.process.as_ref().and_then(|p| p.life.state()) {
             state
         } else if self.failed.is_some() || status.failure.is_some() {
             "failed"
@@ -209,7 +208,10 @@ impl Device {
     /// When the launcher is gone or does not answer.
     pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
         let Some(process) = &self.process else {
-            return Ok(());
+            return match &self.special {
+                Special::Foreign(switch) => switch.forget(launcher),
+                _ => Ok(()),
+            };
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
         for path in self.special.sockets() {
@@ -547,8 +549,7 @@ fn hello(
     let hello: HelloResponse = control
         .call(DEVICE_SERVICE, "Hello", &request, HELLO_LIMIT)
         .map_err(|e| format!("{} does not answer: {e}", kind.binary))?;
-    check_hello(&hello, kind, incarnation)?;
-    Ok(hello)
+    check_hello(&hello, kind, incarnation).map(|()| hello)
 }
 
 /// Is it the process that was started, and does it speak our protocol?

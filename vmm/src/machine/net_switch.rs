@@ -26,11 +26,12 @@ use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
+use super::device::END_LIMIT;
 use super::net_links::Links;
 use super::net_mac;
 use super::net_remedies::of_others;
 use super::usage::Usage;
-use crate::launcher::printable;
+use crate::launcher::{Launcher, printable};
 use crate::virtio::{ReconnectError, VirtioPciFunction};
 
 /// First and longest pause before another attempt.
@@ -248,6 +249,25 @@ impl Switch {
         };
         let pidfd = self.process.take().map(|process| process.pidfd);
         (self.incarnation, pidfd, path)
+    }
+
+    /// The machine was not made after all: has the launcher end its helper, with its cgroup, and
+    /// remove the socket that we listen on.
+    ///
+    /// # Errors
+    /// When the launcher is gone or does not answer.
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
+        let mut result = Ok(());
+        if self.usage.is_some() {
+            result = launcher.kill_and_forget(&self.id, self.incarnation);
+            if result.is_ok() && self.process.is_some() {
+                launcher.take_end(&self.id, self.incarnation, END_LIMIT);
+            }
+        }
+        if let Origin::Listen(path, _) = &self.origin {
+            result = result.and(launcher.forget(path));
+        }
+        result.map_err(|e| e.to_string())
     }
 
     /// Its back-end is gone. `hung_up`: it went by itself. True: the operator is to be told; how

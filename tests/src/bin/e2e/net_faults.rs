@@ -39,6 +39,10 @@ pub fn native() -> Vec<Test> {
             one_tap_twice,
         ),
         test("limits in force are read back", read_back),
+        test(
+            "of a machine that could not be made no passt, cgroup or socket is in the way of the next",
+            made_again,
+        ),
     ]
 }
 
@@ -125,6 +129,31 @@ fn failing_passt() -> Verdict {
     })?;
     holder.kill();
     until("passt", || Ok(served.state("lan")? == "ready"))?;
+    served.end()
+}
+
+fn made_again() -> Verdict {
+    let scratch = Scratch::new("net-again")?;
+    let host = Namespace::new("again")?;
+    let served = with_passt(&host, &scratch)?;
+    let socket = scratch.path("switch");
+    let switch = format!("vhost-user={socket},server=on,required=off,id=switch");
+    let nets = ["--net", "user,id=lan,memory=512M", "--net", &switch];
+    let mut bad = nets.to_vec();
+    bad.extend(["--net", "tap=absent0,id=bad"]);
+    for _ in 0..2 {
+        refused(served.create(&bad), "absent0")?;
+        check(!std::path::Path::new(&socket).exists(), || {
+            "its socket stays".to_owned()
+        })?;
+    }
+    served.create(&nets)?;
+    check(served.state("lan")? == "ready", || served.errors())?;
+    let usage = ctl(&served.socket, &["stats", "lan"])?["usage"].clone();
+    check(
+        usage["cgroup"] == "" || usage["cpu_us"].as_u64() > Some(0),
+        || usage.to_string(),
+    )?;
     served.end()
 }
 
