@@ -320,7 +320,8 @@ impl Switch {
 
     /// Ends what is left of a helper. True: it hung up, and how it ended is still to be told.
     fn leave(&mut self, launcher: &dyn Links, hung_up: bool) -> bool {
-        let helper = self.process.is_some();
+        // Its end may have been told before.
+        let helper = matches!(self.origin, Origin::Passt(_));
         if helper && !hung_up {
             self.given_up = self.incarnation;
         }
