@@ -16,6 +16,8 @@ use crate::tap::interface_name;
 pub const MAX_PAIRS: u16 = 64;
 /// Smallest MTU of IPv4.
 const MIN_MTU: u16 = 68;
+/// The kernel's largest for a tap.
+const MAX_MTU: u16 = 65521;
 
 /// Text of --help.
 pub const HELP: &str = "\
@@ -170,8 +172,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageE
             Long("mac") => raw.mac = Some(mac(&text(&mut parser)?)?),
             Long("mtu") => {
                 raw.mtu = match text(&mut parser)?.parse() {
-                    Ok(mtu @ MIN_MTU..) => Some(mtu),
-                    _ => return bad("--mtu", format!("must be {MIN_MTU} to 65535")),
+                    Ok(mtu @ MIN_MTU..=MAX_MTU) => Some(mtu),
+                    _ => return bad("--mtu", format!("must be {MIN_MTU} to {MAX_MTU}")),
                 };
             }
             Long("link") => {

@@ -72,7 +72,7 @@ fn nonsense_is_named() {
         ("--socket /s --tap t --mac 02:00:00:00:00:0g", "XX"),
         ("--socket /s --tap t --mac 02:00:00:00:00:+1", "XX"),
         ("--socket /s --tap t --mtu 67", "68"),
-        ("--socket /s --tap t --mtu 65536", "to 65535"),
+        ("--socket /s --tap t --mtu 65522", "to 65521"),
         ("--socket /s --tap t --queue-pairs x", "1 to 64"),
         ("--socket /s --tap t --link sideways", "up or down"),
         ("--socket /s --tap t --rx-bps 0:5", "burst without"),

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
-use bulkhead_proto::common::NetLimits;
+use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::device::net_update::Link;
 use bulkhead_proto::device::{NetState, NetUpdate, StatsResponse, UpdateRequest, update_request};
 use bulkhead_proto::protobuf::MessageField;
 use bulkhead_runtime::device::{Device, Update, Worker};
 use bulkhead_runtime::inflight::KeptMemory;
-use bulkhead_runtime::limit::Rate;
+use bulkhead_runtime::limit::{Limiter, Rate};
 use bulkhead_runtime::mailbox::{Signals, WorkerPort};
 
 use crate::features;
@@ -116,6 +116,12 @@ impl Net {
                 )));
             }
         };
+        if link == Some(true) && self.state.look_at_tap() {
+            return Err(RpcStatus::failed_precondition(format!(
+                "link: tap {} was deleted: remove-device and add-net bring it back",
+                self.state.tap().name()
+            )));
+        }
         if let Some(limits) = to_guest {
             State::limit(&self.state.to_guest, limits);
         }
@@ -126,6 +132,20 @@ impl Net {
             config_changed: link.is_some_and(|up| self.state.set_link(up)),
         })
     }
+}
+
+/// Limits in force, as a message.
+fn told(limiter: &Limiter) -> NetLimits {
+    let (bytes, packets) = limiter.rates();
+    let bucket = |rate: Option<Rate>| {
+        let mut bucket = TokenBucket::new();
+        (bucket.per_second, bucket.burst) = rate.map(|r| (r.per_second(), r.burst()))?;
+        Some(bucket)
+    };
+    let mut limits = NetLimits::new();
+    limits.bytes = bucket(bytes).into();
+    limits.packets = bucket(packets).into();
+    limits
 }
 
 fn limits(what: &str, limits: &MessageField<NetLimits>) -> Result<Option<Limits>, RpcStatus> {
@@ -194,7 +214,12 @@ impl Device for Net {
     }
 
     fn take_changed(&self) -> bool {
+        self.state.watch();
         self.state.take_changed()
+    }
+
+    fn host_gone(&self) -> bool {
+        self.state.is_tap_gone()
     }
 
     fn resumed(&self) {
@@ -217,6 +242,8 @@ impl Device for Net {
             EngineKind::Kernel => "vhost-net".into(),
             EngineKind::IoUring | EngineKind::Plain => "tap".into(),
         };
+        net.to_guest = MessageField::some(told(&self.state.to_guest));
+        net.from_guest = MessageField::some(told(&self.state.from_guest));
         stats.net = MessageField::some(net);
         if self.engine == EngineKind::Kernel {
             // Its own rings, and of the kernel's none: nobody counts by ring.

@@ -156,7 +156,7 @@ impl Pair {
     /// Whether frames are to be read from the tap now: the ring is there, sound and not
     /// paused, and the driver uses this pair.
     pub fn is_receiving(&mut self) -> bool {
-        let used = self.state.is_used(self.number);
+        let used = self.state.is_used(self.number) && !self.state.is_tap_gone();
         let paused = self.places.first().is_none_or(|p| p.port.paused());
         used && !paused && self.receive().is_some_and(|half| !half.ring().is_broken())
     }

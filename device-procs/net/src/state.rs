@@ -59,6 +59,10 @@ pub struct State {
     tap: Tap,
     features: AtomicU64,
     link_up: AtomicBool,
+    /// The tap was deleted: no cable is in, whatever the VMM says.
+    tap_gone: AtomicBool,
+    /// A VMM asks for the device's health, and tells what it hears.
+    watched: AtomicBool,
     announce: AtomicBool,
     /// The driver is to announce itself once more after it has. Linux does it before it looks
     /// whether the link came up with the request, and then to no one.
@@ -101,6 +105,8 @@ impl State {
             default_mac: settings.mac,
             features: AtomicU64::new(0),
             link_up: AtomicBool::new(settings.link_up),
+            tap_gone: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
             announce: AtomicBool::new(false),
             announce_twice: AtomicBool::new(false),
             changed: AtomicBool::new(false),
@@ -303,7 +309,36 @@ impl State {
     /// Whether the cable is in.
     #[inline]
     pub fn is_link_up(&self) -> bool {
-        self.link_up.load(Ordering::Relaxed)
+        self.link_up.load(Ordering::Relaxed) && !self.is_tap_gone()
+    }
+
+    /// Whether the tap is known to be deleted.
+    #[inline]
+    pub fn is_tap_gone(&self) -> bool {
+        self.tap_gone.load(Ordering::Relaxed)
+    }
+
+    /// A VMM looks at the device's health. Nothing but a frame would tell that the tap is gone,
+    /// and none of the guest's may come.
+    pub fn watch(&self) {
+        self.watched.store(true, Ordering::Relaxed);
+        self.look_at_tap();
+    }
+
+    /// Looks whether the tap was deleted, which takes the link down for good.
+    pub fn look_at_tap(&self) -> bool {
+        if self.is_tap_gone() {
+            return true;
+        }
+        let gone = self.tap.is_gone();
+        if gone && !self.tap_gone.swap(true, Ordering::Relaxed) {
+            if !self.watched.load(Ordering::Relaxed) {
+                log::warn!("tap {}: was deleted; the link is down", self.tap.name());
+            }
+            self.changed.store(true, Ordering::Release);
+            self.wake_pairs();
+        }
+        gone
     }
 
     /// Plugs the cable in or out; true if that changes the configuration space. Plugging in

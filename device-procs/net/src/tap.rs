@@ -307,6 +307,13 @@ impl Tap {
         }
     }
 
+    /// Whether the interface was deleted. Asked by a write that is too short to hold a frame: it
+    /// takes no lock of the host's, and needs no call that a worker does without.
+    pub fn is_gone(&self) -> bool {
+        let first = self.queues.first();
+        first.is_some_and(|queue| call::write(&queue.file, &[0]) == -libc::EBADFD)
+    }
+
     /// Shows the host that the cable is in, or out. Where the kernel cannot (before 5.0),
     /// the host sees no difference.
     pub fn set_carrier(&self, on: bool) {

@@ -246,7 +246,10 @@ impl Transmit {
         } else if result != -libc::EAGAIN {
             frame.fate = Fate::Dropped;
             self.status.errors.add(1);
-            report(&self.status, &mut self.failing, result.wrapping_neg());
+            let errno = result.wrapping_neg();
+            if errno != libc::EBADFD || !self.state.look_at_tap() {
+                report(&self.status, &mut self.failing, errno);
+            }
         }
     }
 
@@ -302,7 +305,7 @@ pub(crate) fn report(status: &QueueStatus, failing: &mut bool, errno: i32) {
         if errno == libc::EIO {
             log::warn!("tap: {reason}; frames are dropped until it is up");
         } else {
-            log::warn!("tap: {reason}; its interface is gone: frames are dropped");
+            log::warn!("tap: {reason}; frames are dropped");
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bulkhead_net::tap::Tap;
 use bulkhead_proto::common::{NetLimits, TokenBucket};
+use bulkhead_proto::device::net_update::Link;
 use bulkhead_proto::device::{
     DrainRequest, DrainResponse, HealthRequest, HealthResponse, NetUpdate, ResumeRequest,
     ResumeResponse,
@@ -60,6 +61,11 @@ fn limits_hold_frames_back_until_they_are_lifted() {
         wait_for("sleep", || {
             bed.health().iter().take(2).all(|ring| ring.held)
         });
+        let state = bed.state();
+        let (to, from) = (&state.to_guest.bytes, &state.from_guest.bytes);
+        assert_eq!((to.per_second, to.burst), (1, 1000));
+        assert_eq!((from.per_second, from.burst), (1, 1000));
+        assert!(state.to_guest.packets.is_none());
         let passed = bed.stats().queues[1].requests;
         assert!((10..=12).contains(&passed), "{engine}: {passed}");
         let mut update = NetUpdate::new();
@@ -70,6 +76,8 @@ fn limits_hold_frames_back_until_they_are_lifted() {
             assert_eq!(wire.receive(), ether(PEER, MAC_BYTES, 100, i));
             assert_eq!(bed.vm.receive(0)[HEADER..], ether(MAC_BYTES, PEER, 100, i));
         }
+        let state = bed.state();
+        assert!(state.to_guest.bytes.is_none() && state.from_guest.bytes.is_none());
         let mut update = NetUpdate::new();
         update.from_guest = bytes(0, 5);
         assert!(bed.update(update).unwrap_err().contains("from_guest.bytes"));
@@ -153,6 +161,11 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
         let mut bed = Bed::new(engine, 1, &[], |o| o);
         bed.vm.offer_buffers(0, 0, 8);
         ip(&["link", "set", "t0", "down"]);
+        let health: HealthResponse = bed
+            .client
+            .call(DEVICE_SERVICE, "Health", &HealthRequest::new(), PATIENCE)
+            .unwrap();
+        assert!(!health.host_gone && bed.state().link_up, "{engine}");
         let frame = ether(PEER, MAC_BYTES, 100, 1);
         for _ in 0..3 {
             bed.vm.send(1, &PLAIN, &frame);
@@ -174,6 +187,16 @@ fn a_tap_that_goes_down_or_away_loses_frames_and_no_more() {
             "{engine}: {spent} system calls without a tap: it spins"
         );
         assert!(bed.net.is_running());
+        // What the VMM tells the operator, and the driver its guest.
+        let health: HealthResponse = bed
+            .client
+            .call(DEVICE_SERVICE, "Health", &HealthRequest::new(), PATIENCE)
+            .unwrap();
+        assert!(health.host_gone && !bed.state().link_up, "{engine}");
+        let mut update = NetUpdate::new();
+        update.link = Link::UP.into();
+        let refused = bed.update(update).unwrap_err();
+        assert!(refused.contains("tap t0 was deleted"), "{refused}");
         let ring = &mut bed.vm.queues[0].ring;
         ring.chain(20, &[d(buffer(0, 20), 2048, WRITE)]);
         ring.offer(20);

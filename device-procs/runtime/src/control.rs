@@ -200,6 +200,7 @@ impl Service {
     fn health(&self) -> HealthResponse {
         let mut reply = HealthResponse::new();
         reply.asks = self.device.asks();
+        reply.host_gone = self.device.host_gone();
         reply.rings = (0..)
             .zip(&self.queues)
             .map(|(index, q)| {

@@ -164,6 +164,11 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// What the device serves the guest from is gone for good. Asked with its health.
+    fn host_gone(&self) -> bool {
+        false
+    }
+
     /// The VMM lets the device take requests again: another process may have been started
     /// beside this one, and have changed what they share on the host.
     fn resumed(&self) {}

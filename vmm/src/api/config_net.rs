@@ -3,15 +3,14 @@
 //! seen when the machine is built. Called on the `api` thread for every Create and UpdateNet.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::machine::{
-    MachineConfig, NetConfig, TapBackend, UserBackend, VhostUserConfig, net_config,
-    tap_backend::Datapath,
+    MachineConfig, NetConfig, TapBackend, VhostUserConfig, net_config, tap_backend::Datapath,
 };
 
 use super::config::{known, path};
+use super::config_user::{check_listeners, check_user};
 use crate::cli::machine_args::check_id;
 use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_mac::MacAddress;
@@ -20,8 +19,8 @@ use crate::machine::net_mac::MacAddress;
 const MAX_INTERFACE_NAME: usize = 15;
 /// Smallest and largest MTU (VIRTIO 1.2 section 5.1.4.1).
 const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
-/// Most forwarded ports of a user-mode network.
-const MAX_FORWARDS: usize = 64;
+/// Largest MTU of a tap, as the kernel has it, and of passt: without an Ethernet header.
+pub(crate) const TAP_MTU: u32 = 65521;
 /// Most bytes of a configuration space.
 const MAX_CONFIG: usize = 256;
 
@@ -38,11 +37,13 @@ pub(super) fn validate<'a>(
     let mut taps = BTreeSet::new();
     let mut fds = BTreeSet::new();
     let mut macs = BTreeSet::new();
+    let mut listeners = Vec::new();
     for (index, net) in config.nets.iter().enumerate() {
         let name = format!("config.nets[{index}]");
         known(&name, net)?;
         take_id(&name, &net.id, ids)?;
         check_net(&name, net, cpus)?;
+        check_listeners(&name, net, &mut listeners)?;
         if !net.mac.is_empty() && !macs.insert(net.mac.as_slice()) {
             return Err(format!(
                 "{name}.mac: {} is another device's address: give each its own, or none",
@@ -98,12 +99,15 @@ fn check_net(name: &str, net: &NetConfig, cpus: u32) -> Result<(), String> {
             format!("{name}.mac: {shown:?} {error}")
         })?;
     }
-    if net.mtu != 0 && !MTU.contains(&net.mtu) {
+    let most = match &net.backend {
+        Some(net_config::Backend::VhostUser(_)) => *MTU.end(),
+        _ => TAP_MTU,
+    };
+    if net.mtu != 0 && !(*MTU.start()..=most).contains(&net.mtu) {
         return Err(format!(
-            "{name}.mtu is {}: give {} to {}, or 0 for what the other side has",
+            "{name}.mtu is {}: give {} to {most}, or 0 for what the other side has",
             net.mtu,
-            MTU.start(),
-            MTU.end()
+            MTU.start()
         ));
     }
     let most = cpus.min(MAX_QUEUE_PAIRS);
@@ -209,56 +213,6 @@ pub(crate) fn check_interface_name(name: &str) -> Result<(), String> {
     ))
 }
 
-fn check_user(name: &str, net: &NetConfig, user: &UserBackend) -> Result<(), String> {
-    known(&format!("{name}.user"), user)?;
-    if net.queues > 1 {
-        return Err(format!(
-            "{name}.queues is {}: a user-mode network has one pair",
-            net.queues
-        ));
-    }
-    if user.forwards.len() > MAX_FORWARDS {
-        return Err(format!(
-            "{name}.user.forwards has {} entries: at most {MAX_FORWARDS} are allowed",
-            user.forwards.len()
-        ));
-    }
-    let mut seen = BTreeSet::new();
-    for (index, forward) in user.forwards.iter().enumerate() {
-        let name = format!("{name}.user.forwards[{index}]");
-        known(&name, forward)?;
-        if let Err(number) = forward.protocol.enum_value() {
-            return Err(format!("{name}.protocol is {number}: give 0 to 1"));
-        }
-        if !forward.address.is_empty() && forward.address.parse::<IpAddr>().is_err() {
-            return Err(format!(
-                "{name}.address is {:?}: give an IPv4 or IPv6 address",
-                forward.address
-            ));
-        }
-        for (field, port) in [
-            ("host_port", forward.host_port),
-            ("guest_port", forward.guest_port),
-        ] {
-            if !(1..=65535).contains(&port) {
-                return Err(format!("{name}.{field} is {port}: give 1 to 65535"));
-            }
-        }
-        let place = (
-            forward.protocol.value(),
-            forward.address.as_str(),
-            forward.host_port,
-        );
-        if !seen.insert(place) {
-            return Err(format!(
-                "{name}.host_port {} is forwarded already",
-                forward.host_port
-            ));
-        }
-    }
-    Ok(())
-}
-
 fn check_vhost_user(name: &str, device: &VhostUserConfig) -> Result<(), String> {
     path(&format!("{name}.socket"), &device.socket)?;
     if !(1..=63).contains(&device.device_id) {
@@ -317,7 +271,9 @@ pub(super) fn check_bucket(name: &str, bucket: &TokenBucket) -> Result<(), Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_proto::machine::{CpuConfig, VhostUserBackend, user_backend::Forward};
+    use bulkhead_proto::machine::{
+        CpuConfig, UserBackend, VhostUserBackend, user_backend::Forward,
+    };
     use bulkhead_proto::protobuf::EnumOrUnknown;
 
     fn tap(name: &str) -> NetConfig {
@@ -389,7 +345,17 @@ mod tests {
             (".mac", refused(|net| net.mac = vec![1, 0, 0, 0, 0, 1])),
             (".mac", refused(|net| net.mac = vec![0; 6])),
             (".mtu", refused(|net| net.mtu = 67)),
-            (".mtu", refused(|net| net.mtu = 65536)),
+            (
+                ".mtu is 65522: give 68 to 65521",
+                refused(|net| net.mtu = 65522),
+            ),
+            (
+                ".mtu is 65536: give 68 to 65535",
+                refused(|net| {
+                    net.set_vhost_user(VhostUserBackend::new());
+                    net.mtu = 65536;
+                }),
+            ),
             (".queues is 5", refused(|net| net.queues = 5)),
             (".tap: give", refused(|net| net.mut_tap().name.clear())),
             (".tap has", refused(|net| net.mut_tap().fds.push(5))),

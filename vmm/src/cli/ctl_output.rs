@@ -198,7 +198,7 @@ fn cache_name(disk: &DiskConfig) -> &'static str {
     }
 }
 
-fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
+pub(super) fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
     bucket.filter(|b| b.per_second != 0).map_or(
         Value::Null,
         |b| json!({ "per_second": b.per_second, "burst": b.burst }),

@@ -1,7 +1,10 @@
 //! What `ctl info` says of network devices and of other vhost-user devices, as text and as JSON.
 
+use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::machine::{NetConfig, VhostUserConfig, net_config::Backend};
 use serde_json::{Value, json};
+
+use super::ctl_output::bucket_json;
 
 fn mac(bytes: &[u8]) -> String {
     let parts: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
@@ -28,19 +31,52 @@ pub fn net_json(net: &NetConfig) -> Value {
     json!({
         "id": net.id, "backend": kind, "name": name, "mac": mac(&net.mac),
         "queues": net.queues, "mtu": net.mtu, "required": !net.optional,
+        "to_guest": limits_json(net.to_guest.as_ref()),
+        "from_guest": limits_json(net.from_guest.as_ref()),
     })
+}
+
+/// Limits of one direction for JSON.
+pub fn limits_json(limits: Option<&NetLimits>) -> Value {
+    json!({
+        "bytes": bucket_json(limits.and_then(|l| l.bytes.as_ref())),
+        "packets": bucket_json(limits.and_then(|l| l.packets.as_ref())),
+    })
+}
+
+/// The same as text; empty: there are none.
+pub fn limits_text(limits: Option<&NetLimits>) -> String {
+    let text = |bucket: Option<&TokenBucket>, unit: &str| {
+        let bucket = bucket.filter(|b| b.per_second != 0)?;
+        let burst = match bucket.burst {
+            0 => String::new(),
+            burst => format!(" (burst {burst})"),
+        };
+        Some(format!("{} {unit}{burst}", bucket.per_second))
+    };
+    let bytes = limits.and_then(|l| text(l.bytes.as_ref(), "bytes/s"));
+    let packets = limits.and_then(|l| text(l.packets.as_ref(), "frames/s"));
+    let both: Vec<String> = bytes.into_iter().chain(packets).collect();
+    both.join(", ")
 }
 
 /// One network device for `info`.
 pub fn net_text(net: &NetConfig) -> String {
     let (kind, name) = backend(net);
     let plural = if net.queues == 1 { "" } else { "s" };
-    format!(
+    let mut text = format!(
         "{}: {kind} {name}, {}, {} queue pair{plural}",
         net.id,
         mac(&net.mac),
         net.queues
-    )
+    );
+    for (direction, limits) in [("receives", &net.to_guest), ("sends", &net.from_guest)] {
+        let limits = limits_text(limits.as_ref());
+        if !limits.is_empty() {
+            text.push_str(&format!(", {direction} at most {limits}"));
+        }
+    }
+    text
 }
 
 /// One device of somebody else's for `info --json`.
@@ -80,6 +116,16 @@ mod tests {
             (json["backend"].as_str(), json["name"].as_str()),
             (Some("tap"), Some("tap0"))
         );
+        let limits = net.to_guest.mut_or_insert_default();
+        limits.bytes.mut_or_insert_default().per_second = 1000;
+        limits.packets.mut_or_insert_default().per_second = 9;
+        limits.packets.mut_or_insert_default().burst = 3;
+        let text = net_text(&net);
+        let told = ", receives at most 1000 bytes/s, 9 frames/s (burst 3)";
+        assert!(text.ends_with(told), "{text}");
+        let json = net_json(&net);
+        assert_eq!(json["to_guest"]["packets"]["burst"], 3);
+        assert!(json["from_guest"]["bytes"].is_null());
         net.mut_vhost_user().socket = "/s".into();
         assert_eq!(net_json(&net)["name"], "/s");
     }

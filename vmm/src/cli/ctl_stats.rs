@@ -9,6 +9,7 @@ use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
 use serde_json::{Value, json};
 
 use super::ctl_output::{clean, table};
+use super::ctl_output_net::{limits_json, limits_text};
 use super::resource_args;
 
 /// Per mille of the requests that are at least as fast as what is shown.
@@ -97,6 +98,8 @@ fn net_json(net: &NetStatus) -> Value {
         "vlan_filter": net.vlan_filter,
         "datapath": net.datapath,
         "counted_by": net.counted_by,
+        "to_guest": limits_json(net.to_guest.as_ref()),
+        "from_guest": limits_json(net.from_guest.as_ref()),
     })
 }
 
@@ -241,6 +244,12 @@ fn net_text(out: &mut dyn Write, net: &NetStatus) -> io::Result<()> {
     line("mac", net.mac.clone())?;
     if net.mtu != 0 {
         line("mtu", net.mtu.to_string())?;
+    }
+    for (name, limits) in [("rx limits", &net.to_guest), ("tx limits", &net.from_guest)] {
+        let limits = limits_text(limits.as_ref());
+        if !limits.is_empty() {
+            line(name, limits)?;
+        }
     }
     let mut receives = Vec::new();
     if net.promiscuous {

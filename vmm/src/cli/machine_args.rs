@@ -79,6 +79,7 @@ pub struct MachineArgs {
     ///   rx-bps=, rx-pps=       SIZE[:BURST] and N[:BURST]: limits on what the guest receives
     ///   tx-bps=, tx-pps=       and on what it sends
     ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    /// Here, too, two commas stand for one in a value: tap=a,,b is the tap "a,b".
     #[arg(long = "net", value_name = "NET", verbatim_doc_comment)]
     pub nets: Vec<String>,
     /// A device of somebody else's: socket=PATH,kind=NAME[,KEY=VALUE]…; may be repeated
@@ -91,6 +92,7 @@ pub struct MachineArgs {
     ///   tag=NAME               the same of kind=fs: what the guest mounts
     ///   required=off           boot without it when its back-end cannot be had
     ///   id=NAME                its name in the API
+    /// A comma in a path is written twice.
     #[arg(long = "vhost-user", value_name = "DEVICE", verbatim_doc_comment)]
     pub vhost_users: Vec<String>,
     /// An entropy device: random bytes of the host's; may be repeated
@@ -113,6 +115,7 @@ pub struct MachineArgs {
     ///   cid=N                  the guest's address [default: 3]
     ///   id=NAME                its name in the API [default: vsock]
     ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    /// A comma in a path is written twice.
     #[arg(long, value_name = "VSOCK", verbatim_doc_comment)]
     pub vsock: Option<String>,
     /// Consoles and named channels of the guest's on unix sockets: socket=PATH[,KEY=VALUE]…; may be
@@ -124,6 +127,7 @@ pub struct MachineArgs {
     ///   size=COLSxROWS         how large the console is
     ///   id=NAME                the device's name in the API [default: console0, console1, …]
     ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    /// A comma in a path is written twice.
     #[arg(long = "console", value_name = "CONSOLE", verbatim_doc_comment)]
     pub consoles: Vec<String>,
     /// Root ports that are empty at first, to add devices to a machine that runs: how many

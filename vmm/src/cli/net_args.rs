@@ -103,7 +103,7 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
             },
             "mtu" => match value.parse() {
                 Ok(mtu @ 68..=65535) => net.mtu = mtu,
-                _ => return fail(key, value, "68 to 65535"),
+                _ => return fail(key, value, "68 to 65521, with vhost-user= to 65535"),
             },
             "id" => net.id = value.to_owned(),
             "backend" => {
@@ -502,8 +502,8 @@ mod tests {
             ("tap=a,queues=0", "queues="),
             ("tap=a,queues=33", "1 to 32"),
             ("tap=a,mtu=big", "mtu="),
-            ("tap=a,mtu=67", "68 to 65535"),
-            ("tap=a,mtu=65536", "68 to 65535"),
+            ("tap=a,mtu=67", "68 to 65521"),
+            ("tap=a,mtu=65536", "68 to 65521"),
             ("tap=a,backend=kernel", "backend="),
             ("user,backend=user", "backend="),
             ("tap=a,server=on", "server="),

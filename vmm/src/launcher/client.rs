@@ -140,6 +140,8 @@ pub struct Launcher {
     cgroup: (String, String),
     vmm_id: Option<u32>,
     io_uring: bool,
+    /// See [`Self::helper_data`].
+    helper_data: u64,
     /// The thread that takes the events, once it does.
     attendant: OnceLock<ThreadId>,
     /// Of `socket` and `pending`.
@@ -175,6 +177,7 @@ impl Launcher {
             cgroup,
             vmm_id,
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
+            helper_data: config.helpers.iter().map(|h| h.data).max().unwrap_or(0),
             attendant: OnceLock::new(),
             epoll,
             pending,
@@ -271,6 +274,11 @@ impl Launcher {
     /// Whether device processes may have restricted io_uring rings, as tried at the start.
     pub fn io_uring(&self) -> bool {
         self.io_uring
+    }
+
+    /// Address space of the data of the helper that it has.
+    pub fn helper_data(&self) -> u64 {
+        self.helper_data
     }
 
     fn untold(&self) -> MutexGuard<'_, BTreeMap<(String, u64), i32>> {

@@ -237,7 +237,10 @@ impl Start<'_> {
         let io = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
 
         let (log, log_end) = sys::pipe().map_err(io("log pipe"))?;
-        let log = LogSource::new(self.id, log).map_err(io("log pipe"))?;
+        let mut log = LogSource::new(self.id, log).map_err(io("log pipe"))?;
+        if matches!(self.sandbox, Sandbox::Helper(_)) {
+            log = log.holding();
+        }
         let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
         // /dev/null, opened by the VMM: nothing is opened for a device.
         let null = sys::standard_fd(0).as_raw_fd();

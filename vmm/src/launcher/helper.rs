@@ -34,6 +34,8 @@ const PASST_PATHS: [&str; 3] = ["/usr/bin/passt", "/usr/local/bin/passt", "/bin/
 const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
 /// Descriptor of a helper's first own one: after stdin, stdout and the log.
 pub const FIRST_FD: usize = 3;
+/// What passt takes for an MTU.
+const MTU: std::ops::RangeInclusive<u16> = 68..=65521;
 /// Most options of a helper.
 const MAX_OPTIONS: usize = 80;
 
@@ -51,6 +53,8 @@ pub struct Program {
     pub file: File,
     /// Where its libraries are; none: it is static.
     pub libraries: Vec<PathBuf>,
+    /// Address space of its own data, which RLIMIT_DATA counts, used or not.
+    pub data: u64,
 }
 
 impl Program {
@@ -87,12 +91,13 @@ impl Program {
                 })?,
         };
         let (file, path) = found;
-        let loader = loader_of(&file)
+        let image = Image::of(&file)
             .map_err(|error| format!("passt {}: {error}", printable(&path.to_string_lossy())))?;
         Ok(Self {
             kind: PASST,
             file,
-            libraries: loader.as_deref().map(libraries).unwrap_or_default(),
+            libraries: image.loader.as_deref().map(libraries).unwrap_or_default(),
+            data: image.data,
         })
     }
 }
@@ -117,64 +122,91 @@ fn libraries(loader: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// PT_INTERP of a 64-bit little-endian ELF file: the loader that the kernel starts it with.
-fn loader_of(file: &File) -> Result<Option<PathBuf>, String> {
-    const PT_INTERP: u32 = 3;
-    let wrong = || "is no program of this machine; give another".to_owned();
-    let read = |offset: u64, length: usize| {
-        let mut bytes = vec![0; length];
-        file.read_exact_at(&mut bytes, offset)
-            .map_err(|_| wrong())?;
-        Ok::<_, String>(bytes)
-    };
-    let number = |bytes: &[u8], at: usize, length: usize| {
-        let part = bytes.get(at..at.saturating_add(length)).unwrap_or_default();
-        part.iter()
-            .rev()
-            .fold(0_u64, |sum, byte| (sum << 8) | u64::from(*byte))
-    };
-    let header = read(0, 64)?;
-    if !header.starts_with(b"\x7fELF\x02\x01") {
-        return Err(wrong());
-    }
-    let (table, size, count) = (
-        number(&header, 32, 8),
-        number(&header, 54, 2),
-        number(&header, 56, 2),
-    );
-    if size < 56 {
-        return Err(wrong());
-    }
-    for index in 0..count.min(128) {
-        let at = size
-            .checked_mul(index)
-            .and_then(|offset| table.checked_add(offset))
-            .ok_or_else(wrong)?;
-        let entry = read(at, 56)?;
-        if number(&entry, 0, 4) != u64::from(PT_INTERP) {
-            continue;
+/// What a program's headers say of it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Image {
+    /// PT_INTERP: the loader that the kernel starts it with.
+    loader: Option<PathBuf>,
+    /// Bytes of its writable segments, in memory.
+    data: u64,
+}
+
+impl Image {
+    /// Reads them from a 64-bit little-endian ELF file.
+    fn of(file: &File) -> Result<Self, String> {
+        const PT_LOAD: u64 = 1;
+        const PT_INTERP: u64 = 3;
+        const PF_W: u64 = 2;
+        let header = read(file, 0, 64)?;
+        if !header.starts_with(b"\x7fELF\x02\x01") {
+            return Err(no_program());
         }
-        let length = usize::try_from(number(&entry, 32, 8)).unwrap_or(usize::MAX);
-        if !(2..=4096).contains(&length) {
-            return Err(wrong());
+        let (table, size, count) = (
+            number(&header, 32, 8),
+            number(&header, 54, 2),
+            number(&header, 56, 2),
+        );
+        if size < 56 {
+            return Err(no_program());
         }
-        let mut name = read(number(&entry, 8, 8), length)?;
-        name.truncate(name.iter().position(|b| *b == 0).ok_or_else(wrong)?);
-        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&name));
-        return if path.is_absolute() {
-            Ok(Some(path))
-        } else {
-            Err(wrong())
-        };
+        let mut image = Self::default();
+        for index in 0..count.min(128) {
+            let at = size
+                .checked_mul(index)
+                .and_then(|offset| table.checked_add(offset))
+                .ok_or_else(no_program)?;
+            let entry = read(file, at, 56)?;
+            match number(&entry, 0, 4) {
+                PT_LOAD if number(&entry, 4, 4) & PF_W != 0 => {
+                    image.data = image.data.saturating_add(number(&entry, 40, 8));
+                }
+                PT_INTERP if image.loader.is_none() => image.loader = Some(loader(file, &entry)?),
+                _ => {}
+            }
+        }
+        Ok(image)
     }
-    Ok(None)
+}
+
+fn no_program() -> String {
+    "is no program of this machine; give another".to_owned()
+}
+
+fn read(file: &File, offset: u64, length: usize) -> Result<Vec<u8>, String> {
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, offset)
+        .map_err(|_| no_program())?;
+    Ok(bytes)
+}
+
+/// A little-endian number in a header.
+fn number(bytes: &[u8], at: usize, length: usize) -> u64 {
+    let part = bytes.get(at..at.saturating_add(length)).unwrap_or_default();
+    part.iter()
+        .rev()
+        .fold(0, |sum, byte| (sum << 8) | u64::from(*byte))
+}
+
+/// The path that a PT_INTERP entry leads to.
+fn loader(file: &File, entry: &[u8]) -> Result<PathBuf, String> {
+    let length = usize::try_from(number(entry, 32, 8)).unwrap_or(usize::MAX);
+    if !(2..=4096).contains(&length) {
+        return Err(no_program());
+    }
+    let mut name = read(file, number(entry, 8, 8), length)?;
+    name.truncate(name.iter().position(|b| *b == 0).ok_or_else(no_program)?);
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(&name));
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(no_program()),
+    }
 }
 
 /// The command line of a helper, argv[0] included, from the options of a request:
 ///
 /// | option | means |
 /// |---|---|
-/// | `mtu=N` | the MTU that the guest is told, 68 to 65535 |
+/// | `mtu=N` | the MTU that the guest is told, 68 to 65521 |
 /// | `tcp=ADDRESS/HOST:GUEST` | connections to HOST at ADDRESS go to the guest's GUEST |
 /// | `udp=ADDRESS/HOST:GUEST` | datagrams likewise |
 ///
@@ -208,7 +240,7 @@ pub fn arguments(kind: &str, options: &[String]) -> Result<Vec<CString>, String>
         let (key, value) = option.split_once('=').ok_or_else(bad)?;
         match key {
             "mtu" => {
-                let mtu = value.parse::<u16>().ok().filter(|mtu| *mtu >= 68);
+                let mtu = value.parse::<u16>().ok().filter(|mtu| MTU.contains(mtu));
                 argv.extend(["--mtu".to_owned(), mtu.ok_or_else(bad)?.to_string()]);
             }
             "tcp" | "udp" => {
@@ -353,7 +385,7 @@ mod tests {
             "",
             "--pcap=/tmp/x",
             "mtu=67",
-            "mtu=99999",
+            "mtu=65522",
             "tcp=8080:80",
             "tcp=127.0.0.1/8080",
             "tcp=127.0.0.1/0:80",
@@ -382,7 +414,9 @@ mod tests {
     #[test]
     fn a_programs_loader_says_where_its_libraries_are() {
         let shell = File::open("/bin/sh").unwrap();
-        let loader = loader_of(&shell).unwrap().unwrap();
+        let image = Image::of(&shell).unwrap();
+        let loader = image.loader.unwrap();
+        assert!((1..1 << 30).contains(&image.data), "{}", image.data);
         assert!(loader.is_absolute());
         assert_eq!(libraries(&loader).len(), LIBRARIES.len());
         assert_eq!(
@@ -390,9 +424,10 @@ mod tests {
             [PathBuf::from("/opt/passt")]
         );
         let me = File::open("/proc/self/exe").unwrap();
-        assert_eq!(loader_of(&me), Ok(None), "the tests are a static program");
+        let image = Image::of(&me).unwrap();
+        assert_eq!(image.loader, None, "the tests are a static program");
         let text = File::open("/proc/self/maps").unwrap();
-        assert!(loader_of(&text).unwrap_err().contains("no program"));
+        assert!(Image::of(&text).unwrap_err().contains("no program"));
         let line = Program::find(Some(Path::new("/nonexistent/passt"))).unwrap_err();
         assert!(line.contains("--passt") && !line.contains('\n'), "{line}");
     }

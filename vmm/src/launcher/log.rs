@@ -21,6 +21,12 @@ const PASS: (u32, u32) = (32 * 1024, 4 * 1024);
 /// Read at once, and per second after that, bytes.
 const READ: (u32, u32) = (1024 * 1024, 256 * 1024);
 
+/// How long what a new helper says is held back: of one that ends by then the last line is told
+/// with its end, by whoever knows whether that is news.
+const HOLD: Duration = Duration::from_secs(2);
+/// Most lines that are held back.
+const MAX_HELD: usize = 16;
+
 /// A token bucket in bytes.
 #[derive(Debug)]
 struct Bucket {
@@ -77,6 +83,8 @@ pub struct LogSource {
     pass: Bucket,
     read: Bucket,
     dropped: u64,
+    /// Until when lines are held back, and those that are.
+    held: Option<(Instant, Vec<String>)>,
 }
 
 impl LogSource {
@@ -92,7 +100,16 @@ impl LogSource {
             pass: Bucket::new(PASS, now),
             read: Bucket::new(READ, now),
             dropped: 0,
+            held: None,
         })
+    }
+
+    /// The same of a helper: what it says at its start is held back for a moment.
+    #[must_use]
+    pub fn holding(mut self) -> Self {
+        let until = Instant::now().checked_add(HOLD);
+        self.held = until.map(|until| (until, Vec::new()));
+        self
     }
 
     /// What to poll for input: nothing after the end, nor while the device is over its rate.
@@ -102,15 +119,21 @@ impl LogSource {
             .flatten()
     }
 
-    /// Whether it is over its rate: look again in a while.
+    /// Whether it is over its rate, or holds lines back: look again in a while.
     pub fn waits(&self) -> bool {
-        self.pipe.is_some() && self.read.left == 0
+        let holds = self.held.as_ref().is_some_and(|(_, held)| !held.is_empty());
+        self.pipe.is_some() && (self.read.left == 0 || holds)
     }
 
-    /// Fills the buckets; to be called on every turn of the loop.
-    pub fn tick(&mut self, now: Instant) {
+    /// Fills the buckets, and passes on what was held back long enough; to be called on every
+    /// turn of the loop.
+    pub fn tick(&mut self, now: Instant, sink: &mut Sink) {
         self.read.fill(now);
         self.pass.fill(now);
+        let due = self.held.take_if(|(until, _)| *until <= now);
+        for text in due.into_iter().flat_map(|(_, held)| held) {
+            self.pass_on(&text, sink);
+        }
     }
 
     /// The last line that said something.
@@ -154,7 +177,9 @@ impl LogSource {
             self.end_line(sink);
         }
         self.pipe = None;
-        self.report_dropped(sink);
+        if self.held.take().is_none() {
+            self.report_dropped(sink);
+        }
     }
 
     fn take_bytes(&mut self, bytes: &[u8], sink: &mut Sink) {
@@ -170,14 +195,22 @@ impl LogSource {
     fn end_line(&mut self, sink: &mut Sink) {
         let text = printable(&String::from_utf8_lossy(&self.line));
         self.line.clear();
-        if self.pass.take(text.len().saturating_add(self.id.len())) {
-            self.report_dropped(sink);
-            sink.line(&self.id, &text);
-        } else {
-            self.dropped = self.dropped.saturating_add(1);
+        match &mut self.held {
+            Some((_, held)) if held.len() < MAX_HELD => held.push(text.clone()),
+            Some(_) => self.dropped = self.dropped.saturating_add(1),
+            None => self.pass_on(&text, sink),
         }
         if !text.trim().is_empty() {
             self.last = text;
+        }
+    }
+
+    fn pass_on(&mut self, text: &str, sink: &mut Sink) {
+        if self.pass.take(text.len().saturating_add(self.id.len())) {
+            self.report_dropped(sink);
+            sink.line(&self.id, text);
+        } else {
+            self.dropped = self.dropped.saturating_add(1);
         }
     }
 
@@ -303,6 +336,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_helper_says_at_its_start_is_told_with_its_end_or_a_little_later() {
+        let said = |lives: bool| {
+            let (source, write, mut sink) = source();
+            let mut source = source.holding();
+            sys::write(write.as_fd(), b"one\ntwo\n").unwrap();
+            source.on_readable(&mut sink);
+            assert!(source.waits() && lines(&sink).is_empty());
+            if lives {
+                source.tick(Instant::now() + HOLD, &mut sink);
+                assert!(!source.waits());
+            }
+            sys::write(write.as_fd(), b"three\n").unwrap();
+            source.finish(&mut sink);
+            assert_eq!(source.last_line(), "three");
+            lines(&sink).concat()
+        };
+        assert_eq!(said(false), "");
+        assert_eq!(said(true), "disk0: one\ndisk0: two\ndisk0: three\n");
+    }
+
+    #[test]
     fn a_flood_is_cut_short_and_then_no_longer_read() {
         let (mut source, write, mut sink) = source();
         let start = Instant::now();
@@ -319,7 +373,7 @@ mod tests {
         let passed: usize = lines(&sink).iter().map(String::len).sum();
         assert!(passed <= 2 * PASS.0 as usize, "{passed}");
         // A second later it may go on, and says what is missing.
-        source.tick(start + Duration::from_secs(1));
+        source.tick(start + Duration::from_secs(1), &mut sink);
         assert!(source.wants().is_some());
         sys::write(write.as_fd(), b"z\n").unwrap();
         source.finish(&mut sink);

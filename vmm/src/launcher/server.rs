@@ -201,7 +201,7 @@ impl Server {
             let now = Instant::now();
             let mut waits = false;
             for device in &mut self.devices {
-                device.log.tick(now);
+                device.log.tick(now, &mut self.sink);
                 waits |= device.log.waits();
             }
             // One packet in, its answer out: while something waits to be sent, nothing is

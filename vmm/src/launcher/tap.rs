@@ -234,12 +234,26 @@ fn explain(
 pub struct Inherited {
     fd: OwnedFd,
     name: String,
+    address: Option<[u8; 6]>,
     flags: i16,
     mtu: u32,
 }
 
 impl Inherited {
-    /// What a descriptor is a queue of, made non-blocking; `None` if it is no such thing.
+    /// A queue by its descriptor, made non-blocking. What is no such thing comes back.
+    fn new(fd: OwnedFd) -> Result<Self, OwnedFd> {
+        match Self::look(&fd) {
+            Some((name, flags, mtu)) => Ok(Self {
+                address: tap_sys::hardware_address(fd.as_fd()),
+                fd,
+                name,
+                flags,
+                mtu,
+            }),
+            None => Err(fd),
+        }
+    }
+
     fn look(fd: &OwnedFd) -> Option<(String, i16, u32)> {
         let (name, flags) = tap_sys::describe(fd.as_fd())?;
         sys::set_nonblocking(fd.as_fd()).ok()?;
@@ -253,6 +267,11 @@ impl Inherited {
     /// Name of its interface.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What tells its interface from others, also of that name in other network namespaces.
+    pub fn interface(&self) -> (String, Option<[u8; 6]>) {
+        (self.name.clone(), self.address)
     }
 }
 
@@ -273,18 +292,12 @@ pub fn inherited() -> BTreeMap<i32, Inherited> {
         let Ok(fd) = sys::take_inherited(number) else {
             continue;
         };
-        match Inherited::look(&fd) {
-            Some((name, flags, mtu)) => {
-                let queue = Inherited {
-                    fd,
-                    name,
-                    flags,
-                    mtu,
-                };
+        match Inherited::new(fd) {
+            Ok(queue) => {
                 taps.insert(number, queue);
             }
             // Not ours to close.
-            None => {
+            Err(fd) => {
                 let _ = fd.into_raw_fd();
             }
         }
@@ -310,6 +323,7 @@ pub fn adopt(queues: Vec<(i32, Inherited)>) -> Result<Tap, String> {
             name,
             flags,
             mtu,
+            ..
         } = queue;
         let shown = printable(&name);
         if flags & flag::TAP == 0 {

@@ -81,6 +81,17 @@ pub fn describe(fd: BorrowedFd<'_>) -> Option<(String, i16)> {
     Some((String::from_utf8(name).ok()?, flags))
 }
 
+/// SIOCGIFHWADDR of a tap's own descriptor: the host's address of the interface.
+pub fn hardware_address(fd: BorrowedFd<'_>) -> Option<[u8; 6]> {
+    // SAFETY: all zeroes is an ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    ioctl(fd, libc::SIOCGIFHWADDR as libc::c_ulong, &mut request).ok()?;
+    // SAFETY: the kernel has filled the address; any bits are one.
+    let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+    let (address, _) = data.split_first_chunk::<6>()?;
+    Some(address.map(|byte| byte.to_ne_bytes()[0]))
+}
+
 /// A socket by which interfaces of this network namespace are asked for; the kernel does not
 /// mind of which family it is.
 #[derive(Debug)]

@@ -139,6 +139,7 @@ pub fn build(
         pci: &pci,
         port: None,
         hook: &hooks.helper,
+        at_start: true,
     };
     // Behind the port that the configuration places it behind, or the first that is free.
     let behind = |id: &str| {

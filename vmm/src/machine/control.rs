@@ -81,6 +81,8 @@ pub struct ControlChannel {
     last_token: u64,
     /// Failed requests of each ring when last looked at.
     host_errors: Vec<u64>,
+    /// What it serves the guest from is gone, as it says.
+    host_gone: bool,
     /// It was asked what it wants; and is to be asked again.
     taking: (bool, bool),
     /// Its health was to be asked for while it was busy.
@@ -104,6 +106,7 @@ impl ControlChannel {
         Self {
             client,
             host_errors: vec![0; about.queues],
+            host_gone: false,
             about,
             waiting: VecDeque::new(),
             current: None,
@@ -349,6 +352,11 @@ impl ControlChannel {
     /// Wait for room in the channel, too.
     pub fn wants_write(&self) -> bool {
         self.ended.is_none() && self.client.wants_write()
+    }
+
+    /// What it serves the guest from is gone, as it says.
+    pub fn host_gone(&self) -> bool {
+        self.host_gone
     }
 
     /// The process was given up.

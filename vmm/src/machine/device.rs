@@ -169,13 +169,14 @@ impl Device {
         info.kind = self.kind.to_string();
         info.pci_address = self.address.to_string();
         info.port = self.port.clone();
-        let life = self.process.as_ref().and_then(|p| p.life.state());
-        info.state = if let Some(state) = life {
+        info.state = if let Some(state) = self.process.as_ref().and_then(|p| p.life.state()) {
             state
         } else if self.failed.is_some() || status.failure.is_some() {
             "failed"
         } else if status.needs_reset {
             "needs-reset"
+        } else if self.process.as_ref().is_some_and(|p| p.control.host_gone()) {
+            "disconnected"
         } else if self.drained {
             "drained"
         } else if status.active {
@@ -186,10 +187,8 @@ impl Device {
         .to_string();
         if let Some(process) = &self.process {
             // One that has ended, or is about to, has none: its number may be another's by now.
-            info.pid = match process.life.is_manned() {
-                true => process.pid,
-                false => 0,
-            };
+            let manned = process.life.is_manned();
+            info.pid = if manned { process.pid } else { 0 };
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
             info.landlock_abi = process.hello.confinement.landlock_abi;
@@ -209,7 +208,10 @@ impl Device {
     /// When the launcher is gone or does not answer.
     pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
         let Some(process) = &self.process else {
-            return Ok(());
+            return match &self.special {
+                Special::Foreign(switch) => switch.forget(launcher),
+                _ => Ok(()),
+            };
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
         for path in self.special.sockets() {
@@ -311,6 +313,8 @@ pub struct Site<'a> {
     pub port: Option<&'a str>,
     /// Run first on the function's own thread, where it has one.
     pub hook: &'a ThreadHook,
+    /// The machine is being made: it could be made without a device that may be missing.
+    pub at_start: bool,
 }
 
 /// A process to start for a device.
@@ -545,8 +549,7 @@ fn hello(
     let hello: HelloResponse = control
         .call(DEVICE_SERVICE, "Hello", &request, HELLO_LIMIT)
         .map_err(|e| format!("{} does not answer: {e}", kind.binary))?;
-    check_hello(&hello, kind, incarnation)?;
-    Ok(hello)
+    check_hello(&hello, kind, incarnation).map(|()| hello)
 }
 
 /// Is it the process that was started, and does it speak our protocol?

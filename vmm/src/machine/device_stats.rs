@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bulkhead_proto::common::{NetLimits, TokenBucket};
 use bulkhead_proto::device::{NetState, StatsResponse};
 use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
 
@@ -90,11 +91,26 @@ fn net_status(about: &About, net: &NetState) -> Result<NetStatus, String> {
         known @ ("tap" | "vhost-net" | "") => known.to_owned(),
         _ => return Err("tells of a datapath that there is not".into()),
     };
+    status.to_guest = limits(net.to_guest.as_ref()).into();
+    status.from_guest = limits(net.from_guest.as_ref()).into();
     if status.datapath == "vhost-net" {
         let tap = printable(&about.tap);
         status.counted_by = format!("the host's kernel: `ip -s link show dev {tap}`");
     }
     Ok(status)
+}
+
+/// Limits, without anything that the process put beside them.
+fn limits(limits: Option<&NetLimits>) -> Option<NetLimits> {
+    let bucket = |bucket: Option<&TokenBucket>| {
+        let mut clean = TokenBucket::new();
+        (clean.per_second, clean.burst) = bucket.map(|b| (b.per_second, b.burst))?;
+        Some(clean)
+    };
+    let mut clean = NetLimits::new();
+    clean.bytes = bucket(limits?.bytes.as_ref()).into();
+    clean.packets = bucket(limits?.packets.as_ref()).into();
+    Some(clean)
 }
 
 /// Six bytes as people write them.
@@ -129,6 +145,8 @@ mod tests {
         net.mac = vec![0x52, 0x54, 0, 0xab, 1, 2];
         net.unicast_filter = vec![vec![2; 6]];
         net.datapath = "tap".into();
+        let limits = net.to_guest.mut_or_insert_default();
+        limits.bytes.mut_or_insert_default().per_second = 1000;
         let mut stats = StatsResponse::new();
         stats.net = Some(net).into();
         stats.queues = vec![QueueStats::new(); 3];
@@ -138,6 +156,8 @@ mod tests {
         assert_eq!(response.net.unicast_filter, ["02:02:02:02:02:02"]);
         assert_eq!((response.net.mtu, response.net.link_up), (1500, true));
         assert_eq!(response.net.counted_by, "");
+        assert_eq!(response.net.to_guest.bytes.per_second, 1000);
+        assert!(response.net.to_guest.packets.is_none());
         stats.net.mut_or_insert_default().datapath = "vhost-net".into();
         stats.queues.truncate(1);
         let response = super::response(&about(), &stats).unwrap();

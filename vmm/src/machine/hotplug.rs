@@ -249,6 +249,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
         pci: &workshop.pci,
         port: (!port.is_empty()).then_some(port),
         hook: &workshop.hook,
+        at_start: false,
     };
     match addition {
         Addition::Disk(disk) => {

@@ -64,6 +64,20 @@ impl DeviceKind {
     }
 }
 
+/// What passt touches at its start (16 MiB of its own, and its libraries), and what it allocates
+/// beside the data that its program has from the start.
+const PASST_MEMORY: u64 = 32 << 20;
+const PASST_HEAP: u64 = 8 << 20;
+
+/// What passt needs to start, whose program has so much data.
+pub fn passt_least(data: u64) -> Least {
+    Least {
+        memory: PASST_MEMORY,
+        data: data.saturating_add(PASST_HEAP),
+        pids: 1,
+    }
+}
+
 /// virtio-blk.
 pub static BLK: DeviceKind = DeviceKind {
     name: "blk",
@@ -187,6 +201,8 @@ mod tests {
         // Two pairs and the control queue.
         assert_eq!(NET.least(5, None).pids, 4);
         assert_eq!(NET.least(3, Some("vhost")).pids, 3);
+        let passt = passt_least(197 * MIB);
+        assert_eq!((passt.memory, passt.data), (32 * MIB, 205 * MIB));
         for (kind, queues) in [(&MEM, 1), (&RNG, 1), (&VSOCK, 3), (&CONSOLE, 34)] {
             assert_eq!(kind.least(queues, None).pids, 2, "{}", kind.name);
         }

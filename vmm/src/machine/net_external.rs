@@ -13,10 +13,13 @@ use bulkhead_proto::machine::{
 };
 
 use super::device::{self, Device, Site, Special};
+use super::kinds;
 use super::net_kinds;
 use super::net_mac::MacAddress;
+use super::net_remedies::{of_first, of_others};
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
-use crate::launcher::{Least, Program, helper, printable, sys};
+use super::usage::Usage;
+use crate::launcher::{Program, helper, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -69,6 +72,8 @@ struct First {
     frontend: Option<Frontend>,
     /// passt's.
     process: Option<HelperProcess>,
+    /// What passt uses of the host.
+    usage: Option<Arc<Usage>>,
     /// Why it is not there.
     missing: Option<String>,
     /// A network device may be without it.
@@ -104,6 +109,7 @@ pub fn make_absent(net: &NetConfig, why: String, site: &Site<'_>) -> Result<Devi
         origin: Origin::Nothing(why),
         frontend: None,
         process: None,
+        usage: None,
         missing: None,
         optional: false,
     };
@@ -185,6 +191,7 @@ fn finish(
         origin,
         frontend,
         process,
+        usage,
         mut missing,
         optional,
     } = first;
@@ -204,7 +211,7 @@ fn finish(
         && net.is_some()
         && process.is_none()
     {
-        let why = format!("{origin}: {}", of_others(&id, why));
+        let why = format!("{origin}: {}", of_first(&id, why, optional, site));
         log::warn!("device {id}: {why}; the machine starts without it");
         (serving, missing) = (false, Some(why));
         made = device::attach(site, options, None);
@@ -216,12 +223,16 @@ fn finish(
         if let Origin::Listen(path, _) = &origin {
             let _ = site.launcher.forget(path);
         }
-        format!("device {id}: {origin}: {}", of_others(&id, &why))
+        format!(
+            "device {id}: {origin}: {}",
+            of_first(&id, &why, optional, site)
+        )
     })?;
     let mut switch = Switch::new(&id, kind, origin, net, serving, Instant::now());
+    switch.set_usage(usage);
     if let Some(why) = missing {
         // It was told: the same again is no news.
-        switch.news(&why);
+        switch.news(why.strip_prefix(&format!("device {id}: ")).unwrap_or(&why));
     }
     if let Some(process) = process {
         switch = switch.with_process(1, process);
@@ -264,6 +275,7 @@ fn reach(
         };
         let came = accept(&listener, limit).map_err(|why| {
             let path = printable(&socket.to_string_lossy());
+            let why = of_first(id, &why, optional, site);
             format!("vhost-user {path}: {why}")
         });
         if came.is_err() && !optional {
@@ -277,14 +289,17 @@ fn reach(
         (Origin::Connect(PathBuf::from(socket)), came)
     };
     let frontend = stream.and_then(|stream| {
-        Frontend::connect(stream, MESSAGE_LIMIT)
-            .map_err(|error| format!("{origin}: {}", of_others(id, &error.to_string())))
+        Frontend::connect(stream, MESSAGE_LIMIT).map_err(|error| {
+            let why = of_first(id, &error.to_string(), optional, site);
+            format!("{origin}: {why}")
+        })
     });
     match frontend {
         Ok(frontend) => Ok(First {
             origin,
             frontend: Some(frontend),
             process: None,
+            usage: None,
             missing: None,
             optional,
         }),
@@ -294,6 +309,7 @@ fn reach(
                 origin,
                 frontend: None,
                 process: None,
+                usage: None,
                 missing: Some(why),
                 optional,
             })
@@ -301,34 +317,6 @@ fn reach(
         Err(why) => Err(format!("device {id}: {why}")),
     }
 }
-
-/// Why a back-end that is somebody else's does not serve, with a remedy; the device's name, which
-/// stands before it already, left out.
-fn of_others(id: &str, why: &str) -> String {
-    let name = format!("device {id}: ");
-    let why = why.strip_prefix(&name).unwrap_or(why);
-    let remedy = REMEDIES.iter().find(|(sign, _)| why.contains(sign));
-    match remedy {
-        Some((_, remedy)) => format!("{why}: {remedy}"),
-        None => why.to_owned(),
-    }
-}
-
-/// What to do about a back-end that fails in one of these ways.
-const REMEDIES: [(&str, &str); 3] = [
-    (
-        "closed its vhost-user channel",
-        "what it logs says why; it must serve this kind of device and have no other front-end, or give required=off",
-    ),
-    (
-        "in time",
-        "it must be a vhost-user back-end that has no other front-end: restart it, or give required=off",
-    ),
-    (
-        "broke the vhost-user protocol",
-        "name the socket of a vhost-user back-end for this kind of device, or give required=off",
-    ),
-];
 
 /// Waits for a connection.
 fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String> {
@@ -343,10 +331,7 @@ fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String
             return Err(if limit.is_zero() {
                 "nobody has connected yet".to_owned()
             } else {
-                format!(
-                    "nobody connected in {} s: start the back-end as a client of this socket, or give required=off",
-                    limit.as_secs()
-                )
+                format!("nobody connected in {} s", limit.as_secs())
             });
         }
         sys::poll(&[(listener.as_fd(), libc::POLLIN)], Some(deadline))
@@ -359,7 +344,14 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
     let options = passt_options(net, user);
     let origin = Origin::Passt(options.clone());
     let resources = net.resources.as_ref().cloned().unwrap_or_default();
-    device::place(site.launcher, &net.id, &resources, "", Least::default())?;
+    let least = kinds::passt_least(site.launcher.helper_data());
+    let usage = Some(device::place(
+        site.launcher,
+        &net.id,
+        &resources,
+        "",
+        least,
+    )?);
     let started = site
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)
@@ -387,6 +379,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
             origin,
             frontend: Some(frontend),
             process: Some(process),
+            usage,
             missing: None,
             optional: net.optional,
         }),
@@ -399,6 +392,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 origin: Origin::Nothing(why),
                 frontend: None,
                 process: None,
+                usage: None,
                 missing: None,
                 optional: net.optional,
             })
@@ -409,6 +403,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 origin,
                 frontend: None,
                 process: None,
+                usage,
                 missing: Some(why),
                 optional: net.optional,
             })
@@ -462,23 +457,6 @@ mod tests {
     }
 
     #[test]
-    fn somebody_elses_process_is_called_a_back_end_and_named_once() {
-        let why = "device n0: its back-end does not offer VIRTIO_F_VERSION_1";
-        assert_eq!(
-            of_others("n0", why),
-            "its back-end does not offer VIRTIO_F_VERSION_1"
-        );
-        for why in [
-            crate::vhost_user::VhostUserError::Closed,
-            crate::vhost_user::VhostUserError::Timeout("GET_FEATURES"),
-            crate::vhost_user::VhostUserError::Violation(crate::vhost_user::Violation::Flood),
-        ] {
-            let line = of_others("n0", &why.to_string());
-            assert!(line.ends_with("or give required=off"), "{line}");
-        }
-    }
-
-    #[test]
     fn a_back_end_that_does_not_come_is_named_with_the_remedy() {
         let place = std::env::temp_dir().join(format!("bh-accept-{}", std::process::id()));
         let _ = std::fs::remove_file(&place);
@@ -487,7 +465,7 @@ mod tests {
         let now = accept(&listener, Duration::ZERO).unwrap_err();
         assert!(now.contains("nobody has connected yet"), "{now}");
         let late = accept(&listener, Duration::from_millis(20)).unwrap_err();
-        assert!(late.contains("required=off"), "{late}");
+        assert!(late.starts_with("nobody connected in"), "{late}");
         let _client = UnixStream::connect(&place).unwrap();
         assert!(accept(&listener, Duration::ZERO).is_ok());
         std::fs::remove_file(&place).unwrap();

@@ -23,10 +23,15 @@ pub struct Link {
     pub vhost: Vec<OwnedFd>,
 }
 
+/// An interface by its name and the host's address of it.
+type Interface = (String, Option<[u8; 6]>);
+
 /// What was opened before confinement.
 pub struct Prepared {
     /// Taps by the number under which they were inherited.
     inherited: BTreeMap<i32, tap::Inherited>,
+    /// Of what each of those was a queue, also once a device has it.
+    interfaces: BTreeMap<i32, Interface>,
     /// As many descriptors of vhost-net, or why there are none.
     vhost: Result<Vec<OwnedFd>, String>,
     /// Taps by the id of the device. An error is told when the machine is made.
@@ -42,7 +47,10 @@ impl Prepared {
     #[must_use]
     pub fn new(first: Option<&MachineConfig>) -> Self {
         let inherited = tap::inherited();
+        let interfaces = inherited.iter();
+        let interfaces = interfaces.map(|(number, queue)| (*number, queue.interface()));
         let mut prepared = Self {
+            interfaces: interfaces.collect(),
             vhost: tap::open_vhost_net(inherited.len()),
             inherited,
             links: BTreeMap::new(),
@@ -86,6 +94,33 @@ impl Prepared {
     /// Lets go of the taps of the namespace that no device of the machine has taken.
     pub fn let_go(&mut self) {
         self.present.clear();
+    }
+
+    /// Whether no two devices would have queues of one inherited tap: the kernel would share the
+    /// frames out between them.
+    ///
+    /// # Errors
+    /// One line that names the descriptor, the tap and who has it.
+    pub fn check(&self, nets: &[NetConfig]) -> Result<(), String> {
+        let mut taken: BTreeMap<&Interface, &str> = BTreeMap::new();
+        for net in nets {
+            let Some(net_config::Backend::Tap(tap)) = &net.backend else {
+                continue;
+            };
+            for number in &tap.fds {
+                let Some(interface) = self.interfaces.get(number) else {
+                    continue;
+                };
+                let other = *taken.entry(interface).or_insert(&net.id);
+                if other != net.id {
+                    let name = crate::launcher::printable(&interface.0);
+                    return Err(format!(
+                        "fd {number}: is a queue of tap {name}, which device {other} has: give each a tap of its own"
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The tap of a device, where it was opened before or inherited; `None`: the launcher is to
@@ -239,6 +274,7 @@ mod tests {
     fn bare() -> Prepared {
         Prepared {
             inherited: BTreeMap::new(),
+            interfaces: BTreeMap::new(),
             vhost: Ok(Vec::new()),
             links: BTreeMap::new(),
             present: BTreeMap::new(),
@@ -293,6 +329,29 @@ tap0_kata: 1 2 3
         let names: Vec<&str> = interface_names(text).collect();
         assert_eq!(names, ["tap0_kata", "eth0"]);
         assert_eq!(interface_names("").count(), 0);
+    }
+
+    #[test]
+    fn two_devices_never_have_queues_of_one_inherited_tap() {
+        let mut prepared = bare();
+        for (number, name, address) in [(5, "t", 1), (6, "t", 1), (7, "t", 2), (8, "u", 3)] {
+            let interface = (name.to_owned(), Some([address; 6]));
+            prepared.interfaces.insert(number, interface);
+        }
+        let with = |fds: &[&[i32]]| {
+            let nets = fds.iter().zip(["a", "b"]).map(|(fds, id)| {
+                let mut net = net(id, "");
+                net.mut_tap().fds = fds.to_vec();
+                net
+            });
+            prepared.check(&nets.collect::<Vec<_>>())
+        };
+        assert_eq!(with(&[&[5, 6], &[8]]), Ok(()));
+        assert_eq!(with(&[&[5], &[7]]), Ok(()), "of another network namespace");
+        assert_eq!(with(&[&[98], &[99]]), Ok(()), "told when they are taken");
+        let line = with(&[&[5], &[6]]).unwrap_err();
+        let told = "fd 6: is a queue of tap t, which device a has";
+        assert!(line.starts_with(told), "{line}");
     }
 
     #[test]

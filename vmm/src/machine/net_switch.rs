@@ -18,14 +18,19 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
+use super::device::END_LIMIT;
+use super::net_links::Links;
 use super::net_mac;
+use super::net_remedies::of_others;
+use super::usage::Usage;
 use crate::launcher::{Launcher, printable};
 use crate::virtio::{ReconnectError, VirtioPciFunction};
 
@@ -38,52 +43,11 @@ const LINK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Most reasons that are remembered.
 const MAX_TOLD: usize = 8;
-
-/// What is asked of the launcher; nothing waits for its answer.
-pub trait Links {
-    /// Begins to connect to a socket; the answer comes with the ticket.
-    ///
-    /// # Errors
-    /// One line.
-    fn connect(&self, path: &Path) -> Result<u64, String>;
-
-    /// Begins to start passt; our end of its channel comes back at once.
-    ///
-    /// # Errors
-    /// One line.
-    fn passt(
-        &self,
-        id: &str,
-        incarnation: u64,
-        options: &[String],
-    ) -> Result<(u64, UnixStream), String>;
-
-    /// Ends a passt that is no longer listened to.
-    fn end_passt(&self, id: &str, incarnation: u64);
-}
-
-impl Links for Launcher {
-    fn connect(&self, path: &Path) -> Result<u64, String> {
-        self.begin_connect(path, "vhost-user")
-            .map_err(|e| e.to_string())
-    }
-
-    fn passt(
-        &self,
-        id: &str,
-        incarnation: u64,
-        options: &[String],
-    ) -> Result<(u64, UnixStream), String> {
-        self.begin_helper(id, "passt", incarnation, options.to_vec())
-            .map_err(|e| e.to_string())
-    }
-
-    fn end_passt(&self, id: &str, incarnation: u64) {
-        if let Err(error) = self.kill(id, incarnation) {
-            log::warn!("device {id}: {error}");
-        }
-    }
-}
+/// What else is told once until a back-end has served for a while.
+const LOST: &str = "lost";
+const CAME: &str = "came";
+/// How often surplus connections are told of.
+const SURPLUS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Where the back-end comes from.
 #[derive(Debug)]
@@ -181,8 +145,14 @@ pub struct Switch {
     /// The last of them that served.
     served: u64,
     process: Option<HelperProcess>,
-    /// Why attempts failed since it was last served; each is told once.
+    /// What its helper uses of the host, if it has one.
+    usage: Option<Arc<Usage>>,
+    /// Why attempts failed since it was last served for a while; each is told once.
     told: Vec<String>,
+    /// The incarnation of a helper that was given up for a reason which was told.
+    given_up: u64,
+    /// When a surplus connection was last told of, and how many were not since.
+    surplus: (Option<Instant>, u64),
 }
 
 impl Switch {
@@ -205,7 +175,10 @@ impl Switch {
             incarnation: 0,
             served: 0,
             process: None,
+            usage: None,
             told: Vec::new(),
+            given_up: 0,
+            surplus: (None, 0),
         };
         if !serving {
             switch.wait(now);
@@ -220,6 +193,16 @@ impl Switch {
         self.served = incarnation;
         self.process = Some(process);
         self
+    }
+
+    /// Notes what its helper uses of the host.
+    pub fn set_usage(&mut self, usage: Option<Arc<Usage>>) {
+        self.usage = usage;
+    }
+
+    /// What its helper uses of the host; `None`: it has none.
+    pub fn usage(&self) -> Option<&Arc<Usage>> {
+        self.usage.as_ref()
     }
 
     /// Where its back-end comes from, for events.
@@ -268,38 +251,82 @@ impl Switch {
         (self.incarnation, pidfd, path)
     }
 
-    /// Its back-end is gone.
-    pub fn lost(&mut self, launcher: &dyn Links, now: Instant) {
+    /// The machine was not made after all: has the launcher end its helper, with its cgroup, and
+    /// remove the socket that we listen on.
+    ///
+    /// # Errors
+    /// When the launcher is gone or does not answer.
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
+        let mut result = Ok(());
+        if self.usage.is_some() {
+            result = launcher.kill_and_forget(&self.id, self.incarnation);
+            if result.is_ok() && self.process.is_some() {
+                launcher.take_end(&self.id, self.incarnation, END_LIMIT);
+            }
+        }
+        if let Origin::Listen(path, _) = &self.origin {
+            result = result.and(launcher.forget(path));
+        }
+        result.map_err(|e| e.to_string())
+    }
+
+    /// Its back-end is gone. `hung_up`: it went by itself. True: the operator is to be told; how
+    /// a helper ended says more than that it hung up.
+    pub fn lost(&mut self, launcher: &dyn Links, hung_up: bool, now: Instant) -> bool {
         if let Phase::Serving { since } = self.phase
             && now.saturating_duration_since(since) >= STEADY
         {
             self.pause = PAUSE.0;
+            self.told.clear();
         }
-        self.end_process(launcher);
+        let end_tells = self.leave(launcher, hung_up);
         self.wait(now);
+        !end_tells && self.news(LOST)
     }
 
-    /// A back-end serves.
-    pub fn reconnected(&mut self, now: Instant) {
+    /// A back-end serves. True: the operator is to be told.
+    pub fn reconnected(&mut self, now: Instant) -> bool {
         self.phase = Phase::Serving { since: now };
         self.served = self.incarnation;
-        self.told.clear();
+        self.news(CAME)
     }
 
-    /// One that came did not take over. True: this is news.
-    pub fn not_reconnected(&mut self, launcher: &dyn Links, why: &str, now: Instant) -> bool {
-        self.end_process(launcher);
+    /// One that came did not take over. A line that is news comes back.
+    pub fn not_reconnected(
+        &mut self,
+        launcher: &dyn Links,
+        (why, hung_up): (&str, bool),
+        now: Instant,
+    ) -> Option<String> {
+        let end_tells = self.leave(launcher, hung_up);
         self.wait(now);
-        self.news(why)
+        let line = format!("{}: {}", self.origin, of_others(&self.id, why));
+        (!end_tells && self.news(&line)).then_some(line)
     }
 
-    /// Its helper has ended: the hang-up of its channel tells the rest. True: this is news,
-    /// since it had served.
-    pub fn exited(&mut self, incarnation: u64) -> bool {
+    /// Its helper has ended like this: the event that says so, and whether the operator is to be
+    /// told.
+    pub fn exited(&mut self, incarnation: u64, how: &str) -> Option<(&'static str, String, bool)> {
         if self.incarnation == incarnation {
             self.process = None;
         }
-        self.served == incarnation
+        let line = format!("{}: {how}", self.origin);
+        let news = self.given_up != incarnation && self.news(&line);
+        if self.served == incarnation {
+            return Some(("device.exited", line, news));
+        }
+        news.then_some(("device.not-reconnected", line, true))
+    }
+
+    /// Ends what is left of a helper. True: it hung up, and how it ended is still to be told.
+    fn leave(&mut self, launcher: &dyn Links, hung_up: bool) -> bool {
+        // Its end may have been told before.
+        let helper = matches!(self.origin, Origin::Passt(_));
+        if helper && !hung_up {
+            self.given_up = self.incarnation;
+        }
+        self.end_process(launcher);
+        helper && hung_up
     }
 
     /// Notes why it is not served; false when that was told already.
@@ -348,13 +375,31 @@ impl Switch {
             Ok((stream, _)) if matches!(self.phase, Phase::Waiting { .. }) => {
                 self.adopt(stream, adopt, now);
             }
-            Ok(_) => log::warn!(
-                "device {}: a second connection to its socket was closed: it has a back-end",
-                self.id
-            ),
+            Ok(_) => {
+                if let Some(line) = self.surplus(now) {
+                    log::warn!("device {}: {line}", self.id);
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => log::warn!("device {}: its socket: {error}", self.id),
         }
+    }
+
+    /// A connection was closed since there is a back-end. What is to be told of it, if anything.
+    fn surplus(&mut self, now: Instant) -> Option<String> {
+        let (last, quiet) = &mut self.surplus;
+        if last.is_some_and(|at| now.saturating_duration_since(at) < SURPLUS_INTERVAL) {
+            *quiet = quiet.saturating_add(1);
+            return None;
+        }
+        *last = Some(now);
+        let more = match std::mem::take(quiet) {
+            0 => String::new(),
+            n => format!(" ({n} more were not told of)"),
+        };
+        Some(format!(
+            "a second connection to its socket was closed: it has a back-end{more}"
+        ))
     }
 
     fn adopt(&mut self, stream: UnixStream, adopt: Adopt<'_>, now: Instant) {
@@ -481,6 +526,7 @@ impl Switch {
         response.id = self.id.clone();
         response.kind = self.kind.clone();
         response.net = Some(status).into();
+        response.usage = self.usage.as_ref().map(|usage| usage.read()).into();
         Ok(response)
     }
 
@@ -511,16 +557,26 @@ impl Switch {
             return Err(self.refused("is no network device: see Devices"));
         }
         if update.to_guest.is_some() || update.from_guest.is_some() {
+            if let Origin::Nothing(why) = &self.origin {
+                return Err(self.refused(&absent(why)));
+            }
             return Err(
                 self.refused("its frames are moved by somebody else's process: set limits there")
             );
         }
         let link = update.link.enum_value_or_default();
-        if link != net_update::Link::UNCHANGED && !self.origin.returns() {
-            return Err(self.refused("it has no back-end: its link stays down"));
+        if let (true, Origin::Nothing(why)) = (link != net_update::Link::UNCHANGED, &self.origin) {
+            return Err(self.refused(&absent(why)));
         }
         Ok(link)
     }
+}
+
+/// Of a device without a back-end: it was made without, for this reason.
+fn absent(why: &str) -> String {
+    format!(
+        "it has no back-end, and its link stays down ({why}): once that is mended, remove-device and add-net bring it back"
+    )
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use bulkhead_proto::Code;
 use bulkhead_proto::common::NetLimits;
@@ -93,7 +94,7 @@ fn a_lost_back_end_is_looked_for_with_pauses_that_double() {
     let mut now = Instant::now();
     let mut tie = switch(Origin::Connect("/s".into()), now);
     assert_eq!((state(&tie).as_str(), tie.next_timer()), ("ready", None));
-    tie.lost(&fake, now);
+    assert!(tie.lost(&fake, true, now));
     assert_eq!(state(&tie), "disconnected");
     let mut pauses = Vec::new();
     let mut told = 0;
@@ -109,16 +110,17 @@ fn a_lost_back_end_is_looked_for_with_pauses_that_double() {
     pass(&mut tie, &fake, &mut now);
     assert_eq!(tie.on_linked(Ok(came(None)), &taken, now), None);
     assert_eq!(tie.next_timer(), None);
-    tie.reconnected(now);
+    assert!(tie.reconnected(now));
     assert_eq!(state(&tie), "ready");
     assert!(fake.asked.borrow().iter().all(|a| a == "connect /s"));
 
-    // One that goes at once is not met at once; one that served for a while is.
-    tie.lost(&fake, now);
+    // One that goes at once is not met at once, nor told of again and again; one that served
+    // for a while is.
+    assert!(!tie.lost(&fake, true, now));
     assert_eq!(tie.next_timer().unwrap() - now, PAUSE.1);
-    tie.reconnected(now);
+    assert!(!tie.reconnected(now));
     now += STEADY;
-    tie.lost(&fake, now);
+    assert!(tie.lost(&fake, true, now));
     assert_eq!(tie.next_timer().unwrap() - now, PAUSE.0);
 }
 
@@ -127,7 +129,7 @@ fn a_launcher_that_refuses_or_is_silent_holds_nothing_up() {
     let fake = Fake::default();
     let mut now = Instant::now();
     let mut tie = switch(Origin::Connect("/s".into()), now);
-    tie.lost(&fake, now);
+    tie.lost(&fake, true, now);
     fake.refuse.set(true);
     let (_, news) = pass(&mut tie, &fake, &mut now);
     assert_eq!(news.as_deref(), Some("the launcher is busy"));
@@ -155,7 +157,7 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.helper.as_str()), (77, "passt"));
-    tie.lost(&fake, now);
+    tie.lost(&fake, true, now);
     pass(&mut tie, &fake, &mut now);
     assert_eq!(
         *fake.asked.borrow(),
@@ -165,11 +167,66 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.incarnation), (78, 2));
-    assert!(tie.exited(1), "it had served");
-    assert!(tie.not_reconnected(&fake, "it broke the protocol", now));
-    assert!(!tie.exited(2));
+    let exited = tie.exited(1, "signal 11");
+    assert_eq!(
+        exited,
+        Some(("device.exited", "passt: signal 11".into(), true))
+    );
+    // What it was given up for is told, and not that it was killed.
+    let wrong = |tie: &mut Switch| tie.not_reconnected(&fake, ("it is wrong", false), now);
+    assert_eq!(wrong(&mut tie).unwrap(), "passt: it is wrong");
+    assert_eq!(tie.exited(2, "signal 9"), None);
     assert_eq!(fake.asked.borrow().last().unwrap(), "end net0 2");
-    assert!(!tie.not_reconnected(&fake, "it broke the protocol", now));
+    assert_eq!(wrong(&mut tie), None);
+}
+
+#[test]
+fn a_passt_that_always_fails_is_told_of_once_by_how_it_ends() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let mut tie = switch(Origin::Passt(Vec::new()), now);
+    tie.lost(&fake, true, now);
+    let mut told = Vec::new();
+    for round in 0..4 {
+        pass(&mut tie, &fake, &mut now);
+        assert_eq!(tie.on_linked(Ok(came(Some(78))), &taken, now), None);
+        let why = "device net0: taking over: the back-end closed its vhost-user channel";
+        let incarnation = tie.incarnation;
+        let how = match round {
+            0..3 => "signal 11",
+            _ => "status 1: port",
+        };
+        // Either may be seen first.
+        if round % 2 == 0 {
+            assert_eq!(tie.not_reconnected(&fake, (why, true), now), None);
+        }
+        told.extend(tie.exited(incarnation, how).map(|(kind, line, _)| {
+            assert_eq!(kind, "device.not-reconnected");
+            line
+        }));
+        if round % 2 == 1 {
+            assert_eq!(tie.not_reconnected(&fake, (why, true), now), None);
+        }
+    }
+    assert_eq!(told, ["passt: signal 11", "passt: status 1: port"]);
+}
+
+#[test]
+fn a_back_end_that_does_not_take_over_is_named_by_its_socket_with_a_remedy() {
+    let now = Instant::now();
+    let mut tie = switch(Origin::Connect("/run/s".into()), now);
+    let why = "device net0: taking over: the back-end closed its vhost-user channel";
+    let told = tie
+        .not_reconnected(&Fake::default(), (why, true), now)
+        .unwrap();
+    assert!(
+        told.starts_with("vhost-user /run/s: the back-end closed"),
+        "{told}"
+    );
+    assert!(
+        told.ends_with("no other front-end") && !told.contains("net0"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -177,7 +234,7 @@ fn a_back_end_that_never_can_be_is_never_looked_for() {
     let fake = Fake::default();
     let now = Instant::now();
     let mut tie = switch(Origin::Nothing("tap x: absent".into()), now);
-    tie.lost(&fake, now);
+    tie.lost(&fake, true, now);
     assert_eq!((state(&tie).as_str(), tie.next_timer()), ("absent", None));
     let (kind, detail) = tie.announcement();
     assert_eq!(
@@ -204,7 +261,7 @@ fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
     let _surplus = UnixStream::connect(&place).unwrap();
     tie.on_listener(&count, now);
     assert_eq!(let_in.get(), 0, "it has a back-end");
-    tie.lost(&Fake::default(), now);
+    tie.lost(&Fake::default(), true, now);
     assert_eq!(tie.next_timer(), None, "it waits for whoever comes");
     let _first = UnixStream::connect(&place).unwrap();
     let _second = UnixStream::connect(&place).unwrap();
@@ -213,6 +270,16 @@ fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
     tie.on_listener(&count, now);
     assert_eq!(let_in.get(), 1);
     std::fs::remove_file(&place).unwrap();
+}
+
+#[test]
+fn surplus_connections_are_told_of_once_a_minute() {
+    let now = Instant::now();
+    let mut tie = switch(Origin::Connect("/s".into()), now);
+    let told = (0..500).filter_map(|_| tie.surplus(now)).count();
+    assert_eq!(told, 1);
+    let later = tie.surplus(now + SURPLUS_INTERVAL).unwrap();
+    assert!(later.ends_with("(499 more were not told of)"), "{later}");
 }
 
 #[test]
@@ -234,4 +301,11 @@ fn what_somebody_else_keeps_is_not_changed_here() {
     up.link = net_update::Link::UP.into();
     let status = refused(up, Origin::Nothing("gone".into()));
     assert!(status.message.contains("no back-end"), "{}", status.message);
+    let mut limits = NetUpdate::new();
+    limits.to_guest = Some(NetLimits::new()).into();
+    let message = refused(limits, Origin::Nothing("tap x: gone".into())).message;
+    assert!(
+        message.contains("tap x: gone") && message.contains("add-net"),
+        "{message}"
+    );
 }

@@ -93,7 +93,7 @@ pub enum VirtioError {
         allowed: &'static str,
     },
     /// The device process serves fewer queues than asked for.
-    #[error("device {id}: its back-end serves {limit} queues, not {asked}; ask for fewer")]
+    #[error("device {id}: its back-end {}", too_few(*limit, *asked))]
     TooManyQueues {
         /// The device.
         id: String,
@@ -122,6 +122,14 @@ pub enum VirtioError {
     /// The kernel refused.
     #[error("device {0}: {1}{remedy}", remedy = remedy(.1))]
     Io(String, #[source] io::Error),
+}
+
+fn too_few(limit: u16, asked: u16) -> String {
+    match limit {
+        // A switch that was started and not told yet what its port is for.
+        0 => format!("serves no queues yet, and {asked} are wanted; give it its port first"),
+        _ => format!("serves {limit} queues, not {asked}; ask for fewer"),
+    }
 }
 
 fn remedy(error: &io::Error) -> &'static str {

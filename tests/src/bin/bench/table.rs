@@ -94,6 +94,16 @@ impl Table {
     }
 }
 
+/// Whether the ranges of two sets of runs overlap: then their medians decide nothing.
+pub fn overlap(one: &[f64], other: &[f64]) -> bool {
+    let least = |all: &[f64]| all.iter().copied().reduce(f64::min);
+    let most = |all: &[f64]| all.iter().copied().reduce(f64::max);
+    match (least(one).zip(most(one)), least(other).zip(most(other))) {
+        (Some((a, b)), Some((c, d))) => a <= d && c <= b,
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,6 +40,7 @@ mod kata_native;
 mod mapped;
 mod net;
 mod net_bad;
+mod net_faults;
 mod net_handed;
 mod net_modes;
 mod net_native;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
         tests.extend(rng::native());
         tests.extend(console::native());
         tests.extend(net_native::native());
+        tests.extend(net_faults::native());
         tests.extend(vsock::native());
         tests.extend(hostile_device::tests());
     } else {

@@ -341,7 +341,8 @@ fn link(backend: &str) -> Verdict {
 carrier 1 first; read -r line
 carrier 0 then; read -r line
 carrier 1 last
-until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; echo PING=good";
+until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; echo PING=good; read -r line
+carrier 0 gone";
     let mut vmm = guest(
         &host,
         &scratch,
@@ -364,7 +365,20 @@ until ping -q -c 1 -W 2 10.5.0.1 >/dev/null; do :; done; echo PING=good";
     vmm.type_text("\n")?;
     vmm.wait_for("CARRIER=1-last", LIMIT)?;
     vmm.wait_for("PING=good", LIMIT)?;
-    vmm.ends_with(0, LIMIT)
+    // A tap that is deleted is a link that is down, for the guest and for the operator.
+    host.sh("ip link del tap0")?;
+    crate::net_bad::until_event(&socket, "device.disconnected", "tap tap0 was deleted")?;
+    let found = crate::hotplug::device(&socket, "net0")?.unwrap_or_default();
+    check(found["state"] == "disconnected", || found.to_string())?;
+    let stats = ctl(&socket, &["stats", "net0"])?;
+    check(stats["net"]["link_up"] == false, || stats.to_string())?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("CARRIER=0-gone", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    let told = vmm.errors();
+    check(told.lines().count() == 1, || {
+        vmm.story("not told in one line")
+    })
 }
 
 fn bridge() -> Verdict {

@@ -33,6 +33,10 @@ pub fn tests() -> Vec<Test> {
             passt_killed,
         ),
         test(
+            "user mode: its link is taken down and up, and what passt uses of the host is told and limited",
+            user_link,
+        ),
+        test(
             "a generic vhost-user device: qemu-storage-daemon's disk, also after its restart",
             generic,
         ),
@@ -402,6 +406,52 @@ fn passt_killed() -> Verdict {
     crate::net_bad::until_event(&api, "device.reconnected", "passt serves")?;
     vmm.type_text("\n")?;
     vmm.wait_for("LEASE-again", LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    bulkhead_tests::vmm::nothing_left(LIMIT)
+}
+
+fn user_link() -> Verdict {
+    let scratch = Scratch::new("user-link")?;
+    let api = scratch.path("api");
+    let host = passt_host("userlink")?;
+    let script = "carrier() { until [ \"$(cat /sys/class/net/eth0/carrier)\" = $1 ]; do sleep 0.1; done; echo CARRIER=$1-$2; }
+lease() { until busybox udhcpc -i eth0 -n -q -t 3 -T 2 -s /bin/true >/tmp/out 2>&1; do :; done; grep -q 192.0.2.2 /tmp/out && echo LEASE-$1; }
+ip link set eth0 up; carrier 1 first; lease first; read -r line
+carrier 0 then; busybox udhcpc -i eth0 -n -q -t 1 -T 2 -s /bin/true >/dev/null 2>&1 || echo SILENT; read -r line
+carrier 1 last; lease last";
+    let passt = tool("PASST")?;
+    let more = [
+        "--net",
+        "user,id=net0,memory=512M",
+        "--passt",
+        &passt,
+        "--api-socket",
+        &api,
+    ];
+    let mut vmm = host.debian(&scratch, script, &more)?;
+    vmm.wait_for("LEASE-first", LIMIT)?;
+    let link = |way: &str| ctl(&api, &["update-net", "net0", "--link", way]);
+    link("down")?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("CARRIER=0-then", LIMIT)?;
+    vmm.wait_for("SILENT", LIMIT)?;
+    let stats = ctl(&api, &["stats", "net0"])?;
+    check(stats["net"]["link_up"] == false, || stats.to_string())?;
+    link("up")?;
+    vmm.type_text("\n")?;
+    vmm.wait_for("LEASE-last", LIMIT)?;
+    ctl(&api, &["limit", "net0", "--memory", "400M", "--cpu", "50"])?;
+    let usage = ctl(&api, &["stats", "net0"])?["usage"].clone();
+    println!("[{usage}]");
+    let used = ["cpu_us", "memory_bytes", "memory_peak_bytes", "pids"];
+    let measured = used.iter().all(|key| usage[*key].as_u64() > Some(0));
+    let limits = &usage["limits"];
+    // Where the host has no controllers, that is said.
+    let without = usage["cgroup"] == "" || usage["not_enforced"] != serde_json::json!([]);
+    check(
+        limits["memory_bytes"] == 400 << 20 && limits["cpu_percent"] == 50 && (measured || without),
+        || usage.to_string(),
+    )?;
     vmm.ends_with(0, LIMIT)?;
     bulkhead_tests::vmm::nothing_left(LIMIT)
 }

@@ -57,11 +57,21 @@ pub struct Served {
 
 impl Served {
     pub fn new(host: &Namespace, scratch: &Scratch, name: &str) -> Result<Self, String> {
+        Self::with(host, scratch, name, &[])
+    }
+
+    /// The same with more options of `serve`.
+    pub fn with(
+        host: &Namespace,
+        scratch: &Scratch,
+        name: &str,
+        more: &[&str],
+    ) -> Result<Self, String> {
         let socket = scratch.path(name);
         let [first, second] = host.enter();
         let mut command = Command::new(first);
         command.arg(second).arg(bin("bulkhead"));
-        command.args(["serve", "--api-socket", &socket]);
+        command.args(["serve", "--api-socket", &socket]).args(more);
         let vmm = Vmm::spawn(command)?;
         let end = Instant::now() + patience(LIMIT);
         while ctl(&socket, &["info"]).is_err() {
@@ -79,14 +89,20 @@ impl Served {
         ctl(&self.socket, &args)
     }
 
-    fn state(&self, id: &str) -> Result<String, String> {
+    /// State of a device.
+    pub fn state(&self, id: &str) -> Result<String, String> {
         let found = device(&self.socket, id)?;
         let state = found.as_ref().and_then(|d| d["state"].as_str());
         Ok(state.unwrap_or("none").to_owned())
     }
 
+    /// What it has said.
+    pub fn errors(&self) -> String {
+        self.vmm.errors()
+    }
+
     /// Events of this kind and device, as text.
-    fn events(&self, kind: &str, id: &str) -> Result<Vec<String>, String> {
+    pub fn events(&self, kind: &str, id: &str) -> Result<Vec<String>, String> {
         let output = bulkhead(&["ctl", "--socket", &self.socket, "--json", "events"])?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let of = |line: &&str| {
@@ -107,7 +123,8 @@ impl Served {
     }
 }
 
-fn refused(result: Result<serde_json::Value, String>, words: &str) -> Verdict {
+/// It was refused, with these words.
+pub fn refused(result: Result<serde_json::Value, String>, words: &str) -> Verdict {
     check(
         result.as_ref().is_err_and(|line| line.contains(words)),
         || format!("no {words:?} in {result:?}"),

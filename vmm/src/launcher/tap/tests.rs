@@ -29,16 +29,22 @@ fn fresh(letter: char) -> Option<String> {
 
 /// As if they had been inherited, under numbers from `first` on.
 fn numbered(first: i32, fds: Vec<OwnedFd>) -> Vec<(i32, Inherited)> {
-    let queue = |fd: OwnedFd| {
-        let (name, flags, mtu) = Inherited::look(&fd).unwrap();
-        Inherited {
-            fd,
-            name,
-            flags,
-            mtu,
-        }
-    };
+    let queue = |fd: OwnedFd| Inherited::new(fd).unwrap();
     (first..).zip(fds.into_iter().map(queue)).collect()
+}
+
+#[test]
+fn queues_of_one_tap_are_known_as_such() {
+    let (Some(one), Some(other)) = (fresh('i'), fresh('j')) else {
+        return;
+    };
+    let one = numbered(5, open(&one, 2, 0).unwrap().queues);
+    let other = numbered(7, open(&other, 1, 0).unwrap().queues);
+    let interface = |queue: &(i32, Inherited)| queue.1.interface();
+    assert!(interface(&one[0]).1.is_some());
+    assert_eq!(interface(&one[0]), interface(&one[1]));
+    let (one, other) = (interface(&one[0]), interface(&other[0]));
+    assert!(one.0 != other.0 && one.1 != other.1);
 }
 
 fn line(result: Result<Tap, String>) -> String {

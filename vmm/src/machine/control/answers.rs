@@ -90,6 +90,9 @@ impl ControlChannel {
                 sector,
             });
         }
+        if health.host_gone && !std::mem::replace(&mut self.host_gone, true) {
+            notices.push(Notice::HostGone);
+        }
         if health.asks {
             notices.push(Notice::Asks);
         }

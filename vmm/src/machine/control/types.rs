@@ -57,6 +57,8 @@ pub enum Notice {
         /// And sector.
         sector: u64,
     },
+    /// What it serves the guest from is gone; told once.
+    HostGone,
     /// A disk was changed; the size it has now.
     DiskUpdated {
         /// What the device was told.

@@ -124,10 +124,7 @@ impl Host {
             Outcome::NotReconnected(error) if self.is_supervised(index) => {
                 self.on_not_taken_over(index, &error);
             }
-            Outcome::NotReconnected(error) if self.foreign_failed(index, &error.to_string()) => {}
-            Outcome::NotReconnected(error) => {
-                self.tell(index, "device.not-reconnected", &error.to_string());
-            }
+            Outcome::NotReconnected(error) => self.foreign_failed(index, &error),
         }
     }
 
@@ -143,8 +140,9 @@ impl Host {
                 .epoll
                 .ctl(ControlOperation::Delete, poll.fd.as_raw_fd(), gone);
         }
-        let kind = self.foreign_lost(index).unwrap_or("device.lost");
-        self.tell(index, kind, &why.to_string());
+        let lost = self.foreign_lost(index, why);
+        let (kind, news) = lost.unwrap_or(("device.lost", true));
+        self.tell_logged(index, kind, &why.to_string(), None, news);
     }
 
     /// Another back-end serves a device.
@@ -172,10 +170,10 @@ impl Host {
         } else {
             ""
         };
-        let by = self.foreign_came(index);
-        let by = by.as_deref().unwrap_or("another back-end");
+        let came = self.foreign_came(index);
+        let (by, news) = came.unwrap_or_else(|| ("another back-end".to_owned(), true));
         let detail = format!("{by} serves {queues} queues{reset}");
-        self.tell(index, "device.reconnected", &detail);
+        self.tell_logged(index, "device.reconnected", &detail, None, news);
     }
 
     fn on_ring_error(&mut self, index: usize, queue: u16) {
@@ -224,6 +222,18 @@ impl Host {
         detail: &str,
         what: Option<What>,
     ) {
+        self.tell_logged(index, kind, detail, what, true);
+    }
+
+    /// The same, and whether it is a line of the log, too.
+    fn tell_logged(
+        &mut self,
+        index: usize,
+        kind: &str,
+        detail: &str,
+        what: Option<What>,
+        logged: bool,
+    ) {
         let Some(device) = self
             .machine
             .as_ref()
@@ -232,8 +242,10 @@ impl Host {
             return;
         };
         self.log.publish_typed(kind, &device.id, detail, what);
-        let what = kind.strip_prefix("device.").unwrap_or(kind);
-        log::warn!("device {}: {what}: {detail}", device.id);
+        if logged {
+            let what = kind.strip_prefix("device.").unwrap_or(kind);
+            log::warn!("device {}: {what}: {detail}", device.id);
+        }
     }
 
     /// A back-end of somebody else's is given up for good.
@@ -399,6 +411,15 @@ impl Host {
                 (what.count, what.errno, what.sector) = (count, errno, sector);
                 let what = What::IoError(what);
                 return self.tell_typed(index, "device.io-error", &detail, Some(what));
+            }
+            Notice::HostGone => {
+                let about = device.process.as_ref().map(|p| p.control.about());
+                let tap = about.map(|a| crate::launcher::printable(&a.tap));
+                let detail = format!(
+                    "tap {} was deleted on the host, and its link is down: make the tap again, then remove-device and add-net bring it back",
+                    tap.unwrap_or_default()
+                );
+                return self.tell(index, "device.disconnected", &detail);
             }
             Notice::DiskUpdated { update, size } => {
                 if let Special::Disk(disk) = &mut device.special {

@@ -9,6 +9,8 @@ use super::{Host, Source};
 use crate::launcher::ExitOutcome;
 use crate::machine::device::{Device, Special};
 use crate::machine::net_switch::{Came, Switch};
+use crate::vhost_user::VhostUserError;
+use crate::virtio::{FailReason, ReconnectError};
 
 /// A device's tie to its back-end, if that is somebody else's.
 fn switch(device: &mut Device) -> Option<&mut Switch> {
@@ -43,34 +45,44 @@ impl Host {
         }
     }
 
-    /// A back-end is gone. The kind of the event that says so.
-    pub(super) fn foreign_lost(&mut self, index: usize) -> Option<&'static str> {
+    /// A back-end is gone. The kind of the event that says so, and whether it is to be logged.
+    pub(super) fn foreign_lost(
+        &mut self,
+        index: usize,
+        why: &FailReason,
+    ) -> Option<(&'static str, bool)> {
         let Self {
             machine, launcher, ..
         } = self;
         let device = machine.as_mut()?.parts.devices.get_mut(index)?;
-        switch(device)?.lost(&**launcher, Instant::now());
-        Some("device.disconnected")
+        let hung_up = matches!(why, FailReason::Hangup);
+        let news = switch(device)?.lost(&**launcher, hung_up, Instant::now());
+        Some(("device.disconnected", news))
     }
 
-    /// A back-end has come. Where from.
-    pub(super) fn foreign_came(&mut self, index: usize) -> Option<String> {
+    /// A back-end has come. Where from, and whether that is to be logged.
+    pub(super) fn foreign_came(&mut self, index: usize) -> Option<(String, bool)> {
         let switch = self.device(index).and_then(switch)?;
-        switch.reconnected(Instant::now());
-        Some(switch.origin().to_string())
+        let news = switch.reconnected(Instant::now());
+        Some((switch.origin().to_string(), news))
     }
 
-    /// A back-end that came did not take over. True: nobody need be told.
-    pub(super) fn foreign_failed(&mut self, index: usize, why: &str) -> bool {
+    /// A back-end that came did not take over.
+    pub(super) fn foreign_failed(&mut self, index: usize, error: &ReconnectError) {
         let Self {
             machine, launcher, ..
         } = self;
         let device = machine
             .as_mut()
             .and_then(|m| m.parts.devices.get_mut(index));
-        device
+        let hung_up = matches!(error, ReconnectError::Backend(_, VhostUserError::Closed));
+        let why = (&*error.to_string(), hung_up);
+        let news = device
             .and_then(switch)
-            .is_some_and(|s| !s.not_reconnected(&**launcher, why, Instant::now()))
+            .and_then(|s| s.not_reconnected(&**launcher, why, Instant::now()));
+        if let Some(line) = news {
+            self.tell(index, "device.not-reconnected", &line);
+        }
     }
 
     /// A helper's process has ended. True: it was one.
@@ -87,16 +99,12 @@ impl Host {
             return false;
         };
         let how = outcome.with_last_line("", last_line);
-        let how = format!("{}: {how}", switch.origin());
-        let kind = if switch.exited(incarnation) {
-            "device.exited"
-        } else if switch.news(&how) {
-            "device.not-reconnected"
-        } else {
-            return true;
-        };
-        self.log.publish(kind, id, &how);
-        log::warn!("device {id}: {how}");
+        if let Some((kind, line, news)) = switch.exited(incarnation, &how) {
+            self.log.publish(kind, id, &line);
+            if news {
+                log::warn!("device {id}: {line}; it is started again");
+            }
+        }
         true
     }
 

@@ -16,7 +16,7 @@
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::machine::{AddDeviceRequest, AddDeviceResponse, PortInfo, add_device_request};
@@ -234,6 +234,12 @@ impl Host {
                 false => RpcStatus::invalid_argument(why),
             }
         })?;
+        addition.enter(&mut beside, "");
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared
+            .check(&beside.nets)
+            .map_err(RpcStatus::invalid_argument)?;
+        drop(prepared);
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
             prepared: Arc::clone(&self.prepared),

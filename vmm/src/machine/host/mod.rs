@@ -30,6 +30,7 @@ mod devices;
 mod doors;
 mod foreign;
 mod hotplug;
+mod interrupt;
 mod memory;
 mod requests;
 mod resources;

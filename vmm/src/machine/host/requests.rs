@@ -9,6 +9,7 @@ use bulkhead_proto::machine::{
 use bulkhead_proto::{Code, RpcStatus};
 
 use super::hotplug::announce;
+use super::interrupt::interruptible;
 use super::{Host, Machine, PendingShutdown, VCPU_LIMIT};
 use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
@@ -88,6 +89,9 @@ impl Host {
         build::fill_defaults(&mut config);
         let prepared = Arc::clone(&self.prepared);
         let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared
+            .check(&config.nets)
+            .map_err(RpcStatus::invalid_argument)?;
         prepared.fill_defaults(&mut config);
         let dev_kvm = self
             .dev_kvm
@@ -95,16 +99,21 @@ impl Host {
             .ok_or_else(|| RpcStatus::internal("/dev/kvm is closed"))?
             .try_clone()
             .map_err(|e| RpcStatus::internal(format!("/dev/kvm: {e}")))?;
-        let mut parts = build::build(
-            &config,
-            dev_kvm,
-            &self.launcher,
-            &mut prepared,
-            &self.stdio,
-            self.events_in.clone(),
-            &self.hooks,
-        )
-        .map_err(RpcStatus::failed_precondition)?;
+        let events = self.events_in.clone();
+        let built = interruptible(&self.signals, &self.hooks.helper, || {
+            build::build(
+                &config,
+                dev_kvm,
+                &self.launcher,
+                &mut prepared,
+                &self.stdio,
+                events,
+                &self.hooks,
+            )
+        });
+        let mut parts = built
+            .and_then(|parts| parts)
+            .map_err(RpcStatus::failed_precondition)?;
         prepared.let_go();
         for device in parts.devices.iter() {
             announce(&self.log, &self.launcher, device);

@@ -9,7 +9,7 @@ use bulkhead_proto::{Code, RpcStatus};
 
 use super::Host;
 use crate::api::{ApiResponse, ReplyHandle};
-use crate::machine::device::Special;
+use crate::machine::device::{Device, Special};
 use crate::machine::usage::Usage;
 
 /// A change that the launcher has not answered.
@@ -43,7 +43,7 @@ impl Host {
                 format!("there is no device {id}: see Devices"),
             )
         })?;
-        if device.process.is_none() {
+        if usage(device).is_none() {
             return Err(RpcStatus::failed_precondition(format!(
                 "device {id}: its back-end is somebody else's process: limit it where it was started"
             )));
@@ -100,7 +100,16 @@ impl Host {
 
     fn usage(&self, id: &str) -> Option<Arc<Usage>> {
         let devices = &self.machine.as_ref()?.parts.devices;
-        let process = devices.iter().find(|d| d.id == id)?.process.as_ref()?;
-        process.control.about().usage.clone()
+        devices.iter().find(|d| d.id == id).and_then(usage)
+    }
+}
+
+/// What a device's process uses of the host, be it ours or a helper; `None`: it is somebody
+/// else's.
+fn usage(device: &Device) -> Option<Arc<Usage>> {
+    match (&device.process, &device.special) {
+        (Some(process), _) => process.control.about().usage.clone(),
+        (None, Special::Foreign(foreign)) => foreign.usage().cloned(),
+        (None, _) => None,
     }
 }

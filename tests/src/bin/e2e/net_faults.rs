@@ -1,0 +1,278 @@
+//! Networks that fail again and again, or not at once, of a machine that boots no guest: what is
+//! told of them, how often, and what an operator can still do.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::host::{Namespace, sh};
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left, patience};
+
+use super::disk::LIMIT;
+use super::hotplug::device;
+use super::net_modes::tool;
+use super::net_native::{Served, refused};
+
+/// Those that need no guest.
+pub fn native() -> Vec<Test> {
+    let test = Test::short("net");
+    vec![
+        test(
+            "passt is refused limits with which it cannot start, starts with the least that is told, and has its use of the host told",
+            least_of_passt,
+        ),
+        test(
+            "a passt that cannot start is told of in one line, however often it is tried",
+            failing_passt,
+        ),
+        test(
+            "connections beside a back-end's own are told of once, not each",
+            surplus,
+        ),
+        test(
+            "a signal ends a VM that waits for its switches at the start",
+            interrupted,
+        ),
+        test(
+            "two devices are refused queues of one inherited tap",
+            one_tap_twice,
+        ),
+        test("limits in force are read back", read_back),
+        test(
+            "of a machine that could not be made no passt, cgroup or socket is in the way of the next",
+            made_again,
+        ),
+    ]
+}
+
+/// Waits until it is so.
+fn until(what: &str, mut so: impl FnMut() -> Result<bool, String>) -> Verdict {
+    let end = Instant::now() + patience(LIMIT);
+    while !so()? {
+        check(Instant::now() < end, || format!("never: {what}"))?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// `bulkhead serve` with passt, on a host that leads nowhere.
+fn with_passt(host: &Namespace, scratch: &Scratch) -> Result<Served, String> {
+    host.sh("ip link set lo up")?;
+    Served::with(host, scratch, "api", &["--passt", &tool("PASST")?])
+}
+
+/// Lines of the log that are about a device.
+fn told(served: &Served, id: &str) -> Vec<String> {
+    let errors = served.errors();
+    let lines = errors.lines().filter(|line| line.contains(id));
+    lines.map(str::to_owned).collect()
+}
+
+fn least_of_passt() -> Verdict {
+    let scratch = Scratch::new("net-least")?;
+    let host = Namespace::new("least")?;
+    let served = with_passt(&host, &scratch)?;
+    let create = |memory: &str| served.create(&["--net", &format!("user,id=lan,memory={memory}")]);
+    let why = create("16M").err().ok_or("16 MiB are enough")?;
+    println!("[{}]", why.trim());
+    check(
+        why.contains("device lan: memory=16777216: ") && why.trim().lines().count() == 1,
+        || why.clone(),
+    )?;
+    let least = why.split("give at least ").nth(1);
+    let least = least.and_then(|rest| rest.split(',').next()?.parse::<u64>().ok());
+    let least = least.ok_or_else(|| why.clone())?;
+    create(&least.to_string())?;
+    check(served.state("lan")? == "ready", || served.errors())?;
+    let limit = |memory: u64| {
+        let memory = memory.to_string();
+        ctl(&served.socket, &["limit", "lan", "--memory", &memory])
+    };
+    refused(limit(least - 1), "give at least")?;
+    // It needs as much when it is started again.
+    let first = device(&served.socket, "lan")?.unwrap_or_default();
+    let pid = first["pid"].as_i64().ok_or_else(|| first.to_string())?;
+    sh(&format!("kill -9 {pid}"))?;
+    until("another passt", || {
+        let now = device(&served.socket, "lan")?.unwrap_or_default();
+        Ok(now["state"] == "ready" && now["pid"].as_i64() != Some(pid))
+    })?;
+    limit(2 * least)?;
+    let usage = ctl(&served.socket, &["stats", "lan"])?["usage"].clone();
+    check(usage["limits"]["memory_bytes"] == 2 * least, || {
+        usage.to_string()
+    })?;
+    let lines = told(&served, "passt: signal 9");
+    check(lines.len() == 1, || served.errors())?;
+    served.end()
+}
+
+fn failing_passt() -> Verdict {
+    let scratch = Scratch::new("net-failing")?;
+    let host = Namespace::new("failing")?;
+    let served = with_passt(&host, &scratch)?;
+    let mut holder = host.spawn("socat -d -d TCP-LISTEN:8080,bind=127.0.0.1 STDOUT")?;
+    until("a listener", || Ok(holder.errors().contains("listening")))?;
+    let net = "user,id=lan,forward=8080:80";
+    refused(served.create(&["--net", net]), "8080")?;
+    served.create(&["--net", &format!("{net},required=off")])?;
+    until("some attempts", || {
+        let found = device(&served.socket, "lan")?.unwrap_or_default();
+        Ok(found["incarnation"].as_u64() >= Some(5))
+    })?;
+    check(served.state("lan")? == "disconnected", || served.errors())?;
+    let lines = told(&served, "lan: ");
+    println!("{lines:?}");
+    check(lines.len() == 1 && lines[0].contains("8080"), || {
+        served.errors()
+    })?;
+    holder.kill();
+    until("passt", || Ok(served.state("lan")? == "ready"))?;
+    served.end()
+}
+
+fn made_again() -> Verdict {
+    let scratch = Scratch::new("net-again")?;
+    let host = Namespace::new("again")?;
+    let served = with_passt(&host, &scratch)?;
+    let socket = scratch.path("switch");
+    let switch = format!("vhost-user={socket},server=on,required=off,id=switch");
+    let nets = ["--net", "user,id=lan,memory=512M", "--net", &switch];
+    let mut bad = nets.to_vec();
+    bad.extend(["--net", "tap=absent0,id=bad"]);
+    for _ in 0..2 {
+        refused(served.create(&bad), "absent0")?;
+        check(!std::path::Path::new(&socket).exists(), || {
+            "its socket stays".to_owned()
+        })?;
+    }
+    served.create(&nets)?;
+    check(served.state("lan")? == "ready", || served.errors())?;
+    let usage = ctl(&served.socket, &["stats", "lan"])?["usage"].clone();
+    check(
+        usage["cgroup"] == "" || usage["cpu_us"].as_u64() > Some(0),
+        || usage.to_string(),
+    )?;
+    served.end()
+}
+
+fn surplus() -> Verdict {
+    let scratch = Scratch::new("net-surplus")?;
+    let host = Namespace::new("surplus")?;
+    let served = Served::new(&host, &scratch, "api")?;
+    let socket = scratch.path("switch");
+    let net = format!("vhost-user={socket},server=on,required=off,id=lan");
+    served.create(&["--net", &net])?;
+    let connect = || UnixStream::connect(&socket).map_err(|e| e.to_string());
+    // It is taken for a back-end, and says nothing.
+    let _first = connect()?;
+    for _ in 0..30 {
+        let surplus = connect()?;
+        let mut byte = [0];
+        // Closed by the other side.
+        let _ = std::io::Read::read(&mut &surplus, &mut byte);
+    }
+    let lines = told(&served, "a second connection");
+    check(lines.len() == 1, || format!("{lines:?}"))?;
+    served.end()
+}
+
+fn interrupted() -> Verdict {
+    let scratch = Scratch::new("net-interrupted")?;
+    let host = Namespace::new("interrupted")?;
+    // Switches that never answer.
+    let sockets = ["one", "two", "three"].map(|name| scratch.path(name));
+    let mut listeners = Vec::new();
+    for socket in &sockets {
+        let listener = UnixListener::bind(socket).map_err(|e| e.to_string())?;
+        listener.set_nonblocking(true).map_err(|e| e.to_string())?;
+        listeners.push(listener);
+    }
+    let nets = sockets.map(|socket| format!("vhost-user={socket}"));
+    let enter = host.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let more: Vec<&str> = nets
+        .iter()
+        .flat_map(|net| ["--net", net.as_str()])
+        .collect();
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        let mut vmm = Vmm::boot_by(&by, "", &more)?;
+        let first = listeners.first().ok_or("no listener")?;
+        let mut waits = None;
+        until("a connection", || {
+            waits = first.accept().ok();
+            Ok(waits.is_some())
+        })?;
+        sh(&format!("kill -{name} {}", vmm.pid()))?;
+        // By itself it would end by an error, some seconds later.
+        let got = vmm.wait(LIMIT)?;
+        check(got == code, || vmm.story(&format!("{name}: {got}")))?;
+        drop(waits);
+        nothing_left(Duration::from_secs(20))?;
+    }
+    Ok(())
+}
+
+fn one_tap_twice() -> Verdict {
+    let host = Namespace::new("twice")?;
+    host.sh("ip tuntap add tap0 mode tap vnet_hdr multi_queue; ip link set tap0 up")?;
+    let open = "import fcntl, os, struct, sys
+for n in (11, 12):
+    fd = os.open('/dev/net/tun', os.O_RDWR)
+    fcntl.ioctl(fd, 0x400454ca, struct.pack('16sH22x', b'tap0', 0x5102))
+    os.dup2(fd, n, inheritable=True); os.close(fd)
+os.execv(sys.argv[1], sys.argv[1:])";
+    let [first, second] = host.enter();
+    let mut command = Command::new(first);
+    command.arg(second).args(["python3", "-c", open]);
+    command.arg(bin("bulkhead")).args(["run", "--kernel"]);
+    command.arg(guest_file("vmlinux"));
+    command.args(["--net", "fd=11,id=a", "--net", "fd=12,id=b"]);
+    let done = command.output().map_err(|e| e.to_string())?;
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    println!("[{}]", said.trim());
+    check(
+        !done.status.success()
+            && said.lines().count() == 1
+            && said.contains("fd 12: is a queue of tap tap0, which device a has"),
+        || format!("{}: {said}", done.status),
+    )?;
+    nothing_left(Duration::from_secs(20))
+}
+
+fn read_back() -> Verdict {
+    let scratch = Scratch::new("net-limits")?;
+    let host = Namespace::new("limits")?;
+    host.tap("tap0", "10.5.0.1/24", "user root")?;
+    let served = Served::new(&host, &scratch, "api")?;
+    served.create(&["--net", "tap=tap0,id=lan,rx-bps=1M:2M,tx-pps=100"])?;
+    let all = |path: &str| -> Result<String, String> {
+        let stats = ctl(&served.socket, &["stats", "lan"])?;
+        let info = ctl(&served.socket, &["info"])?;
+        let (of_stats, of_info) = (stats["net"].pointer(path), info.pointer("/config/nets/0"));
+        let of_info = of_info.and_then(|net| net.pointer(path));
+        check(of_stats.is_some() && of_stats == of_info, || {
+            format!("{path}: {stats} {info}")
+        })?;
+        Ok(of_stats.map(ToString::to_string).unwrap_or_default())
+    };
+    for (path, value) in [
+        ("/to_guest/bytes/per_second", "1048576"),
+        ("/to_guest/bytes/burst", "2097152"),
+        ("/to_guest/packets", "null"),
+        ("/from_guest/packets/per_second", "100"),
+    ] {
+        let got = all(path)?;
+        check(got == value, || format!("{path}: {got}"))?;
+    }
+    let update = ["update-net", "lan", "--rx-bps", "0", "--tx-pps", "7:9"];
+    ctl(&served.socket, &update)?;
+    check(all("/to_guest/bytes")? == "null", || {
+        "not lifted".to_owned()
+    })?;
+    check(all("/from_guest/packets/burst")? == "9", || {
+        "not changed".to_owned()
+    })?;
+    served.end()
+}
