@@ -333,6 +333,8 @@ fn clients_come_one_by_one_and_the_driver_is_told() {
     bed.send(NAMED + 1, b"answer");
     assert_eq!(read(&mut first, 6), b"answer");
     drop(first);
+    assert_eq!(bed.hears()[4..], [6, 0, 0, 0]);
+    assert_eq!(bed.hears()[4..], [6, 0, 1, 0]);
     assert_eq!(bed.receives(NAMED, 6), b"second");
     drop(second);
     assert_eq!(bed.hears()[4..], [6, 0, 0, 0]);

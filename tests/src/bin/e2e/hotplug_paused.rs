@@ -321,7 +321,10 @@ fn killed() -> Verdict {
                 scope.spawn(|| ctl(&socket, &["remove-device", "data", "--timeout", SECONDS]));
             let asked = match round {
                 0..3 => began(&socket, "data", "remove").map(drop),
-                _ => Ok(std::thread::sleep(Duration::from_millis(round * 25))),
+                _ => {
+                    std::thread::sleep(Duration::from_millis(round * 25));
+                    Ok(())
+                }
             };
             let killed = kill();
             let resumed = match round {
