@@ -188,6 +188,11 @@ impl Reaper {
         let Ok(directory) = File::open(path) else {
             return;
         };
+        // Another user's is that user's to remove, or root's.
+        let user = bulkhead_proto::sys::effective_uid();
+        if user != 0 && !directory.metadata().is_ok_and(|there| there.uid() == user) {
+            return;
+        }
         match try_lock(&directory) {
             Ok(true) => {}
             Ok(false) => {

@@ -346,12 +346,21 @@ impl Session<'_> {
             .subscribe(MACHINE_SERVICE, "Events", &request, CALL)
             .map_err(failed)?;
         let idle = (!follow).then_some(CALL);
+        let mut last = None;
         loop {
-            let event: Event = match stream.next(idle) {
-                Ok(Some(event)) => event,
-                Ok(None) => return Ok(()),
-                Err(error) => return Err(failed(error)),
+            let event: Event = match (stream.next(idle), last) {
+                (Ok(Some(event)), _) => event,
+                (Ok(None), _) => return Ok(()),
+                (Err(ClientError::Closed), Some(last)) => {
+                    let name = path.display();
+                    return Err(Failure::new(format!(
+                        "{name}: closed after event {last}: bulkhead has ended, or this reader took nothing for too long: go on with --from {}",
+                        u64::saturating_add(last, 1)
+                    )));
+                }
+                (Err(error), _) => return Err(failed(error)),
             };
+            last = Some(event.sequence);
             let line = if json {
                 writeln!(out, "{}", output::event_json(&event))
             } else {

@@ -1,7 +1,7 @@
 //! The commands of `bulkhead ctl` that name one device: what it has counted, what may be
 //! changed while it runs, draining it. Runs in the command line's process.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_proto::common::{DiskLimits, NetLimits};
 use bulkhead_proto::machine::{
@@ -19,6 +19,8 @@ use super::disk_args::parse_bucket;
 use super::machine_args::parse_size;
 use super::{EXIT_USAGE, console_args, ctl_stats, net_args};
 
+/// How often a device that begins again is looked at.
+const LOOK: Duration = Duration::from_millis(50);
 /// What the VMM may take on top of the time that a drain has.
 const DRAIN_MARGIN: Duration = Duration::from_secs(30);
 /// What the VMM may take beside what is in flight when a device's process is replaced.
@@ -440,6 +442,25 @@ impl ResumeDeviceArgs {
         let mut request = ResumeDeviceRequest::new();
         request.id.clone_from(&self.id);
         session.call::<_, ResumeDeviceResponse>("ResumeDevice", &request, CALL)?;
+        // One that was quarantined begins with another process, which may end as those before it.
+        let end = Instant::now() + CALL;
+        while Instant::now() < end {
+            let devices: DevicesResponse = session.call("Devices", &DevicesRequest::new(), CALL)?;
+            let device = devices.devices.iter().find(|device| device.id == self.id);
+            match device.map(|device| device.state.as_str()) {
+                Some("restarting") => std::thread::sleep(LOOK),
+                Some("quarantined") => {
+                    return Err(Failure {
+                        code: 1,
+                        line: format!(
+                            "device {}: was begun again, and is quarantined again: `bulkhead ctl events` says why",
+                            self.id
+                        ),
+                    });
+                }
+                _ => break,
+            }
+        }
         out.done(&self.id, "resumed")
     }
 }

@@ -314,7 +314,7 @@ fn a_device_is_counted_drained_and_resumed() {
     assert_eq!(resumed, "{\"done\":\"resumed\",\"id\":\"root\"}\n");
     let id = || "root".to_owned();
     assert_eq!(
-        fixture.asked()[2..],
+        fixture.asked()[2..4],
         [
             ApiRequest::DrainDevice {
                 id: id(),

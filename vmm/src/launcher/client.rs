@@ -525,6 +525,21 @@ impl Launcher {
         // neither signal nor reap it; it watches the VMM's pidfd besides, and this process is
         // about to end.
         self.lock().socket = None;
+        self.see_out();
+    }
+
+    /// The same for a thread that must not wait for another's call: while there is one, the
+    /// launcher ends once this process has.
+    pub fn end_unless_busy(&self) {
+        match self.inner.try_lock() {
+            Ok(mut inner) => inner.socket = None,
+            Err(TryLockError::Poisoned(inner)) => inner.into_inner().socket = None,
+            Err(TryLockError::WouldBlock) => return,
+        }
+        self.see_out();
+    }
+
+    fn see_out(&self) {
         let deadline = Instant::now() + END_DEADLINE;
         let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
     }

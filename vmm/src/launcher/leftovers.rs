@@ -3,7 +3,8 @@
 //! as the VMM or its launcher lives.
 //!
 //! ```text
-//!   /run/bulkhead/vm-PID-START.run         of root; else $XDG_RUNTIME_DIR/bulkhead/…
+//!   /run/bulkhead/vm-PID-START.run         of root; else $XDG_RUNTIME_DIR/bulkhead/…, or
+//!                                            /run/user/UID/bulkhead/… where that is not set
 //!     socket DEV INO PATH                  bound by the launcher; PATH with \n and \\ escaped
 //!     directory DEV INO PATH               made for an API socket
 //! ```
@@ -51,7 +52,10 @@ pub fn directory() -> Option<PathBuf> {
     if uid == 0 {
         return Some("/run/bulkhead".into());
     }
-    let own = PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR")?);
+    // Where a session of the user's has its own, whoever starts this (cron, su) may not say so.
+    let usual = || Some(format!("/run/user/{uid}").into()).filter(|own: &PathBuf| own.is_dir());
+    let said = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let own = said.or_else(usual)?;
     own.is_absolute().then(|| own.join("bulkhead"))
 }
 

@@ -4,8 +4,8 @@
 //!
 //! An address that is not given is made from the device's id, what it is attached to (the
 //! name of its tap, the path of its socket) and the host (/etc/machine-id), so that it is the
-//! same at every start, differs between two machines on one bridge, and is unlikely to be met
-//! on another host. It is a locally administered unicast address: bit 1 of the first byte is
+//! same at every start, differs between two machines on one bridge (whose taps are not in
+//! namespaces of their own, with the same name), and is unlikely to be met on another host. It is a locally administered unicast address: bit 1 of the first byte is
 //! set, bit 0 is clear; the other 46 bits are a hash.
 
 use std::fmt;

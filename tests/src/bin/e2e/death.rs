@@ -1,15 +1,20 @@
 //! Processes die: what is left, who notices, what goes on.
 
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::Namespace;
+use bulkhead_tests::host::{Namespace, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
-use crate::hotplug::device;
+use rustix::fs::OFlags;
+
+use crate::hotplug::{Site, created_on, device};
 use crate::net_modes::tool;
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -33,12 +38,17 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    vec![Test {
-        subject: "death",
-        name: "a killed VMM with passt, a switch's socket, a tap, a disk and ids of its own leaves nothing, and the next one has them all at once",
-        long: false,
-        run: all_at_once,
-    }]
+    let test = Test::short("death");
+    vec![
+        test(
+            "a killed VMM with passt, a switch's socket, a tap, a disk and ids of its own leaves nothing, and the next one has them all at once",
+            all_at_once,
+        ),
+        test(
+            "a disk process is replaced, and the VM ended, though nobody reads standard error, which is full",
+            unread,
+        ),
+    ]
 }
 
 struct Running {
@@ -298,4 +308,57 @@ ip addr add 192.0.2.2/24 dev up0; ip link set up0 up; ip route add default via 1
         check(!text.contains(&api) && !text.contains(&switch), || text)?;
     }
     Ok(())
+}
+
+/// A pipe that somebody holds open is never read, and full from the start.
+fn unread() -> Verdict {
+    let scratch = Scratch::new("unread")?;
+    let pipe = scratch.path("stderr");
+    sh(&format!("mkfifo -m 0666 {pipe}"))?;
+    let mut held = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(&pipe)
+        .map_err(|e| format!("{pipe}: {e}"))?;
+    let script = format!("exec \"$@\" 2>{pipe}");
+    let site = Site {
+        wrapper: &["sh", "-c", &script, "sh"],
+        ..Site::default()
+    };
+    let (mut vmm, socket) = created_on(&scratch, site, 1)?;
+    let disk = scratch.disk("data", 1 << 20, 3)?;
+    ctl(&socket, &["add-disk", &format!("path={disk},id=data")])?;
+    while held.write(&[b'.'; 4096]).is_ok() {}
+    while held.write(b".").is_ok() {}
+    let kill = || -> Result<u64, String> {
+        let shown = device(&socket, "data")?.ok_or("no disk")?;
+        sh(&format!("kill -9 {}", shown["pid"]))?;
+        shown["incarnation"]
+            .as_u64()
+            .ok_or_else(|| shown.to_string())
+    };
+    let back = |before: u64| -> Verdict {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let shown = device(&socket, "data")?.ok_or("no disk")?;
+            if shown["incarnation"].as_u64() > Some(before) && shown["state"] == "ready" {
+                return Ok(());
+            }
+            check(Instant::now() < end, || shown.to_string())?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    back(kill()?)?;
+    // There is room again: how many are missing is said before what comes next.
+    let mut bytes = vec![0; 1 << 20];
+    while held.read(&mut bytes).is_ok() {}
+    back(kill()?)?;
+    let count = held.read(&mut bytes).map_err(|e| format!("{pipe}: {e}"))?;
+    let said = String::from_utf8_lossy(bytes.get(..count).unwrap_or_default()).into_owned();
+    check(said.contains(" lines are missing here"), || said.clone())?;
+    while held.write(&[b'.'; 4096]).is_ok() {}
+    sh(&format!("kill -TERM {}", vmm.pid()))?;
+    vmm.ends_with(143, LIMIT)?;
+    nothing_left(Duration::from_secs(20))
 }

@@ -140,7 +140,10 @@ impl Bed {
         let of_time = |attack: &&&str| attack.starts_with("til-");
         for attack in attacks.iter().filter(|attack| !of_time(attack)) {
             // It begins then, and may end before it has answered; its successor is told the same.
-            let _ = ctl(&self.socket, &["update-disk", attack, "--iops", "1000"]);
+            let told = ctl(&self.socket, &["update-disk", attack, "--iops", "1000"]);
+            check(told.is_ok() || !UNHEARD.contains(attack), || {
+                format!("{attack}: {told:?}")
+            })?;
         }
         Ok(())
     }

@@ -234,12 +234,13 @@ impl Host {
                 false => RpcStatus::invalid_argument(why),
             }
         })?;
-        addition.enter(&mut beside, "");
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        prepared
-            .check(&beside.nets)
-            .map_err(RpcStatus::invalid_argument)?;
-        drop(prepared);
+        if matches!(addition, Addition::Net(_)) {
+            addition.enter(&mut beside, "");
+            let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+            prepared
+                .check(&beside.nets)
+                .map_err(RpcStatus::invalid_argument)?;
+        }
         let workshop = Workshop {
             launcher: Arc::clone(&self.launcher),
             prepared: Arc::clone(&self.prepared),

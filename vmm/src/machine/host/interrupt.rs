@@ -1,12 +1,12 @@
 //! A signal that comes while the machine is being made. The manager may then wait for somebody
 //! else's back-end, and does not look at its signals: a thread of this moment does, and ends the
-//! process. Nothing is lost by that, since there is no guest yet: what was made of the machine
-//! ends with its launcher.
+//! process, once the launcher has ended all that was made, if nobody waits for the launcher just
+//! then. Nothing is lost by that, since there is no guest yet.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use crate::launcher::sys;
+use crate::launcher::{Launcher, sys};
 use crate::machine::stop::StopReason;
 use crate::signals::Signals;
 use crate::threads::ThreadHook;
@@ -17,6 +17,7 @@ use crate::threads::ThreadHook;
 /// One line: the thread that looks cannot be had.
 pub(super) fn interruptible<T>(
     signals: &Signals,
+    launcher: &Launcher,
     hook: &ThreadHook,
     work: impl FnOnce() -> T,
 ) -> Result<T, String> {
@@ -25,7 +26,7 @@ pub(super) fn interruptible<T>(
     std::thread::scope(|scope| {
         let look = move || {
             if hook().is_ok() {
-                look(signals, &done);
+                look(signals, launcher, &done);
             }
         };
         let builder = std::thread::Builder::new().name("signals".to_owned());
@@ -38,7 +39,7 @@ pub(super) fn interruptible<T>(
 }
 
 /// Looks for signals until `done` hangs up.
-fn look(signals: &Signals, done: &UnixStream) {
+fn look(signals: &Signals, launcher: &Launcher, done: &UnixStream) {
     let both = [
         (signals.as_fd(), libc::POLLIN),
         (done.as_fd(), libc::POLLIN),
@@ -49,6 +50,7 @@ fn look(signals: &Signals, done: &UnixStream) {
             return;
         }
         if let Some(signal) = signals.next() {
+            launcher.end_unless_busy();
             let code = StopReason::Signal(signal).exit_code();
             std::process::exit(code.into());
         }

@@ -100,7 +100,7 @@ impl Host {
             .try_clone()
             .map_err(|e| RpcStatus::internal(format!("/dev/kvm: {e}")))?;
         let events = self.events_in.clone();
-        let built = interruptible(&self.signals, &self.hooks.helper, || {
+        let built = interruptible(&self.signals, &self.launcher, &self.hooks.helper, || {
             build::build(
                 &config,
                 dev_kvm,
