@@ -204,6 +204,14 @@ impl Switch {
         self.usage.as_ref()
     }
 
+    /// That it has no back-end and will have none, with the remedy.
+    pub fn absence(&self) -> Option<String> {
+        match &self.origin {
+            Origin::Nothing(why) => Some(absent(why)),
+            _ => None,
+        }
+    }
+
     /// Where its back-end comes from, for events.
     pub fn origin(&self) -> &Origin {
         &self.origin
@@ -554,16 +562,16 @@ impl Switch {
             return Err(self.refused("is no network device: see Devices"));
         }
         if update.to_guest.is_some() || update.from_guest.is_some() {
-            if let Origin::Nothing(why) = &self.origin {
-                return Err(self.refused(&absent(why)));
+            if let Some(why) = self.absence() {
+                return Err(self.refused(&why));
             }
             return Err(
                 self.refused("its frames are moved by somebody else's process: set limits there")
             );
         }
         let link = update.link.enum_value_or_default();
-        if let (true, Origin::Nothing(why)) = (link != net_update::Link::UNCHANGED, &self.origin) {
-            return Err(self.refused(&absent(why)));
+        if let (true, Some(why)) = (link != net_update::Link::UNCHANGED, self.absence()) {
+            return Err(self.refused(&why));
         }
         Ok(link)
     }
