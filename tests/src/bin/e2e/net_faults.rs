@@ -198,6 +198,9 @@ fn surplus() -> Verdict {
         };
         check(closed, || "it stays".to_owned())?;
     }
+    until("a line", || {
+        Ok(!told(&served, "a second connection").is_empty())
+    })?;
     let lines = told(&served, "a second connection");
     // Each minute anew.
     let most = begun.elapsed().as_secs() / 60 + 1;
