@@ -85,9 +85,7 @@ impl Receive {
     /// The tap could not be read, for this reason.
     pub fn failed(&mut self, errno: i32) {
         self.status.errors.add(1);
-        if errno != libc::EBADFD || !self.state.look_at_tap() {
-            report(&self.status, &mut self.failing, errno);
-        }
+        report(&self.state, &self.status, &mut self.failing, errno);
     }
 
     /// Hands a frame, with its header, to the guest. It may be called again with the same

@@ -247,9 +247,7 @@ impl Transmit {
             frame.fate = Fate::Dropped;
             self.status.errors.add(1);
             let errno = result.wrapping_neg();
-            if errno != libc::EBADFD || !self.state.look_at_tap() {
-                report(&self.status, &mut self.failing, errno);
-            }
+            report(&self.state, &self.status, &mut self.failing, errno);
         }
     }
 
@@ -296,8 +294,12 @@ pub(crate) fn payload(len: u32) -> u64 {
     u64::from(len).saturating_sub(HEADER as u64)
 }
 
-/// Notes an error of the host's, once until it has gone: the tap is down (EIO) or gone.
-pub(crate) fn report(status: &QueueStatus, failing: &mut bool, errno: i32) {
+/// Notes an error of the host's, once until it has gone: the tap is down (EIO) or gone. One that
+/// was deleted is noted as that only.
+pub(crate) fn report(state: &State, status: &QueueStatus, failing: &mut bool, errno: i32) {
+    if errno == libc::EBADFD && state.look_at_tap() {
+        return;
+    }
     if matches!(errno, libc::EIO | libc::EBADFD | libc::ENODEV) && !*failing {
         *failing = true;
         status.host_error(errno, 0);

@@ -1,5 +1,5 @@
 //! What a user-mode network must look like in a configuration. Called on the `api` thread for every
-//! Create and for every network that is added.
+//! Create and for every network that is added, and on the manager thread.
 
 use std::net::IpAddr;
 

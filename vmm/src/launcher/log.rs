@@ -130,10 +130,16 @@ impl LogSource {
     pub fn tick(&mut self, now: Instant, sink: &mut Sink) {
         self.read.fill(now);
         self.pass.fill(now);
-        let due = self.held.take_if(|(until, _)| *until <= now);
-        for text in due.into_iter().flat_map(|(_, held)| held) {
+        let Some((_, held)) = self.held.take_if(|(until, _)| *until <= now) else {
+            return;
+        };
+        // What there was no room for came after what is held.
+        let dropped = std::mem::take(&mut self.dropped);
+        for text in held {
             self.pass_on(&text, sink);
         }
+        self.dropped = self.dropped.saturating_add(dropped);
+        self.report_dropped(sink);
     }
 
     /// The last line that said something.
@@ -143,6 +149,8 @@ impl LogSource {
 
     /// Reads once and passes whole lines on.
     pub fn on_readable(&mut self, sink: &mut Sink) {
+        // The loop may have slept since it looked.
+        self.tick(Instant::now(), sink);
         let mut buffer = [0; 4096];
         let Some(pipe) = &self.pipe else { return };
         match sys::read(pipe.as_fd(), &mut buffer) {
@@ -162,6 +170,7 @@ impl LogSource {
 
     /// The device has ended: what is left in its pipe, and what was dropped.
     pub fn finish(&mut self, sink: &mut Sink) {
+        self.tick(Instant::now(), sink);
         // A pipe holds 64 KiB by default and 1 MiB at most.
         for _ in 0..256 {
             let ready = self.pipe.as_ref().is_some_and(|pipe| {
@@ -354,6 +363,31 @@ mod tests {
         };
         assert_eq!(said(false), "");
         assert_eq!(said(true), "disk0: one\ndisk0: two\ndisk0: three\n");
+    }
+
+    #[test]
+    fn the_last_words_of_a_helper_that_lived_long_are_passed_on() {
+        let said = |line: &str, count: usize| {
+            let (source, write, mut sink) = source();
+            let mut source = source.holding();
+            let before = line.repeat(count);
+            sys::write(write.as_fd(), before.as_bytes()).unwrap();
+            if count > 0 {
+                source.on_readable(&mut sink);
+            }
+            // Hours later, and nothing was to be done meanwhile: nobody has looked at the clock.
+            source.held.as_mut().unwrap().0 = Instant::now();
+            sys::write(write.as_fd(), b"two\nthree\n").unwrap();
+            source.finish(&mut sink);
+            lines(&sink).to_vec()
+        };
+        let last = ["disk0: two\n", "disk0: three\n"];
+        assert_eq!(said("", 0), last);
+        let got = said("one\n", MAX_HELD + 2);
+        let (held, rest) = got.split_at(MAX_HELD);
+        assert!(held.iter().all(|line| line == "disk0: one\n"), "{got:?}");
+        assert_eq!(rest[0], "disk0: (2 lines dropped: too many)\n");
+        assert_eq!(rest[1..], last);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
 use super::console;
-use super::device::{self, Device, END_LIMIT, Site};
+use super::device::{self, Device, END_LIMIT, Site, Special};
 use super::device_table::DeviceTable;
 use super::disk;
 use super::mem;
@@ -269,8 +269,11 @@ impl Drop for Undo<'_> {
                 log::warn!("device {}: {e}", device.id);
                 continue;
             }
-            if let Some(process) = &device.process {
-                let incarnation = process.incarnation;
+            let incarnation = match &device.special {
+                Special::Foreign(switch) => switch.running(),
+                _ => device.process.as_ref().map(|process| process.incarnation),
+            };
+            if let Some(incarnation) = incarnation {
                 self.launcher.take_end(&device.id, incarnation, END_LIMIT);
             }
         }

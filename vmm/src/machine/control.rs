@@ -102,7 +102,7 @@ impl ControlChannel {
     }
 
     /// The same, on a channel that never waited.
-    pub fn resume(client: AsyncClient, about: About) -> Self {
+    fn resume(client: AsyncClient, about: About) -> Self {
         Self {
             client,
             host_errors: vec![0; about.queues],
@@ -115,6 +115,14 @@ impl ControlChannel {
             health_due: false,
             ended: None,
         }
+    }
+
+    /// The channel of another process of the device: what is gone on the host stays so.
+    #[must_use]
+    pub fn successor(&self, client: AsyncClient) -> Self {
+        let mut next = Self::resume(client, self.about.clone());
+        next.host_gone = self.host_gone;
+        next
     }
 
     /// The successor is ready: has the device finish what is in flight. [`Notice::Quiet`] or
@@ -161,7 +169,7 @@ impl ControlChannel {
     /// The successor serves, and this is its channel from now on; requests that have waited
     /// wait for [`go_on`](Self::go_on). Gives who is to be told that it serves.
     pub fn succeed(&mut self, client: AsyncClient) -> Option<ReplyHandle> {
-        let mut next = Self::resume(client, self.about.clone());
+        let mut next = self.successor(client);
         next.waiting = std::mem::take(&mut self.waiting);
         let before = std::mem::replace(self, next);
         before.current.map(|current| current.reply)

@@ -586,14 +586,5 @@ fn a_device_that_wants_nonsense_or_takes_no_answer_is_given_up() {
     assert!(bed.notices.contains(&Notice::Asks));
 }
 
-#[test]
-fn what_is_gone_on_the_host_is_told_once() {
-    let (mut bed, mut health) = (bed(), HealthResponse::new());
-    health.host_gone = true;
-    for _ in 0..3 {
-        bed.turn(|control, _| control.ask_health()).unwrap();
-        bed.settle(|_, _| Ok(health.write_to_bytes().unwrap()));
-    }
-    let told = bed.notices.iter().filter(|n| **n == Notice::HostGone);
-    assert_eq!((told.count(), bed.control.host_gone()), (1, true));
-}
+#[path = "control_gone_tests.rs"]
+mod gone;

@@ -483,7 +483,7 @@ pub fn undo(launcher: &Launcher, id: &str, incarnation: u64, why: &str) -> Strin
 }
 
 /// Has the launcher end whatever is there of a device. False: it could not be told.
-fn forget(launcher: &Launcher, id: &str, incarnation: u64) -> bool {
+pub fn forget(launcher: &Launcher, id: &str, incarnation: u64) -> bool {
     let forgotten = launcher.kill_and_forget(id, incarnation);
     if let Err(e) = &forgotten {
         log::warn!("device {id}: {e}");

@@ -30,6 +30,7 @@ pub mod net_mac;
 mod net_remedies;
 pub mod net_start;
 pub mod net_switch;
+mod net_told;
 pub mod newcomer;
 pub mod plugger;
 pub mod plugging;

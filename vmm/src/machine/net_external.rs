@@ -12,7 +12,7 @@ use bulkhead_proto::machine::{
     MachineConfig, NetConfig, UserBackend, VhostUserConfig, net_config, user_backend::forward,
 };
 
-use super::device::{self, Device, Site, Special};
+use super::device::{self, Device, END_LIMIT, Site, Special};
 use super::kinds;
 use super::net_kinds;
 use super::net_mac::MacAddress;
@@ -80,6 +80,20 @@ struct First {
     optional: bool,
 }
 
+impl First {
+    /// It is not there.
+    fn without(origin: Origin) -> Self {
+        Self {
+            origin,
+            frontend: None,
+            process: None,
+            usage: None,
+            missing: None,
+            optional: false,
+        }
+    }
+}
+
 /// A network device behind a switch, behind passt, or (`Nothing`, by `absent`) behind
 /// nothing.
 ///
@@ -105,15 +119,7 @@ pub fn make_net(net: &NetConfig, site: &Site<'_>) -> Result<Device, String> {
 /// # Errors
 /// One line.
 pub fn make_absent(net: &NetConfig, why: String, site: &Site<'_>) -> Result<Device, String> {
-    let first = First {
-        origin: Origin::Nothing(why),
-        frontend: None,
-        process: None,
-        usage: None,
-        missing: None,
-        optional: false,
-    };
-    finish_net(net, first, site)
+    finish_net(net, First::without(Origin::Nothing(why)), site)
 }
 
 fn finish_net(net: &NetConfig, first: First, site: &Site<'_>) -> Result<Device, String> {
@@ -220,6 +226,9 @@ fn finish(
         if process.is_some() {
             return device::undo(site.launcher, &id, 1, &why);
         }
+        if usage.is_some() {
+            device::forget(site.launcher, &id, 1);
+        }
         if let Origin::Listen(path, _) = &origin {
             let _ = site.launcher.forget(path);
         }
@@ -278,9 +287,6 @@ fn reach(
             let why = of_first(id, &why, optional, site);
             format!("vhost-user {path}: {why}")
         });
-        if came.is_err() && !optional {
-            let _ = launcher.forget(socket);
-        }
         (Origin::Listen(socket.to_owned(), listener), came)
     } else {
         let came = launcher
@@ -296,25 +302,24 @@ fn reach(
     });
     match frontend {
         Ok(frontend) => Ok(First {
-            origin,
             frontend: Some(frontend),
-            process: None,
-            usage: None,
-            missing: None,
             optional,
+            ..First::without(origin)
         }),
         Err(why) if optional => {
             log::warn!("device {id}: {why}; the machine starts without it");
             Ok(First {
-                origin,
-                frontend: None,
-                process: None,
-                usage: None,
                 missing: Some(why),
                 optional,
+                ..First::without(origin)
             })
         }
-        Err(why) => Err(format!("device {id}: {why}")),
+        Err(why) => {
+            if server {
+                let _ = launcher.forget(socket);
+            }
+            Err(format!("device {id}: {why}"))
+        }
     }
 }
 
@@ -356,6 +361,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)
         .map_err(|e| e.to_string());
+    let runs = started.is_ok();
     let first = started.and_then(|helper| {
         let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
         let frontend = connected.map_err(|error| {
@@ -366,7 +372,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
                 _ => " (for vhost-user it must be 2024_11_27 or later)",
             };
             let how = how.unwrap_or_else(|| error.to_string());
-            device::undo(site.launcher, &net.id, 1, &format!("passt: {how}{hint}"))
+            format!("device {}: passt: {how}{hint}", net.id)
         })?;
         let process = HelperProcess {
             pid: helper.pid,
@@ -374,42 +380,48 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         };
         Ok((frontend, process))
     });
-    match first {
-        Ok((frontend, process)) => Ok(First {
-            origin,
-            frontend: Some(frontend),
-            process: Some(process),
-            usage,
-            missing: None,
-            optional: net.optional,
-        }),
-        Err(why) if net.optional && helper::lasting(&why) => {
-            // Nothing was started, but its place was made.
-            let _ = site.launcher.kill_and_forget(&net.id, 1);
-            let why = of_others(&net.id, &why);
-            log::warn!("device {}: {why}; its link stays down", net.id);
-            Ok(First {
-                origin: Origin::Nothing(why),
-                frontend: None,
-                process: None,
-                usage: None,
-                missing: None,
-                optional: net.optional,
-            })
-        }
-        Err(why) if net.optional => {
-            log::warn!("{why}; the machine starts without its network");
-            Ok(First {
-                origin,
-                frontend: None,
-                process: None,
+    let optional = net.optional;
+    let why = match first {
+        Ok((frontend, process)) => {
+            return Ok(First {
+                frontend: Some(frontend),
+                process: Some(process),
                 usage,
-                missing: Some(why),
-                optional: net.optional,
-            })
+                optional,
+                ..First::without(origin)
+            });
         }
-        Err(why) => Err(why),
+        Err(why) => why,
+    };
+    if optional && !helper::lasting(&why) {
+        // Its leaf stays, with its limits: those of the next one.
+        if runs && site.launcher.kill(&net.id, 1).is_ok() {
+            site.launcher.take_end(&net.id, 1, END_LIMIT);
+        }
+        log::warn!("{why}; the machine starts without its network");
+        return Ok(First {
+            usage,
+            missing: Some(why),
+            optional,
+            ..First::without(origin)
+        });
     }
+    let why = if runs {
+        device::undo(site.launcher, &net.id, 1, &why)
+    } else {
+        // Nothing was started, but its place was made.
+        device::forget(site.launcher, &net.id, 1);
+        why
+    };
+    if !optional {
+        return Err(why);
+    }
+    let why = of_others(&net.id, &why);
+    log::warn!("device {}: {why}; its link stays down", net.id);
+    Ok(First {
+        optional,
+        ..First::without(Origin::Nothing(why))
+    })
 }
 
 /// What the launcher is to tell passt.

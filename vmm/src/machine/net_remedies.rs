@@ -30,13 +30,18 @@ const REMEDIES: [(&str, &str); 5] = [
 /// Why a back-end that is somebody else's does not serve, with a remedy; the device's name, which
 /// stands before it already, left out.
 pub fn of_others(id: &str, why: &str) -> String {
-    let name = format!("device {id}: ");
-    let why = why.strip_prefix(&name).unwrap_or(why);
-    let why = why.strip_prefix("taking over: ").unwrap_or(why);
+    let why = bare(id, why);
     match remedy(why) {
         Some(remedy) => format!("{why}: {remedy}"),
         None => why.to_owned(),
     }
+}
+
+/// The same of a helper, which nobody starts but the launcher: without a remedy.
+pub fn bare<'a>(id: &str, why: &'a str) -> &'a str {
+    let name = format!("device {id}: ");
+    let why = why.strip_prefix(&name).unwrap_or(why);
+    why.strip_prefix("taking over: ").unwrap_or(why)
 }
 
 /// The same of a device that is being made: a machine that is made with it may do without.

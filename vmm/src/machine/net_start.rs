@@ -97,7 +97,8 @@ impl Prepared {
     }
 
     /// Whether no two devices would have queues of one inherited tap: the kernel would share the
-    /// frames out between them.
+    /// frames out between them. A tap that one of them names and another has a descriptor of is
+    /// not seen here.
     ///
     /// # Errors
     /// One line that names the descriptor, the tap and who has it.

@@ -26,10 +26,10 @@ use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
-use super::device::END_LIMIT;
 use super::net_links::Links;
 use super::net_mac;
-use super::net_remedies::of_others;
+use super::net_remedies::{bare, of_others};
+use super::net_told::Told;
 use super::usage::Usage;
 use crate::launcher::{Launcher, printable};
 use crate::virtio::{ReconnectError, VirtioPciFunction};
@@ -40,14 +40,6 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const STEADY: Duration = Duration::from_secs(5);
 /// How long the launcher may take to connect or to start passt.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
-
-/// Most reasons that are remembered.
-const MAX_TOLD: usize = 8;
-/// What else is told once until a back-end has served for a while.
-const LOST: &str = "lost";
-const CAME: &str = "came";
-/// How often surplus connections are told of.
-const SURPLUS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Where the back-end comes from.
 #[derive(Debug)]
@@ -97,6 +89,8 @@ pub type Adopt<'a> = &'a dyn Fn(UnixStream) -> Result<(), ReconnectError>;
 enum Phase {
     Serving {
         since: Instant,
+        /// It was noted that it has lasted.
+        rested: bool,
     },
     Waiting {
         /// `None`: for somebody to connect, or for nothing.
@@ -147,12 +141,10 @@ pub struct Switch {
     process: Option<HelperProcess>,
     /// What its helper uses of the host, if it has one.
     usage: Option<Arc<Usage>>,
-    /// Why attempts failed since it was last served for a while; each is told once.
-    told: Vec<String>,
+    /// What was told of it.
+    told: Told,
     /// The incarnation of a helper that was given up for a reason which was told.
     given_up: u64,
-    /// When a surplus connection was last told of, and how many were not since.
-    surplus: (Option<Instant>, u64),
 }
 
 impl Switch {
@@ -170,15 +162,17 @@ impl Switch {
             kind: kind.to_owned(),
             origin,
             net,
-            phase: Phase::Serving { since: now },
+            phase: Phase::Serving {
+                since: now,
+                rested: false,
+            },
             pause: PAUSE.0,
             incarnation: 0,
             served: 0,
             process: None,
             usage: None,
-            told: Vec::new(),
+            told: Told::default(),
             given_up: 0,
-            surplus: (None, 0),
         };
         if !serving {
             switch.wait(now);
@@ -200,9 +194,22 @@ impl Switch {
         self.usage = usage;
     }
 
+    /// The incarnation of its helper that runs.
+    pub fn running(&self) -> Option<u64> {
+        self.process.as_ref().map(|_| self.incarnation)
+    }
+
     /// What its helper uses of the host; `None`: it has none.
     pub fn usage(&self) -> Option<&Arc<Usage>> {
         self.usage.as_ref()
+    }
+
+    /// That it has no back-end and will have none, with the remedy.
+    pub fn absence(&self) -> Option<String> {
+        match &self.origin {
+            Origin::Nothing(why) => Some(absent(why)),
+            _ => None,
+        }
     }
 
     /// Where its back-end comes from, for events.
@@ -260,9 +267,6 @@ impl Switch {
         let mut result = Ok(());
         if self.usage.is_some() {
             result = launcher.kill_and_forget(&self.id, self.incarnation);
-            if result.is_ok() && self.process.is_some() {
-                launcher.take_end(&self.id, self.incarnation, END_LIMIT);
-            }
         }
         if let Origin::Listen(path, _) = &self.origin {
             result = result.and(launcher.forget(path));
@@ -272,23 +276,38 @@ impl Switch {
 
     /// Its back-end is gone. `hung_up`: it went by itself. True: the operator is to be told; how
     /// a helper ended says more than that it hung up.
-    pub fn lost(&mut self, launcher: &dyn Links, hung_up: bool, now: Instant) -> bool {
-        if let Phase::Serving { since } = self.phase
-            && now.saturating_duration_since(since) >= STEADY
+    pub fn lost(
+        &mut self,
+        launcher: &dyn Links,
+        (why, hung_up): (&str, bool),
+        now: Instant,
+    ) -> bool {
+        self.rest(now);
+        let end_tells = self.leave(launcher, hung_up);
+        self.wait(now);
+        !end_tells && self.news(&format!("lost: {why}"))
+    }
+
+    /// A back-end that has served for a while is gone: what comes now is news again, once.
+    fn rest(&mut self, now: Instant) {
+        if let Phase::Serving { since, rested } = &mut self.phase
+            && !*rested
+            && now.saturating_duration_since(*since) >= STEADY
         {
+            *rested = true;
             self.pause = PAUSE.0;
             self.told.clear();
         }
-        let end_tells = self.leave(launcher, hung_up);
-        self.wait(now);
-        !end_tells && self.news(LOST)
     }
 
     /// A back-end serves. True: the operator is to be told.
     pub fn reconnected(&mut self, now: Instant) -> bool {
-        self.phase = Phase::Serving { since: now };
+        self.phase = Phase::Serving {
+            since: now,
+            rested: false,
+        };
         self.served = self.incarnation;
-        self.news(CAME)
+        self.told.came(now)
     }
 
     /// One that came did not take over. A line that is news comes back.
@@ -300,15 +319,25 @@ impl Switch {
     ) -> Option<String> {
         let end_tells = self.leave(launcher, hung_up);
         self.wait(now);
-        let line = format!("{}: {}", self.origin, of_others(&self.id, why));
+        let why = match self.origin {
+            Origin::Passt(_) => bare(&self.id, why).to_owned(),
+            _ => of_others(&self.id, why),
+        };
+        let line = format!("{}: {why}", self.origin);
         (!end_tells && self.news(&line)).then_some(line)
     }
 
     /// Its helper has ended like this: the event that says so, and whether the operator is to be
     /// told.
-    pub fn exited(&mut self, incarnation: u64, how: &str) -> Option<(&'static str, String, bool)> {
+    pub fn exited(
+        &mut self,
+        incarnation: u64,
+        how: &str,
+        now: Instant,
+    ) -> Option<(&'static str, String, bool)> {
         if self.incarnation == incarnation {
             self.process = None;
+            self.rest(now);
         }
         let line = format!("{}: {how}", self.origin);
         let news = self.given_up != incarnation && self.news(&line);
@@ -331,14 +360,7 @@ impl Switch {
 
     /// Notes why it is not served; false when that was told already.
     pub fn news(&mut self, why: &str) -> bool {
-        let new = !self.told.iter().any(|told| told == why);
-        if new {
-            if self.told.len() >= MAX_TOLD {
-                self.told.remove(0);
-            }
-            self.told.push(why.to_owned());
-        }
-        new
+        self.told.news(why)
     }
 
     /// A process that is no longer listened to could still write to guest memory.
@@ -376,30 +398,13 @@ impl Switch {
                 self.adopt(stream, adopt, now);
             }
             Ok(_) => {
-                if let Some(line) = self.surplus(now) {
+                if let Some(line) = self.told.surplus(now) {
                     log::warn!("device {}: {line}", self.id);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => log::warn!("device {}: its socket: {error}", self.id),
         }
-    }
-
-    /// A connection was closed since there is a back-end. What is to be told of it, if anything.
-    fn surplus(&mut self, now: Instant) -> Option<String> {
-        let (last, quiet) = &mut self.surplus;
-        if last.is_some_and(|at| now.saturating_duration_since(at) < SURPLUS_INTERVAL) {
-            *quiet = quiet.saturating_add(1);
-            return None;
-        }
-        *last = Some(now);
-        let more = match std::mem::take(quiet) {
-            0 => String::new(),
-            n => format!(" ({n} more were not told of)"),
-        };
-        Some(format!(
-            "a second connection to its socket was closed: it has a back-end{more}"
-        ))
     }
 
     fn adopt(&mut self, stream: UnixStream, adopt: Adopt<'_>, now: Instant) {
@@ -557,16 +562,16 @@ impl Switch {
             return Err(self.refused("is no network device: see Devices"));
         }
         if update.to_guest.is_some() || update.from_guest.is_some() {
-            if let Origin::Nothing(why) = &self.origin {
-                return Err(self.refused(&absent(why)));
+            if let Some(why) = self.absence() {
+                return Err(self.refused(&why));
             }
             return Err(
                 self.refused("its frames are moved by somebody else's process: set limits there")
             );
         }
         let link = update.link.enum_value_or_default();
-        if let (true, Origin::Nothing(why)) = (link != net_update::Link::UNCHANGED, &self.origin) {
-            return Err(self.refused(&absent(why)));
+        if let (true, Some(why)) = (link != net_update::Link::UNCHANGED, self.absence()) {
+            return Err(self.refused(&why));
         }
         Ok(link)
     }

@@ -8,7 +8,10 @@ use std::path::Path;
 use bulkhead_proto::Code;
 use bulkhead_proto::common::NetLimits;
 
+use super::super::net_told::{CAME_INTERVAL, SURPLUS_INTERVAL};
 use super::*;
+
+const GONE: &str = "its back-end closed the vhost-user channel";
 
 #[derive(Default)]
 struct Fake {
@@ -94,7 +97,7 @@ fn a_lost_back_end_is_looked_for_with_pauses_that_double() {
     let mut now = Instant::now();
     let mut tie = switch(Origin::Connect("/s".into()), now);
     assert_eq!((state(&tie).as_str(), tie.next_timer()), ("ready", None));
-    assert!(tie.lost(&fake, true, now));
+    assert!(tie.lost(&fake, (GONE, true), now));
     assert_eq!(state(&tie), "disconnected");
     let mut pauses = Vec::new();
     let mut told = 0;
@@ -116,11 +119,16 @@ fn a_lost_back_end_is_looked_for_with_pauses_that_double() {
 
     // One that goes at once is not met at once, nor told of again and again; one that served
     // for a while is.
-    assert!(!tie.lost(&fake, true, now));
+    assert!(
+        tie.lost(&fake, (GONE, true), now),
+        "it was told that it came"
+    );
     assert_eq!(tie.next_timer().unwrap() - now, PAUSE.1);
     assert!(!tie.reconnected(now));
+    assert!(!tie.lost(&fake, (GONE, true), now));
+    assert!(!tie.reconnected(now));
     now += STEADY;
-    assert!(tie.lost(&fake, true, now));
+    assert!(tie.lost(&fake, (GONE, true), now));
     assert_eq!(tie.next_timer().unwrap() - now, PAUSE.0);
 }
 
@@ -129,7 +137,7 @@ fn a_launcher_that_refuses_or_is_silent_holds_nothing_up() {
     let fake = Fake::default();
     let mut now = Instant::now();
     let mut tie = switch(Origin::Connect("/s".into()), now);
-    tie.lost(&fake, true, now);
+    tie.lost(&fake, (GONE, true), now);
     fake.refuse.set(true);
     let (_, news) = pass(&mut tie, &fake, &mut now);
     assert_eq!(news.as_deref(), Some("the launcher is busy"));
@@ -157,7 +165,7 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.helper.as_str()), (77, "passt"));
-    tie.lost(&fake, true, now);
+    tie.lost(&fake, (GONE, true), now);
     pass(&mut tie, &fake, &mut now);
     assert_eq!(
         *fake.asked.borrow(),
@@ -167,7 +175,7 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.incarnation), (78, 2));
-    let exited = tie.exited(1, "signal 11");
+    let exited = tie.exited(1, "signal 11", now);
     assert_eq!(
         exited,
         Some(("device.exited", "passt: signal 11".into(), true))
@@ -175,9 +183,64 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     // What it was given up for is told, and not that it was killed.
     let wrong = |tie: &mut Switch| tie.not_reconnected(&fake, ("it is wrong", false), now);
     assert_eq!(wrong(&mut tie).unwrap(), "passt: it is wrong");
-    assert_eq!(tie.exited(2, "signal 9"), None);
+    assert_eq!(tie.exited(2, "signal 9", now), None);
     assert_eq!(fake.asked.borrow().last().unwrap(), "end net0 2");
     assert_eq!(wrong(&mut tie), None);
+    // Nobody starts it but the launcher: no remedy of a switch's.
+    let why = "device net0: taking over: the back-end broke the vhost-user protocol: flood";
+    let line = tie.not_reconnected(&fake, (why, false), now);
+    let said = "passt: the back-end broke the vhost-user protocol: flood";
+    assert_eq!(line.as_deref(), Some(said));
+}
+
+#[test]
+fn the_end_of_a_passt_that_served_for_long_is_told_whichever_is_seen_first() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let mut tie = switch(Origin::Passt(Vec::new()), now);
+    let mut told = Vec::new();
+    for round in 0..4 {
+        tie.lost(&fake, (GONE, true), now);
+        pass(&mut tie, &fake, &mut now);
+        assert_eq!(tie.on_linked(Ok(came(Some(78))), &taken, now), None);
+        tie.reconnected(now);
+        if round == 3 {
+            now += STEADY;
+        }
+        let incarnation = tie.incarnation;
+        told.extend(tie.exited(incarnation, "signal 11", now).map(|end| end.2));
+    }
+    // The first, and the one of a passt that had served for long.
+    assert_eq!(told, [true, false, false, true]);
+    // The loss is of the same passt: it does not make it news again.
+    now += STEADY;
+    tie.lost(&fake, (GONE, true), now);
+    assert_eq!(pass(&mut tie, &fake, &mut now).0, PAUSE.0);
+    assert_eq!(tie.on_linked(Ok(came(Some(78))), &taken, now), None);
+    let incarnation = tie.incarnation;
+    assert_eq!(tie.exited(incarnation, "signal 11", now), None);
+}
+
+#[test]
+fn that_a_back_end_came_is_not_the_last_that_is_told_of_one_that_is_gone() {
+    let fake = Fake::default();
+    let mut now = Instant::now();
+    let mut tie = switch(Origin::Connect("/s".into()), now);
+    let mut round = |tie: &mut Switch| {
+        let lost = tie.lost(&fake, (GONE, true), now);
+        let why = ("it is wrong", true);
+        let refused = tie.not_reconnected(&fake, why, now).is_some();
+        now += Duration::from_secs(1);
+        (lost, refused, tie.reconnected(now))
+    };
+    assert_eq!(round(&mut tie), (true, true, true));
+    assert_eq!(round(&mut tie), (true, true, false));
+    assert_eq!(round(&mut tie), (false, false, false));
+    // Another cause is another line.
+    let why = "its back-end broke the vhost-user protocol: flood";
+    assert!(tie.lost(&fake, (why, false), now));
+    now += CAME_INTERVAL;
+    assert!(tie.reconnected(now) && tie.lost(&fake, (GONE, true), now));
 }
 
 #[test]
@@ -185,7 +248,7 @@ fn a_passt_that_always_fails_is_told_of_once_by_how_it_ends() {
     let fake = Fake::default();
     let mut now = Instant::now();
     let mut tie = switch(Origin::Passt(Vec::new()), now);
-    tie.lost(&fake, true, now);
+    tie.lost(&fake, (GONE, true), now);
     let mut told = Vec::new();
     for round in 0..4 {
         pass(&mut tie, &fake, &mut now);
@@ -200,7 +263,7 @@ fn a_passt_that_always_fails_is_told_of_once_by_how_it_ends() {
         if round % 2 == 0 {
             assert_eq!(tie.not_reconnected(&fake, (why, true), now), None);
         }
-        told.extend(tie.exited(incarnation, how).map(|(kind, line, _)| {
+        told.extend(tie.exited(incarnation, how, now).map(|(kind, line, _)| {
             assert_eq!(kind, "device.not-reconnected");
             line
         }));
@@ -234,7 +297,7 @@ fn a_back_end_that_never_can_be_is_never_looked_for() {
     let fake = Fake::default();
     let now = Instant::now();
     let mut tie = switch(Origin::Nothing("tap x: absent".into()), now);
-    tie.lost(&fake, true, now);
+    tie.lost(&fake, (GONE, true), now);
     assert_eq!((state(&tie).as_str(), tie.next_timer()), ("absent", None));
     let (kind, detail) = tie.announcement();
     assert_eq!(
@@ -261,7 +324,7 @@ fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
     let _surplus = UnixStream::connect(&place).unwrap();
     tie.on_listener(&count, now);
     assert_eq!(let_in.get(), 0, "it has a back-end");
-    tie.lost(&Fake::default(), true, now);
+    tie.lost(&Fake::default(), (GONE, true), now);
     assert_eq!(tie.next_timer(), None, "it waits for whoever comes");
     let _first = UnixStream::connect(&place).unwrap();
     let _second = UnixStream::connect(&place).unwrap();
@@ -276,9 +339,9 @@ fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
 fn surplus_connections_are_told_of_once_a_minute() {
     let now = Instant::now();
     let mut tie = switch(Origin::Connect("/s".into()), now);
-    let told = (0..500).filter_map(|_| tie.surplus(now)).count();
+    let told = (0..500).filter_map(|_| tie.told.surplus(now)).count();
     assert_eq!(told, 1);
-    let later = tie.surplus(now + SURPLUS_INTERVAL).unwrap();
+    let later = tie.told.surplus(now + SURPLUS_INTERVAL).unwrap();
     assert!(later.ends_with("(499 more were not told of)"), "{later}");
 }
 

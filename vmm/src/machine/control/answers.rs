@@ -72,6 +72,11 @@ impl ControlChannel {
                 self.about.queues
             )));
         }
+        if health.host_gone && self.about.tap.is_empty() {
+            return Err(Breach::Protocol(
+                "says that its tap is gone, and has none".to_owned(),
+            ));
+        }
         let (mut count, mut last) = (0u64, (0, 0));
         for (ring, known) in health.rings.iter().zip(&mut self.host_errors) {
             let more = ring.host_errors.saturating_sub(*known);

@@ -4,8 +4,8 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::machine::DeviceIoError;
 use bulkhead_proto::machine::event::What;
+use bulkhead_proto::machine::{DeviceIoError, net_config};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use requests::net_detail;
@@ -415,9 +415,15 @@ impl Host {
             Notice::HostGone => {
                 let about = device.process.as_ref().map(|p| p.control.about());
                 let tap = about.map(|a| crate::launcher::printable(&a.tap));
+                let tap = tap.unwrap_or_default();
+                let net = machine.config.nets.iter().find(|net| net.id == id);
+                // A descriptor that was handed in is of the tap that was.
+                let by = match net.and_then(|net| net.backend.as_ref()) {
+                    Some(net_config::Backend::Tap(tap)) if !tap.fds.is_empty() => " by its name",
+                    _ => "",
+                };
                 let detail = format!(
-                    "tap {} was deleted on the host, and its link is down: make the tap again, then remove-device and add-net bring it back",
-                    tap.unwrap_or_default()
+                    "tap {tap} was deleted on the host, and its link is down: make the tap again, then remove-device and add-net{by} bring it back"
                 );
                 return self.tell(index, "device.disconnected", &detail);
             }

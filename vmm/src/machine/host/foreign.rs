@@ -56,7 +56,8 @@ impl Host {
         } = self;
         let device = machine.as_mut()?.parts.devices.get_mut(index)?;
         let hung_up = matches!(why, FailReason::Hangup);
-        let news = switch(device)?.lost(&**launcher, hung_up, Instant::now());
+        let why = (&*why.to_string(), hung_up);
+        let news = switch(device)?.lost(&**launcher, why, Instant::now());
         Some(("device.disconnected", news))
     }
 
@@ -95,14 +96,20 @@ impl Host {
     ) -> bool {
         let devices = self.machine.as_mut().map(|m| &mut m.parts.devices);
         let found = devices.and_then(|d| d.iter_mut().find(|d| d.id == id));
+        let given_up = found.as_ref().is_some_and(|d| d.failed.is_some());
         let Some(switch) = found.and_then(switch) else {
             return false;
         };
         let how = outcome.with_last_line("", last_line);
-        if let Some((kind, line, news)) = switch.exited(incarnation, &how) {
+        if let Some((kind, line, news)) = switch.exited(incarnation, &how, Instant::now()) {
             self.log.publish(kind, id, &line);
             if news {
-                log::warn!("device {id}: {line}; it is started again");
+                let next = if given_up {
+                    ""
+                } else {
+                    "; it is started again"
+                };
+                log::warn!("device {id}: {line}{next}");
             }
         }
         true

@@ -43,6 +43,13 @@ impl Host {
                 format!("there is no device {id}: see Devices"),
             )
         })?;
+        if let Special::Foreign(switch) = &device.special
+            && let Some(why) = switch.absence()
+        {
+            return Err(RpcStatus::failed_precondition(format!(
+                "device {id}: {why}"
+            )));
+        }
         if usage(device).is_none() {
             return Err(RpcStatus::failed_precondition(format!(
                 "device {id}: its back-end is somebody else's process: limit it where it was started"

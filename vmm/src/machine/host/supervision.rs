@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{Host, Source};
 use crate::launcher::Linked;
-use crate::machine::control::{Breach, ControlChannel};
+use crate::machine::control::Breach;
 use crate::machine::device::Process;
 use crate::machine::life::{Action, Life};
 use crate::machine::newcomer::{Fault, Newcomer, Ready};
@@ -357,7 +357,7 @@ impl Host {
             return;
         };
         process.hello = hello;
-        process.control = ControlChannel::resume(client, process.control.about().clone());
+        process.control = process.control.successor(client);
         process.interest = EventSet::IN;
         process.detectors.clear();
         if !process.life.answered(now) {
