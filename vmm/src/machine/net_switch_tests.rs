@@ -372,3 +372,19 @@ fn what_somebody_else_keeps_is_not_changed_here() {
         "{message}"
     );
 }
+
+#[test]
+fn what_a_peer_sends_makes_no_reason_a_new_one() {
+    let mut told = Told::default();
+    assert!(told.news("socket /s: a header with flags 0x92df5b62"));
+    for flags in 0..1000_u32 {
+        assert!(!told.news(&format!("socket /s: a header with flags {flags:#x}")));
+    }
+    assert!(told.news("socket /s: 4294967295 bytes"));
+    assert!(!told.news("socket /s: 4294967294 bytes"));
+    assert!(told.news("passt: exit status 1") && told.news("passt: exit status 2"));
+    let more = (0..1000).filter(|n| told.news(&format!("{n} of them")));
+    assert!(more.count() < 8);
+    told.clear();
+    assert!(told.news("passt: exit status 1"));
+}

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Most reasons that are remembered.
+/// Most reasons that are told until a back-end has served, or come after a while.
 const MAX_REASONS: usize = 8;
 /// How often at most it is told that a back-end has come.
 pub const CAME_INTERVAL: Duration = Duration::from_secs(60);
@@ -21,15 +21,25 @@ pub struct Told {
     surplus: (Option<Instant>, u64),
 }
 
+/// A reason without its long numbers: what a peer has sent may stand in it.
+fn kind(why: &str) -> String {
+    let words = why.split(|c: char| !c.is_ascii_alphanumeric());
+    let plain = |word: &str| {
+        let long = word.len() > 3 && word.bytes().all(|byte| byte.is_ascii_digit());
+        !long && !word.starts_with("0x")
+    };
+    let words: Vec<&str> = words.filter(|word| plain(word)).collect();
+    words.join(" ")
+}
+
 impl Told {
-    /// Notes a reason; false when it was told already.
+    /// Notes a reason; false when it was told already, but for numbers that whoever fails may
+    /// choose anew each time, or when there were too many.
     pub fn news(&mut self, why: &str) -> bool {
-        let new = !self.reasons.iter().any(|told| told == why);
+        let why = kind(why);
+        let new = self.reasons.len() < MAX_REASONS && !self.reasons.contains(&why);
         if new {
-            if self.reasons.len() >= MAX_REASONS {
-                self.reasons.remove(0);
-            }
-            self.reasons.push(why.to_owned());
+            self.reasons.push(why);
         }
         new
     }

@@ -144,11 +144,24 @@ impl Worker {
         }
         let gone = self.remove(&job.remove, listeners);
         // Nobody maps any more what is given back as a whole.
-        gone.and_then(|()| self.punch(&job.punch)).inspect_err(|_| {
-            if let Err(more) = self.add(&job.remove, listeners) {
-                log::error!("memory that the guest keeps: {more}");
+        gone.and_then(|()| self.punch(&job.punch))
+            .inspect_err(|_| self.put_back(&job.remove, listeners))
+    }
+
+    /// The guest keeps these. Everybody is told, whoever has no place for them any more: that costs
+    /// that device its requests there, and no other.
+    fn put_back(&self, numbers: &[usize], listeners: &[Listener]) {
+        for number in numbers {
+            self.area.set_present(*number, true);
+            if let Err(error) = self.tell_kvm(*number, true) {
+                log::error!("memory that the guest keeps: {error}");
             }
-        })
+        }
+        for (id, device) in listeners {
+            if let Err(error) = device.sync_memory() {
+                log::error!("memory that the guest keeps: device {id}: {error}");
+            }
+        }
     }
 
     fn punch(&self, punched: &[Range<u64>]) -> Result<(), String> {
