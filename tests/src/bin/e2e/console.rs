@@ -260,6 +260,9 @@ fn without_a_guest() -> Verdict {
     })?;
     ctl(&socket, &["shutdown", "--force"])?;
     drop(vmm);
-    check(!Path::new(&first).exists(), || "its socket stays".into())?;
-    nothing_left(Duration::from_secs(20))
+    // Its launcher may outlive it for a moment, and removes it.
+    nothing_left(Duration::from_secs(20))?;
+    check(!Path::new(&first).exists(), || {
+        format!("{first}: is left behind")
+    })
 }
