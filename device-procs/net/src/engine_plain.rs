@@ -226,8 +226,8 @@ impl Engine {
         self.pair.wakes();
         let [w0, w1, k0, k1, e0, e1, _] = fds;
         for (ring, fd) in [e0, e1].iter().enumerate() {
-            if let Some(kernel) = self.pair.kernel.as_mut().filter(|_| fd.revents() != 0) {
-                kernel.broken(ring);
+            if fd.revents() != 0 {
+                self.pair.kernel_found_an_error(ring);
             }
         }
         for (place, (fd, file)) in [k0, k1].iter().zip(kick_files).enumerate() {

@@ -98,12 +98,13 @@ impl Kernel {
         self.errors.get(ring)
     }
 
-    /// The kernel found a ring malformed.
-    pub fn broken(&mut self, ring: usize) {
+    /// The kernel's error descriptor has fired: without an excuse the ring is malformed.
+    pub fn found_an_error(&mut self, ring: usize, excused: bool) {
         if let Some(error) = self.errors.get(ring) {
             sys::drain(error);
         }
         if let Some(Some(ring)) = self.rings.get(ring)
+            && !excused
             && !ring.status.broken.swap(true, Ordering::Relaxed)
         {
             log::warn!("malformed ring, stopped by the kernel until the guest resets the device");

@@ -166,6 +166,15 @@ impl Pair {
         self.places.get_mut(place)?.serving.as_mut()?.ring()
     }
 
+    /// The kernel failed at a ring: it is malformed, unless a frame found no tap (sendmsg's
+    /// EBADFD, which loses that frame alone).
+    pub fn kernel_found_an_error(&mut self, ring: usize) {
+        let gone = self.state.look_at_tap();
+        if let Some(kernel) = &mut self.kernel {
+            kernel.found_an_error(ring, gone);
+        }
+    }
+
     /// Lets the kernel move frames, or not, as everybody now wants it.
     pub fn settle_kernel(&mut self) {
         let Some(kernel) = &mut self.kernel else {

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Instant;
 
 use bulkhead_runtime::sys;
@@ -44,6 +44,14 @@ pub enum TapError {
         fd: RawFd,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The interface of an inherited descriptor is gone.
+    #[error(
+        "fd {fd}: the interface of its tap was removed from the host; make the tap anew, and take the device out and in again"
+    )]
+    Deleted {
+        /// Its number.
+        fd: RawFd,
     },
     /// A tap of the wrong mode.
     #[error("tap {name}: {why}")]
@@ -92,6 +100,8 @@ pub struct Tap {
     queues: Vec<TapQueue>,
     /// What TUNSETOFFLOAD takes here.
     supported: u32,
+    /// That the interface was deleted is told, or will be: once is enough.
+    known_gone: AtomicBool,
 }
 
 /// A name for an interface, as the kernel wants it.
@@ -180,9 +190,10 @@ impl Tap {
     fn prepare(files: Vec<File>) -> Result<Self, TapError> {
         let (mut name, several) = (String::new(), files.len() > 1);
         for file in &files {
-            let failed = |source| TapError::Inherited {
-                fd: file.as_raw_fd(),
-                source,
+            let fd = file.as_raw_fd();
+            let failed = |source: io::Error| match source.raw_os_error() {
+                Some(libc::EBADFD) => TapError::Deleted { fd },
+                _ => TapError::Inherited { fd, source },
             };
             let ifreq = call::interface(file).map_err(failed)?;
             let flags = libc::c_int::from(ifreq.flags);
@@ -227,6 +238,7 @@ impl Tap {
             name,
             queues: queues.collect(),
             supported,
+            known_gone: AtomicBool::new(false),
         };
         tap.set_offload(0);
         Ok(tap)
@@ -239,6 +251,7 @@ impl Tap {
             name: String::new(),
             queues: Vec::new(),
             supported: libc::TUN_F_CSUM | TSO,
+            known_gone: AtomicBool::new(false),
         }
     }
 
@@ -272,10 +285,12 @@ impl Tap {
             Ok(()) => true,
             // Told when a driver begins, before it misses a frame.
             Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
-                log::warn!(
-                    "tap {}: its interface was removed from the host: the guest has no link; make it anew, and take the device out and in again, or start the machine anew",
-                    self.name
-                );
+                if !self.known_gone.swap(true, Ordering::Relaxed) {
+                    log::warn!(
+                        "tap {}: its interface was removed from the host: the guest has no link; make it anew, and take the device out and in again, or start the machine anew",
+                        self.name
+                    );
+                }
                 false
             }
             Err(e) => {
@@ -298,6 +313,7 @@ impl Tap {
         match call::set_queue(&queue.file, attached) {
             // It was so already: by a process before this one.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(_) if self.known_gone.load(Ordering::Relaxed) => {}
             Err(e) => {
                 let what = if attached { "attach" } else { "detach" };
                 log::warn!("tap {}: cannot {what} queue {pair}: {e}", self.name);
@@ -311,7 +327,12 @@ impl Tap {
     /// takes no lock of the host's, and needs no call that a worker does without.
     pub fn is_gone(&self) -> bool {
         let first = self.queues.first();
-        first.is_some_and(|queue| call::write(&queue.file, &[0]) == -libc::EBADFD)
+        let gone = first.is_some_and(|queue| call::write(&queue.file, &[0]) == -libc::EBADFD);
+        // Who asks tells of it.
+        if gone {
+            self.known_gone.store(true, Ordering::Relaxed);
+        }
+        gone
     }
 
     /// Shows the host that the cable is in, or out. Where the kernel cannot (before 5.0),

@@ -253,6 +253,27 @@ fn a_ring_that_the_kernel_finds_malformed_costs_that_ring() {
 }
 
 #[test]
+fn a_frame_that_finds_its_tap_deleted_costs_no_ring() {
+    let Some(mut bed) = Bed::new(1) else {
+        return;
+    };
+    let wire = Wire::new("t0", false);
+    bed.vm.offer_buffers(0, 0, 32);
+    bed.talk(&wire, 1);
+    ip(&["link", "del", "t0"]);
+    let frame = ether(PEER, MAC_BYTES, 200, 3);
+    bed.post(20, &frame);
+    // Found by the frame: nobody has asked for health.
+    wait_for("the link to go down", || !bed.stats().net.unwrap().link_up);
+    let health: HealthResponse = bed
+        .client
+        .call(DEVICE_SERVICE, "Health", &HealthRequest::new(), PATIENCE)
+        .unwrap();
+    assert!(health.host_gone && !health.rings.iter().any(|ring| ring.broken));
+    assert!(!bed.vm.err_fired(1) && bed.net.is_running());
+}
+
+#[test]
 fn a_descriptor_that_is_no_vhost_net_is_named() {
     if !isolated() {
         return;

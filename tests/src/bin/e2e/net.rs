@@ -369,7 +369,9 @@ carrier 0 gone";
     host.sh("ip link del tap0")?;
     crate::net_bad::until_event(&socket, "device.disconnected", "tap tap0 was deleted")?;
     let found = crate::hotplug::device(&socket, "net0")?.unwrap_or_default();
-    check(found["state"] == "disconnected", || found.to_string())?;
+    check(found["state"] == "disconnected", || {
+        vmm.story(&found.to_string())
+    })?;
     let stats = ctl(&socket, &["stats", "net0"])?;
     check(stats["net"]["link_up"] == false, || stats.to_string())?;
     vmm.type_text("\n")?;
