@@ -109,6 +109,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_vsock::validate(config, &mut ids)?;
     super::config_console::validate(config, &mut ids)?;
     super::config_ports::validate(config, &ids)?;
+    super::config_sockets::validate(config)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }

@@ -24,20 +24,11 @@ pub(super) fn validate<'a>(
     config: &'a MachineConfig,
     ids: &mut BTreeSet<&'a str>,
 ) -> Result<(), String> {
-    let vsock = config.vsock.as_ref().map(|vsock| vsock.socket.as_str());
-    let mut sockets: BTreeSet<&str> = vsock.into_iter().collect();
     for (index, console) in config.consoles.iter().enumerate() {
         let name = format!("config.consoles[{index}]");
         known(&name, console)?;
         take_id(&name, &console.id, ids)?;
         check_ports(&name, console)?;
-        for (port, socket) in console.ports.iter().map(|p| &p.socket).enumerate() {
-            if !sockets.insert(socket) {
-                return Err(format!(
-                    "{name}.ports[{port}].socket: {socket} is another port's, or the socket device's: give each its own"
-                ));
-            }
-        }
         let resources = console.resources.as_ref();
         super::config_resources::check(&format!("{name}.resources"), resources, false)?;
     }
@@ -138,10 +129,6 @@ mod tests {
         for (field, checked) in [
             ("id disk0", checked(|c| c.id = "disk0".into())),
             ("ports has 0", checked(|c| c.ports.clear())),
-            (
-                "ports[1].socket: /run/c is another",
-                checked(|c| c.ports[1].socket = "/run/c".into()),
-            ),
             (
                 "ports has 18",
                 checked(|c| c.ports.extend(vec![ConsolePort::new(); MOST_PORTS])),

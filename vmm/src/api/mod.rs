@@ -22,6 +22,7 @@ pub(crate) mod config_net;
 mod config_ports;
 mod config_resources;
 mod config_rng;
+mod config_sockets;
 mod config_user;
 mod config_vsock;
 mod connection;

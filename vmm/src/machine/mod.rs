@@ -27,6 +27,7 @@ pub mod net_external;
 pub mod net_kinds;
 mod net_links;
 pub mod net_mac;
+mod net_origin;
 mod net_remedies;
 pub mod net_start;
 pub mod net_switch;

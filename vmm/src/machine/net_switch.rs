@@ -12,12 +12,12 @@
 //! ```
 //!
 //! Where the VMM listens, "waiting" is for somebody to connect, and "linking" is left out. A
-//! back-end that comes and goes at once is met with pauses that double from 100 ms to 5 s.
+//! back-end that comes and goes at once is met with pauses that double from 100 ms to 5 s: it
+//! is not connected to, or, where it connects, not spoken to before.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,10 +28,11 @@ use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
 use super::net_links::Links;
 use super::net_mac;
+pub use super::net_origin::Origin;
 use super::net_remedies::{bare, of_others};
 use super::net_told::Told;
 use super::usage::Usage;
-use crate::launcher::{Launcher, printable};
+use crate::launcher::Launcher;
 use crate::virtio::{ReconnectError, VirtioPciFunction};
 
 /// First and longest pause before another attempt.
@@ -40,38 +41,6 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const STEADY: Duration = Duration::from_secs(5);
 /// How long the launcher may take to connect or to start passt.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
-
-/// Where the back-end comes from.
-#[derive(Debug)]
-pub enum Origin {
-    /// A socket that somebody listens on.
-    Connect(PathBuf),
-    /// A socket that we listen on.
-    Listen(PathBuf, UnixListener),
-    /// passt, with these options.
-    Passt(Vec<String>),
-    /// There is none and will be none, for this reason.
-    Nothing(String),
-}
-
-impl Origin {
-    /// Whether another back-end can come when one is lost.
-    fn returns(&self) -> bool {
-        !matches!(self, Self::Nothing(_))
-    }
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Connect(path) | Self::Listen(path, _) => {
-                write!(f, "vhost-user {}", printable(&path.to_string_lossy()))
-            }
-            Self::Passt(_) => f.write_str("passt"),
-            Self::Nothing(why) => f.write_str(why),
-        }
-    }
-}
 
 /// What the guest was told of a network device, for its status.
 #[derive(Clone, Debug)]
@@ -95,6 +64,8 @@ enum Phase {
     Waiting {
         /// `None`: for somebody to connect, or for nothing.
         until: Option<Instant>,
+        /// Who has connected before the pause is over.
+        early: Option<UnixStream>,
     },
     Linking {
         ticket: u64,
@@ -373,10 +344,12 @@ impl Switch {
     fn wait(&mut self, now: Instant) {
         let until = match &self.origin {
             Origin::Connect(_) | Origin::Passt(_) => now.checked_add(self.pause),
+            // The first to come is not kept waiting.
+            Origin::Listen(..) if self.pause > PAUSE.0 => now.checked_add(self.pause),
             Origin::Listen(..) | Origin::Nothing(_) => None,
         };
         self.pause = self.pause.saturating_mul(2).min(PAUSE.1);
-        self.phase = Phase::Waiting { until };
+        self.phase = Phase::Waiting { until, early: None };
     }
 
     /// The listener that a back-end comes by, to be watched.
@@ -388,22 +361,26 @@ impl Switch {
     }
 
     /// Somebody connects. While a back-end serves, or another is on its way in, nobody else
-    /// is let in.
+    /// is let in; during a pause the first to come waits until it is over.
     pub fn on_listener(&mut self, adopt: Adopt<'_>, now: Instant) {
         let Origin::Listen(_, listener) = &self.origin else {
             return;
         };
         match listener.accept() {
-            Ok((stream, _)) if matches!(self.phase, Phase::Waiting { .. }) => {
-                self.adopt(stream, adopt, now);
-            }
-            Ok(_) => {
-                if let Some(line) = self.told.surplus(now) {
-                    log::warn!("device {}: {line}", self.id);
-                }
-            }
+            Ok((stream, _)) => match &mut self.phase {
+                Phase::Waiting { until: None, .. } => self.adopt(stream, adopt, now),
+                Phase::Waiting { early, .. } if early.is_none() => *early = Some(stream),
+                _ => self.surplus(now),
+            },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => log::warn!("device {}: its socket: {error}", self.id),
+        }
+    }
+
+    /// A connection was closed since another is there.
+    fn surplus(&mut self, now: Instant) {
+        if let Some(line) = self.told.surplus(now) {
+            log::warn!("device {}: {line}", self.id);
         }
     }
 
@@ -420,17 +397,32 @@ impl Switch {
     /// When something is to be done, if nothing happens before.
     pub fn next_timer(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Waiting { until } => *until,
+            Phase::Waiting { until, .. } => *until,
             Phase::Linking { deadline, .. } => Some(*deadline),
             Phase::Serving { .. } | Phase::Adopting => None,
         }
     }
 
     /// Does what is due. A line that is news comes back.
-    pub fn on_timer(&mut self, launcher: &dyn Links, now: Instant) -> Option<String> {
-        match self.phase {
-            Phase::Waiting { until: Some(until) } if until <= now => self.link(launcher, now),
-            Phase::Linking { deadline, .. } if deadline <= now => {
+    pub fn on_timer(
+        &mut self,
+        launcher: &dyn Links,
+        adopt: Adopt<'_>,
+        now: Instant,
+    ) -> Option<String> {
+        match &mut self.phase {
+            Phase::Waiting {
+                until: until @ Some(_),
+                early,
+            } if until.is_some_and(|at| at <= now) => {
+                *until = None;
+                match early.take() {
+                    Some(stream) => self.adopt(stream, adopt, now),
+                    None => return self.link(launcher, now),
+                }
+                None
+            }
+            Phase::Linking { deadline, .. } if *deadline <= now => {
                 self.wait(now);
                 let why = format!("{}: the launcher does not answer", self.origin);
                 self.news(&why).then_some(why)

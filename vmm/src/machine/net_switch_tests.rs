@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use bulkhead_proto::Code;
@@ -88,7 +89,7 @@ fn pass(switch: &mut Switch, fake: &Fake, now: &mut Instant) -> (Duration, Optio
     let at = switch.next_timer().unwrap();
     let pause = at.saturating_duration_since(*now);
     *now = at;
-    (pause, switch.on_timer(fake, at))
+    (pause, switch.on_timer(fake, &taken, at))
 }
 
 #[test]
@@ -332,6 +333,53 @@ fn where_the_vmm_listens_one_back_end_is_let_in_at_a_time() {
     tie.on_listener(&count, now);
     tie.on_listener(&count, now);
     assert_eq!(let_in.get(), 1);
+    std::fs::remove_file(&place).unwrap();
+}
+
+#[test]
+fn who_comes_and_goes_where_the_vmm_listens_is_let_in_ever_more_rarely() {
+    let place = std::env::temp_dir().join(format!("bh-flap-{}", std::process::id()));
+    let _ = std::fs::remove_file(&place);
+    let listener = UnixListener::bind(&place).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let (fake, mut now) = (Fake::default(), Instant::now());
+    let mut tie = switch(Origin::Listen(place.clone(), listener), now);
+    let let_in = Cell::new(0);
+    let count = |_| {
+        let_in.set(let_in.get() + 1);
+        Ok(())
+    };
+    tie.lost(&fake, (GONE, true), now);
+    let mut pauses = Vec::new();
+    for round in 1..=8 {
+        let _early = UnixStream::connect(&place).unwrap();
+        tie.on_listener(&count, now);
+        if round > 1 {
+            let _surplus = UnixStream::connect(&place).unwrap();
+            tie.on_listener(&count, now);
+            assert_eq!(let_in.get(), round - 1, "nobody is let in during the pause");
+            let at = tie.next_timer().unwrap();
+            pauses.push(at.saturating_duration_since(now).as_millis());
+            now = at;
+            tie.on_timer(&fake, &count, now);
+        }
+        assert_eq!(let_in.get(), round);
+        tie.reconnected(now);
+        tie.lost(&fake, (GONE, true), now);
+    }
+    assert_eq!(pauses, [200, 400, 800, 1600, 3200, 5000, 5000]);
+    // Nobody comes in the last pause: then the next is let in at once.
+    now = tie.next_timer().unwrap();
+    tie.on_timer(&fake, &count, now);
+    assert_eq!(tie.next_timer(), None);
+    let _late = UnixStream::connect(&place).unwrap();
+    tie.on_listener(&count, now);
+    assert_eq!(let_in.get(), 9);
+    // One that has served for a while may be followed at once.
+    tie.reconnected(now);
+    tie.lost(&fake, (GONE, true), now + STEADY);
+    assert_eq!(tie.next_timer(), None);
+    assert_eq!(fake.count(), 0, "the launcher has no part in it");
     std::fs::remove_file(&place).unwrap();
 }
 

@@ -137,9 +137,10 @@ impl Host {
         let devices = machine.as_mut().map(|m| &mut m.parts.devices);
         let mut news = Vec::new();
         for (index, device) in devices.into_iter().flat_map(|d| d.numbered_mut()) {
-            if let Some(line) = switch(device).and_then(|s| s.on_timer(&**launcher, now)) {
-                news.push((index, line));
-            }
+            let function = std::sync::Arc::clone(&device.function);
+            let adopt = |stream| function.adopt(stream);
+            let line = switch(device).and_then(|s| s.on_timer(&**launcher, &adopt, now));
+            news.extend(line.map(|line| (index, line)));
         }
         for (index, line) in news {
             self.tell(index, "device.not-reconnected", &line);
