@@ -169,13 +169,7 @@ impl Cgroups {
                 placed.not_enforced.push(why);
                 None
             });
-            if let Some(directory) = &directory {
-                for name in USAGE_FILES {
-                    if let Ok(file) = sys::open_beneath(directory, name, libc::O_RDONLY) {
-                        placed.files.push((name, file.into()));
-                    }
-                }
-            }
+            placed.files = usage_files(directory.as_ref());
             let leaf = Leaf {
                 directory,
                 resources: Resources::new(),
@@ -188,12 +182,15 @@ impl Cgroups {
         let Some(leaf) = self.leaves.get_mut(id) else {
             return Err(say("it is lost".into()));
         };
+        let new = leaf.doomed || !known;
         if leaf.doomed {
             // Another device of that name.
             (leaf.doomed, leaf.least) = (false, least);
             leaf.block_device = block_device.to_owned();
+            placed.files = usage_files(leaf.directory.as_ref());
         }
-        leaf.resources = resources.clone();
+        let before = std::mem::replace(&mut leaf.resources, resources.clone());
+        let before = (!new).then_some(before);
         let controllers = self
             .group
             .as_ref()
@@ -202,7 +199,7 @@ impl Cgroups {
             .unwrap_or_default();
         placed
             .not_enforced
-            .extend(leaf.apply(controllers, &self.note, known));
+            .extend(leaf.apply(controllers, &self.note, before.as_ref()));
         if let (Some(group), true) = (&self.group, leaf.directory.is_some()) {
             placed.path = format!("{}/{LEAF_PREFIX}{id}", group.path);
         }
@@ -305,8 +302,9 @@ impl Cgroups {
 }
 
 impl Leaf {
-    /// Writes the limits; says what is not enforced. `running`: a process may run already.
-    fn apply(&self, controllers: &[String], note: &str, running: bool) -> Vec<String> {
+    /// Writes the limits; says what is not enforced. `before`: those that a process may run with
+    /// already.
+    fn apply(&self, controllers: &[String], note: &str, before: Option<&Resources>) -> Vec<String> {
         let mut not_enforced = Vec::new();
         let missing = |controller: &str| match self.directory {
             Some(_) => format!("the VM's cgroup has no {controller} controller"),
@@ -327,11 +325,11 @@ impl Leaf {
             0 => "max".to_owned(),
             limit => limit.to_string(),
         };
-        let by_rlimit = |name: &str| match running {
-            true => format!(
+        let by_rlimit = |name: &str, same: fn(&Resources, &Resources) -> bool| match before {
+            Some(before) if !same(before, &self.resources) => format!(
                 "{name} is a resource limit of the process: in force from its next start on"
             ),
-            false => format!("a resource limit of the process ({name}) instead"),
+            _ => format!("a resource limit of the process ({name}) instead"),
         };
         for (controller, file, wanted, value, otherwise) in [
             ("cpu", "cpu.max", cpu_percent != 0, cpu, None),
@@ -340,14 +338,16 @@ impl Leaf {
                 "memory.max",
                 memory_bytes != 0,
                 number(memory_bytes),
-                Some(by_rlimit("RLIMIT_DATA")),
+                Some(by_rlimit("RLIMIT_DATA", |a, b| {
+                    a.memory_bytes == b.memory_bytes
+                })),
             ),
             (
                 "pids",
                 "pids.max",
                 pids != 0,
                 number(pids.into()),
-                Some(by_rlimit("RLIMIT_NPROC")),
+                Some(by_rlimit("RLIMIT_NPROC", |a, b| a.pids == b.pids)),
             ),
         ] {
             let why = if controllers.iter().any(|c| c == controller) {
@@ -388,6 +388,15 @@ impl Leaf {
         };
         sys::open_beneath(directory, file, libc::O_WRONLY)?.write_all(value.as_bytes())
     }
+}
+
+/// Files of a leaf that tell what its processes use.
+fn usage_files(directory: Option<&File>) -> Vec<(&'static str, OwnedFd)> {
+    let open = |name| {
+        let file = sys::open_beneath(directory?, name, libc::O_RDONLY);
+        Some((name, file.ok()?.into()))
+    };
+    USAGE_FILES.into_iter().filter_map(open).collect()
 }
 
 /// A line of io.max.
@@ -458,6 +467,18 @@ mod tests {
         assert_eq!(told.len(), 4, "{told:?}");
         assert!(told.iter().all(|line| line.contains("no cgroup v2")));
         assert!(told.iter().any(|line| line.contains("RLIMIT_DATA")));
+        // A running process has the limits that are as before.
+        resources.pids = 8;
+        let placed = cgroups.place("d", &resources, "8:0", Least::default());
+        let told = placed.unwrap().not_enforced;
+        let says = |what: &str, how: &str| {
+            let mut all = told.iter();
+            all.any(|line| line.contains(what) && line.contains(how))
+        };
+        assert!(says("RLIMIT_DATA", "instead"), "{told:?}");
+        assert!(says("RLIMIT_NPROC", "next start"), "{told:?}");
+        resources.pids = 9;
+        let _ = cgroups.place("d", &resources, "8:0", Least::default());
         let fallback = cgroups.fallback("d");
         assert_eq!(fallback.memory, Some(64 << 20));
         assert_eq!(fallback.pids, Some(9));

@@ -56,8 +56,12 @@ pub enum ExitOutcome {
 }
 
 impl ExitOutcome {
-    /// How a program ended, with what it said last, less its name in front.
+    /// How a program ended, with what it said last, less its name in front. One that was killed
+    /// by another process said nothing of that.
     pub fn with_last_line(&self, program: &str, last_line: &str) -> String {
+        if matches!(self, Self::Signal(libc::SIGKILL | libc::SIGTERM)) {
+            return self.to_string();
+        }
         let said = last_line
             .strip_prefix(program)
             .and_then(|rest| rest.strip_prefix(": "))

@@ -218,7 +218,7 @@ fn finish(
         && process.is_none()
     {
         let why = format!("{origin}: {}", of_first(&id, why, optional, site));
-        log::warn!("device {id}: {why}; the machine starts without it");
+        log::warn!("device {id}: {why}; {} without it", subject(site));
         (serving, missing) = (false, Some(why));
         made = device::attach(site, options, None);
     }
@@ -307,7 +307,7 @@ fn reach(
             ..First::without(origin)
         }),
         Err(why) if optional => {
-            log::warn!("device {id}: {why}; the machine starts without it");
+            log::warn!("device {id}: {why}; {} without it", subject(site));
             Ok(First {
                 missing: Some(why),
                 optional,
@@ -320,6 +320,15 @@ fn reach(
             }
             Err(format!("device {id}: {why}"))
         }
+    }
+}
+
+/// What goes on without a back-end.
+fn subject(site: &Site<'_>) -> &'static str {
+    if site.at_start {
+        "the machine starts"
+    } else {
+        "the device is added"
     }
 }
 
@@ -366,11 +375,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
         let frontend = connected.map_err(|error| {
             let how = device::ended(site.launcher, &net.id, 1, "passt");
-            // One that does not know an option prints its usage, which is indented.
-            let hint = match &how {
-                Some(how) if !how.contains(":  ") => "",
-                _ => " (for vhost-user it must be 2024_11_27 or later)",
-            };
+            let hint = hint(how.as_deref());
             let how = how.unwrap_or_else(|| error.to_string());
             format!("device {}: passt: {how}{hint}", net.id)
         })?;
@@ -398,7 +403,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         if runs && site.launcher.kill(&net.id, 1).is_ok() {
             site.launcher.take_end(&net.id, 1, END_LIMIT);
         }
-        log::warn!("{why}; the machine starts without its network");
+        log::warn!("{why}; {} without its network", subject(site));
         return Ok(First {
             usage,
             missing: Some(why),
@@ -422,6 +427,18 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         optional,
         ..First::without(Origin::Nothing(why))
     })
+}
+
+/// What may help when passt does not start, by how it ended.
+fn hint(how: Option<&str>) -> &'static str {
+    match how {
+        Some(how) if how.contains("Failed to bind") => {
+            "; choose another port in forward=, or end what has this one"
+        }
+        // One that does not know an option prints its usage, which is indented.
+        Some(how) if how.contains(": ") && !how.contains(":  ") => "",
+        _ => " (for vhost-user it must be passt 2024_11_27 or later)",
+    }
 }
 
 /// What the launcher is to tell passt.
@@ -466,6 +483,16 @@ mod tests {
             ["mtu=1400", "tcp=127.0.0.1/8080:80", "udp=::1/8080:80"]
         );
         assert!(passt_options(&NetConfig::new(), &UserBackend::new()).is_empty());
+    }
+
+    #[test]
+    fn what_passt_says_gets_a_remedy_where_there_is_one() {
+        let bound = "exit status 1: Failed to bind port 80 (Address already in use)";
+        assert!(hint(Some(bound)).contains("another port"));
+        assert_eq!(hint(Some("exit status 1: No routable interface")), "");
+        for how in [None, Some("exit status 0"), Some("exit status 1:   -h")] {
+            assert!(hint(how).contains("2024_11_27"), "{how:?}");
+        }
     }
 
     #[test]

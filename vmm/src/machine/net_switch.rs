@@ -196,7 +196,7 @@ impl Switch {
             (_, Origin::Nothing(why)) => ("device.absent", format!("{kind}: {why}")),
             (_, origin) => (
                 "device.disconnected",
-                format!("{kind} waits for {origin}; the machine starts without it"),
+                format!("{kind} waits for {origin}; until it comes, its link is down"),
             ),
         }
     }

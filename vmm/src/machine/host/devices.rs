@@ -172,7 +172,11 @@ impl Host {
         };
         let came = self.foreign_came(index);
         let (by, news) = came.unwrap_or_else(|| ("another back-end".to_owned(), true));
-        let detail = format!("{by} serves {queues} queues{reset}");
+        let detail = match queues {
+            // The driver is yet to come.
+            0 => format!("{by} is there{reset}"),
+            _ => format!("{by} serves {queues} queues{reset}"),
+        };
         self.tell_logged(index, "device.reconnected", &detail, None, news);
     }
 
