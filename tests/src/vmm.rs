@@ -2,7 +2,7 @@
 //! end awaited with a deadline, and nothing of it left when the test ends.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -370,11 +370,26 @@ fn all_processes() -> Vec<(i32, String)> {
             continue;
         };
         let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if comm.starts_with("bulkhead") {
+        if comm.starts_with("bulkhead") && !is_of_another_build(&entry.path()) {
             found.push((pid, comm.trim().to_string()));
         }
     }
     found
+}
+
+/// Whether a process runs a program of a whole other build, as of somebody who tries something
+/// on the same machine. What a test has copied is no such build.
+fn is_of_another_build(process: &Path) -> bool {
+    let Ok(exe) = std::fs::read_link(process.join("exe")) else {
+        return false;
+    };
+    let Some(place) = exe.parent() else {
+        return false;
+    };
+    let whole = ["bulkhead", "bulkhead-launcher"].map(|name| place.join(name).is_file());
+    let ours = std::fs::canonicalize(bin("")).is_ok_and(|ours| ours == place);
+    let scratch = place.to_string_lossy().contains("/bh-");
+    whole == [true, true] && !ours && !scratch
 }
 
 /// Waits until no process of any VM is left.

@@ -24,10 +24,11 @@ pub(super) fn interruptible<T>(
     let say = |error: std::io::Error| format!("a thread that waits for signals: {error}");
     let (until, done) = UnixStream::pair().map_err(say)?;
     std::thread::scope(|scope| {
-        let look = move || {
-            if hook().is_ok() {
-                look(signals, launcher, &done);
-            }
+        let look = move || match hook() {
+            Ok(()) => look(signals, launcher, &done),
+            Err(why) => log::warn!(
+                "no signal is heeded before the machine is made: the filter of the thread for them: {why}"
+            ),
         };
         let builder = std::thread::Builder::new().name("signals".to_owned());
         builder.spawn_scoped(scope, look).map_err(say)?;
