@@ -44,6 +44,7 @@ mod net_faults;
 mod net_handed;
 mod net_modes;
 mod net_native;
+mod net_ovs;
 mod recovery;
 mod recovery_net;
 mod resources;
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
         tests.extend(disk_devices::tests());
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
+        tests.extend(net_ovs::tests());
         tests.extend(net_bad::tests());
         tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());
