@@ -45,6 +45,7 @@ mod net_handed;
 mod net_modes;
 mod net_native;
 mod net_ovs;
+mod net_told;
 mod recovery;
 mod recovery_net;
 mod resources;
@@ -107,6 +108,7 @@ fn main() -> ExitCode {
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
         tests.extend(net_ovs::tests());
+        tests.extend(net_told::tests());
         tests.extend(net_bad::tests());
         tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());

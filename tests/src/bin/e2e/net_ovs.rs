@@ -1,12 +1,15 @@
 //! Open vSwitch with DPDK's datapath as the switch of a VM: frames of two queue pairs, files
 //! both ways, and another vswitchd after the first was killed.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
 use bulkhead_tests::host::Namespace;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, nothing_left};
 
 use crate::net::{LIMIT, sum};
-use crate::net_modes::tool;
+use crate::net_modes::{FUNCTIONS, tool};
 
 /// The tests of this subject.
 pub fn tests() -> Vec<Test> {
@@ -164,7 +167,6 @@ fn switch(ours: bool) -> Verdict {
     ))?;
     let mut up = host.spawn("socat -u TCP-LISTEN:7001,fork,reuseaddr SYSTEM:sha256sum")?;
     let script = "ip link set eth0 up; ip addr add 10.6.0.2/24 dev eth0
-carrier() { until [ \"$(cat /sys/class/net/eth0/carrier)\" = $1 ]; do sleep 0.1; done; }
 talk() {
   for cpu in 0 1; do
     until taskset -c $cpu ping -q -c 1 -W 2 10.6.0.1 >/dev/null; do :; done
@@ -176,16 +178,21 @@ talk() {
 }
 echo PAIRS=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
 carrier 1; talk first; read -r line; carrier 0; echo LINK=down; carrier 1; echo LINK=up; read -r line; talk again; read -r line";
+    let script = format!("{FUNCTIONS}\n{script}");
     let listen = if ours { ",server=on" } else { "" };
     let net = format!("vhost-user={socket},id=net0,queues=2{listen}");
-    let mut vmm = host.debian(&scratch, script, &["--net", &net, "--cpus", "2"])?;
+    let mut vmm = host.debian(&scratch, &script, &["--net", &net, "--cpus", "2"])?;
     let wanted = format!("={}", sum(&file)?);
     talked(&mut vmm, &mut up, "first", &wanted)?;
     ovs.heard(ours)?;
     vmm.type_text("\n")?;
     ovs.kill()?;
     vmm.wait_for("LINK=down", LIMIT)?;
-    if !ours {
+    if ours {
+        // Somebody else is at the socket meanwhile.
+        let stranger = UnixStream::connect(&socket).map_err(|e| format!("{socket}: {e}"))?;
+        let _ = (&stranger).write_all(&[0xa5; 4096]);
+    } else {
         // A killed one leaves it, and its successor does not listen there.
         let _ = std::fs::remove_file(&socket);
     }
