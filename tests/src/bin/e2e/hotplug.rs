@@ -390,7 +390,7 @@ fn stillborn() -> Verdict {
 }
 
 /// What the launcher has open, and the cgroup leaves of devices.
-fn launchers(socket: &str) -> Result<String, String> {
+pub fn launchers(socket: &str) -> Result<String, String> {
     let info = ctl(socket, &["info"])?;
     let pid = &info["launcher_pid"];
     let cgroup = info["cgroup"].as_str().unwrap_or_default();

@@ -44,6 +44,8 @@ mod net_faults;
 mod net_handed;
 mod net_modes;
 mod net_native;
+mod net_ovs;
+mod net_told;
 mod recovery;
 mod recovery_net;
 mod resources;
@@ -105,6 +107,8 @@ fn main() -> ExitCode {
         tests.extend(disk_devices::tests());
         tests.extend(net::tests());
         tests.extend(net_modes::tests());
+        tests.extend(net_ovs::tests());
+        tests.extend(net_told::tests());
         tests.extend(net_bad::tests());
         tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());

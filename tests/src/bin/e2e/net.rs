@@ -76,7 +76,7 @@ fn guest(
 }
 
 /// SHA-256 of a file of the host's.
-fn sum(path: &str) -> Result<String, String> {
+pub fn sum(path: &str) -> Result<String, String> {
     sh(&format!("sha256sum <{path} | cut -d' ' -f1")).map(|s| s.trim().to_string())
 }
 

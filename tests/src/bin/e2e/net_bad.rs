@@ -168,7 +168,7 @@ print('HELD', flush=True); time.sleep(600)";
 }
 
 /// A switch that behaves badly: what it does with each connection.
-fn rogue(host: &Namespace, socket: &str, with: &str) -> Result<Vmm, String> {
+pub fn rogue(host: &Namespace, socket: &str, with: &str) -> Result<Vmm, String> {
     let program = format!(
         "import socket, os, time
 s = socket.socket(socket.AF_UNIX); s.bind('{socket}'); s.listen(16); print('LISTENS', flush=True)
@@ -187,9 +187,11 @@ while True:
 }
 
 const NEVER: &str = "pass";
-const GARBAGE: &str = "c.recv(12); c.sendall(os.urandom(8192))";
+/// It answers with garbage.
+pub const GARBAGE: &str = "c.recv(12); c.sendall(os.urandom(8192))";
 const SHORT: &str = "c.recv(12); c.sendall(bytes(5))";
-const HANGS_UP: &str = "c.close()";
+/// It hangs up.
+pub const HANGS_UP: &str = "c.close()";
 const AFTER_ONE: &str = "c.recv(12); c.sendall(bytes([1,0,0,0,5,0,0,0,8,0,0,0]) + bytes([0,0,0,64,1,0,0,0])); c.close()";
 
 fn switches() -> Verdict {

@@ -10,8 +10,9 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, ctl, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
-use super::hotplug::device;
-use super::net_modes::tool;
+use super::hotplug::{device, holdings, launchers, settled};
+use super::net_bad::{GARBAGE, HANGS_UP, rogue};
+use super::net_modes::{passt_at, tool};
 use super::net_native::{Served, refused};
 
 /// Those that need no guest.
@@ -42,6 +43,14 @@ pub fn native() -> Vec<Test> {
         test(
             "of a machine that could not be made no passt, cgroup or socket is in the way of the next",
             made_again,
+        ),
+        test(
+            "of a network that could not be added no process, descriptor, cgroup or socket stays",
+            nothing_stays,
+        ),
+        test(
+            "the socket of a server=on device is there and answers after clients that are no vhost-user back-ends",
+            strangers,
         ),
     ]
 }
@@ -306,5 +315,133 @@ fn read_back() -> Verdict {
     check(all("/from_guest/packets/burst")? == "9", || {
         "not changed".to_owned()
     })?;
+    served.end()
+}
+
+fn nothing_stays() -> Verdict {
+    let scratch = Scratch::new("net-unadded")?;
+    let host = Namespace::new("unadded")?;
+    host.sh("ip link add bridge0 type bridge; ip tuntap add single mode tap vnet_hdr user root")?;
+    let served = with_passt(&host, &scratch)?;
+    served.create(&["--hotplug-ports", "1", "--cpus", "2"])?;
+    let holder = host.spawn("socat -d -d TCP-LISTEN:8080,bind=127.0.0.1 STDOUT")?;
+    until("a listener", || Ok(holder.errors().contains("listening")))?;
+    let sockets = ["absent", "garbage", "hangs-up", "passt", "place"].map(|n| scratch.path(n));
+    let [absent, garbage, hangs_up, one_pair, place] = &sockets;
+    let _garbage = rogue(&host, garbage, GARBAGE)?;
+    let _hangs_up = rogue(&host, hangs_up, HANGS_UP)?;
+    let add = |net: &str| ctl(&served.socket, &["add-net", &format!("{net},id=lan")]);
+    let bad = [
+        ("tap=bridge0".to_owned(), "bridge0"),
+        ("tap=absent0".to_owned(), "absent0"),
+        ("tap=single,queues=2".to_owned(), "single"),
+        ("user,forward=8080:80".to_owned(), "8080"),
+        (format!("vhost-user={absent}"), absent),
+        (format!("vhost-user={garbage}"), "lan"),
+        (format!("vhost-user={hangs_up}"), "lan"),
+        (format!("vhost-user={one_pair},queues=2"), "serves 1 queues"),
+        (
+            format!("vhost-user={}/x,server=on", scratch.path("none")),
+            "none/x",
+        ),
+    ];
+    let pid = served.pid();
+    let rest = || -> Result<(String, String), String> {
+        let found = sh(&format!(
+            "find /sys/fs/cgroup -path '*bulkhead-vm-{pid}-*' -name 'dev-*'; ls {}",
+            scratch.path("")
+        ))?;
+        Ok((launchers(&served.socket)?, found))
+    };
+    // What comes with the first of all stays: that is measured before the second round.
+    let mut before = None;
+    for _ in 0..3 {
+        for (net, words) in &bad {
+            // It serves one front-end, and ends.
+            let passt = match net.contains(one_pair) {
+                true => Some(passt_at(&host, one_pair)?),
+                false => None,
+            };
+            let told = add(net);
+            drop(passt);
+            let _ = std::fs::remove_file(one_pair);
+            refused(told.clone(), words)?;
+            check(
+                told.is_err_and(|why| why.trim().lines().count() == 1),
+                || format!("{net}: not one line"),
+            )?;
+            let left = rest()?;
+            check(!left.1.contains("dev-lan"), || format!("{net}: {left:?}"))?;
+            check(device(&served.socket, "lan")?.is_none(), || {
+                format!("{net}: it is there")
+            })?;
+        }
+        match &before {
+            None => before = Some((holdings(pid)?, rest()?)),
+            Some((held, left)) => {
+                settled(pid, held)?;
+                let now = rest()?;
+                check(now == *left, || format!("{left:?}, now {now:?}"))?;
+            }
+        }
+    }
+    // With its only port taken.
+    ctl(&served.socket, &["add-net", "tap=single,id=good"])?;
+    let held = holdings(pid)?;
+    // Had the others left something, it would have been found.
+    let leaves = ctl(&served.socket, &["info"])?["cgroup"] != "";
+    println!("[cgroup leaves: {leaves}]");
+    check(rest()?.1.contains("dev-good") == leaves, || {
+        format!("{:?}", rest())
+    })?;
+    let told = add(&format!("vhost-user={place},server=on"));
+    println!("[{}]", told.as_ref().err().map_or("", |why| why.trim()));
+    refused(told, "port")?;
+    check(!std::path::Path::new(place).exists(), || {
+        "its socket stays".to_owned()
+    })?;
+    settled(pid, &held)?;
+    served.end()
+}
+
+fn strangers() -> Verdict {
+    use std::io::{Read, Write};
+    let scratch = Scratch::new("net-strangers")?;
+    let host = Namespace::new("strangers")?;
+    let served = Served::new(&host, &scratch, "api")?;
+    let socket = scratch.path("switch");
+    let net = format!("vhost-user={socket},server=on,required=off,id=lan");
+    served.create(&["--net", &net])?;
+    // A header that announces four gigabytes, and half of one.
+    let large = [1, 0, 0, 0, 5, 0, 0, 0, 255, 255, 255, 255];
+    let clients: [&[u8]; 5] = [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        &[0xa5; 8192],
+        &large,
+        &large[..6],
+    ];
+    for (number, words) in clients.iter().enumerate() {
+        // The VMM speaks first: VHOST_USER_SET_OWNER, protocol version 1. Until it has seen
+        // that the one before is gone, the next is one too many.
+        let mut first = [0; 12];
+        until("an answer", || {
+            let mut client = UnixStream::connect(&socket).map_err(|e| format!("{number}: {e}"))?;
+            let limit = client.set_read_timeout(Some(patience(LIMIT)));
+            limit.map_err(|e| e.to_string())?;
+            let answered = client.read_exact(&mut first).is_ok();
+            // Who is refused is not heard.
+            let _ = client.write_all(words);
+            Ok(answered)
+        })?;
+        check(first == [3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], || {
+            format!("client {number} was told {first:?}")
+        })?;
+    }
+    until("a last answer", || {
+        let mut client = UnixStream::connect(&socket).map_err(|e| e.to_string())?;
+        Ok(client.read_exact(&mut [0; 12]).is_ok())
+    })?;
+    check(served.state("lan")? == "disconnected", || served.errors())?;
     served.end()
 }

@@ -228,6 +228,11 @@ pub fn testpmd_that(mode: &str, socket: &str, pairs: u32, more: &str) -> Result<
     Ok(running)
 }
 
+/// Of the guest's shell: interrupts of the queue pair with this number, and waiting for a carrier
+/// that is 0 or 1, of eth0 or another interface.
+pub const FUNCTIONS: &str = "queue() { awk -v n=-input.$1 'index($NF, n) { for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) s += $i } END { print s + 0 }' /proc/interrupts; }
+carrier() { until [ \"$(cat /sys/class/net/${2-eth0}/carrier)\" = $1 ]; do sleep 0.1; done; }";
+
 /// `ours`: the VM listens and the switch connects.
 fn switch(ours: bool) -> Verdict {
     let scratch = Scratch::new("switch")?;
@@ -235,8 +240,6 @@ fn switch(ours: bool) -> Verdict {
     // A frame leaves by the queue of the CPU that it was made on, and comes back by the same.
     let script = "ip link set eth0 up; ip addr add 10.5.0.2/24 dev eth0
 ip neigh replace 10.5.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
-queue() { awk -v n=-input.$1 'index($NF, n) { for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) s += $i } END { print s + 0 }' /proc/interrupts; }
-carrier() { until [ \"$(cat /sys/class/net/eth0/carrier)\" = $1 ]; do sleep 0.1; done; }
 answered() {
   for cpu in $(seq 0 $(($(nproc) - 1))); do
     before=$(queue $cpu)
@@ -249,6 +252,7 @@ answered() {
 echo PAIRS=$(ethtool -l eth0 | awk '/^Combined/ { n = $2 } END { print n }')
 carrier 1; answered first; carrier 0; echo LINK=down; carrier 1; echo LINK=up; read -r line; answered again
 echo DONE";
+    let script = format!("{FUNCTIONS}\n{script}");
     let pairs = if ours { 1 } else { 2 };
     let net = format!(
         "vhost-user={socket},id=net0,queues={pairs}{}",
@@ -260,7 +264,7 @@ echo DONE";
     }
     let cpus = pairs.to_string();
     let more = ["--net", &net, "--cpus", &cpus];
-    let mut vmm = debian(&scratch, script, &[] as &[&str], &more)?;
+    let mut vmm = debian(&scratch, &script, &[] as &[&str], &more)?;
     if ours {
         let end = std::time::Instant::now() + patience(LIMIT);
         while !std::path::Path::new(&socket).exists() {
@@ -373,7 +377,7 @@ fn carries() -> Verdict {
 }
 
 /// A host whose only interface to the outside is up0, for passt.
-fn passt_host(name: &str) -> Result<Namespace, String> {
+pub fn passt_host(name: &str) -> Result<Namespace, String> {
     let host = Namespace::new(name)?;
     host.sh("modprobe veth; ip link add up0 type veth peer name down0; ip link set down0 up; ip addr add 192.0.2.2/24 dev up0
 ip link set up0 up; ip route add default via 192.0.2.1")?;

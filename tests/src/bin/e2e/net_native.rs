@@ -96,6 +96,11 @@ impl Served {
         Ok(state.unwrap_or("none").to_owned())
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
     /// What it has said.
     pub fn errors(&self) -> String {
         self.vmm.errors()
