@@ -344,6 +344,7 @@ fn nothing_stays() -> Verdict {
             format!("vhost-user={}/x,server=on", scratch.path("none")),
             "none/x",
         ),
+        (format!("vhost-user={place},server=on"), "lan"),
     ];
     let pid = served.pid();
     let rest = || -> Result<(String, String), String> {
@@ -362,8 +363,15 @@ fn nothing_stays() -> Verdict {
                 true => Some(passt_at(&host, one_pair)?),
                 false => None,
             };
+            // Who connects there hangs up.
+            let stranger = match net.contains(place) {
+                true => Some(host.spawn(&format!(
+                    "socat -u FILE:/dev/null UNIX-CONNECT:{place},retry=600,interval=0.1"
+                ))?),
+                false => None,
+            };
             let told = add(net);
-            drop(passt);
+            drop((passt, stranger));
             let _ = std::fs::remove_file(one_pair);
             refused(told.clone(), words)?;
             check(
@@ -371,7 +379,10 @@ fn nothing_stays() -> Verdict {
                 || format!("{net}: not one line"),
             )?;
             let left = rest()?;
-            check(!left.1.contains("dev-lan"), || format!("{net}: {left:?}"))?;
+            check(
+                !left.1.contains("dev-lan") && !left.1.contains("place"),
+                || format!("{net}: {left:?}"),
+            )?;
             check(device(&served.socket, "lan")?.is_none(), || {
                 format!("{net}: it is there")
             })?;
