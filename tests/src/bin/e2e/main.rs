@@ -10,6 +10,7 @@ use bulkhead_tests::runner::{self, Test};
 
 mod api;
 mod api_access;
+mod api_fuzz;
 mod audit;
 mod audit_native;
 mod bad_input;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         tests.extend(audit_native::native());
         tests.extend(config::native());
         tests.extend(api_access::native());
+        tests.extend(api_fuzz::native());
         tests.extend(death::native());
         tests.extend(events::native());
         tests.extend(faults::native());

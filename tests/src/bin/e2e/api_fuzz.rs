@@ -1,0 +1,298 @@
+//! Every request message of both services, filled at random and bent afterwards, to a VMM whose machine is there: each is
+//! answered, and the machine, its device processes and the VMM's memory stay as they were.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bulkhead_proto::envelope::{self, ResponseView};
+use bulkhead_proto::frame::{self, TYPE_REQUEST};
+use bulkhead_proto::protobuf::reflect::{
+    FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType,
+};
+use bulkhead_proto::protobuf::{MessageDyn, UnknownValue};
+use bulkhead_tests::host::sh;
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
+
+use super::bad_input::appears;
+use super::disk::LIMIT;
+
+/// Requests of each message.
+const ROUNDS: u64 = 600;
+/// What they may add to the VMM's memory, KiB.
+const MAY_GROW: u64 = 16 << 10;
+/// Longest answer that is waited for: a switch that nobody serves is waited for itself.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// How long a stream is listened to.
+const MOMENT: Duration = Duration::from_millis(50);
+/// What a stranger may well do to a machine, and then it is done.
+const OBEYED: [&str; 9] = [
+    "Boot",
+    "Pause",
+    "Resume",
+    "Shutdown",
+    "TeardownVM",
+    "PauseVM",
+    "ResumeVM",
+    "WaitVM",
+    "Quit",
+];
+
+/// Those that need no guest.
+pub fn native() -> Vec<Test> {
+    vec![Test::short("api-fuzz")(
+        "every request message, filled at random and bent, is answered and harms nothing",
+        fuzz,
+    )]
+}
+
+/// Fills messages by their descriptors.
+struct Filler {
+    state: u64,
+    scratch: String,
+}
+
+impl Filler {
+    fn below(&mut self, end: u64) -> u64 {
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005);
+        self.state = self.state.wrapping_add(1_442_695_040_888_963_407);
+        (self.state >> 33) % end.max(1)
+    }
+
+    fn text(&mut self) -> String {
+        let scratch = self.scratch.clone();
+        match self.below(12) {
+            0 => String::new(),
+            1 => "x".repeat(5000),
+            2 => "\u{0}\n\u{1b}[2J\u{2028}".to_owned(),
+            3 => format!("{scratch}/../{}", "../".repeat(300)),
+            4 => format!("{scratch}/file"),
+            5 => format!("{scratch}/socket{}", self.below(4)),
+            6 => "/dev/zero".to_owned(),
+            7 => "hp1".to_owned(),
+            8 => "-1".to_owned(),
+            9 => "%s%n".to_owned(),
+            _ => format!("id{}", self.below(6)),
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        match self.below(6) {
+            0 => 0,
+            1 => 1,
+            2 => u64::MAX,
+            3 => 1 << self.below(64),
+            4 => u64::from(u32::MAX) + self.below(2),
+            _ => self.below(1 << 12),
+        }
+    }
+
+    fn value(&mut self, kind: &RuntimeType, depth: u32) -> Option<ReflectValueBox> {
+        let number = self.number();
+        Some(match kind {
+            RuntimeType::I32 => (number as i32).into(),
+            RuntimeType::I64 => (number as i64).into(),
+            RuntimeType::U32 => (number as u32).into(),
+            RuntimeType::U64 => number.into(),
+            RuntimeType::Bool => (number % 2 == 0).into(),
+            RuntimeType::String => self.text().into(),
+            RuntimeType::VecU8 => self.text().into_bytes().into(),
+            // Also one that there is not.
+            RuntimeType::Enum(kind) => ReflectValueBox::Enum(kind.clone(), self.below(7) as i32),
+            RuntimeType::Message(kind) if depth < 8 => {
+                ReflectValueBox::Message(self.message(kind, depth + 1))
+            }
+            _ => return None,
+        })
+    }
+
+    fn message(&mut self, kind: &MessageDescriptor, depth: u32) -> Box<dyn MessageDyn> {
+        let mut message = kind.new_instance();
+        for field in kind.fields() {
+            if self.below(3) == 0 {
+                continue;
+            }
+            match field.runtime_field_type() {
+                RuntimeFieldType::Singular(of) => {
+                    if let Some(value) = self.value(&of, depth) {
+                        field.set_singular_field(&mut *message, value);
+                    }
+                }
+                RuntimeFieldType::Repeated(of) => {
+                    let many = if self.below(20) == 0 { 300 } else { 3 };
+                    for _ in 0..self.below(many) {
+                        if let Some(value) = self.value(&of, depth) {
+                            field.mut_repeated(&mut *message).push(value);
+                        }
+                    }
+                }
+                RuntimeFieldType::Map(..) => {}
+            }
+        }
+        if self.below(10) == 0 {
+            let unknown = message.mut_unknown_fields_dyn();
+            unknown.add_value(1000, UnknownValue::Varint(1));
+        }
+        message
+    }
+
+    /// A request of this message; in every second case as no encoder would make it.
+    fn request(&mut self, kind: &MessageDescriptor) -> Vec<u8> {
+        let mut bytes = self
+            .message(kind, 0)
+            .write_to_bytes_dyn()
+            .unwrap_or_default();
+        let at = self.below(bytes.len() as u64) as usize;
+        match self.below(6) {
+            0 => bytes.truncate(at),
+            1 => {
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte ^= 1 << self.below(8);
+                }
+            }
+            2 => bytes.extend((0..self.below(40)).map(|n| (n * 37) as u8)),
+            _ => {}
+        }
+        bytes.truncate(200 << 10);
+        bytes
+    }
+}
+
+/// Answers by their kind.
+#[derive(Default)]
+struct Answers {
+    obeyed: u64,
+    refused: u64,
+    /// The connection was ended.
+    hung_up: u64,
+}
+
+fn call(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Option<bool>, String> {
+    let say = |what: &str, e: std::io::Error| format!("{service}.{method}: {what}: {e}");
+    let mut stream = UnixStream::connect(socket).map_err(|e| say("connect", e))?;
+    // A stream of events may well begin with events that are yet to come.
+    let stream_of_events = method == "Events";
+    let limit = Some(if stream_of_events { MOMENT } else { PATIENCE });
+    let limited = stream.set_read_timeout(limit);
+    limited
+        .and_then(|()| stream.set_write_timeout(limit))
+        .map_err(|e| say("limit", e))?;
+    let mut body = Vec::new();
+    let request = envelope::RequestView {
+        service,
+        method,
+        payload,
+        timeout_nano: 0,
+    };
+    envelope::encode_request(&mut body, &request);
+    let mut bytes = Vec::new();
+    frame::encode(&mut bytes, TYPE_REQUEST, 1, 0, &body).map_err(|e| format!("{e:?}"))?;
+    // It may be cut off while it still writes.
+    let _ = stream.write_all(&bytes);
+    let mut header = [0; 10];
+    match stream.read_exact(&mut header) {
+        Ok(()) => {}
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => {
+            if stream_of_events {
+                return Ok(Some(true));
+            }
+            return Err(say("no answer", e));
+        }
+        Err(_) => return Ok(None),
+    }
+    let [a, b, c, d, ..] = header;
+    let length = u32::from_be_bytes([a, b, c, d]) as usize;
+    check(length <= 4 << 20, || format!("{method}: {length} bytes"))?;
+    let mut answer = vec![0; length];
+    stream
+        .read_exact(&mut answer)
+        .map_err(|e| say("half an answer", e))?;
+    // An event of a stream is no answer's envelope.
+    let parsed = envelope::parse_response(&answer);
+    Ok(Some(!matches!(parsed, Ok(ResponseView::Failed(_)))))
+}
+
+fn fuzz() -> Verdict {
+    let scratch = Scratch::new("api-fuzz")?;
+    let machine_api = scratch.path("api");
+    let disk = scratch.path("disk");
+    sh(&format!(
+        "truncate -s 4M {disk}; mkdir {0}; truncate -s 1M {0}/file",
+        scratch.path("play")
+    ))?;
+    // Which serves both.
+    let mut vmm = Vmm::start(&["--ttrpc", &machine_api])?;
+    appears(&machine_api)?;
+    let (kernel, root) = (guest_file("vmlinux"), format!("path={disk},id=root"));
+    let create = ["create", "--kernel", &kernel, "--memory", "256M"];
+    let more = ["--disk", &root, "--hotplug-ports", "2"];
+    ctl(&machine_api, &[create.as_slice(), &more].concat())?;
+    let resident = || {
+        let pid = vmm.pid();
+        let kib = sh(&format!(
+            "awk '/^RssAnon/ {{ print $2 }}' /proc/{pid}/status"
+        ))?;
+        kib.trim()
+            .parse::<u64>()
+            .map_err(|e| format!("{kib:?}: {e}"))
+    };
+    let pid_of_root = || Ok::<_, String>(ctl(&machine_api, &["devices"])?["devices"][0].clone());
+    let (before, root) = (resident()?, pid_of_root()?);
+    let mut filler = Filler {
+        state: 0x5eed,
+        scratch: scratch.path("play"),
+    };
+    let mut all = Answers::default();
+    let mut messages = 0;
+    let services: [&FileDescriptor; 2] = [
+        bulkhead_proto::machine::file_descriptor(),
+        bulkhead_proto::vmservice::file_descriptor(),
+    ];
+    for file in services {
+        for service in file.services() {
+            let name = match file.proto().package() {
+                "" => service.proto().name().to_owned(),
+                package => format!("{package}.{}", service.proto().name()),
+            };
+            for method in service.methods() {
+                let named = method.proto().name().to_owned();
+                if OBEYED.contains(&named.as_str()) {
+                    continue;
+                }
+                messages += 1;
+                for _ in 0..ROUNDS {
+                    let request = filler.request(&method.input_type());
+                    match call(&machine_api, &name, &named, &request)? {
+                        Some(true) => all.obeyed += 1,
+                        Some(false) => all.refused += 1,
+                        None => all.hung_up += 1,
+                    }
+                }
+            }
+        }
+    }
+    println!(
+        "[{messages} messages, {} requests obeyed, {} refused, {} hung up on]",
+        all.obeyed, all.refused, all.hung_up
+    );
+    check(messages >= 20 && all.refused > all.obeyed, || {
+        "the requests are not what they should be".to_owned()
+    })?;
+    let state = ctl(&machine_api, &["info"])?["state"].to_string();
+    check(state.to_lowercase().contains("created"), || {
+        vmm.story(&state)
+    })?;
+    let now = pid_of_root()?;
+    check(
+        now["pid"] == root["pid"] && now["state"] == root["state"],
+        || vmm.story(&format!("the disk was {root}, and is {now}")),
+    )?;
+    let after = resident()?;
+    check(after < before + MAY_GROW, || {
+        format!("from {before} KiB to {after} KiB")
+    })?;
+    ctl(&machine_api, &["shutdown", "--force"])?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)
+}
