@@ -95,7 +95,7 @@ impl Filler {
             RuntimeType::I64 => (number as i64).into(),
             RuntimeType::U32 => (number as u32).into(),
             RuntimeType::U64 => number.into(),
-            RuntimeType::Bool => (number % 2 == 0).into(),
+            RuntimeType::Bool => number.is_multiple_of(2).into(),
             RuntimeType::String => self.text().into(),
             RuntimeType::VecU8 => self.text().into_bytes().into(),
             // Also one that there is not.
