@@ -102,7 +102,7 @@ impl Net {
         for (what, limits) in [("to_guest", to_guest), ("from_guest", from_guest)] {
             if self.state.traits().kernel && limits.is_some_and(|l| l != Limits::default()) {
                 return Err(RpcStatus::invalid_argument(format!(
-                    "{what}: the kernel moves the frames and knows no limits: backend=auto chose vhost-net; give backend=user"
+                    "{what}: the kernel moves the frames (vhost-net) and knows no limits: give backend=user"
                 )));
             }
         }

@@ -104,6 +104,13 @@ pub struct Tap {
     known_gone: AtomicBool,
 }
 
+fn not_attached(fd: RawFd, source: io::Error) -> TapError {
+    match source.raw_os_error() {
+        Some(libc::EBADFD) => TapError::Deleted { fd },
+        _ => TapError::Inherited { fd, source },
+    }
+}
+
 /// A name for an interface, as the kernel wants it.
 pub fn interface_name(name: &str) -> Option<[u8; libc::IFNAMSIZ]> {
     let mut padded = [0; libc::IFNAMSIZ];
@@ -179,7 +186,7 @@ impl Tap {
     pub fn inherit(fds: &[RawFd]) -> Result<Self, TapError> {
         let mut files = Vec::new();
         for fd in fds {
-            let failed = |source| TapError::Inherited { fd: *fd, source };
+            let failed = |source| not_attached(*fd, source);
             let file = File::from(sys::take_inherited(*fd).map_err(failed)?);
             call::interface(&file).map_err(failed)?;
             files.push(file);
@@ -191,10 +198,7 @@ impl Tap {
         let (mut name, several) = (String::new(), files.len() > 1);
         for file in &files {
             let fd = file.as_raw_fd();
-            let failed = |source: io::Error| match source.raw_os_error() {
-                Some(libc::EBADFD) => TapError::Deleted { fd },
-                _ => TapError::Inherited { fd, source },
-            };
+            let failed = |source| not_attached(fd, source);
             let ifreq = call::interface(file).map_err(failed)?;
             let flags = libc::c_int::from(ifreq.flags);
             let this = readable_name(&ifreq);

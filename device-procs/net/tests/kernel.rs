@@ -200,7 +200,7 @@ fn link_drain_and_limits_are_honest() {
     update.to_guest = MessageField::some(limits);
     update.link = Link::DOWN.into();
     let refused = bed.update(update).unwrap_err();
-    assert!(refused.contains("backend=auto chose vhost-net; give backend=user"));
+    assert!(refused.contains("(vhost-net) and knows no limits: give backend=user"));
     assert_eq!(bed.vm.link_status() & 1, 1, "all of it or nothing");
     bed.talk(&wire, 3);
 }

@@ -229,6 +229,21 @@ fn a_tap_that_was_removed_before_the_driver_begins_is_told_by_its_name() {
 }
 
 #[test]
+fn a_process_that_begins_with_a_deleted_tap_says_so_and_what_helps() {
+    engines(|engine| {
+        let tap = Tap::attach("t0", 1, None).unwrap();
+        ip(&["link", "del", "t0"]);
+        let (mut net, _control, _vhost) = Net::inherit(&tap, &["--io-engine", engine]);
+        assert_eq!(net.wait_exit().code(), Some(1));
+        let said = net.stderr();
+        assert!(
+            said.contains("the interface of its tap was removed") && said.lines().count() == 1,
+            "{engine}: {said}"
+        );
+    });
+}
+
+#[test]
 fn a_successor_goes_on_with_what_the_driver_has_set() {
     use vhost::vhost_user::VhostUserFrontend;
     use vhost::vhost_user::message::VhostUserInflight;

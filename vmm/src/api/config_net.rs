@@ -166,7 +166,9 @@ fn check_tap(
         Err(number) => return Err(format!("{name}.tap.datapath is {number}: give 0 to 2")),
     }
     match (tap.name.is_empty(), tap.fds.as_slice()) {
-        (true, []) => Err(format!("{name}.tap: give a name or fds")),
+        (true, []) => Err(format!(
+            "{name}.tap: give the name of a tap, or descriptors of one (fd=)"
+        )),
         (false, []) => check_interface_name(&tap.name)
             .map_err(|e| format!("{name}.tap.name is {:?}: {e}", tap.name)),
         (false, _) => Err(format!("{name}.tap has a name and fds: give one of them")),

@@ -129,6 +129,11 @@ pub fn parse_net(text: &str, index: usize) -> Result<NetConfig, String> {
                 };
                 set_limit(limits, key, value).map_err(|e| format!("{option}: {e}"))?;
             }
+            "user" => {
+                return Err(format!(
+                    "{option}: user takes no value: forward=HOST:GUEST and others follow it"
+                ));
+            }
             _ => {
                 return Err(format!(
                     "{option}: {key:?} is unknown: the form is {NET_FORM}"

@@ -256,6 +256,7 @@ impl Inherited {
 
     fn look(fd: &OwnedFd) -> Option<(String, i16, u32)> {
         let (name, flags) = tap_sys::describe(fd.as_fd())?;
+        let flags = tap_sys::exact_flags(fd.as_fd(), flags);
         sys::set_nonblocking(fd.as_fd()).ok()?;
         // The interface may lie in another network namespace than ours, by which it is not known.
         let mtu = Interfaces::open()

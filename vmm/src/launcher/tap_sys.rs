@@ -13,6 +13,9 @@ use bulkhead_taps::{Links, Tun};
 /// <linux/if_tun.h>: _IOW('T', 202, int) and _IOR('T', 210, unsigned int).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+/// _IOW('T', 213, struct sock_fprog) and 214 of the same.
+const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
+const TUNDETACHFILTER: libc::c_ulong = 0x4010_54d6;
 
 /// IFF_* of <linux/if_tun.h> that matter here.
 pub mod flag {
@@ -79,6 +82,36 @@ pub fn describe(fd: BorrowedFd<'_>) -> Option<(String, i16)> {
     // SAFETY: the kernel has filled the flags; any bits are an i16.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     Some((String::from_utf8(name).ok()?, flags))
+}
+
+/// The flags of a tap's queue, IFF_NO_PI among them as it is. TUNGETIFF says IFF_NOFILTER by the
+/// same bit where the tap has no socket filter: one that lets everything pass is there meanwhile.
+pub fn exact_flags(fd: BorrowedFd<'_>, flags: i16) -> i16 {
+    if flags & flag::TAP == 0 || flags & flag::NO_PI == 0 {
+        return flags;
+    }
+    let mut pass = libc::sock_filter {
+        // BPF_RET | BPF_K
+        code: 0x06,
+        jt: 0,
+        jf: 0,
+        k: u32::MAX,
+    };
+    let program = libc::sock_fprog {
+        len: 1,
+        filter: ptr::from_mut(&mut pass),
+    };
+    let filter = |number: libc::c_ulong| {
+        // SAFETY: both numbers take a pointer to a sock_fprog, which the kernel reads, with the
+        // one instruction that it points to; both live across the call.
+        unsafe { libc::ioctl(fd.as_raw_fd(), number as _, ptr::from_ref(&program)) == 0 }
+    };
+    if !filter(TUNATTACHFILTER) {
+        return flags;
+    }
+    let exact = describe(fd).map_or(flags, |(_, exact)| exact);
+    filter(TUNDETACHFILTER);
+    exact
 }
 
 /// SIOCGIFHWADDR of a tap's own descriptor: the host's address of the interface.

@@ -183,6 +183,19 @@ impl Switch {
         }
     }
 
+    /// Why it is not drained or resumed, with the remedy.
+    pub fn takes_none(&self) -> String {
+        match &self.origin {
+            Origin::Nothing(why) => absent(why),
+            Origin::Passt(_) => {
+                "passt takes no such request, and is started again by itself when it ends"
+                    .to_owned()
+            }
+            _ => "its back-end is somebody else's process, which takes no such request: ask that"
+                .to_owned(),
+        }
+    }
+
     /// Where its back-end comes from, for events.
     pub fn origin(&self) -> &Origin {
         &self.origin

@@ -75,7 +75,7 @@ impl Told {
             n => format!(" ({n} more were not told of)"),
         };
         Some(format!(
-            "a second connection to its socket was closed: it has a back-end{more}"
+            "a connection to its socket was closed: it has a back-end, or another waits{more}"
         ))
     }
 }

@@ -98,6 +98,16 @@ impl VirtioPciFunction {
         self.link.serving() && wanted && self.signals.carried.load(Ordering::Acquire)
     }
 
+    /// Nobody serves a network device any more: whoever keeps its link, it is down, until a
+    /// successor's configuration is fetched.
+    pub(super) fn take_link_down(&self) {
+        let ours = self.options.net_control.is_some();
+        let net = self.options.device_type == super::kinds::NET;
+        if net && !ours && self.lock_space().set_link(false) {
+            self.signals.generation.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
     /// A network device's link status follows the back-end and the API.
     pub(super) fn follow_link(&self) {
         if self.options.net_control.is_none() {

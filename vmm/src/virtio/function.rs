@@ -315,8 +315,16 @@ impl VirtioPciFunction {
         let text = reason.to_string();
         self.expect_fence();
         if self.link.fail(reason) {
-            log::warn!("device {}: {text}", self.options.id);
+            // Of one that could have had a successor, whoever brings those in tells.
+            let told = self.options.successor;
+            let level = if told {
+                log::Level::Info
+            } else {
+                log::Level::Warn
+            };
+            log::log!(level, "device {}: {text}", self.options.id);
             self.follow_link();
+            self.take_link_down();
             self.notify_config();
             self.service.wake();
         }

@@ -77,6 +77,8 @@ fn given_up() -> Verdict {
     host.sh("ip link del tap0")?;
     kill(&socket, "lan")?;
     until_event(&socket, "device.quarantined", "lan")?;
+    // Nobody serves it: so its link is down, as a bond in the guest would want to know.
+    guest.run("until [ $(cat /sys/class/net/$n/carrier) = 0 ]; do sleep 0.1; done")?;
     guest.run("ip link set $n promisc on; ip link set $n down; ip link set $n up")?;
     ctl(&socket, &["remove-device", "lan", "--timeout", "300"])?;
     guest.run("until [ $(ls /sys/class/net) = lo ]; do sleep 0.1; done")?;

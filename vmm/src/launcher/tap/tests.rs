@@ -195,6 +195,12 @@ fn inherited_queues_are_of_one_tap_and_of_the_right_form() {
     tap_sys::attach(bare.as_fd(), &name, flag::TAP | flag::NO_PI).unwrap();
     let no_header = line(adopt(numbered(5, vec![bare.into()])));
     assert!(no_header.contains("IFF_VNET_HDR"), "{no_header}");
+    // The kernel says by the same bit that a tap has no filter.
+    let flags = flag::TAP | flag::VNET_HDR;
+    let with_information = File::options().read(true).write(true).open(TUN).unwrap();
+    tap_sys::attach(with_information.as_fd(), &fresh('p').unwrap(), flags).unwrap();
+    let informed = line(adopt(numbered(6, vec![with_information.into()])));
+    assert!(informed.contains("IFF_NO_PI"), "{informed}");
 
     let one = open(&name, 1, 0).unwrap();
     let mut fds = one.queues;

@@ -33,8 +33,12 @@ impl Host {
         match task(device) {
             Err(status) => reply.complete(Err(status)),
             Ok(_) if device.process.is_none() => {
+                let why = match &device.special {
+                    Special::Foreign(switch) => switch.takes_none(),
+                    _ => "it has no process".to_owned(),
+                };
                 reply.complete(Err(RpcStatus::failed_precondition(format!(
-                    "device {id}: its back-end is somebody else's process, which takes no such request: ask that"
+                    "device {id}: {why}"
                 ))));
             }
             Ok(task) => {
@@ -155,6 +159,13 @@ impl Host {
     pub(in crate::machine::host) fn resume_device(&mut self, id: &str, reply: ReplyHandle) {
         let devices = self.machine.as_ref().map(|m| &m.parts.devices);
         let index = devices.and_then(|devices| devices.position(|d| d.id == id));
+        let process = index.and_then(|index| self.process(index));
+        if let Some(process) = process.filter(|process| process.control.host_gone()) {
+            let tap = crate::launcher::printable(&process.control.about().tap);
+            return reply.complete(Err(RpcStatus::failed_precondition(format!(
+                "device {id}: tap {tap} was deleted: remove-device and add-net bring it back"
+            ))));
+        }
         if index.is_some_and(|index| self.revive(index)) {
             return reply.complete(Ok(ApiResponse::Done));
         }

@@ -567,7 +567,7 @@ impl Host {
                 } else if unseen {
                     "the guest has not looked at the request: it is busy with another, has not come so far in its boot, or has no ACPI hot-plug: wait, or use force"
                 } else {
-                    "the guest was asked and has not ejected it: it is in use there, or the guest has no PCI hot-plug (Linux: CONFIG_HOTPLUG_PCI_ACPI): release it, or use force"
+                    "the guest was asked and has not ejected it: it is in use there, or drained (resume-device), or the guest has no PCI hot-plug (Linux: CONFIG_HOTPLUG_PCI_ACPI): release it, or use force"
                 };
                 let why = format!(
                     "device {id}: not removed in {} ms: {why}",
