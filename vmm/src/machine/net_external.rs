@@ -369,7 +369,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
     let started = site
         .launcher
         .spawn_helper(&net.id, "passt", 1, options)
-        .map_err(|e| e.to_string());
+        .map_err(|e| (e.to_string(), ""));
     let runs = started.is_ok();
     let first = started.and_then(|helper| {
         let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
@@ -377,7 +377,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
             let how = device::ended(site.launcher, &net.id, 1, "passt");
             let hint = hint(how.as_deref());
             let how = how.unwrap_or_else(|| error.to_string());
-            format!("device {}: passt: {how}{hint}", net.id)
+            (format!("device {}: passt: {how}", net.id), hint)
         })?;
         let process = HelperProcess {
             pid: helper.pid,
@@ -386,7 +386,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         Ok((frontend, process))
     });
     let optional = net.optional;
-    let why = match first {
+    let (cause, hint) = match first {
         Ok((frontend, process)) => {
             return Ok(First {
                 frontend: Some(frontend),
@@ -398,6 +398,7 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         }
         Err(why) => why,
     };
+    let why = format!("{cause}{hint}");
     if optional && !helper::lasting(&why) {
         // Its leaf stays, with its limits: those of the next one.
         if runs && site.launcher.kill(&net.id, 1).is_ok() {
@@ -406,7 +407,8 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         log::warn!("{why}; {} without its network", subject(site));
         return Ok(First {
             usage,
-            missing: Some(why),
+            // By which the same is known again.
+            missing: Some(cause),
             optional,
             ..First::without(origin)
         });

@@ -208,9 +208,9 @@ fn surplus() -> Verdict {
         check(closed, || "it stays".to_owned())?;
     }
     until("a line", || {
-        Ok(!told(&served, "a second connection").is_empty())
+        Ok(!told(&served, "a connection to its socket was closed").is_empty())
     })?;
-    let lines = told(&served, "a second connection");
+    let lines = told(&served, "a connection to its socket was closed");
     // Each minute anew.
     let most = begun.elapsed().as_secs() / 60 + 1;
     check(!lines.is_empty() && lines.len() as u64 <= most, || {
