@@ -30,6 +30,10 @@ pub fn tests() -> Vec<Test> {
             every_kind,
         ),
         test(
+            "a console and a network device are pulled out while the guest waits for what they answer, on its only vCPU",
+            spoken_to,
+        ),
+        test(
             "a client that hangs up in the middle of a removal or a resize changes nothing of it",
             hung_up,
         ),
@@ -185,6 +189,61 @@ fn paused(guest: &mut Shell, socket: &str, kind: &Kind<'_>) -> Verdict {
     }
     println!("{}: came, left, was pulled out", kind.id);
     Ok(())
+}
+
+/// Linux waits for the answer to what it tells a console or a network device without letting go of
+/// the vCPU.
+fn spoken_to() -> Verdict {
+    let scratch = Scratch::new("spoken-to")?;
+    let network = Namespace::new("spoken-to")?;
+    network.tap("hot0", "10.8.0.1/24", "user root")?;
+    let enter = network.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let (socket, late) = (scratch.path("api"), scratch.path("late"));
+    let args = ["--api-socket", &socket, "--hotplug-ports", "2"];
+    let mut guest = guest(&by, &scratch, &[], &args)?;
+    guest.run("modprobe -a virtio_net virtio_console; true")?;
+    let console = format!("id=more,socket={late},name=late");
+    for (command, device, id, driver, speaks) in [
+        (
+            "add-console",
+            console.as_str(),
+            "more",
+            "virtio_console",
+            "until p=$(grep -lx late /sys/class/virtio-ports/*/name); do sleep 0.1; done; p=/dev/$(basename $(dirname $p)); until [ -c $p ]; do sleep 0.1; done; (while [ -c $p ]; do 3<$p true; done) 2>/dev/null & true",
+        ),
+        (
+            "add-net",
+            "tap=hot0,id=lan,backend=user",
+            "lan",
+            "virtio_net",
+            "n=$(ls /sys/class/net | grep -v lo); ip link set $n up; (while [ -e /sys/class/net/$n ]; do ip link set $n allmulticast on; ip link set $n allmulticast off; done) >/dev/null 2>&1 & true",
+        ),
+    ] {
+        for round in 0..6_u64 {
+            until_ok(|| ctl(&socket, &[command, device]))?;
+            there(&mut guest, driver)?;
+            guest.run(speaks)?;
+            std::thread::sleep(Duration::from_millis(round * 7));
+            // Some of it is in the rings of a guest that stands still, too.
+            let paused = round % 3 == 2;
+            let remove = || ctl(&socket, &["remove-device", id, "--force"]);
+            if paused {
+                ctl(&socket, &["pause"])?;
+                std::thread::scope(|scope| {
+                    let removed = scope.spawn(remove);
+                    let asked = began(&socket, id, "remove by force");
+                    ctl(&socket, &["resume"])?;
+                    asked?;
+                    removed.join().map_err(|_| "panic")?
+                })?;
+            } else {
+                remove()?;
+            }
+            away(&mut guest, driver).map_err(|e| format!("{id}, round {round}: {e}"))?;
+        }
+    }
+    guest.ends()
 }
 
 /// Waits until an operation on `id` has begun, and returns its number.

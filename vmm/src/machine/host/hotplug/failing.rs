@@ -1,8 +1,10 @@
-//! Disks that are pulled out without the guest's consent: their processes answer all that is in
-//! the rings, and what comes, with an error, and the guest is asked for the disk meanwhile. One that
-//! answers ejects it while somebody still fails its requests. What a guest has in flight when a
-//! device has vanished nobody answers any more, and Linux waits for it without end: so only a guest
-//! that does not answer has it pulled from under it.
+//! Devices that are pulled out without the guest's consent, of those kinds whose drivers wait for
+//! answers without end. A disk's process answers all that is in the rings, and what comes, with an
+//! error; those of consoles and network devices serve on, since Linux waits for the answer to what
+//! it says to either, on a vCPU that does nothing else. The guest is asked for the device
+//! meanwhile, and one that answers ejects it while there is somebody who answers it. What a guest
+//! has in flight when a device has vanished nobody answers any more: so only a guest that does not
+//! answer has it pulled from under it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -17,6 +19,7 @@ use crate::machine::device::Special;
 use crate::machine::host::Host;
 use crate::machine::state::MachineState;
 use crate::pci::PciFunction;
+use crate::virtio::Indices;
 
 /// How long all of it may take: then the disk goes as it is.
 const LIMIT: Duration = Duration::from_secs(15);
@@ -55,7 +58,39 @@ struct Sign {
     available: Vec<u16>,
 }
 
-/// A disk whose requests fail.
+/// Which rings hold what a driver waits for without end.
+#[derive(Clone, Copy)]
+enum Awaited {
+    /// All of them.
+    All,
+    /// Those that the driver sends by: every second one.
+    Sent,
+    /// The control queue behind the pairs of receive and transmit queues, if there is one.
+    Control,
+}
+
+impl Awaited {
+    /// `None`: no driver of such a device waits.
+    fn of(special: &Special) -> Option<Self> {
+        match special {
+            Special::Disk(_) => Some(Self::All),
+            Special::Console(_) => Some(Self::Sent),
+            Special::Net | Special::Foreign(_) => Some(Self::Control),
+            Special::Rng | Special::Vsock(_) | Special::Memory(_) => None,
+        }
+    }
+
+    /// Of the rings with these numbers, which are served in their order.
+    fn has(self, index: u16, last: Option<u16>) -> bool {
+        match self {
+            Self::All => true,
+            Self::Sent => !index.is_multiple_of(2),
+            Self::Control => index.is_multiple_of(2) && last == Some(index),
+        }
+    }
+}
+
+/// A device that nobody's consent is needed for any more, and that answers still.
 pub(super) struct Failing {
     look_at: Instant,
     until: Instant,
@@ -77,8 +112,8 @@ impl Failing {
 }
 
 impl Host {
-    /// Has a disk's requests fail, those of a quarantined one too: a new process does it. `None`:
-    /// `wanted` is false, or it is no disk of ours.
+    /// Has a disk's requests fail, and a console's be served, those of a quarantined one too: a new
+    /// process does it. `None`: `wanted` is false, or no driver waits for such a device.
     pub(super) fn begin_failing(
         &mut self,
         index: usize,
@@ -86,15 +121,23 @@ impl Host {
         now: Instant,
     ) -> Option<Failing> {
         let device = self.device(index)?;
-        let disk = matches!(device.special, Special::Disk(_));
-        if !wanted || !disk {
+        if !wanted || Awaited::of(&device.special).is_none() {
             return None;
         }
-        // Every process from now on, should this one end.
-        let mut update = BlkUpdate::new();
-        update.pulled = true;
-        device.process.as_mut()?.changes.disk(&update);
-        self.revive(index);
+        match device.special {
+            Special::Disk(_) => {
+                // Every process from now on, should this one end.
+                let mut update = BlkUpdate::new();
+                update.pulled = true;
+                device.process.as_mut()?.changes.disk(&update);
+                self.revive(index);
+            }
+            Special::Console(_) => {
+                self.revive(index);
+            }
+            // The function itself answers the commands of a network device without a process.
+            _ => {}
+        }
         let until = now.checked_add(LIMIT).unwrap_or(now);
         Some(Failing {
             look_at: now,
@@ -106,7 +149,7 @@ impl Host {
         })
     }
 
-    /// Pulls the disk once nothing is in its rings, or the time is over.
+    /// Pulls the device once nothing that is waited for is in its rings, or the time is over.
     pub(super) fn look_at_failing(&mut self, operation: u64, now: Instant) {
         let mut leaving = self.hotplug.leaving.iter();
         let Some((id, told)) = leaving.find_map(|l| match &l.step {
@@ -129,7 +172,8 @@ impl Host {
             (Some(serving), _) => Some(self.tell_pulled(index, serving)),
             (None, _) => None,
         };
-        let obeyed = told.as_ref().is_some_and(|told| told.has(OBEYED));
+        let obeyed =
+            told.as_ref().is_some_and(|told| told.has(OBEYED)) || self.answers_by_itself(index);
         let empty = obeyed && self.rings_are_empty(index);
         let (sign, held) = self.sign_of_life(index);
         let paused = self.machine.as_ref().map(|m| m.state) == Some(MachineState::Paused);
@@ -142,13 +186,20 @@ impl Host {
         };
         failing.told = told;
         let ask = obeyed && failing.alive.is_none();
-        if ask || (failing.alive.is_some() && failing.sign != sign) {
+        // A guest that stands still has all of its time yet.
+        if ask || (failing.alive.is_some() && (paused || failing.sign != sign)) {
             failing.alive = Some(now);
             failing.sign = sign;
         }
         let patience = if held { PATIENCE } else { SHORT_PATIENCE };
         let until = failing.alive.and_then(|at| at.checked_add(patience));
-        let deaf = failing.alive.is_some() && (paused || until.is_some_and(|until| until <= now));
+        // A driver in a paused guest may be just about to say something: it is waited for.
+        let deaf = failing.alive.is_some()
+            && if paused {
+                !held
+            } else {
+                until.is_some_and(|until| until <= now)
+            };
         failing.quiet = if empty {
             failing.quiet.saturating_add(1)
         } else {
@@ -158,6 +209,10 @@ impl Host {
         let (late, quiet) = (failing.until <= now, failing.quiet >= QUIET);
         if late && !quiet {
             log::warn!("device {id}: pulled out with requests in flight, which hang in the guest");
+        } else if late && paused && held {
+            log::warn!(
+                "device {id}: pulled out of a paused guest, which may wait for it without end: resume the machine while a device that it uses is removed"
+            );
         }
         if late || (quiet && deaf) {
             self.withdraw(&id);
@@ -185,10 +240,24 @@ impl Host {
             return told;
         };
         let (size, drained) = match &device.special {
-            Special::Disk(disk) => (disk.size, device.drained),
-            _ => return told,
+            Special::Disk(disk) => (Some(disk.size), device.drained),
+            _ => (None, device.drained),
         };
         let until = Instant::now() + LIMIT;
+        let Some(size) = size else {
+            if !drained {
+                outcome.store(OBEYED, Ordering::Release);
+                return told;
+            }
+            let reply = ReplyHandle::new(until, move |result| {
+                let became = if result.is_ok() { OBEYED } else { REFUSED };
+                outcome.store(became, Ordering::Release);
+            });
+            self.with_control(index, |control, turn: &mut Turn<'_>| {
+                control.submit(Task::Resume, reply, turn)
+            });
+            return told;
+        };
         if drained {
             let reply = ReplyHandle::new(until, |_| {});
             self.with_control(index, |control, turn: &mut Turn<'_>| {
@@ -212,27 +281,43 @@ impl Host {
         told
     }
 
+    /// No process answers what the driver waits for, but this one.
+    fn answers_by_itself(&mut self, index: usize) -> bool {
+        self.device(index).is_some_and(|d| match d.special {
+            Special::Foreign(_) => true,
+            Special::Net => d.function.status().failure.is_some(),
+            _ => false,
+        })
+    }
+
+    /// How far those rings have come that the driver waits for, as memory has it: a driver may write
+    /// there what it likes, and is only pulled from sooner or later. `None`: not to be had just now.
+    fn awaited(&mut self, index: usize) -> Option<Vec<Indices>> {
+        let device = self.device(index)?;
+        let awaited = Awaited::of(&device.special)?;
+        let rings = device.function.progress()?;
+        let last = rings.iter().map(|(ring, _)| *ring).max();
+        let those = rings.iter().filter(|(ring, _)| awaited.has(*ring, last));
+        Some(those.map(|(_, at)| *at).collect())
+    }
+
     /// What the guest has done with the device, and whether a driver of it holds the device.
     fn sign_of_life(&mut self, index: usize) -> (Sign, bool) {
+        let rings = self.awaited(index).unwrap_or_default();
         let Some(device) = self.device(index) else {
             return (Sign::default(), false);
         };
         let function = &device.function;
-        let rings = function.progress().unwrap_or_default();
         let sign = Sign {
             status: function.status().device_status,
-            available: rings.iter().map(|(_, at)| at.available).collect(),
+            available: rings.iter().map(|at| at.available).collect(),
         };
         (sign, function.release_register().is_some())
     }
 
-    /// Nothing is in the rings that the process serves, as memory has it: a driver may write there
-    /// what it likes, and is only pulled from sooner or later.
+    /// Nothing that the driver waits for is in the rings.
     fn rings_are_empty(&mut self, index: usize) -> bool {
-        let Some(device) = self.device(index) else {
-            return false;
-        };
-        let progress = device.function.progress();
-        progress.is_some_and(|rings| rings.iter().all(|(_, at)| at.available == at.used))
+        let rings = self.awaited(index);
+        rings.is_some_and(|rings| rings.iter().all(|at| at.available == at.used))
     }
 }

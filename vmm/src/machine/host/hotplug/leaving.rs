@@ -32,7 +32,7 @@ pub(super) enum Step {
     Asked { until: Instant, timeout: Duration },
     /// It finishes what is in flight.
     Draining { until: Instant },
-    /// A disk, which answers all that is in its rings with an error.
+    /// A device whose driver waits for answers, which it is given.
     Failing(Failing),
     /// It is off the bus and out of the table; its process ends.
     Ending {
