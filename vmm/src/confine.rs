@@ -15,13 +15,21 @@ use crate::threads::ThreadHook;
 /// 30 more; KVM's, those of 64 vCPUs, of guest memory, the launcher and clients of the API.
 const NOFILE: u64 = 8192;
 
+/// Threads that a VMM with a uid of its own may have: those of 64 vCPUs, one for each of 31
+/// devices, and twice as many for clients of the API and what is on its way.
+const NPROC: u64 = 256;
+
 /// Confines this process for good, in the set-up stage. Called by the manager thread before
 /// any other thread exists. As root it becomes `identity`, a uid and gid of its own.
 ///
 /// # Errors
 /// One line that says which step the kernel refused.
 pub fn vmm(identity: Option<u32>) -> Result<(), String> {
-    let rlimits = Rlimits::new().nofile(NOFILE).core(0);
+    let mut rlimits = Rlimits::new().nofile(NOFILE).core(0);
+    // The kernel counts by uid: another's would count others' processes, too.
+    if identity.is_some() {
+        rlimits = rlimits.nproc(NPROC);
+    }
     Confinement::new(rlimits)
         .identity(identity)
         .lock_down()

@@ -61,7 +61,9 @@ fn run(options: &Options) -> Result<(), StartError> {
         ServeOptions {
             channels,
             policy: &policy::BULKHEAD_CONSOLE,
-            rlimits: Rlimits::new().nofile(clients.saturating_add(BASE_FDS + rings)),
+            rlimits: Rlimits::new()
+                .nofile(clients.saturating_add(BASE_FDS + rings))
+                .fsize(0),
         },
     )?;
     Ok(())

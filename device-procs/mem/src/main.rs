@@ -35,7 +35,7 @@ fn run(options: &Options) -> Result<(), StartError> {
         ServeOptions {
             channels,
             policy: &policy::BULKHEAD_MEM,
-            rlimits: Rlimits::new().nofile(FDS),
+            rlimits: Rlimits::new().nofile(FDS).fsize(0),
         },
     )?;
     Ok(())

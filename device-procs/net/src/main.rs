@@ -125,7 +125,9 @@ fn run(options: &Options) -> Result<(), MainError> {
         (_, EngineKind::Plain) => &policy::BULKHEAD_NET_PLAIN,
         (_, EngineKind::Kernel) => &policy::BULKHEAD_NET_VHOST,
     };
-    let rlimits = Rlimits::new().nofile(descriptors(engine, options.pairs));
+    let rlimits = Rlimits::new()
+        .nofile(descriptors(engine, options.pairs))
+        .fsize(0);
     log::debug!("tap {}, {} queue pairs", tap.name(), tap.queues());
     let settings = Settings {
         mac: options.mac.unwrap_or_else(random_mac),

@@ -48,7 +48,7 @@ fn run(options: &Options) -> Result<(), StartError> {
         ServeOptions {
             channels,
             policy: &policy::BULKHEAD_VSOCK,
-            rlimits: Rlimits::new().nofile(FDS),
+            rlimits: Rlimits::new().nofile(FDS).fsize(0),
         },
     )?;
     Ok(())

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
@@ -276,8 +276,10 @@ impl Inherited {
     }
 }
 
-/// Takes every queue of a tap or tun among this process's descriptors, by their numbers. To
-/// be called before the process has opened any of its own.
+/// Takes every queue of a tap or tun among this process's descriptors, by their numbers, and closes
+/// all else that it inherited beyond the standard streams: whoever started it may have left
+/// something open by mistake, which nothing here is to hold. To be called before the process has
+/// opened any of its own, and by no other.
 pub fn inherited() -> BTreeMap<i32, Inherited> {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else {
         return BTreeMap::new();
@@ -297,9 +299,9 @@ pub fn inherited() -> BTreeMap<i32, Inherited> {
             Ok(queue) => {
                 taps.insert(number, queue);
             }
-            // Not ours to close.
             Err(fd) => {
-                let _ = fd.into_raw_fd();
+                log::debug!("descriptor {number} was inherited, and is of no use here: closed");
+                drop(fd);
             }
         }
     }

@@ -29,6 +29,10 @@ pub fn native() -> Vec<Test> {
             not_dumpable,
         ),
         test(
+            "what whoever started it had left open, no process of a VM holds",
+            left_open,
+        ),
+        test(
             "no policy that ships makes more system calls than its ceiling, as audit --policies counts them",
             ceilings,
         ),
@@ -73,14 +77,15 @@ impl Served {
         let kernel = scratch.path("vmlinux");
         std::fs::copy(guest_file("vmlinux"), &kernel).map_err(|e| format!("vmlinux: {e}"))?;
         let mut undo = None;
-        if !by.is_empty() {
+        let by_root = by.first() != AS_USER.first();
+        if !by_root {
             undo = Some(for_user(&scratch.path(""))?);
         }
         let namespace = Namespace::new("audit")?;
         namespace.tap(
             "audit0",
             "",
-            if by.is_empty() {
+            if by_root {
                 "user root"
             } else {
                 "user 65534"
@@ -365,4 +370,33 @@ fn features() -> Verdict {
         check(silent, || told(&[program, "--attempts"], &output))?;
     }
     Ok(())
+}
+
+fn left_open() -> Verdict {
+    // A shell that forgot its files: one that only root reads, a directory, one far up.
+    let forgets = "exec 9</etc/shadow 7</etc 123<>/dev/zero; exec \"$@\"";
+    let served = Served::new("left-open", &["bash", "-c", forgets, "bash"])?;
+    let vmm = served.vmm.pid();
+    let processes = bulkhead_tests::host::sh(&format!(
+        "echo {vmm}; for p in $(pgrep -P {vmm}); do echo $p; pgrep -P $p; done"
+    ))?;
+    let mut looked_at = 0;
+    for pid in processes.split_whitespace() {
+        let held = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .map_err(|e| format!("descriptors of {pid}: {e}"))?;
+        for entry in held.flatten() {
+            let Ok(what) = std::fs::read_link(entry.path()) else {
+                continue;
+            };
+            let what = what.to_string_lossy().into_owned();
+            let forgotten = ["/etc/shadow", "/etc", "/dev/zero"].contains(&what.as_str());
+            check(!forgotten, || format!("{pid} holds {what}"))?;
+        }
+        looked_at += 1;
+    }
+    // The VMM, its launcher and a process for each of six devices.
+    check(looked_at >= 8, || {
+        format!("only {looked_at} processes: {processes}")
+    })?;
+    served.audited(&["--pid", &vmm.to_string()]).map(drop)
 }
