@@ -338,6 +338,52 @@ fn what_no_process_does_is_stopped_in_every_policy() {
     }
 }
 
+/// Families of sockets that a policy lets its process make, by name; no other policy has any.
+const FAMILIES: &[(&str, &[libc::c_int])] = &[
+    ("bulkhead-launcher", &[libc::AF_UNIX]),
+    (
+        "bulkhead-launcher-helpers",
+        &[
+            libc::AF_UNIX,
+            libc::AF_INET,
+            libc::AF_INET6,
+            libc::AF_NETLINK,
+        ],
+    ),
+    (
+        "passt",
+        &[
+            libc::AF_UNIX,
+            libc::AF_INET,
+            libc::AF_INET6,
+            libc::AF_NETLINK,
+        ],
+    ),
+];
+
+#[test]
+fn a_socket_of_each_family_is_for_those_alone_that_have_a_rule_for_it() {
+    for policy in policy::all() {
+        let own = FAMILIES.iter().find(|(name, _)| *name == policy.name);
+        for family in 0..256 {
+            for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_RAW] {
+                let call: [u64; 2] = [int(family), int(kind | libc::SOCK_CLOEXEC)];
+                let mut args = [0; 6];
+                args[..2].copy_from_slice(&call);
+                let data = Data {
+                    nr: u32::try_from(libc::SYS_socket).unwrap(),
+                    arch: AUDIT_ARCH.unwrap(),
+                    instruction_pointer: 0,
+                    args,
+                };
+                let proceeds = judge(policy, &data) == Judgement::Proceed;
+                let may = own.is_some_and(|(_, families)| families.contains(&family));
+                assert!(may || !proceeds, "{} family {family}", policy.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_no_device_does_is_stopped_in_every_device_policy() {
     let mut seen = 0;

@@ -25,12 +25,25 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
             [fd, FIONREAD, zeroes(), 0, 0, 0],
         ));
     }
+    // Its files, its tap or its listeners; behind them what the kernel serves its rings by.
+    for fd in 5..20 {
+        for (name, command) in [
+            ("TUNSETIFF", TUNSETIFF),
+            ("VHOST_SET_OWNER", VHOST_SET_OWNER),
+        ] {
+            let name = format!("ioctl {name} on descriptor {fd}");
+            all.push(call(
+                name,
+                "ioctl",
+                libc::SYS_ioctl,
+                [fd, command, zeroes(), 0, 0, 0],
+            ));
+        }
+    }
     for (name, command) in [
         ("TIOCSTI", TIOCSTI),
         ("FIBMAP", FIBMAP),
         ("BLKDISCARD", BLKDISCARD),
-        ("TUNSETIFF", TUNSETIFF),
-        ("VHOST_SET_OWNER", VHOST_SET_OWNER),
         ("KVM_CREATE_VM", KVM_CREATE_VM),
     ] {
         let name = format!("ioctl {name} on its own descriptor");

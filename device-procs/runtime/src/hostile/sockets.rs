@@ -3,6 +3,9 @@
 use super::told::Told;
 use super::{Attempt, call, kept, zeroes};
 
+/// Families that Linux has had by now, and some that it has not.
+const FAMILIES: std::ops::Range<libc::c_long> = 0..64;
+
 pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
     // struct sockaddr_un with an abstract name.
     let hidden = kept(b"\x01\0\0bulkhead\0".to_vec());
@@ -25,6 +28,12 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
             call(format!("socket {name}"), "socket", libc::SYS_socket, args)
         })
         .collect();
+    // By their numbers, whatever the kernel calls them.
+    all.extend(FAMILIES.map(|family| {
+        let args = [family, libc::SOCK_DGRAM.into(), 0, 0, 0, 0];
+        let name = format!("a socket of family {family}");
+        call(name, "socket", libc::SYS_socket, args)
+    }));
     all.extend([
         call(
             "socketpair",

@@ -11,6 +11,9 @@ const AT_ONCE: usize = 24;
 /// How attempts are called on what not every process has: the channel by which it asks the launcher
 /// for connections, a ring of io_uring, guest memory where no guest has been started.
 pub const ASKING: &str = "asking for connections: ";
+/// Sockets of every family there may be, by number: for some kinds of process, which have filters
+/// alike to those of the others in that.
+pub const FAMILIES: &str = "a socket of family";
 /// See [`ASKING`].
 pub const RING: &str = "its own ring: ";
 /// See [`ASKING`].
@@ -181,7 +184,10 @@ impl Variant {
         match self.device {
             Device::Sockets => &[ASKING],
             Device::Block => &[RING],
-            Device::Raw | Device::Tap { backend: "user" } if self.host == Host::This => &[RING],
+            Device::Raw | Device::Tap { backend: "user" } if self.host == Host::This => {
+                &[RING, FAMILIES]
+            }
+            Device::Entropy | Device::Consoles => &[FAMILIES],
             _ => &[],
         }
     }

@@ -99,7 +99,8 @@ impl Victim {
         if !more.contains(&"--memory") {
             create.extend(["--memory", "96M"]);
         }
-        create.extend(["--disk", &disk, "--vsock", &vsock]);
+        let console = format!("socket={}", scratch.path(&format!("{name}.console")));
+        create.extend(["--disk", &disk, "--vsock", &vsock, "--console", &console]);
         create.extend_from_slice(more);
         ctl(&socket, &create).map_err(|e| vmm.story(&e))?;
         Ok(Self {

@@ -85,11 +85,7 @@ impl Served {
         namespace.tap(
             "audit0",
             "",
-            if by_root {
-                "user root"
-            } else {
-                "user 65534"
-            },
+            if by_root { "user root" } else { "user 65534" },
         )?;
         let enter = namespace.enter();
         let socket = scratch.path("api");
