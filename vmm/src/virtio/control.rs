@@ -16,10 +16,11 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::backend::{Backend, Shape};
-use super::common::CommonConfig;
+use super::common::{self, CommonConfig};
 use super::events::FailReason;
 use super::function::{Device, VirtioPciFunction};
 use super::registers::{F_EVENT_IDX, net};
+use super::stand_in::StandIn;
 use crate::pci::NO_VECTOR;
 
 /// The most descriptors of a command: header, data in two parts, status, each perhaps cut
@@ -31,7 +32,7 @@ const MAX_BYTES: u64 = 64 << 10;
 /// Of these, what the commands that are carried out consist of.
 const LOOKED_AT: usize = 4;
 /// Commands per turn under the lock.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 const CLASS_ANNOUNCE: u8 = 3;
 const CLASS_MQ: u8 = 4;
@@ -120,18 +121,7 @@ impl NetControl {
         let queue = common
             .queues()
             .find(|(index, queue)| *index == self.index && queue.enabled);
-        self.ring = queue.and_then(|(_, queue)| {
-            let mut ring = Queue::new(queue.size).ok()?;
-            ring.try_set_desc_table_address(GuestAddress(queue.descriptor))
-                .ok()?;
-            ring.try_set_avail_ring_address(GuestAddress(queue.driver))
-                .ok()?;
-            ring.try_set_used_ring_address(GuestAddress(queue.device))
-                .ok()?;
-            ring.set_event_idx(self.accepted & F_EVENT_IDX != 0);
-            ring.set_ready(true);
-            Some(ring)
-        });
+        self.ring = queue.and_then(|(_, queue)| ring_of(queue, self.accepted));
     }
 
     /// Goes on where whoever served the ring before has come to.
@@ -233,8 +223,22 @@ impl NetControl {
     }
 }
 
+/// A ring where the driver has put it, from its beginning; where it lies has been checked.
+pub(super) fn ring_of(queue: &common::Queue, accepted: u64) -> Option<Queue> {
+    let mut ring = Queue::new(queue.size).ok()?;
+    ring.try_set_desc_table_address(GuestAddress(queue.descriptor))
+        .ok()?;
+    ring.try_set_avail_ring_address(GuestAddress(queue.driver))
+        .ok()?;
+    ring.try_set_used_ring_address(GuestAddress(queue.device))
+        .ok()?;
+    ring.set_event_idx(accepted & F_EVENT_IDX != 0);
+    ring.set_ready(true);
+    Some(ring)
+}
+
 /// What the driver says where event indices are not used (section 2.7.7).
-fn wants_interrupts(ring: &Queue, memory: &GuestMemoryMmap) -> Result<bool, Malformed> {
+pub(super) fn wants_interrupts(ring: &Queue, memory: &GuestMemoryMmap) -> Result<bool, Malformed> {
     let flags: u16 = memory
         .load(GuestAddress(ring.avail_ring()), Ordering::Acquire)
         .map_err(|_| Malformed)?;
@@ -285,11 +289,12 @@ fn read(
 }
 
 impl VirtioPciFunction {
-    /// The control queue whose doorbell is to be listened to.
-    pub(super) fn control_queue(&self) -> Option<u16> {
+    /// The queues that the function's own thread serves: their doorbells are to be listened to.
+    pub(super) fn own_queues(&self) -> Vec<u16> {
         let device = self.lock_device();
-        let controls = [&device.control, &device.stand_in];
-        controls.into_iter().flatten().find_map(NetControl::queue)
+        let control = device.control.iter().filter_map(NetControl::queue);
+        let stand_in = device.stand_in.iter().flat_map(StandIn::queues);
+        control.chain(stand_in).collect()
     }
 
     /// A turn at the control queue; true when there may be more.
@@ -341,7 +346,7 @@ impl VirtioPciFunction {
     ) -> bool {
         let Ok(served) = served else {
             let id = &self.options.id;
-            log::info!("device {id}: the control queue is malformed");
+            log::info!("device {id}: queue {index} is malformed");
             self.require_reset();
             return false;
         };

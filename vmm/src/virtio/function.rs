@@ -64,8 +64,8 @@ pub(super) struct Device {
     pub(super) common: CommonConfig,
     pub(super) backend: Backend,
     pub(super) control: Option<NetControl>,
-    /// Answers the control queue of a process that was given up.
-    pub(super) stand_in: Option<NetControl>,
+    /// Answers in the place of a process that was given up.
+    pub(super) stand_in: Option<super::stand_in::StandIn>,
     /// What the status register shows of a reset until it is complete.
     pub(super) resetting: Option<u8>,
     /// Whether the link carries frames, as the back-end was told or will be.

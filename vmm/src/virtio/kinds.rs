@@ -6,25 +6,27 @@ use super::registers::net;
 
 /// Virtio device ID of a network device.
 pub const NET: u16 = 1;
+/// Virtio device ID of a console.
+pub const CONSOLE: u16 = 3;
 const BLOCK: u16 = 2;
 
 /// PCI class code, 24 bits. Types without a class of their own are "unclassified, other".
 pub fn class_code(device_type: u16) -> u32 {
     match device_type {
-        NET => 0x02_0000,             // Ethernet controller
-        BLOCK | 26 | 28 => 0x01_8000, // block, file system, RPMB: other mass storage
-        8 => 0x01_0000,               // SCSI host: SCSI controller
-        9 | 10 | 29 => 0x02_8000,     // 9P, wireless: other network controller
-        16 => 0x03_8000,              // GPU: other display controller
-        25 => 0x04_0100,              // sound: audio controller
-        30 | 31 => 0x04_8000,         // video encoder and decoder: other multimedia
-        24 | 27 => 0x05_8000,         // memory, persistent memory: other memory controller
-        3 | 11 | 19 => 0x07_8000,     // console, remote serial, vsock: other communication
-        18 => 0x09_8000,              // input: other input controller
-        34 => 0x0c_0500,              // I2C adapter: SMBus
-        36 => 0x0c_0900,              // CAN: CANbus
-        40 => 0x0d_1100,              // Bluetooth: Bluetooth controller
-        20 => 0x10_8000,              // crypto: other encryption controller
+        NET => 0x02_0000,               // Ethernet controller
+        BLOCK | 26 | 28 => 0x01_8000,   // block, file system, RPMB: other mass storage
+        8 => 0x01_0000,                 // SCSI host: SCSI controller
+        9 | 10 | 29 => 0x02_8000,       // 9P, wireless: other network controller
+        16 => 0x03_8000,                // GPU: other display controller
+        25 => 0x04_0100,                // sound: audio controller
+        30 | 31 => 0x04_8000,           // video encoder and decoder: other multimedia
+        24 | 27 => 0x05_8000,           // memory, persistent memory: other memory controller
+        CONSOLE | 11 | 19 => 0x07_8000, // console, remote serial, vsock: other communication
+        18 => 0x09_8000,                // input: other input controller
+        34 => 0x0c_0500,                // I2C adapter: SMBus
+        36 => 0x0c_0900,                // CAN: CANbus
+        40 => 0x0d_1100,                // Bluetooth: Bluetooth controller
+        20 => 0x10_8000,                // crypto: other encryption controller
         _ => 0x00_ff00,
     }
 }
@@ -35,7 +37,7 @@ pub fn config_size(device_type: u16) -> usize {
     match device_type {
         NET => 12,     // mac, status, max_virtqueue_pairs, mtu
         BLOCK => 60,   // up to write zeroes
-        3 => 12,       // console
+        CONSOLE => 12, // console
         5 => 16,       // balloon
         8 => 36,       // SCSI host
         16 => 16,      // GPU

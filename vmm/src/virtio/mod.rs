@@ -7,7 +7,7 @@
 //! `link` is the tie to the process, and `succession` puts another one in its place;
 //! `doorbell` wires notifications; `control` is the control queue of network back-ends that
 //! do not serve it, and `carrier` their link; `stand_in` answers it where a process of ours
-//! was given up.
+//! was given up, and has `sink` take what is sent by a console.
 //!
 //! # Threads
 //!
@@ -55,6 +55,7 @@ mod options;
 mod registers;
 mod ring;
 mod service;
+mod sink;
 mod stand_in;
 mod succession;
 

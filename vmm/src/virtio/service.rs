@@ -114,7 +114,7 @@ impl Service {
             function: Arc::downgrade(function),
             shared: Arc::clone(&self.shared),
             epoll,
-            control: None,
+            watched: Vec::new(),
         };
         let hook = Arc::clone(&function.options.hook);
         threads::spawn("device".to_owned(), hook, || Ok(()), move || worker.run())?;
@@ -192,8 +192,8 @@ struct Worker {
     function: Weak<VirtioPciFunction>,
     shared: Arc<Shared>,
     epoll: Epoll,
-    /// The control queue whose doorbell is watched.
-    control: Option<u16>,
+    /// The queues whose doorbells are watched.
+    watched: Vec<u16>,
 }
 
 impl Worker {
@@ -239,35 +239,37 @@ impl Worker {
             }
             function.follow_carrier();
             function.follow_stand_in();
-            self.follow_control(&function);
+            self.follow_queues(&function);
             if function.serve_control() || function.serve_stand_in() {
                 signal(&self.shared.wake);
             }
         }
     }
 
-    /// Watches the doorbell of the control queue that the driver uses now. It may be one
-    /// that a back-end has shared, so it is never read: each signal is an edge.
-    fn follow_control(&mut self, function: &VirtioPciFunction) {
-        let wanted = function.control_queue();
-        if wanted == self.control {
+    /// Watches the doorbells of the queues that this thread serves now. One may be shared with a
+    /// back-end, so it is never read: each signal is an edge.
+    fn follow_queues(&mut self, function: &VirtioPciFunction) {
+        let wanted = function.own_queues();
+        if wanted == self.watched {
             return;
         }
-        if let Some(kick) = self
-            .control
-            .and_then(|queue| function.doorbells.kick(queue))
-        {
+        for queue in self.watched.iter().filter(|q| !wanted.contains(q)) {
+            let Some(kick) = function.doorbells.kick(*queue) else {
+                continue;
+            };
             let gone = EpollEvent::default();
             let _ = self
                 .epoll
                 .ctl(ControlOperation::Delete, kick.as_raw_fd(), gone);
         }
-        if let Some(kick) = wanted.and_then(|queue| function.doorbells.kick(queue))
-            && let Err(error) = watch(&self.epoll, kick, CONTROL)
-        {
-            log::error!("a control queue is not served: {error}");
+        for queue in wanted.iter().filter(|q| !self.watched.contains(q)) {
+            if let Some(kick) = function.doorbells.kick(*queue)
+                && let Err(error) = watch(&self.epoll, kick, CONTROL)
+            {
+                log::error!("queue {queue} is not served: {error}");
+            }
         }
-        self.control = wanted;
+        self.watched = wanted;
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
         ));
     }
     // Its files, its tap or its listeners; behind them what the kernel serves its rings by.
-    for fd in 5..20 {
+    for fd in 5..12 {
         for (name, command) in [
             ("TUNSETIFF", TUNSETIFF),
             ("VHOST_SET_OWNER", VHOST_SET_OWNER),

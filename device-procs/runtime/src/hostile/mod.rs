@@ -246,5 +246,7 @@ fn attempts(told: &Told) -> Vec<Attempt> {
     all.extend(descriptors::attempts(told));
     all.extend(dial::attempts(told));
     all.extend(own::attempts());
+    // Last: not every kind of process makes these, and some choose by a size of memory.
+    all.extend(sockets::families());
     all
 }

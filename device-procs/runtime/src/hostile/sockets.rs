@@ -28,12 +28,6 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
             call(format!("socket {name}"), "socket", libc::SYS_socket, args)
         })
         .collect();
-    // By their numbers, whatever the kernel calls them.
-    all.extend(FAMILIES.map(|family| {
-        let args = [family, libc::SOCK_DGRAM.into(), 0, 0, 0, 0];
-        let name = format!("a socket of family {family}");
-        call(name, "socket", libc::SYS_socket, args)
-    }));
     all.extend([
         call(
             "socketpair",
@@ -64,4 +58,14 @@ pub(super) fn attempts(told: &Told) -> Vec<Attempt> {
         ),
     ]);
     all
+}
+
+/// By their numbers, whatever the kernel calls them.
+pub(super) fn families() -> Vec<Attempt> {
+    let attempt = |family| {
+        let args = [family, libc::SOCK_DGRAM.into(), 0, 0, 0, 0];
+        let name = format!("a socket of family {family}");
+        call(name, "socket", libc::SYS_socket, args)
+    };
+    FAMILIES.map(attempt).collect()
 }

@@ -15,6 +15,8 @@ use super::hotplug::{device, holdings, settled};
 use super::hotplug_beside::events;
 use super::hotplug_memory::{memory, pid_of};
 use super::hotplug_order::{until_gone, until_ok};
+use super::net_bad::until_event;
+use super::recovery::kill;
 use super::shell::{Shell, guest};
 
 const MIB: u64 = 1 << 20;
@@ -32,6 +34,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "a console and a network device are pulled out while the guest waits for what they answer, on its only vCPU",
             spoken_to,
+        ),
+        test(
+            "a console that is given up takes what its guest sends, on its only vCPU, and is removed as any other",
+            given_up,
         ),
         test(
             "a client that hangs up in the middle of a removal or a resize changes nothing of it",
@@ -243,6 +249,30 @@ fn spoken_to() -> Verdict {
             away(&mut guest, driver).map_err(|e| format!("{id}, round {round}: {e}"))?;
         }
     }
+    guest.ends()
+}
+
+fn given_up() -> Verdict {
+    let scratch = Scratch::new("given-up-console")?;
+    let (socket, late) = (scratch.path("api"), scratch.path("late"));
+    let args = ["--api-socket", &socket, "--hotplug-ports", "1"];
+    let mut guest = guest(
+        &[],
+        &scratch,
+        &[],
+        &[args.as_slice(), &["--restarts", "0"]].concat(),
+    )?;
+    guest.run("modprobe -a virtio_console; true")?;
+    let console = format!("id=more,socket={late},name=late");
+    ctl(&socket, &["add-console", &console])?;
+    guest.run("until p=$(grep -lx late /sys/class/virtio-ports/*/name); do sleep 0.1; done; p=/dev/$(basename $(dirname $p)); until [ -c $p ]; do sleep 0.1; done; (while [ -c $p ]; do 3<$p true; done) 2>/dev/null & true")?;
+    // It is told something all the time, then too.
+    kill(&socket, "more")?;
+    until_event(&socket, "device.quarantined", "more")?;
+    guest.run("i=0; while [ $i -lt 300 ]; do 3<$p true; i=$((i + 1)); done")?;
+    guest.is_well("")?;
+    ctl(&socket, &["remove-device", "more", "--timeout", SECONDS])?;
+    away(&mut guest, "virtio_console")?;
     guest.ends()
 }
 
