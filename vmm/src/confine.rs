@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bulkhead_seccomp::confine::Confinement;
+use bulkhead_seccomp::confine::{Confinement, Report};
 use bulkhead_seccomp::privileges::Rlimits;
 use bulkhead_seccomp::{filter, policy};
 
@@ -20,14 +20,18 @@ const NOFILE: u64 = 8192;
 ///
 /// # Errors
 /// One line that says which step the kernel refused.
-pub fn vmm(identity: Option<u32>) -> Result<(), String> {
-    let rlimits = Rlimits::new().nofile(NOFILE).core(0);
-    Confinement::new(rlimits)
+pub fn vmm(identity: Option<u32>) -> Result<Report, String> {
+    Confinement::new(rlimits())
         .identity(identity)
         .lock_down()
         .and_then(|locked| locked.seal_for_setup(&policy::BULKHEAD_VMM))
-        .map_err(|e| format!("confining the VMM: {e}"))?;
-    Ok(())
+        .map(|confined| confined.report())
+        .map_err(|e| format!("confining the VMM: {e}"))
+}
+
+/// The VMM's resource limits.
+pub(crate) fn rlimits() -> Rlimits {
+    Rlimits::new().nofile(NOFILE).core(0)
 }
 
 /// Narrows the calling thread to the steady stage: the manager once its machine is made,

@@ -3,7 +3,8 @@
 
 use std::fmt::Write;
 
-use super::grade::{capability_names, strongest};
+use super::capabilities::capability_names;
+use super::grade::strongest;
 use super::process::{Namespace, Process};
 use super::trace::Filters;
 use super::{Audit, Report, Role, Verdict};
