@@ -34,14 +34,28 @@ use crate::launcher::printable;
 use process::Process;
 use targets::{Found, Target};
 
+/// What to give it.
+const USAGE: &str = "give --api-socket PATH or --pid PID of a VM, or --policies, which needs none (see `bulkhead audit --help`)";
+/// Exit code of a command line that says nothing to do.
+const EXIT_USAGE: i32 = 2;
+
 /// Options of `bulkhead audit`.
 #[derive(clap::Args, Debug, Clone)]
+#[command(
+    override_usage = "bulkhead audit --api-socket PATH [--json]\n       bulkhead audit --pid PID [--json]\n       bulkhead audit --policies [--json]",
+    after_help = "By --api-socket the VMM names its devices, and what it says of them is held against what the \
+kernel says. By --pid (of the bulkhead process itself, not of its launcher or a device) nobody is asked: \
+that serves a VM without an API, or one that does not answer, and tells devices by their pids alone. \
+--policies prints what each seccomp policy of this program allows, without any VM.\n\n\
+Run it as root to see everything: of what an ordinary user's VM does, that user may read a part.\n\n\
+Exit codes: 0 all is as it should be, 1 something is not or nothing could be audited, 2 wrong command line, \
+3 not everything could be read and what could is as it should be."
+)]
 pub struct AuditArgs {
     /// The VM that serves this API socket
     #[arg(
         long,
         value_name = "PATH",
-        required_unless_present_any = ["pid", "policies"],
         conflicts_with_all = ["pid", "policies"]
     )]
     pub api_socket: Option<PathBuf>,
@@ -176,7 +190,10 @@ pub fn run(args: &AuditArgs) -> i32 {
     let found = match (&args.api_socket, args.pid) {
         (Some(path), _) => targets::from_api(path),
         (None, Some(pid)) => targets::from_pid(pid),
-        (None, None) => Err("give --api-socket PATH or --pid PID".into()),
+        (None, None) => {
+            fail(USAGE);
+            return EXIT_USAGE;
+        }
     };
     let Found {
         mut targets,

@@ -69,6 +69,7 @@ impl Tree {
 }
 
 /// Fields of /proc/PID/stat after the command's name, from 0.
+const STATE: usize = 0;
 const PPID: usize = 1;
 const FLAGS: usize = 6;
 const START_TIME: usize = 19;
@@ -92,6 +93,17 @@ pub fn executes(pid: i32, program: &str) -> bool {
             .and_then(|name| name.to_str())
             .is_some_and(|name| name.strip_suffix(" (deleted)").unwrap_or(name) == program)
     })
+}
+
+/// Whether it is stopped by a signal or by a tracer.
+pub fn is_stopped(pid: i32) -> bool {
+    stat_field(pid, STATE).is_some_and(|state| matches!(state.as_str(), "T" | "t"))
+}
+
+/// Its real uid.
+pub fn uid(pid: i32) -> Option<u32> {
+    let status = Status::read(&format!("/proc/{pid}/status")).ok()?;
+    status.numbers("Uid").first().copied()
 }
 
 /// The five capability sets, as 64-bit masks in hexadecimal.

@@ -1,6 +1,7 @@
 //! Which processes a VM has: by the API's account, held against the kernel's own parentage, or by
 //! that alone from a pid. Called by the audit only.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
@@ -69,12 +70,15 @@ struct Named {
 /// The processes that the API names, held against the kernel's own view.
 pub fn from_api(path: &Path) -> Result<Found, String> {
     let name = printable(&path.to_string_lossy());
-    let stream = launcher::packet::connect(path).map_err(|error| {
-        format!("{name}: {error}; name the socket of a bulkhead that runs with --api-socket")
+    let stream = launcher::packet::connect(path).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => format!(
+            "{name}: another user's, who does not let this one connect: run the audit as root, or as the user who started bulkhead"
+        ),
+        _ => format!("{name}: {error}; name the socket of a bulkhead that runs with --api-socket"),
     })?;
     let peer = peer_credentials(stream.as_fd()).map_err(|error| format!("{name}: {error}"))?;
     let mut client = BlockingClient::new(stream, MAX_FRAME);
-    let said = |error: ClientError| format!("{name}: {error}");
+    let said = |error: ClientError| format!("{name}: {}", unanswered(&error, peer.pid));
     let info: machine::InfoResponse = client
         .call(
             MACHINE_SERVICE,
@@ -140,6 +144,22 @@ fn named(client: &mut BlockingClient) -> Result<Vec<Named>, ClientError> {
     Ok(devices.collect())
 }
 
+/// Why the process behind an API socket does not say what it is asked.
+fn unanswered(error: &ClientError, pid: i32) -> String {
+    match error {
+        ClientError::Timeout(_) if process::is_stopped(pid) => format!(
+            "its process {pid} is stopped, by a signal (SIGSTOP) or a debugger: let it go on (kill -CONT {pid}), or audit it as it is by --pid {pid}"
+        ),
+        ClientError::Timeout(span) if pid > 0 => format!(
+            "process {pid} gives no answer within {} s: see bulkhead's own output, or audit it by --pid {pid}",
+            span.as_secs()
+        ),
+        ClientError::Closed => "bulkhead closed the connection without an answer: it has ended, or does not hear this user: run the audit as root, or as the user who started it"
+            .to_owned(),
+        error => error.to_string(),
+    }
+}
+
 /// The processes below a VMM that is named by its pid.
 pub fn from_pid(pid: i32) -> Result<Found, String> {
     let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
@@ -152,7 +172,16 @@ pub fn from_pid(pid: i32) -> Result<Found, String> {
         .children(pid)
         .filter(|child| process::executes(*child, launcher::PROGRAM))
         .collect();
+    // Nothing of what is another user's may be read.
+    let own = i32::try_from(std::process::id())
+        .ok()
+        .and_then(process::uid);
+    let foreign = process::uid(pid).filter(|uid| own != Some(0) && own != Some(*uid));
     match launchers.as_slice() {
+        [] if foreign.is_some() => Err(format!(
+            "--pid {pid}: is another user's (uid {}): run the audit as root, or as the user who started it",
+            foreign.unwrap_or_default()
+        )),
         [launcher] => Ok(place(&tree, pid, Some(*launcher), None)),
         _ => Err(format!(
             "--pid {pid}: has no {} below it; give the pid of a running bulkhead, and run audit as root or as its user",
