@@ -234,7 +234,7 @@ pub fn grade(told: &Told<'_>, reports: &mut [Report]) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::audit::Verdict;
     use crate::audit::fds::Fd;
@@ -272,7 +272,7 @@ mod tests {
     }
 
     /// A VM whose processes are where they belong.
-    fn vm() -> Vec<Report> {
+    pub fn vm() -> Vec<Report> {
         vec![
             report(Role::Vmm, "vmm", PARENT),
             report(Role::Launcher, "launcher", PARENT),

@@ -27,6 +27,10 @@ pub struct Told {
     pub kind: Option<String>,
     /// Resource limits that a device says it set itself.
     pub said: Said,
+    /// ABI of Landlock that is in force in it, as it says.
+    pub landlock: Option<u32>,
+    /// The newest that this kernel has.
+    pub newest_landlock: u32,
     /// The VMM has made its machine.
     pub made: Option<bool>,
     /// Its launcher could have given it a user namespace of its own.
@@ -71,6 +75,12 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         if let Some(note) = limits.short(told.said) {
             judgement.note_once(&note);
         }
+    }
+    if let Some(abi) = told.landlock.filter(|abi| *abi < told.newest_landlock) {
+        judgement.deviation(format!(
+            "says that Landlock is in force by ABI {abi}, and this kernel has {}",
+            told.newest_landlock
+        ));
     }
     for fd in &process.fds {
         judgement.ring(role, fd);

@@ -203,9 +203,11 @@ pub fn run(args: &AuditArgs) -> i32 {
         Ok(found) => found,
         Err(line) => return fail(&line),
     };
+    let landlock = Landlock::of_this_kernel();
     let possible = user_namespaces::expected(&targets);
     for target in &mut targets {
         target.told.user_namespaces = possible;
+        target.told.newest_landlock = landlock.abi;
     }
     let mut processes: Vec<Report> = targets.into_iter().map(recognise).map(report).collect();
     let told = match &cgroup {
@@ -238,7 +240,7 @@ pub fn run(args: &AuditArgs) -> i32 {
     let audit = Audit {
         verdict,
         processes,
-        landlock: Landlock::of_this_kernel(),
+        landlock,
         cores,
         securebits: SECUREBITS,
         deviations,
@@ -323,16 +325,9 @@ fn report(target: Target) -> Report {
         name,
         pid,
         told,
-        landlock,
-        mut misplaced,
+        misplaced,
     } = target;
-    let newest = landlock_empty::of_this_kernel().abi;
-    if landlock.is_some_and(|abi| abi < newest) {
-        misplaced.push(format!(
-            "says that Landlock is in force by ABI {}, and this kernel has {newest}",
-            landlock.unwrap_or(0)
-        ));
-    }
+    let landlock = told.landlock;
     let name = printable(&name);
     match read {
         Ok(process) => {

@@ -29,8 +29,6 @@ pub struct Target {
     pub pid: i32,
     /// What the API tells of it.
     pub told: Told,
-    /// Landlock's ABI that is in force in it, as it says.
-    pub landlock: Option<u32>,
     /// What is wrong with its place among the processes.
     pub misplaced: Vec<String>,
 }
@@ -107,7 +105,7 @@ pub fn from_api(path: &Path) -> Result<Found, String> {
         let vmms = found.targets.iter_mut().filter(|t| t.role == Role::Vmm);
         for target in vmms {
             target.told.made = Some(info.state.enum_value_or_default() != State::STATE_NONE);
-            target.landlock = info.landlock_abi;
+            target.told.landlock = info.landlock_abi;
         }
         found.cgroup = Some(printable(&info.cgroup));
         return Ok(found);
@@ -198,7 +196,6 @@ fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) 
         name: name.to_owned(),
         pid,
         told: Told::default(),
-        landlock: None,
         misplaced: Vec::new(),
     };
     let mut targets = vec![target(Role::Vmm, "vmm", vmm)];
@@ -231,7 +228,7 @@ fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) 
                 entry.told.granted = (device.granted > 0).then_some(device.granted);
                 entry.told.kind = Some(device.kind.clone());
                 entry.told.said = device.said;
-                entry.landlock = device.landlock;
+                entry.told.landlock = device.landlock;
                 if tree.contains(device.pid) && tree.parent(device.pid) != launcher {
                     entry
                         .misplaced

@@ -1,6 +1,7 @@
 //! Tests of grading: what is in order, and every single deviation.
 
 use super::*;
+use crate::audit::cgroups;
 use crate::audit::fds::Ring;
 use crate::audit::mappings::Mappings;
 use crate::audit::process::{Capabilities, Root};
@@ -25,15 +26,31 @@ fn told() -> Told {
             file_bytes: Some(1 << 20),
             threads: None,
         },
+        landlock: Some(7),
+        newest_landlock: 7,
         made: None,
         user_namespaces: true,
     }
+}
+
+/// The VM's cgroup, and the device's leaf in it.
+const GROUP: &str = "/a/bulkhead-vm-10-77";
+const LEAF: &str = "/a/bulkhead-vm-10-77/dev-root";
+
+/// What is wrong with where it is, beside its VMM, its launcher and another device.
+fn misplaced(device: Process) -> Vec<String> {
+    let mut vm = cgroups::tests::vm();
+    vm[2].process = Some(device);
+    let mut wrong = cgroups::grade(&cgroups::Told::ByApi(GROUP), &mut vm);
+    wrong.extend(vm.into_iter().flat_map(|report| report.deviations));
+    wrong
 }
 
 /// A resource limit of this value, soft and hard.
 fn limited(name: &str, value: &str) -> Option<Limits> {
     let limits = vec![(name.to_owned(), value.to_owned())];
     Some(Limits {
+        cgroup: LEAF.into(),
         own_leaf: true,
         rlimits: limits.clone(),
         hard_rlimits: limits,
@@ -99,6 +116,7 @@ fn device() -> Process {
             fd(6, Kind::Memfd),
             fd(7, Kind::Anonymous("io_uring".into())),
         ],
+        limits: limited("NOFILE", "40"),
         ..Process::default()
     }
 }
@@ -126,7 +144,7 @@ fn a_device_as_it_should_be_has_no_deviation() {
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 38] = [
+    let changes: [(&str, Change); 41] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -209,6 +227,15 @@ fn every_single_deviation_is_found() {
         }),
         ("user namespace", |p| p.namespaces[0].shared = true),
         ("cgroup namespace", |p| p.namespaces[6].shared = true),
+        ("a sibling's cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = format!("{GROUP}/dev-data");
+        }),
+        ("another VM's cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = "/a/bulkhead-vm-11-78/dev-root".into();
+        }),
+        ("the root cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = "/".into();
+        }),
         ("root entries", |p| {
             p.root.as_mut().unwrap().entries.push("etc".into())
         }),
@@ -224,9 +251,14 @@ fn every_single_deviation_is_found() {
     for (what, change) in changes {
         let mut process = device();
         change(&mut process);
-        let judgement = grade(Role::Device, &process, &told());
-        assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+        let mut found = grade(Role::Device, &process, &told()).deviations;
+        found.extend(misplaced(process));
+        assert_eq!(found.len(), 1, "{what}: {found:?}");
     }
+    let mut less = told();
+    less.landlock = Some(6);
+    let found = grade(Role::Device, &device(), &less).deviations;
+    assert_eq!(found.len(), 1, "Landlock of an older kernel: {found:?}");
 }
 
 #[test]
