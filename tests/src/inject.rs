@@ -76,12 +76,27 @@ impl Drop for Held {
     }
 }
 
-/// Makes the calls in a thread that waits in a system call, which goes on waiting afterwards. What each
-/// answers: a result, or an error as a negative number.
-///
-/// # Errors
-/// It is gone, waits in no call, or may not be traced.
-pub fn calls(tid: i32, calls: &[Call]) -> Result<Vec<i64>, String> {
+/// Until it waits in a system call: of a thread that runs the kernel tells nothing.
+fn waits(tid: i32) -> Result<(), String> {
+    let file = format!("/proc/{tid}/syscall");
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        let text = fs::read_to_string(&file).map_err(|e| format!("{file}: {e}"))?;
+        // Its number, six arguments, the stack pointer and where it returns to.
+        let waits = text.split_whitespace().count() == 9 && !text.starts_with('-');
+        if waits {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(format!("{tid} waits in no call: {text}"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Stops it in the call that it waits in: where that is, and its memory. `None`: it had gone on.
+fn hold(tid: i32) -> Result<Option<(Held, u64, fs::File)>, String> {
+    waits(tid)?;
     let options = libc::PTRACE_O_SUSPEND_SECCOMP as usize;
     request(libc::PTRACE_SEIZE, tid, 0, options)?;
     let mut held = Held(tid, None);
@@ -92,15 +107,32 @@ pub fn calls(tid: i32, calls: &[Call]) -> Result<Vec<i64>, String> {
     let file = format!("/proc/{tid}/mem");
     let memory = fs::OpenOptions::new().read(true).write(true).open(&file);
     let memory = memory.map_err(|e| format!("{file}: {e}"))?;
-    // It stopped in a call, behind the instruction.
+    // The instruction is behind it.
     let place = before.rip.wrapping_sub(2);
     let mut code = [0; 2];
     memory
         .read_exact_at(&mut code, place)
         .map_err(|e| format!("{file}: {e}"))?;
-    if code != [0x0f, 0x05] {
-        return Err(format!("{tid} waits in no call: {code:x?}"));
-    }
+    Ok((code == [0x0f, 0x05]).then_some((held, place, memory)))
+}
+
+/// Makes the calls in a thread that waits in a system call, which goes on waiting afterwards. What each
+/// answers: a result, or an error as a negative number.
+///
+/// # Errors
+/// It is gone, waits in no call, or may not be traced.
+pub fn calls(tid: i32, calls: &[Call]) -> Result<Vec<i64>, String> {
+    let end = Instant::now() + patience(LIMIT);
+    let (held, place, memory) = loop {
+        if let Some(found) = hold(tid)? {
+            break found;
+        }
+        if Instant::now() > end {
+            return Err(format!("{tid} waits in no call"));
+        }
+    };
+    let file = format!("/proc/{tid}/mem");
+    let before = held.1.ok_or("no registers")?;
     let room = before.rsp.wrapping_sub(BELOW);
     let mut answers = Vec::new();
     for call in calls {

@@ -120,6 +120,7 @@ fn main() -> ExitCode {
         tests.extend(audit::tests());
         tests.extend(audit_native::native());
         tests.extend(audit_outside::native());
+        tests.extend(audit_outside::tests());
         tests.extend(death::tests());
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());
