@@ -262,19 +262,25 @@ impl Rlimits {
         self
     }
 
-    /// Sets them.
-    ///
-    /// # Errors
-    /// The kernel refused one.
-    pub fn apply(&self) -> Result<(), PrivilegeError> {
-        for (what, resource, limit) in [
+    /// Each by its name and number; `None`: left as it is.
+    #[must_use]
+    pub fn each(&self) -> [(&'static str, u32, Option<u64>); 6] {
+        [
             ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE, self.nofile),
             ("RLIMIT_CORE", libc::RLIMIT_CORE, self.core),
             ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE, self.fsize),
             ("RLIMIT_NPROC", libc::RLIMIT_NPROC, self.nproc),
             ("RLIMIT_AS", libc::RLIMIT_AS, self.address_space),
             ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK, self.memlock),
-        ] {
+        ]
+    }
+
+    /// Sets them.
+    ///
+    /// # Errors
+    /// The kernel refused one.
+    pub fn apply(&self) -> Result<(), PrivilegeError> {
+        for (what, resource, limit) in self.each() {
             if let Some(limit) = limit {
                 lower(resource, limit).map_err(|source| PrivilegeError { what, source })?;
             }

@@ -5,6 +5,7 @@ pub mod chaos;
 pub mod fault;
 pub mod host;
 pub mod hostile;
+pub mod inject;
 pub mod kata;
 pub mod runner;
 pub mod vmm;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bulkhead_seccomp::confine::Confinement;
+use bulkhead_seccomp::confine::{Confinement, Report};
 use bulkhead_seccomp::privileges::Rlimits;
 use bulkhead_seccomp::{filter, policy};
 
@@ -24,8 +24,8 @@ const NPROC: u64 = 256;
 ///
 /// # Errors
 /// One line that says which step the kernel refused.
-pub fn vmm(identity: Option<u32>) -> Result<(), String> {
-    let mut rlimits = Rlimits::new().nofile(NOFILE).core(0);
+pub fn vmm(identity: Option<u32>) -> Result<Report, String> {
+    let mut rlimits = rlimits();
     // The kernel counts by uid: another's would count others' processes, too.
     if identity.is_some() {
         rlimits = rlimits.nproc(NPROC);
@@ -34,8 +34,13 @@ pub fn vmm(identity: Option<u32>) -> Result<(), String> {
         .identity(identity)
         .lock_down()
         .and_then(|locked| locked.seal_for_setup(&policy::BULKHEAD_VMM))
-        .map_err(|e| format!("confining the VMM: {e}"))?;
-    Ok(())
+        .map(|confined| confined.report())
+        .map_err(|e| format!("confining the VMM: {e}"))
+}
+
+/// The VMM's resource limits, whosever uid it has.
+pub(crate) fn rlimits() -> Rlimits {
+    Rlimits::new().nofile(NOFILE).core(0)
 }
 
 /// Narrows the calling thread to the steady stage: the manager once its machine is made,

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bulkhead_proto::common::QueueStats;
+use bulkhead_proto::common::{ProcessLimits, QueueStats};
 use bulkhead_proto::device::{
     Confinement, DrainRequest, DrainResponse, FinishRequestRequest, FinishRequestResponse,
     HealthRequest, HealthResponse, HelloRequest, HelloResponse, ResumeRequest, ResumeResponse,
@@ -32,6 +32,7 @@ pub const PROTOCOL_VERSION: u32 = 1;
 pub(crate) struct ConfinementReport {
     pub(crate) landlock_abi: u32,
     pub(crate) policy: String,
+    pub(crate) limits: ProcessLimits,
 }
 
 struct Service {
@@ -174,6 +175,7 @@ impl Service {
         confinement.landlock_abi = self.confinement.landlock_abi;
         confinement.policy.clone_from(&self.confinement.policy);
         confinement.io_engine = self.device.io_engine().into();
+        confinement.limits = MessageField::some(self.confinement.limits.clone());
         let mut reply = HelloResponse::new();
         reply.kind = self.device.kind().into();
         reply.version = self.device.version().into();

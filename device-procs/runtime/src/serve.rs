@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bulkhead_proto::common::ProcessLimits;
 use bulkhead_seccomp::confine::{ConfineError, Confinement};
 use bulkhead_seccomp::notify;
 use bulkhead_seccomp::policy::Policy;
@@ -92,6 +93,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         kept: device.kept_bytes(),
     })
     .map_err(ServeError::Inflight)?;
+    let limits = told(&options.rlimits);
     let locked = Confinement::new(options.rlimits).lock_down()?;
     // Which has allowed a few arenas; here one must do, or threads would need mprotect.
     sys::one_arena();
@@ -123,6 +125,7 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
     let report = ConfinementReport {
         landlock_abi,
         policy: options.policy.name.into(),
+        limits,
     };
     let queues = workers.iter().map(WorkerHandle::signals).collect();
     let control = Control::new(control, Arc::clone(&device), queues, report);
@@ -136,6 +139,17 @@ pub fn serve(device: Arc<dyn Device>, options: ServeOptions) -> Result<(), Serve
         Ok(()) => Err(ServeError::Stuck),
         Err(e) => Err(e),
     }
+}
+
+/// Its limits, as it says them of itself.
+fn told(rlimits: &Rlimits) -> ProcessLimits {
+    let all = rlimits.each();
+    let of = |number| all.iter().find(|(_, of, _)| *of == number)?.2;
+    let mut limits = ProcessLimits::new();
+    limits.descriptors = of(libc::RLIMIT_NOFILE);
+    limits.file_bytes = of(libc::RLIMIT_FSIZE);
+    limits.threads = of(libc::RLIMIT_NPROC);
+    limits
 }
 
 /// Whether a policy lets a call through.

@@ -2,8 +2,9 @@
 //! expectations are those of the design ("Processes", "Life of a device process").
 
 use super::Role;
+use super::capabilities::capability_names;
 use super::fds::{Fd, Kind};
-use super::limits::Limits;
+use super::limits::{Limits, Said};
 use super::process::{Namespace, Process, Thread};
 use super::trace::Filters;
 use crate::launcher;
@@ -17,26 +18,42 @@ pub struct Judgement {
     pub notes: Vec<String>,
 }
 
+/// What is known of a process beside what the kernel says of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Number of descriptors granted to a device at exec (from 3 on).
+    pub granted: Option<usize>,
+    /// Kind of a device ("blk").
+    pub kind: Option<String>,
+    /// Resource limits that a device says it set itself.
+    pub said: Said,
+    /// ABI of Landlock that is in force in it, as it says.
+    pub landlock: Option<u32>,
+    /// The newest that this kernel has.
+    pub newest_landlock: u32,
+    /// The VMM has made its machine.
+    pub made: Option<bool>,
+    /// Its launcher could have given it a user namespace of its own.
+    pub user_namespaces: bool,
+}
+
 /// DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_ADMIN, SETFCAP: see the launcher's `identity`.
 const LAUNCHER_CAPABILITIES: u64 = 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31;
 /// Namespaces that a device process has for itself in any case.
-const DEVICE_NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
+const DEVICE_NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
 /// And an external helper: not the network's.
-const HELPER_NAMESPACES: [&str; 4] = ["mnt", "pid", "ipc", "uts"];
+const HELPER_NAMESPACES: [&str; 5] = ["mnt", "pid", "ipc", "uts", "cgroup"];
 /// SECCOMP_MODE_FILTER.
 const FILTER: u32 = 2;
 
-/// Judges one process. `granted`: descriptors given to a device at exec, from 3 on; `kind`: what
-/// kind of device it is.
-pub fn grade(
-    role: Role,
-    process: &Process,
-    granted: Option<usize>,
-    kind: Option<&str>,
-) -> Judgement {
+/// Judges one process.
+pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
     let mut judgement = Judgement::default();
     for thread in &process.threads {
-        judgement.thread(role, thread, process.threads.len() > 1, kind);
+        judgement.thread(role, thread, process.threads.len() > 1, told);
+    }
+    if role == Role::Vmm {
+        judgement.narrowed(process, told);
     }
     if matches!(role, Role::Device | Role::Helper)
         && let Some(note) = process.limits.as_ref().and_then(Limits::note)
@@ -52,22 +69,58 @@ pub fn grade(
         judgement
             .deviation("is dumpable: others of its user may trace it, and it may leave a core");
     }
-    if process.limits.as_ref().is_some_and(Limits::leaves_a_core) {
-        judgement.deviation("may leave a core file");
+    if let Some(limits) = &process.limits {
+        let wider = limits.wider(role, told.said);
+        judgement.deviations.extend(wider);
+        if let Some(note) = limits.short(told.said) {
+            judgement.note_once(&note);
+        }
     }
-    if role == Role::Device && process.limits.as_ref().is_some_and(Limits::holds_many) {
-        judgement.deviation("may hold far more descriptors than it was given");
+    if let Some(abi) = told.landlock.filter(|abi| *abi < told.newest_landlock) {
+        judgement.deviation(format!(
+            "says that Landlock is in force by ABI {abi}, and this kernel has {}",
+            told.newest_landlock
+        ));
     }
     for fd in &process.fds {
         judgement.ring(role, fd);
     }
     match role {
         Role::Vmm => judgement.vmm(process),
-        Role::Launcher => judgement.launcher(process),
-        Role::Device => judgement.device(process, granted),
+        Role::Launcher => judgement.launcher(process, told),
+        Role::Device => judgement.device(process, told),
         Role::Helper => judgement.helper(process),
     }
     judgement
+}
+
+/// Whether the VMM has made its machine: as it says, or it has threads of vCPUs.
+fn has_a_machine(process: &Process, told: &Told) -> bool {
+    let vcpu = |thread: &Thread| thread.name.starts_with("vp-");
+    told.made
+        .unwrap_or_else(|| process.threads.iter().any(vcpu))
+}
+
+/// A VMM's threads that have not taken the filter of their steady state, though the machine is made.
+/// One that has just begun is among them for a moment.
+pub fn still_in_setup<'a>(
+    process: &'a Process,
+    told: &Told,
+) -> impl Iterator<Item = &'a Thread> + use<'a> {
+    let made = has_a_machine(process, told);
+    process.threads.iter().filter(move |thread| {
+        let narrow = match (&thread.filters, thread.seccomp_filters) {
+            (Some(filters), _) => {
+                let mut names = filters.policies.iter();
+                names.any(|name| name == "bulkhead-vmm" || name == "bulkhead-vcpu")
+            }
+            // That of set-up, and its own.
+            (None, Some(count)) => count >= 2,
+            (None, None) => true,
+        };
+        // What runs nothing but the kernel's code has what its maker had.
+        made && !thread.worker && thread.seccomp_mode == FILTER && !narrow
+    })
 }
 
 /// What is missing among a thread's filters, or is there and should not be.
@@ -177,7 +230,16 @@ impl Judgement {
         self.deviations.push(what.into());
     }
 
-    fn thread(&mut self, role: Role, thread: &Thread, several: bool, kind: Option<&str>) {
+    fn narrowed(&mut self, process: &Process, told: &Told) {
+        for thread in still_in_setup(process, told) {
+            self.deviation(format!(
+                "thread {} ({}): the machine is made, and it has the seccomp filter of the set-up alone",
+                thread.tid, thread.name
+            ));
+        }
+    }
+
+    fn thread(&mut self, role: Role, thread: &Thread, several: bool, told: &Told) {
         let who = if several {
             format!("thread {} ({}): ", thread.tid, thread.name)
         } else {
@@ -223,6 +285,7 @@ impl Judgement {
             self.deviation(format!("{who}has no seccomp filter"));
         }
         if let Some(filters) = &thread.filters {
+            let kind = told.kind.as_deref();
             for line in unexpected(role, &thread.name, filters, kind) {
                 self.deviation(format!("{who}{line}"));
             }
@@ -245,9 +308,23 @@ impl Judgement {
         }
     }
 
-    fn user_namespace(&mut self, process: &Process) {
-        if shares(&process.namespaces, "user") {
+    /// It has one of its own wherever the host lets it be made.
+    fn own_user_namespace(&mut self, process: &Process, told: &Told) {
+        if !shares(&process.namespaces, "user") {
+            return;
+        }
+        if told.user_namespaces {
+            self.deviation(
+                "shares the host's user namespace, though its launcher could make it one",
+            );
+        } else {
             self.note_once("has no user namespace of its own: this host forbids user namespaces");
+        }
+    }
+
+    fn user_namespace(&mut self, process: &Process, told: &Told) {
+        self.own_user_namespace(process, told);
+        if shares(&process.namespaces, "user") {
             if process.uid.contains(&0) {
                 self.deviation("runs as root of the host's user namespace");
             }
@@ -272,10 +349,8 @@ impl Judgement {
         }
     }
 
-    fn launcher(&mut self, process: &Process) {
-        if shares(&process.namespaces, "user") {
-            self.note_once("has no user namespace of its own: this host forbids user namespaces");
-        }
+    fn launcher(&mut self, process: &Process, told: &Told) {
+        self.own_user_namespace(process, told);
         // Its own pid namespace is not shown by its own link alone: it must be PID 1 there.
         if process.pids.last() != Some(&1) || shares(&process.namespaces, "pid") {
             self.deviation("is not PID 1 of a pid namespace of its own");
@@ -291,14 +366,14 @@ impl Judgement {
         }
     }
 
-    fn device(&mut self, process: &Process, granted: Option<usize>) {
-        self.user_namespace(process);
+    fn device(&mut self, process: &Process, told: &Told) {
+        self.user_namespace(process, told);
         self.namespaces(process, &DEVICE_NAMESPACES);
         self.place(process);
         // Its way to tell the VMM of a changed configuration comes over the vhost-user channel.
         let mut backend_channel = false;
         for fd in &process.fds {
-            if expected(fd, granted) {
+            if expected(fd, told.granted) {
                 continue;
             }
             if fd.kind == Kind::Socket && !std::mem::replace(&mut backend_channel, true) {
@@ -436,71 +511,6 @@ fn is_kvm(kind: &Kind) -> bool {
 
 fn shares(namespaces: &[Namespace], kind: &str) -> bool {
     namespaces.iter().any(|n| n.kind == kind && n.shared)
-}
-
-/// Names of <linux/capability.h>, from 0.
-const CAPABILITIES: [&str; 41] = [
-    "chown",
-    "dac_override",
-    "dac_read_search",
-    "fowner",
-    "fsetid",
-    "kill",
-    "setgid",
-    "setuid",
-    "setpcap",
-    "linux_immutable",
-    "net_bind_service",
-    "net_broadcast",
-    "net_admin",
-    "net_raw",
-    "ipc_lock",
-    "ipc_owner",
-    "sys_module",
-    "sys_rawio",
-    "sys_chroot",
-    "sys_ptrace",
-    "sys_pacct",
-    "sys_admin",
-    "sys_boot",
-    "sys_nice",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "mknod",
-    "lease",
-    "audit_write",
-    "audit_control",
-    "setfcap",
-    "mac_override",
-    "mac_admin",
-    "syslog",
-    "wake_alarm",
-    "block_suspend",
-    "audit_read",
-    "perfmon",
-    "bpf",
-    "checkpoint_restore",
-];
-
-/// A set as a list of names; "all" and "none" for those.
-pub fn capability_names(set: u64) -> String {
-    let known = CAPABILITIES.len().min(64);
-    if set == 0 {
-        return "none".into();
-    }
-    if (0..known).all(|bit| set >> bit & 1 == 1) {
-        return "all".into();
-    }
-    (0..64)
-        .filter(|bit| set >> bit & 1 == 1)
-        .map(|bit| {
-            CAPABILITIES
-                .get(bit)
-                .map_or_else(|| bit.to_string(), |name| (*name).to_owned())
-        })
-        .collect::<Vec<_>>()
-        .join(",")
 }
 
 /// The set of the thread with the most in it, for the table.

@@ -7,19 +7,59 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::Role;
+use crate::confine;
 use crate::launcher::cgroup_parent::{GROUP_PREFIX, Mount, path_of};
-use crate::launcher::{CONTROLLERS, LEAF_PREFIX, printable};
+use crate::launcher::{self, CONTROLLERS, LEAF_PREFIX, printable};
 
 /// Files of a cgroup that hold limits.
 const FILES: [&str; 4] = ["cpu.max", "memory.max", "pids.max", "io.max"];
-/// Resource limits that a device's start sets.
-const RLIMITS: [(&str, &str); 5] = [
-    ("Max core file size", "CORE"),
-    ("Max open files", "NOFILE"),
-    ("Max processes", "NPROC"),
-    ("Max data size", "DATA"),
-    ("Max file size", "FSIZE"),
+/// Resource limits: what the kernel calls them there, their name and their number.
+const RLIMITS: [(&str, &str, u32); 8] = [
+    ("Max core file size", "CORE", libc::RLIMIT_CORE),
+    ("Max open files", "NOFILE", libc::RLIMIT_NOFILE),
+    ("Max processes", "NPROC", libc::RLIMIT_NPROC),
+    ("Max data size", "DATA", libc::RLIMIT_DATA),
+    ("Max file size", "FSIZE", libc::RLIMIT_FSIZE),
+    ("Max msgqueue size", "MSGQUEUE", libc::RLIMIT_MSGQUEUE),
+    ("Max realtime priority", "RTPRIO", libc::RLIMIT_RTPRIO),
+    ("Max nice priority", "NICE", libc::RLIMIT_NICE),
 ];
+
+/// Resource limits that a device process says it has set itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// RLIMIT_NOFILE.
+    pub descriptors: Option<u64>,
+    /// RLIMIT_FSIZE.
+    pub file_bytes: Option<u64>,
+    /// RLIMIT_NPROC.
+    pub threads: Option<u64>,
+}
+
+impl Said {
+    fn each(self) -> [(u32, Option<u64>); 3] {
+        [
+            (libc::RLIMIT_NOFILE, self.descriptors),
+            (libc::RLIMIT_FSIZE, self.file_bytes),
+            (libc::RLIMIT_NPROC, self.threads),
+        ]
+    }
+}
+
+/// What a process of that role may have at most: what is set where it is started, and confines
+/// itself.
+fn most(role: Role) -> Vec<(u32, u64)> {
+    match role {
+        Role::Vmm => {
+            let all = confine::rlimits().each();
+            all.iter().filter_map(|l| Some((l.1, l.2?))).collect()
+        }
+        Role::Launcher => launcher::LAUNCHER_LIMITS.into(),
+        Role::Device => launcher::DEVICE_LIMITS.into(),
+        Role::Helper => launcher::HELPER_LIMITS.into(),
+    }
+}
 
 /// What bounds a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -34,6 +74,8 @@ pub struct Limits {
     pub limits: Vec<(String, String)>,
     /// Resource limits: soft values.
     pub rlimits: Vec<(String, String)>,
+    /// What it could raise them to.
+    pub hard_rlimits: Vec<(String, String)>,
 }
 
 /// Reads what bounds a process. What may not be read is left out.
@@ -44,7 +86,8 @@ pub fn read(pid: i32) -> Limits {
     let mut limits = Limits {
         own_leaf: is_leaf(&path),
         cgroup: printable(&path),
-        rlimits: rlimits(&text),
+        rlimits: rlimits(&text, 0),
+        hard_rlimits: rlimits(&text, 1),
         ..Limits::default()
     };
     let has = directory.as_deref().map(controllers).unwrap_or_default();
@@ -77,17 +120,24 @@ fn is_leaf(path: &str) -> bool {
             .is_some_and(|group| group.starts_with(GROUP_PREFIX))
 }
 
-fn rlimits(text: &str) -> Vec<(String, String)> {
+/// The soft ones are in column 0, the hard ones in column 1.
+fn rlimits(text: &str, column: usize) -> Vec<(String, String)> {
     let mut limits = Vec::new();
-    for (line, name) in RLIMITS {
-        let soft = text
+    for (line, name, _) in RLIMITS {
+        let value = text
             .lines()
-            .find_map(|l| l.strip_prefix(line)?.split_ascii_whitespace().next());
-        if let Some(soft) = soft {
-            limits.push((name.to_owned(), soft.to_owned()));
+            .find_map(|l| l.strip_prefix(line)?.split_ascii_whitespace().nth(column));
+        if let Some(value) = value {
+            limits.push((name.to_owned(), printable(value)));
         }
     }
     limits
+}
+
+fn value(limits: &[(String, String)], name: &str) -> Option<u64> {
+    let (_, text) = limits.iter().find(|(is, _)| is == name)?;
+    // What is no number bounds nothing.
+    Some(text.parse().unwrap_or(u64::MAX))
 }
 
 impl Limits {
@@ -107,18 +157,51 @@ impl Limits {
         })
     }
 
-    /// It may leave a core file, with guest memory in it.
-    pub fn leaves_a_core(&self) -> bool {
-        self.rlimits
-            .iter()
-            .any(|(name, soft)| name == "CORE" && soft != "0")
+    /// Resource limits that are wider than what was set, by the launcher or as the process says.
+    pub fn wider(&self, role: Role, said: Said) -> Vec<String> {
+        let (mut wrong, by_role) = (Vec::new(), most(role));
+        for (_, name, number) in RLIMITS {
+            let said = said.each().into_iter().find(|(of, _)| *of == number);
+            let said = said.and_then(|(_, most)| most);
+            let set = by_role.iter().find(|(of, _)| *of == number);
+            let set = set.map(|(_, most)| *most);
+            let Some(most) = said.into_iter().chain(set).min() else {
+                continue;
+            };
+            let soft = value(&self.rlimits, name);
+            let hard = value(&self.hard_rlimits, name);
+            let Some(is) = soft.into_iter().chain(hard).max().filter(|is| *is > most) else {
+                continue;
+            };
+            let is = match is {
+                u64::MAX => "unlimited".to_owned(),
+                is => is.to_string(),
+            };
+            let by = match said == Some(most) {
+                true => "the process says that it set",
+                false => "was set at its start",
+            };
+            wrong.push(match name {
+                "CORE" => format!("may leave a core file: RLIMIT_CORE is {is}"),
+                _ => format!("its RLIMIT_{name} is {is}, and {most} is what {by}"),
+            });
+        }
+        wrong
     }
 
-    /// More descriptors than a device of the most queues needs, or as many as it likes.
-    pub fn holds_many(&self) -> bool {
-        const MOST: u64 = 1024;
-        self.rlimits.iter().any(|(name, soft)| {
-            name == "NOFILE" && (soft == "unlimited" || soft.parse().is_ok_and(|n: u64| n > MOST))
+    /// Resource limits below what a process says that it needs, in one line.
+    pub fn short(&self, said: Said) -> Option<String> {
+        let below = RLIMITS.iter().filter_map(|(_, name, number)| {
+            let said = said.each().into_iter().find(|(of, _)| of == number)?.1?;
+            let soft = value(&self.rlimits, name).filter(|soft| *soft < said)?;
+            Some(format!("RLIMIT_{name} {soft} of {said}"))
+        });
+        let below: Vec<String> = below.collect();
+        (!below.is_empty()).then(|| {
+            format!(
+                "has less than it asked for, since the host allows no more: {}",
+                below.join(", ")
+            )
         })
     }
 
@@ -157,7 +240,7 @@ mod tests {
                     Max data size             67108864             67108864             bytes\n\
                     Max open files            12                   12                   files\n";
         let mut limits = Limits {
-            rlimits: rlimits(text),
+            rlimits: rlimits(text, 0),
             ..Limits::default()
         };
         let note = limits.note().unwrap();
@@ -173,5 +256,55 @@ mod tests {
         let own = read(i32::try_from(std::process::id()).unwrap());
         assert!(!own.own_leaf);
         assert_eq!(own.rlimits.len(), RLIMITS.len());
+        assert_eq!(own.hard_rlimits.len(), RLIMITS.len());
+    }
+
+    #[test]
+    fn every_limit_that_is_set_is_one_that_is_read() {
+        for role in [Role::Vmm, Role::Launcher, Role::Device, Role::Helper] {
+            let most = most(role);
+            assert!(most.len() >= 2);
+            for (number, _) in most {
+                assert!(
+                    RLIMITS.iter().any(|(_, _, read)| *read == number),
+                    "{number}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_limit_is_held_against_what_was_set_and_what_was_said() {
+        let of = |soft: &str, hard: &str| Limits {
+            rlimits: vec![("NOFILE".into(), soft.into())],
+            hard_rlimits: vec![("NOFILE".into(), hard.into())],
+            ..Limits::default()
+        };
+        let said = Said {
+            descriptors: Some(40),
+            ..Said::default()
+        };
+        let wider = |limits: &Limits| limits.wider(Role::Device, said).len();
+        assert_eq!(wider(&of("40", "40")), 0);
+        assert_eq!(wider(&of("41", "41")), 1);
+        assert_eq!(wider(&of("40", "41")), 1);
+        assert_eq!(wider(&of("40", "unlimited")), 1);
+        // Who says too much is held to what the launcher sets.
+        let lies = Said {
+            descriptors: Some(1 << 20),
+            ..Said::default()
+        };
+        assert_eq!(of("1048576", "1048576").wider(Role::Device, lies).len(), 1);
+        assert_eq!(
+            of("1024", "1024").wider(Role::Device, Said::default()),
+            [""; 0]
+        );
+        assert_eq!(of("40", "40").short(said), None);
+        assert!(
+            of("39", "39")
+                .short(said)
+                .unwrap()
+                .contains("NOFILE 39 of 40")
+        );
     }
 }

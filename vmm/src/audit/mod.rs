@@ -6,9 +6,12 @@
 //! held against the kernel's own parentage) or from a pid. Nothing that a process can choose
 //! itself (its name, names of its files) decides a grade, and all of it is escaped.
 //!
-//! `process` reads one process, `fds` its descriptors, `mappings` its memory, `trace` its seccomp
-//! filters, `limits` what bounds it; `grade` judges, `table` prints.
+//! `targets` finds the processes; `process` reads one, `fds` its descriptors, `mappings` its memory,
+//! `trace` its seccomp filters, `limits` what bounds it; `grade` judges, and `cgroups` where each is;
+//! `table` prints.
 
+mod capabilities;
+mod cgroups;
 mod fds;
 mod grade;
 mod limits;
@@ -16,30 +19,43 @@ mod mappings;
 mod policies;
 mod process;
 mod table;
+mod targets;
 mod trace;
+mod user_namespaces;
 
 use std::io::Write;
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use bulkhead_proto::{
-    BlockingClient, ClientError, MACHINE_SERVICE, machine, sys::peer_credentials,
-};
 use bulkhead_seccomp::landlock_empty;
 use serde::Serialize;
 
-use crate::launcher::{self, printable};
-use process::{Process, Tree};
+use crate::launcher::printable;
+use process::Process;
+use targets::{Found, Target};
+
+/// What to give it.
+const USAGE: &str = "give --api-socket PATH or --pid PID of a VM, or --policies, which needs none (see `bulkhead audit --help`)";
+/// Exit code of a command line that says nothing to do.
+const EXIT_USAGE: i32 = 2;
 
 /// Options of `bulkhead audit`.
 #[derive(clap::Args, Debug, Clone)]
+#[command(
+    override_usage = "bulkhead audit --api-socket PATH [--json]\n       bulkhead audit --pid PID [--json]\n       bulkhead audit --policies [--json]",
+    after_help = "By --api-socket the VMM names its devices, and what it says of them is held against what the \
+kernel says. By --pid (of the bulkhead process itself, not of its launcher or a device) nobody is asked: \
+that serves a VM without an API, or one that does not answer, and tells devices by their pids alone. \
+--policies prints what each seccomp policy of this program allows, without any VM.\n\n\
+Run it as root to see everything: of what an ordinary user's VM does, that user may read a part.\n\n\
+Exit codes: 0 all is as it should be, 1 something is not or nothing could be audited, 2 wrong command line, \
+3 not everything could be read and what could is as it should be."
+)]
 pub struct AuditArgs {
     /// The VM that serves this API socket
     #[arg(
         long,
         value_name = "PATH",
-        required_unless_present_any = ["pid", "policies"],
         conflicts_with_all = ["pid", "policies"]
     )]
     pub api_socket: Option<PathBuf>,
@@ -68,23 +84,6 @@ pub enum Role {
     Helper,
 }
 
-/// A process to look at.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Target {
-    role: Role,
-    /// Device id, or the role's name.
-    name: String,
-    pid: i32,
-    /// Number of descriptors granted at exec (from 3 on), where the API tells.
-    granted: Option<usize>,
-    /// Kind of a device ("blk"), where the API tells.
-    kind: Option<String>,
-    /// Landlock's ABI that is in force in it, as a device says.
-    landlock: Option<u32>,
-    /// What is wrong with its place among the processes.
-    misplaced: Vec<String>,
-}
-
 /// The judgement of one process or of all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -110,6 +109,8 @@ struct Report {
     notes: Vec<String>,
     /// Why it could not be judged.
     unread: Vec<String>,
+    /// ABI of Landlock in force in it, as it says itself.
+    landlock: Option<u32>,
     process: Option<Process>,
 }
 
@@ -186,24 +187,39 @@ pub fn run(args: &AuditArgs) -> i32 {
             Err(line) => fail(&line),
         };
     }
-    let (targets, deviations) = match (&args.api_socket, args.pid) {
-        (Some(path), _) => match from_api(path) {
-            Ok(found) => found,
-            Err(line) => return fail(&line),
-        },
-        (None, Some(pid)) => match from_pid(pid) {
-            Ok(found) => found,
-            Err(line) => return fail(&line),
-        },
-        (None, None) => return fail("give --api-socket PATH or --pid PID"),
+    let found = match (&args.api_socket, args.pid) {
+        (Some(path), _) => targets::from_api(path),
+        (None, Some(pid)) => targets::from_pid(pid),
+        (None, None) => {
+            fail(USAGE);
+            return EXIT_USAGE;
+        }
     };
-    let processes: Vec<Report> = targets.into_iter().map(recognise).map(report).collect();
+    let Found {
+        mut targets,
+        mut deviations,
+        cgroup,
+    } = match found {
+        Ok(found) => found,
+        Err(line) => return fail(&line),
+    };
+    let landlock = Landlock::of_this_kernel();
+    let possible = user_namespaces::expected(&targets);
+    for target in &mut targets {
+        target.told.user_namespaces = possible;
+        target.told.newest_landlock = landlock.abi;
+    }
+    let mut processes: Vec<Report> = targets.into_iter().map(recognise).map(report).collect();
+    let told = match &cgroup {
+        Some(path) => cgroups::Told::ByApi(path),
+        None => cgroups::Told::Nothing,
+    };
+    deviations.extend(cgroups::grade(&told, &mut processes));
     let worst = processes
         .iter()
         .map(|p| p.verdict)
         .max()
         .unwrap_or(Verdict::Unknown);
-    let mut deviations = deviations;
     let vmm_uid = processes
         .iter()
         .filter(|report| report.role == Role::Vmm)
@@ -224,7 +240,7 @@ pub fn run(args: &AuditArgs) -> i32 {
     let audit = Audit {
         verdict,
         processes,
-        landlock: Landlock::of_this_kernel(),
+        landlock,
         cores,
         securebits: SECUREBITS,
         deviations,
@@ -276,28 +292,46 @@ fn recognise(mut target: Target) -> Target {
     target
 }
 
+impl Report {
+    fn deviation(&mut self, line: String) {
+        self.deviations.push(line);
+        self.verdict = Verdict::Deviation;
+    }
+}
+
+/// How often threads of the VMM may be met that have only just begun, and the pause before another
+/// look.
+const LOOKS: u32 = 20;
+/// See [`LOOKS`].
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+fn read(target: &Target) -> Result<Process, String> {
+    let mut read = process::read(target.pid);
+    for _ in 0..LOOKS {
+        let begins = |p: &Process| grade::still_in_setup(p, &target.told).next().is_some();
+        if target.role != Role::Vmm || !read.as_ref().is_ok_and(begins) {
+            break;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+        read = process::read(target.pid);
+    }
+    read
+}
+
 fn report(target: Target) -> Report {
-    let read = process::read(target.pid);
+    let read = read(&target);
     let Target {
         role,
         name,
         pid,
-        granted,
-        kind,
-        landlock,
-        mut misplaced,
+        told,
+        misplaced,
     } = target;
-    let newest = landlock_empty::of_this_kernel().abi;
-    if role == Role::Device && landlock.is_some_and(|abi| abi < newest) {
-        misplaced.push(format!(
-            "says that Landlock is in force by ABI {}, and this kernel has {newest}",
-            landlock.unwrap_or(0)
-        ));
-    }
+    let landlock = told.landlock;
     let name = printable(&name);
     match read {
         Ok(process) => {
-            let judged = grade::grade(role, &process, granted, kind.as_deref());
+            let judged = grade::grade(role, &process, &told);
             let mut deviations = misplaced;
             deviations.extend(judged.deviations);
             let unread = process.unread.clone();
@@ -314,6 +348,7 @@ fn report(target: Target) -> Report {
                 deviations,
                 notes: judged.notes,
                 unread,
+                landlock,
                 process: Some(process),
             }
         }
@@ -329,207 +364,15 @@ fn report(target: Target) -> Report {
             deviations: misplaced,
             notes: Vec::new(),
             unread: vec![line],
+            landlock,
             process: None,
         },
     }
 }
 
-/// Largest reply of the API.
-const MAX_FRAME: u32 = 4 * 1024 * 1024;
-/// How long an answer may take.
-const DEADLINE: Duration = Duration::from_secs(5);
-
-/// How often a process that is just being started may be met, and the pause before another look.
-const LOOKS: u32 = 20;
-/// See [`LOOKS`].
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-type Found = (Vec<Target>, Vec<String>);
-
-/// A device by the API's account.
-#[derive(Clone, Debug)]
-struct Named {
-    id: String,
-    kind: String,
-    landlock: Option<u32>,
-    pid: i32,
-    granted: usize,
-}
-
-/// The processes that the API names, held against the kernel's own view.
-fn from_api(path: &Path) -> Result<Found, String> {
-    let name = printable(&path.to_string_lossy());
-    let stream = launcher::packet::connect(path).map_err(|error| {
-        format!("{name}: {error}; name the socket of a bulkhead that runs with --api-socket")
-    })?;
-    let peer = peer_credentials(stream.as_fd()).map_err(|error| format!("{name}: {error}"))?;
-    let mut client = BlockingClient::new(stream, MAX_FRAME);
-    let said = |error: ClientError| format!("{name}: {error}");
-    let info: machine::InfoResponse = client
-        .call(
-            MACHINE_SERVICE,
-            "Info",
-            &machine::InfoRequest::new(),
-            DEADLINE,
-        )
-        .map_err(said)?;
-    let vmm = if peer.pid > 0 { peer.pid } else { info.vmm_pid };
-    if info.vmm_pid != vmm {
-        return Err(format!(
-            "{name}: process {vmm} answers and says that it is {}: either it runs in another pid namespace, then run audit in there, or it lies",
-            info.vmm_pid
-        ));
-    }
-    for look in 1.. {
-        let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
-        let named = named(&mut client).map_err(said)?;
-        // One that is just being started, or has just ended, is in one list and not in the other.
-        let starts = |pid: i32| named.iter().all(|device| device.pid != pid);
-        if look < LOOKS && tree.children(info.launcher_pid).any(starts) {
-            std::thread::sleep(LOOK_AGAIN);
-            continue;
-        }
-        return Ok(place(&tree, vmm, Some(info.launcher_pid), Some(&named)));
-    }
-    Err(format!("{name}: its devices could not be told"))
-}
-
-/// The devices, as the API names them.
-fn named(client: &mut BlockingClient) -> Result<Vec<Named>, ClientError> {
-    let request = machine::DevicesRequest::new();
-    let devices = match client.call::<_, machine::DevicesResponse>(
-        MACHINE_SERVICE,
-        "Devices",
-        &request,
-        DEADLINE,
-    ) {
-        Ok(reply) => reply.devices,
-        // No machine has been made yet.
-        Err(ClientError::Status(_)) => Vec::new(),
-        Err(error) => return Err(error),
-    };
-    let devices = devices.into_iter().map(|device| Named {
-        pid: device.pid,
-        granted: device.granted_fds.len(),
-        landlock: device.helper.is_empty().then_some(device.landlock_abi),
-        kind: device.kind,
-        id: device.id,
-    });
-    Ok(devices.collect())
-}
-
-/// The processes below a VMM that is named by its pid.
-fn from_pid(pid: i32) -> Result<Found, String> {
-    let tree = Tree::read().map_err(|error| format!("/proc: {error}; mount /proc"))?;
-    if !tree.contains(pid) {
-        return Err(format!(
-            "--pid {pid}: no such process; give the pid of a running bulkhead (as root, if /proc hides processes)"
-        ));
-    }
-    let launchers: Vec<i32> = tree
-        .children(pid)
-        .filter(|child| process::executes(*child, launcher::PROGRAM))
-        .collect();
-    match launchers.as_slice() {
-        [launcher] => Ok(place(&tree, pid, Some(*launcher), None)),
-        _ => Err(format!(
-            "--pid {pid}: has no {} below it; give the pid of a running bulkhead, and run audit as root or as its user",
-            launcher::PROGRAM
-        )),
-    }
-}
-
-/// Gives each process its role. `named`: the devices by the API's account.
-fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) -> Found {
-    let mut deviations = Vec::new();
-    let target = |role, name: &str, pid| Target {
-        role,
-        name: name.to_owned(),
-        pid,
-        granted: None,
-        kind: None,
-        landlock: None,
-        misplaced: Vec::new(),
-    };
-    let mut targets = vec![target(Role::Vmm, "vmm", vmm)];
-    let launcher = launcher.filter(|pid| *pid > 0);
-    if let Some(pid) = launcher {
-        let mut entry = target(Role::Launcher, "launcher", pid);
-        if tree.contains(pid) && tree.parent(pid) != Some(vmm) {
-            entry.misplaced.push("is not a child of the VMM".into());
-        }
-        targets.push(entry);
-    } else {
-        deviations.push("the VMM names no launcher".into());
-    }
-    for pid in tree.children(vmm).filter(|pid| Some(*pid) != launcher) {
-        deviations.push(format!(
-            "process {pid} is a child of the VMM beside its launcher"
-        ));
-    }
-    let below: Vec<i32> = launcher
-        .map(|pid| tree.children(pid).collect())
-        .unwrap_or_default();
-    match named {
-        Some(named) => {
-            for device in named {
-                // A device that has failed or is about to start has no process.
-                if device.pid <= 0 {
-                    continue;
-                }
-                let mut entry = target(Role::Device, &device.id, device.pid);
-                entry.granted = (device.granted > 0).then_some(device.granted);
-                entry.kind = Some(device.kind.clone());
-                entry.landlock = device.landlock;
-                if tree.contains(device.pid) && tree.parent(device.pid) != launcher {
-                    entry
-                        .misplaced
-                        .push("is not a child of the launcher".into());
-                }
-                targets.push(entry);
-            }
-            for pid in below
-                .iter()
-                .filter(|pid| named.iter().all(|device| device.pid != **pid))
-            {
-                deviations.push(format!(
-                    "process {pid} is a child of the launcher that the API does not name"
-                ));
-            }
-        }
-        None => {
-            for pid in &below {
-                targets.push(target(Role::Device, &format!("device {pid}"), *pid));
-            }
-        }
-    }
-    for entry in targets.iter_mut().filter(|t| t.role == Role::Device) {
-        if tree.children(entry.pid).next().is_some() {
-            entry.misplaced.push("has child processes".into());
-        }
-    }
-    (targets, deviations)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn tree() -> Tree {
-        // VMM 10, launcher 11, devices 12 and 13; 99 is somebody else.
-        Tree::from_parents([(10, 1), (11, 10), (12, 11), (13, 11), (99, 1)])
-    }
-
-    fn named(pids: &[i32]) -> Vec<Named> {
-        let named = pids.iter().map(|pid| Named {
-            id: format!("d{pid}"),
-            kind: "blk".to_owned(),
-            landlock: None,
-            pid: *pid,
-            granted: 3,
-        });
-        named.collect()
-    }
 
     #[test]
     fn a_core_pattern_that_is_a_pipe_is_known() {
@@ -537,55 +380,5 @@ mod tests {
         assert!(piped.piped && piped.pattern.as_deref() == Some("|/usr/lib/dump %p"));
         assert!(!Cores::of(Some("core\n".into())).piped);
         assert!(!Cores::of(None).piped);
-    }
-
-    #[test]
-    fn processes_in_their_places_are_no_deviation() {
-        let (targets, deviations) = place(&tree(), 10, Some(11), Some(&named(&[12, 13])));
-        assert_eq!(deviations, Vec::<String>::new());
-        let pids: Vec<_> = targets
-            .iter()
-            .map(|t| (t.role, t.pid, t.misplaced.len()))
-            .collect();
-        assert_eq!(
-            pids,
-            [
-                (Role::Vmm, 10, 0),
-                (Role::Launcher, 11, 0),
-                (Role::Device, 12, 0),
-                (Role::Device, 13, 0)
-            ]
-        );
-        let (targets, _) = place(&tree(), 10, Some(11), None);
-        assert_eq!(targets.len(), 4);
-    }
-
-    #[test]
-    fn what_the_api_hides_or_invents_is_found() {
-        let (_, deviations) = place(&tree(), 10, Some(11), Some(&named(&[12])));
-        assert!(
-            deviations.iter().any(|d| d.contains("process 13")),
-            "{deviations:?}"
-        );
-        let (targets, _) = place(&tree(), 10, Some(11), Some(&named(&[12, 13, 99])));
-        assert!(
-            targets
-                .iter()
-                .any(|t| t.pid == 99 && !t.misplaced.is_empty())
-        );
-        let (targets, deviations) = place(&tree(), 10, Some(99), Some(&named(&[])));
-        assert!(
-            targets
-                .iter()
-                .any(|t| t.pid == 99 && !t.misplaced.is_empty())
-        );
-        assert!(deviations.iter().any(|d| d.contains("process 11")));
-        let grown = Tree::from_parents([(10, 1), (11, 10), (12, 11), (20, 12)]);
-        let (targets, _) = place(&grown, 10, Some(11), Some(&named(&[12])));
-        assert!(
-            targets
-                .iter()
-                .any(|t| t.pid == 12 && t.misplaced == ["has child processes"])
-        );
     }
 }

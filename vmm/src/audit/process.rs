@@ -69,7 +69,9 @@ impl Tree {
 }
 
 /// Fields of /proc/PID/stat after the command's name, from 0.
+const STATE: usize = 0;
 const PPID: usize = 1;
+const FLAGS: usize = 6;
 const START_TIME: usize = 19;
 
 /// A field of /proc/PID/stat. The name may hold spaces and parentheses: fields are counted
@@ -91,6 +93,17 @@ pub fn executes(pid: i32, program: &str) -> bool {
             .and_then(|name| name.to_str())
             .is_some_and(|name| name.strip_suffix(" (deleted)").unwrap_or(name) == program)
     })
+}
+
+/// Whether it is stopped by a signal or by a tracer.
+pub fn is_stopped(pid: i32) -> bool {
+    stat_field(pid, STATE).is_some_and(|state| matches!(state.as_str(), "T" | "t"))
+}
+
+/// Its real uid.
+pub fn uid(pid: i32) -> Option<u32> {
+    let status = Status::read(&format!("/proc/{pid}/status")).ok()?;
+    status.numbers("Uid").first().copied()
 }
 
 /// The five capability sets, as 64-bit masks in hexadecimal.
@@ -123,6 +136,8 @@ pub struct Thread {
     pub seccomp_mode: u32,
     /// How many filters lie on each other; old kernels do not say.
     pub seccomp_filters: Option<u32>,
+    /// It is the kernel's own (of KVM's or io_uring's) and runs no code of the process.
+    pub worker: bool,
     /// What they are, read from the kernel; `None` where it does not show them all to us.
     pub filters: Option<Filters>,
 }
@@ -166,6 +181,8 @@ pub struct Process {
     pub groups: Vec<u32>,
     /// Its pid in each pid namespace from the audit's inwards.
     pub pids: Vec<i32>,
+    /// When it started, in clock ticks after boot.
+    pub started: Option<u64>,
     /// Its threads.
     pub threads: Vec<Thread>,
     /// Its namespaces.
@@ -198,6 +215,7 @@ pub fn read(pid: i32) -> Result<Process, String> {
     })?;
     let mut process = Process::default();
     let status = Status::read(&format!("/proc/{pid}/status")).map_err(|_| ended())?;
+    process.started = began.parse().ok();
     process.uid = status.numbers("Uid");
     process.gid = status.numbers("Gid");
     process.groups = status.numbers("Groups");
@@ -261,6 +279,14 @@ fn dumpable(pid: i32, uid: &[u32]) -> Option<bool> {
     (effective != 0).then_some(owner == effective)
 }
 
+/// PF_IO_WORKER and PF_USER_WORKER of the kernel's <linux/sched.h>.
+const WORKER: u32 = 0x10 | 0x4000;
+
+fn is_worker(tid: i32) -> bool {
+    let flags = stat_field(tid, FLAGS).and_then(|flags| flags.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & WORKER != 0)
+}
+
 fn threads(pid: i32) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/task"))?.take(MAX_THREADS) {
@@ -288,6 +314,7 @@ fn threads(pid: i32) -> io::Result<Vec<Thread>> {
             no_new_privs: status.text("NoNewPrivs") == "1",
             seccomp_mode: status.text("Seccomp").parse().unwrap_or(0),
             seccomp_filters: status.text("Seccomp_filters").parse().ok(),
+            worker: is_worker(tid),
             filters: None,
         });
     }
@@ -351,6 +378,12 @@ fn namespaces(pid: i32) -> io::Result<Vec<Namespace>> {
         });
     }
     Ok(namespaces)
+}
+
+/// Whether a process has a namespace of this kind that is not the audit's.
+pub fn has_own_namespace(pid: i32, kind: &str) -> bool {
+    let of = |owner: &str| fs::read_link(format!("/proc/{owner}/ns/{kind}"));
+    matches!((of("self"), of(&pid.to_string())), (Ok(ours), Ok(its)) if ours != its)
 }
 
 fn root(pid: i32) -> io::Result<Root> {

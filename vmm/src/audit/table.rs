@@ -1,10 +1,11 @@
-//! The audit as text: one table of processes, the descriptors of each device, and what is
-//! wrong, line by line.
+//! The audit as text: one table of processes, what each of them holds, may call and is bounded by,
+//! and what is wrong, line by line.
 
 use std::fmt::Write;
 
-use super::grade::{capability_names, strongest};
-use super::process::{Namespace, Process};
+use super::capabilities::capability_names;
+use super::grade::strongest;
+use super::process::{Namespace, Process, Thread};
 use super::trace::Filters;
 use super::{Audit, Report, Role, Verdict};
 
@@ -34,76 +35,9 @@ pub fn render(audit: &Audit) -> String {
     let mut rows: Vec<Vec<String>> = vec![head.map(str::to_owned).into()];
     rows.extend(audit.processes.iter().map(row));
     columns(&mut out, "", &rows);
-    for report in audit
-        .processes
-        .iter()
-        .filter(|report| report.role == Role::Device)
-    {
-        let Some(process) = &report.process else {
-            continue;
-        };
-        if process.fds.is_empty() {
-            continue;
-        }
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            out,
-            "\nDescriptors of {} (pid {}):",
-            title(report),
-            report.pid
-        );
-        let rows: Vec<Vec<String>> = process
-            .fds
-            .iter()
-            .map(|fd| {
-                vec![
-                    fd.number.to_string(),
-                    fd.kind.label(),
-                    fd.access.clone(),
-                    fd.target.clone(),
-                ]
-            })
-            .collect();
-        columns(&mut out, "  ", &rows);
-        if let Some(filters) = process.threads.first().and_then(|t| t.filters.as_ref()) {
-            let _ = writeln!(
-                out,
-                "  system calls, read from the kernel: {}: {}; by policy {}",
-                filters.syscalls.len(),
-                filters.syscalls.join(" "),
-                by_policy(filters)
-            );
-        }
-        for fd in &process.fds {
-            if let Some(ring) = &fd.ring {
-                let _ = writeln!(
-                    out,
-                    "  io_uring {}: files {}; {} buffers",
-                    fd.number,
-                    ring.files.join(" "),
-                    ring.buffers
-                );
-            }
-        }
-        if let Some(mappings) = &process.mappings {
-            let _ = writeln!(
-                out,
-                "  mappings: {}, of which {} can be executed, {} of them written to",
-                mappings.total,
-                mappings.executable,
-                mappings.writable_and_executable.len()
-            );
-        }
-        if let Some(limits) = &process.limits {
-            let _ = writeln!(
-                out,
-                "  limits: {}; cgroup {}",
-                limits.text(&limits.rlimits),
-                match limits.text(&limits.limits) {
-                    text if text.is_empty() => "none".to_owned(),
-                    text => text,
-                }
-            );
+    for report in &audit.processes {
+        if let Some(process) = &report.process {
+            details(&mut out, report, process);
         }
     }
     out.push('\n');
@@ -121,11 +55,16 @@ pub fn render(audit: &Audit) -> String {
     for line in &audit.deviations {
         let _ = writeln!(out, "deviation: {line}");
     }
+    let mut meant = audit.processes.iter();
+    let said = match meant.all(|p| p.landlock.is_some() || !uses_landlock(p.role)) {
+        true => "the VMM and its devices say which they use",
+        false => "which a process uses it was not asked, or did not say",
+    };
     let _ = match (audit.landlock.abi, audit.landlock.missing) {
         (0, _) => writeln!(out, "note: Landlock: this kernel has none"),
         (abi, "") => writeln!(
             out,
-            "Landlock: ABI {abi} of this kernel's, all of it; device processes say that they use it"
+            "Landlock: ABI {abi} of this kernel's, all of it; {said}"
         ),
         (abi, missing) => writeln!(out, "note: Landlock: ABI {abi}, without {missing}"),
     };
@@ -145,6 +84,114 @@ pub fn render(audit: &Audit) -> String {
         Verdict::Deviation => writeln!(out, "verdict: deviation, see above"),
     };
     out
+}
+
+/// The launcher opens files for others, and a helper is another's program.
+fn uses_landlock(role: Role) -> bool {
+    matches!(role, Role::Vmm | Role::Device)
+}
+
+/// What one process holds, may call, has mapped and is bounded by.
+fn details(out: &mut String, report: &Report, process: &Process) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "\nDescriptors of {} (pid {}):",
+        title(report),
+        report.pid
+    );
+    let rows: Vec<Vec<String>> = process
+        .fds
+        .iter()
+        .map(|fd| {
+            vec![
+                fd.number.to_string(),
+                fd.kind.label(),
+                fd.access.clone(),
+                fd.target.clone(),
+            ]
+        })
+        .collect();
+    columns(out, "  ", &rows);
+    if rows.is_empty() {
+        out.push_str("  none that may be read\n");
+    }
+    calls(out, process);
+    for fd in &process.fds {
+        if let Some(ring) = &fd.ring {
+            let _ = writeln!(
+                out,
+                "  io_uring {}: files {}; {} buffers",
+                fd.number,
+                ring.files.join(" "),
+                ring.buffers
+            );
+        }
+    }
+    if let Some(mappings) = &process.mappings {
+        let _ = writeln!(
+            out,
+            "  mappings: {}, of which {} can be executed, {} of them written to",
+            mappings.total,
+            mappings.executable,
+            mappings.writable_and_executable.len()
+        );
+    }
+    if let Some(limits) = &process.limits {
+        let bounds = match limits.text(&limits.limits) {
+            text if text.is_empty() => String::new(),
+            text => format!(": {text}"),
+        };
+        let cgroup = match limits.cgroup.as_str() {
+            "" => "none",
+            path => path,
+        };
+        let _ = writeln!(
+            out,
+            "  limits: {}; cgroup {cgroup}{bounds}",
+            limits.text(&limits.rlimits),
+        );
+    }
+    let _ = match report.landlock {
+        Some(0) => writeln!(out, "  Landlock: none, as it says"),
+        Some(abi) => writeln!(out, "  Landlock: ABI {abi}, as it says"),
+        None => Ok(()),
+    };
+}
+
+/// The system calls of its threads; those of threads with the same filters once.
+fn calls(out: &mut String, process: &Process) {
+    let mut sets: Vec<(Option<&Filters>, Vec<&Thread>)> = Vec::new();
+    for thread in &process.threads {
+        let filters = thread.filters.as_ref();
+        match sets.iter_mut().find(|(of, _)| *of == filters) {
+            Some((_, threads)) => threads.push(thread),
+            None => sets.push((filters, vec![thread])),
+        }
+    }
+    let several = sets.len() > 1;
+    for (filters, threads) in &sets {
+        let who = match several {
+            true => {
+                let names = threads.iter().map(|t| format!("{} {}", t.name, t.tid));
+                format!(" of {}", names.collect::<Vec<_>>().join(", "))
+            }
+            false => String::new(),
+        };
+        let _ = match filters {
+            Some(filters) => writeln!(
+                out,
+                "  system calls{who}, read from the kernel: {}: {}; by policy {}",
+                filters.syscalls.len(),
+                filters.syscalls.join(" "),
+                by_policy(filters)
+            ),
+            None => writeln!(
+                out,
+                "  system calls{who}: the kernel does not show their filters to this user"
+            ),
+        };
+    }
 }
 
 /// What the kernel says it executes, and the name by which the API knows it.

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 use super::ctl_hotplug::{memory_json, memory_text};
 use super::ctl_output_net as net;
-use bulkhead_proto::common::TokenBucket;
+use bulkhead_proto::common::{ProcessLimits, TokenBucket};
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
     ConsoleConfig, DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig,
@@ -76,6 +76,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
         "launcher_pid": info.launcher_pid,
         "cgroup": info.cgroup,
         "cgroup_note": info.cgroup_note,
+        "landlock_abi": info.landlock_abi,
         "config": config,
         "cpus": info.cpus,
         "ports": ports,
@@ -280,6 +281,14 @@ fn disk_text(disk: &DiskConfig) -> String {
     text
 }
 
+/// What a process says it has limited itself to; null: it does not say, or left that as it was.
+fn limits_json(limits: &ProcessLimits) -> Value {
+    json!({
+        "descriptors": limits.descriptors, "file_bytes": limits.file_bytes,
+        "threads": limits.threads,
+    })
+}
+
 /// `devices --json`.
 pub fn devices_json(devices: &DevicesResponse) -> Value {
     let list: Vec<Value> = devices
@@ -293,6 +302,7 @@ pub fn devices_json(devices: &DevicesResponse) -> Value {
                 "version": device.version, "queues": device.queues,
                 "spawn_us": device.spawn_us, "granted_fds": device.granted_fds,
                 "landlock_abi": device.landlock_abi,
+                "limits": limits_json(&device.limits),
             })
         })
         .collect();

@@ -281,6 +281,9 @@ fn move_out(parent: &File, group: &Group) -> Result<(), String> {
         _ => {}
     }
     write(&group.directory, &format!("{VMM_LEAF}/cgroup.procs"), "0")
+        .inspect_err(|_| {
+            let _ = sys::remove_directory(&group.directory, VMM_LEAF);
+        })
         .map_err(io("moving the VMM to a leaf"))
 }
 

@@ -21,13 +21,38 @@ const DEVICE_NOFILE: u64 = 1024;
 /// each and its own (`machine::kinds`).
 const DEVICE_NPROC: u64 = 160;
 
+/// Limits of the launcher's (RLIMIT_* and the most).
+pub const LAUNCHER_LIMITS: [(u32, u64); 2] = [
+    (libc::RLIMIT_CORE, 0),
+    (libc::RLIMIT_NOFILE, LAUNCHER_NOFILE),
+];
+
+/// Those that a device process starts with, at most.
+pub const DEVICE_LIMITS: [(u32, u64); 6] = most(DEVICE_NOFILE, DEVICE_NPROC);
+
+/// Those of an external helper: each connection of the guest is one or more descriptors of passt's,
+/// which says no to the guest where they end.
+pub const HELPER_LIMITS: [(u32, u64); 6] = most(LAUNCHER_NOFILE, DEVICE_NPROC);
+
+const fn most(descriptors: u64, threads: u64) -> [(u32, u64); 6] {
+    [
+        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_NOFILE, descriptors),
+        (libc::RLIMIT_NPROC, threads),
+        (libc::RLIMIT_MSGQUEUE, 0),
+        (libc::RLIMIT_RTPRIO, 0),
+        (libc::RLIMIT_NICE, 0),
+    ]
+}
+
 /// Confines the launcher: capabilities, limits, no_new_privs, not dumpable, filter.
 pub fn launcher(args: &Args) -> Result<(), String> {
     let say =
         |what: &'static str| move |error: std::io::Error| format!("confinement: {what}: {error}");
     isolate::umask(0o077);
-    isolate::limit_at_most(libc::RLIMIT_CORE, 0).map_err(say("RLIMIT_CORE"))?;
-    isolate::limit_at_most(libc::RLIMIT_NOFILE, LAUNCHER_NOFILE).map_err(say("RLIMIT_NOFILE"))?;
+    for (resource, most) in LAUNCHER_LIMITS {
+        isolate::limit_at_most(resource, most).map_err(say("resource limits"))?;
+    }
     isolate::bar_capabilities().map_err(say("bounding set"))?;
     isolate::keep_capabilities(&args.rights.launcher_capabilities(args.host_ids.is_some()))
         .map_err(say("capabilities"))?;
@@ -43,29 +68,23 @@ pub fn launcher(args: &Args) -> Result<(), String> {
 
 /// Lowers the limits of what is about to become a device; `fallback`: what no cgroup limits.
 pub fn device_limits(fallback: Fallback) -> std::io::Result<()> {
-    limits(DEVICE_NOFILE, fallback)
+    limits(&DEVICE_LIMITS, fallback)
 }
 
-/// The same for an external helper: each connection of the guest is one or more descriptors of
-/// passt's, which says no to the guest where they end.
+/// The same for an external helper.
 pub fn helper_limits(fallback: Fallback) -> std::io::Result<()> {
-    limits(LAUNCHER_NOFILE, fallback)
+    limits(&HELPER_LIMITS, fallback)
 }
 
-fn limits(descriptors: u64, fallback: Fallback) -> std::io::Result<()> {
+fn limits(all: &[(u32, u64)], fallback: Fallback) -> std::io::Result<()> {
     if let Some(bytes) = fallback.memory {
         isolate::limit_at_most(libc::RLIMIT_DATA, bytes)?;
     }
-    let threads = fallback.pids.unwrap_or(DEVICE_NPROC).min(DEVICE_NPROC);
-    for (resource, most) in [
-        (libc::RLIMIT_CORE, 0),
-        (libc::RLIMIT_NOFILE, descriptors),
-        (libc::RLIMIT_NPROC, threads),
-        (libc::RLIMIT_MSGQUEUE, 0),
-        (libc::RLIMIT_RTPRIO, 0),
-        (libc::RLIMIT_NICE, 0),
-    ] {
-        isolate::limit_at_most(resource, most)?;
+    if let Some(threads) = fallback.pids {
+        isolate::limit_at_most(libc::RLIMIT_NPROC, threads)?;
+    }
+    for (resource, most) in all {
+        isolate::limit_at_most(*resource, *most)?;
     }
     Ok(())
 }

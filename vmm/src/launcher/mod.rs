@@ -56,6 +56,7 @@ pub use client::{
     Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Placed,
     SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
+pub(crate) use confine::{DEVICE_LIMITS, HELPER_LIMITS, LAUNCHER_LIMITS};
 pub use helper::Program;
 pub use identity::ids_of_vms_exist;
 pub use ids::IdRange;

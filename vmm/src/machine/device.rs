@@ -16,7 +16,7 @@ use bulkhead_proto::{BlockingClient, DEVICE_SERVICE};
 use vmm_sys_util::epoll::EventSet;
 
 use super::control::ControlChannel;
-use super::device_stats::About;
+use super::device_stats::{self, About};
 use super::disk::Disk;
 use super::kinds::DeviceKind;
 use super::life::Life;
@@ -192,6 +192,7 @@ impl Device {
             info.incarnation = process.incarnation;
             info.version = process.hello.version.clone();
             info.landlock_abi = process.hello.confinement.landlock_abi;
+            info.limits = device_stats::own_limits(&process.hello).into();
             info.spawn_us = process.ready_us;
         }
         info.queues = self.queues;

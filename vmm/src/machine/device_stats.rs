@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use bulkhead_proto::common::{NetLimits, TokenBucket};
-use bulkhead_proto::device::{NetState, StatsResponse};
+use bulkhead_proto::common::{NetLimits, ProcessLimits, TokenBucket};
+use bulkhead_proto::device::{HelloResponse, NetState, StatsResponse};
 use bulkhead_proto::machine::{DeviceStatsResponse, NetStatus};
 
 use super::usage::Usage;
@@ -120,6 +120,16 @@ fn mac_text(mac: &[u8]) -> Result<String, String> {
     }
     let bytes: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(bytes.join(":"))
+}
+
+/// What a process says of its limits, and nothing else that it may have put there.
+pub(super) fn own_limits(hello: &HelloResponse) -> Option<ProcessLimits> {
+    let said = hello.confinement.limits.as_ref()?;
+    let mut limits = ProcessLimits::new();
+    limits.descriptors = said.descriptors;
+    limits.file_bytes = said.file_bytes;
+    limits.threads = said.threads;
+    Some(limits)
 }
 
 #[cfg(test)]

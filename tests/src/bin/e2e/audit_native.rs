@@ -133,6 +133,11 @@ impl Served {
         })
     }
 
+    /// The copy of `bulkhead` that it runs.
+    pub fn program(&self) -> &str {
+        &self.program
+    }
+
     /// Root's audit, which finds no deviation and leaves nothing unread.
     fn audited(&self, how: &[&str]) -> Result<Value, String> {
         let mut args = vec!["audit", "--json"];
@@ -143,7 +148,8 @@ impl Served {
     }
 }
 
-fn told(how: &[&str], output: &Output) -> String {
+/// An audit that is not as it should be.
+pub fn told(how: &[&str], output: &Output) -> String {
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     format!("{how:?}: {}\n{out}\n{err}", output.status)

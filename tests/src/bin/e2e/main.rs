@@ -13,6 +13,7 @@ mod api_access;
 mod api_fuzz;
 mod audit;
 mod audit_native;
+mod audit_outside;
 mod bad_input;
 mod block;
 mod boot;
@@ -80,6 +81,7 @@ fn main() -> ExitCode {
     if native {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
+        tests.extend(audit_outside::native());
         tests.extend(config::native());
         tests.extend(api_access::native());
         tests.extend(api_fuzz::native());
@@ -117,6 +119,8 @@ fn main() -> ExitCode {
         tests.extend(api::tests());
         tests.extend(audit::tests());
         tests.extend(audit_native::native());
+        tests.extend(audit_outside::native());
+        tests.extend(audit_outside::tests());
         tests.extend(death::tests());
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());

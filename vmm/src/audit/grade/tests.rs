@@ -1,6 +1,7 @@
 //! Tests of grading: what is in order, and every single deviation.
 
 use super::*;
+use crate::audit::cgroups;
 use crate::audit::fds::Ring;
 use crate::audit::mappings::Mappings;
 use crate::audit::process::{Capabilities, Root};
@@ -13,6 +14,48 @@ fn fd(number: i32, kind: Kind) -> Fd {
         target: "x".into(),
         ring: None,
     }
+}
+
+/// What the API says of it.
+fn told() -> Told {
+    Told {
+        granted: Some(3),
+        kind: Some("blk".into()),
+        said: Said {
+            descriptors: Some(40),
+            file_bytes: Some(1 << 20),
+            threads: None,
+        },
+        landlock: Some(7),
+        newest_landlock: 7,
+        made: None,
+        user_namespaces: true,
+    }
+}
+
+/// The VM's cgroup, and the device's leaf in it.
+const GROUP: &str = "/a/bulkhead-vm-10-77";
+const LEAF: &str = "/a/bulkhead-vm-10-77/dev-root";
+
+/// What is wrong with where it is, beside its VMM, its launcher and another device.
+fn misplaced(device: Process) -> Vec<String> {
+    let mut vm = cgroups::tests::vm();
+    vm[2].process = Some(device);
+    let mut wrong = cgroups::grade(&cgroups::Told::ByApi(GROUP), &mut vm);
+    wrong.extend(vm.into_iter().flat_map(|report| report.deviations));
+    wrong
+}
+
+/// A resource limit of this value, soft and hard.
+fn limited(name: &str, value: &str) -> Option<Limits> {
+    let limits = vec![(name.to_owned(), value.to_owned())];
+    Some(Limits {
+        cgroup: LEAF.into(),
+        own_leaf: true,
+        rlimits: limits.clone(),
+        hard_rlimits: limits,
+        ..Limits::default()
+    })
 }
 
 /// A device as it should be.
@@ -39,6 +82,7 @@ fn device() -> Process {
             no_new_privs: true,
             seccomp_mode: 2,
             seccomp_filters: Some(3),
+            worker: false,
             filters: Some(Filters {
                 policies: ["bulkhead-blk", "bulkhead-blk", "bulkhead-launcher"]
                     .map(str::to_owned)
@@ -72,6 +116,7 @@ fn device() -> Process {
             fd(6, Kind::Memfd),
             fd(7, Kind::Anonymous("io_uring".into())),
         ],
+        limits: limited("NOFILE", "40"),
         ..Process::default()
     }
 }
@@ -79,11 +124,18 @@ fn device() -> Process {
 #[test]
 fn a_device_as_it_should_be_has_no_deviation() {
     assert_eq!(
-        grade(Role::Device, &device(), Some(3), Some("blk")),
+        grade(Role::Device, &device(), &told()),
         Judgement::default()
     );
     assert_eq!(
-        grade(Role::Device, &device(), None, Some("blk")),
+        grade(
+            Role::Device,
+            &device(),
+            &Told {
+                granted: None,
+                ..told()
+            }
+        ),
         Judgement::default()
     );
 }
@@ -92,7 +144,7 @@ fn a_device_as_it_should_be_has_no_deviation() {
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 30] = [
+    let changes: [(&str, Change); 41] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -145,34 +197,44 @@ fn every_single_deviation_is_found() {
             });
         }),
         ("dumpable", |p| p.dumpable = Some(true)),
-        ("core", |p| {
-            p.limits = Some(Limits {
-                own_leaf: true,
-                rlimits: vec![("CORE".into(), "unlimited".into())],
-                ..Limits::default()
-            });
+        ("core", |p| p.limits = limited("CORE", "unlimited")),
+        ("core of hard limit", |p| {
+            p.limits = limited("CORE", "0");
+            let limits = p.limits.as_mut().unwrap();
+            limits.hard_rlimits[0].1 = "1".into();
         }),
+        ("threads", |p| p.limits = limited("NPROC", "161")),
+        ("file size", |p| p.limits = limited("FSIZE", "1048577")),
+        ("one descriptor more", |p| {
+            p.limits = limited("NOFILE", "41")
+        }),
+        ("message queues", |p| p.limits = limited("MSGQUEUE", "1")),
+        ("priority", |p| p.limits = limited("NICE", "1")),
+        ("real time", |p| p.limits = limited("RTPRIO", "1")),
         ("second thread", |p| {
             let mut thread = p.threads[0].clone();
             thread.seccomp_mode = 0;
             p.threads.push(thread);
         }),
         ("net namespace", |p| p.namespaces[3].shared = true),
-        ("root of the host", |p| {
-            p.namespaces[0].shared = true;
-            p.uid = vec![0; 4];
-        }),
         ("root of the host by its map", |p| p.uid = vec![0; 4]),
         ("another kind's filter", |p| {
             let policies = &mut p.threads[0].filters.as_mut().unwrap().policies;
             policies[0] = "bulkhead-rng".into();
         }),
         ("many descriptors", |p| {
-            p.limits = Some(Limits {
-                own_leaf: true,
-                rlimits: vec![("NOFILE".into(), "1048576".into())],
-                ..Limits::default()
-            });
+            p.limits = limited("NOFILE", "unlimited")
+        }),
+        ("user namespace", |p| p.namespaces[0].shared = true),
+        ("cgroup namespace", |p| p.namespaces[6].shared = true),
+        ("a sibling's cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = format!("{GROUP}/dev-data");
+        }),
+        ("another VM's cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = "/a/bulkhead-vm-11-78/dev-root".into();
+        }),
+        ("the root cgroup", |p| {
+            p.limits.as_mut().unwrap().cgroup = "/".into();
         }),
         ("root entries", |p| {
             p.root.as_mut().unwrap().entries.push("etc".into())
@@ -189,9 +251,14 @@ fn every_single_deviation_is_found() {
     for (what, change) in changes {
         let mut process = device();
         change(&mut process);
-        let judgement = grade(Role::Device, &process, Some(3), Some("blk"));
-        assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
+        let mut found = grade(Role::Device, &process, &told()).deviations;
+        found.extend(misplaced(process));
+        assert_eq!(found.len(), 1, "{what}: {found:?}");
     }
+    let mut less = told();
+    less.landlock = Some(6);
+    let found = grade(Role::Device, &device(), &less).deviations;
+    assert_eq!(found.len(), 1, "Landlock of an older kernel: {found:?}");
 }
 
 #[test]
@@ -233,8 +300,15 @@ fn a_vcpu_thread_has_a_filter_of_its_own() {
 fn a_host_without_user_namespaces_is_noted_and_allowed() {
     let mut process = device();
     process.namespaces[0].shared = true;
-    let judgement = grade(Role::Device, &process, Some(3), Some("blk"));
+    let told = Told {
+        user_namespaces: false,
+        ..told()
+    };
+    let judgement = grade(Role::Device, &process, &told);
     assert_eq!((judgement.deviations.len(), judgement.notes.len()), (0, 1));
+    process.uid = vec![0; 4];
+    let judgement = grade(Role::Device, &process, &told);
+    assert_eq!(judgement.deviations.len(), 1, "{judgement:?}");
 }
 
 #[test]
@@ -253,17 +327,19 @@ fn an_external_helper_has_its_exceptions_and_no_others() {
             .retain(|fd| fd.number < 4 || fd.kind == Kind::Socket);
         process
     };
-    let judgement = grade(Role::Helper, &helper(), Some(1), None);
+    let judgement = grade(Role::Helper, &helper(), &told());
     assert_eq!(judgement.deviations, Vec::<String>::new());
     assert!(judgement.notes.iter().any(|n| n.contains("host's network")));
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 7] = [
+    let changes: [(&str, Change); 9] = [
         ("capability", |p| {
             p.threads[0].capabilities.effective = "1000".into()
         }),
         ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
         ("user namespace", |p| p.namespaces[0].shared = true),
         ("mnt namespace", |p| p.namespaces[1].shared = true),
+        ("cgroup namespace", |p| p.namespaces[6].shared = true),
+        ("descriptors", |p| p.limits = limited("NOFILE", "4097")),
         ("root entries", |p| {
             p.root.as_mut().unwrap().entries.push("usr".into())
         }),
@@ -273,7 +349,7 @@ fn an_external_helper_has_its_exceptions_and_no_others() {
     for (what, change) in changes {
         let mut process = helper();
         change(&mut process);
-        let judgement = grade(Role::Helper, &process, Some(1), None);
+        let judgement = grade(Role::Helper, &process, &told());
         assert_eq!(judgement.deviations.len(), 1, "{what}: {judgement:?}");
     }
 }
@@ -286,24 +362,76 @@ fn the_launcher_may_keep_its_capabilities_and_must_be_pid_1() {
     process.threads[0].capabilities.permitted = "802000c2".into();
     process.threads[0].capabilities.effective = "802000c2".into();
     assert_eq!(
-        grade(Role::Launcher, &process, None, None),
+        grade(Role::Launcher, &process, &told()),
         Judgement::default()
     );
     process.threads[0].capabilities.effective = "802000c3".into();
     process.pids = vec![400, 2];
     process.fds.push(fd(7, Kind::Anonymous("kvm-vm".into())));
-    assert_eq!(
-        grade(Role::Launcher, &process, None, None).deviations.len(),
-        3
-    );
+    assert_eq!(grade(Role::Launcher, &process, &told()).deviations.len(), 3);
+}
+
+/// A VMM of these threads, each with its filters.
+fn vmm(threads: &[(&str, &[&str])]) -> Process {
+    let mut process = device();
+    let model = process.threads[0].clone();
+    process.fds.truncate(5);
+    process.threads = threads
+        .iter()
+        .map(|(name, policies)| Thread {
+            name: (*name).into(),
+            seccomp_filters: u32::try_from(policies.len()).ok(),
+            filters: Some(Filters {
+                policies: policies.iter().map(|p| (*p).to_owned()).collect(),
+                ..Filters::default()
+            }),
+            ..model.clone()
+        })
+        .collect();
+    process
 }
 
 #[test]
-fn capability_sets_have_names() {
-    assert_eq!(capability_names(0), "none");
-    assert_eq!(capability_names(0x1ff_ffff_ffff), "all");
-    assert_eq!(
-        capability_names(1 << 21 | 1 << 1 | 1 << 50),
-        "dac_override,sys_admin,50"
-    );
+fn a_thread_of_the_vmms_that_stays_in_set_up_is_found_once_the_machine_is_made() {
+    const SETUP: &[&str] = &["bulkhead-vmm:setup"];
+    const STEADY: &[&str] = &["bulkhead-vmm:setup", "bulkhead-vmm"];
+    const VCPU: &[&str] = &["bulkhead-vmm:setup", "bulkhead-vcpu"];
+    let found = |process: &Process, made| {
+        let told = Told { made, ..told() };
+        grade(Role::Vmm, process, &told).deviations.len()
+    };
+    let whole = vmm(&[("bulkhead", STEADY), ("api", STEADY), ("vp-0", VCPU)]);
+    let lax = vmm(&[("bulkhead", STEADY), ("api", SETUP), ("vp-0", VCPU)]);
+    for made in [None, Some(true)] {
+        assert_eq!(found(&whole, made), 0);
+        assert_eq!(found(&lax, made), 1);
+    }
+    assert_eq!(found(&lax, Some(false)), 0);
+    // Before it is made nothing but the set-up's is there.
+    let before = vmm(&[("bulkhead", SETUP), ("api", STEADY)]);
+    assert_eq!(found(&before, None), 0);
+    assert_eq!(found(&before, Some(true)), 1);
+    // Counted where they cannot be read.
+    let mut counted = lax.clone();
+    counted.threads.iter_mut().for_each(|t| t.filters = None);
+    assert_eq!(found(&counted, None), 1);
+    // A thread of the kernel's own in it runs none of its code.
+    let mut kernels = lax;
+    kernels.threads[1].worker = true;
+    assert_eq!(found(&kernels, None), 0);
+}
+
+#[test]
+fn the_vmm_and_the_launcher_have_limits_too() {
+    let mut process = vmm(&[("bulkhead", &["bulkhead-vmm:setup"])]);
+    process.limits = limited("NOFILE", "8192");
+    let found = |role, process: &Process| grade(role, process, &Told::default()).deviations;
+    assert_eq!(found(Role::Vmm, &process), [""; 0]);
+    process.limits = limited("NOFILE", "8193");
+    assert_eq!(found(Role::Vmm, &process).len(), 1);
+    process.threads[0].filters.as_mut().unwrap().policies = vec!["bulkhead-launcher".into()];
+    process.pids = vec![400, 1];
+    assert_eq!(found(Role::Launcher, &process).len(), 1);
+    process.limits = limited("NOFILE", "4096");
+    assert_eq!(found(Role::Launcher, &process), [""; 0]);
 }

@@ -121,7 +121,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         vcpu: confine::vcpu_hook(),
         helper: confine::helper_hook(),
     };
-    confine::vmm(launcher.vmm_id())?;
+    let confinement = confine::vmm(launcher.vmm_id())?;
 
     let log = Arc::new(EventLog::new());
     let (sender, requests) = queue::channel().map_err(|e| format!("request queue: {e}"))?;
@@ -157,6 +157,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         stop: None,
         shutdown: None,
         unseen: None,
+        landlock_abi: confinement.landlock.abi,
         restarts: options.restarts,
         placements: Vec::new(),
         hotplug: hotplug::Hotplug::new()?,
@@ -244,6 +245,8 @@ struct Host {
     unseen: Option<u32>,
     /// How often a device's process may be replaced.
     restarts: Budget,
+    /// ABI of Landlock that is in force in this process.
+    landlock_abi: u32,
     /// Changes of limits that the launcher has not answered.
     placements: Vec<resources::Placement>,
     /// Devices that come and go.

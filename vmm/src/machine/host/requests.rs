@@ -262,6 +262,7 @@ impl Host {
         let (cgroup, note) = self.launcher.cgroup();
         info.cgroup = cgroup.to_owned();
         info.cgroup_note = note.to_owned();
+        info.landlock_abi = Some(self.landlock_abi);
         let mut counters = VmmCounters::new();
         counters.manager_wakeups = self.wakeups;
         counters.heartbeat_wakeups = self.heartbeat_wakeups;

@@ -1,0 +1,408 @@
+//! The audit of VMs that somebody has changed from outside: a process moved to another cgroup, limits
+//! raised, the VMM stopped. And what holds the VMM beside its filters, tried in its place.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::host::{AS_USER, sh};
+use bulkhead_tests::inject::{self, Call};
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{bulkhead, ctl, patience};
+use serde_json::{Value, json};
+
+use super::audit_native::{Served, told};
+use super::disk::LIMIT;
+use super::resources::mount;
+
+/// Those that need no guest.
+pub fn native() -> Vec<Test> {
+    let test = Test::short("audit");
+    vec![
+        test(
+            "a process that was moved to another cgroup than its own is found, and both are named",
+            moved,
+        ),
+        test(
+            "every thread of the VMM is under Landlock: it opens, executes and connects to nothing without its filters either",
+            landlock,
+        ),
+        test(
+            "text shows of the VMM and the launcher what it shows of devices",
+            text,
+        ),
+        test(
+            "a VMM that is stopped, another user's and none at all are told in one line with what to do",
+            lines,
+        ),
+    ]
+}
+
+/// Those that need what only the nested host has: root's right to raise limits.
+pub fn tests() -> Vec<Test> {
+    vec![Test::short("audit")(
+        "limits that root has raised are found, of each kind of process",
+        raised,
+    )]
+}
+
+fn pid_of(served: &Served, id: &str) -> Result<Value, String> {
+    let devices = ctl(&served.socket, &["devices"])?;
+    let mut all = devices.as_array().into_iter().flatten();
+    let device = all.find(|device| device["id"] == id);
+    let pid = device.map(|device| device["pid"].clone());
+    pid.ok_or_else(|| devices.to_string())
+}
+
+/// What root's audit finds wrong, of one process or of the VM.
+fn wrong(how: &[&str], pid: &Value) -> Result<Vec<String>, String> {
+    let mut args = vec!["audit", "--json"];
+    args.extend_from_slice(how);
+    let output = bulkhead(&args)?;
+    let audit: Value = serde_json::from_slice(&output.stdout)
+        .map_err(|e| format!("{e}: {}", told(how, &output)))?;
+    let processes = audit["processes"].as_array().into_iter().flatten();
+    let mut lines: Vec<String> = Vec::new();
+    for process in processes.filter(|process| process["pid"] == *pid) {
+        let of_it = process["deviations"].as_array().into_iter().flatten();
+        lines.extend(of_it.filter_map(|line| line.as_str().map(str::to_owned)));
+    }
+    let of_all = audit["deviations"].as_array().into_iter().flatten();
+    lines.extend(of_all.filter_map(|line| line.as_str().map(str::to_owned)));
+    let code = if lines.is_empty() { 0 } else { 1 };
+    check(output.status.code() == Some(code), || told(how, &output))?;
+    Ok(lines)
+}
+
+/// A directory that goes with the value.
+struct Made(PathBuf);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+        let _ = self.0.parent().map(fs::remove_dir);
+    }
+}
+
+fn moved() -> Verdict {
+    let root = mount().ok_or("cgroup v2 is not mounted")?;
+    let served = Served::new("audit-moved", &[])?;
+    let info = ctl(&served.socket, &["info"])?;
+    let own = info["cgroup"].as_str().unwrap_or_default();
+    check(!own.is_empty(), || info.to_string())?;
+    let group = root.join(own.trim_start_matches('/'));
+    let pid = served.vmm.pid().to_string();
+    let ways = [["--api-socket", &served.socket], ["--pid", &pid]];
+    let put = |pid: &Value, to: &Path| {
+        let file = to.join("cgroup.procs");
+        fs::write(&file, pid.to_string()).map_err(|e| format!("{}: {e}", file.display()))
+    };
+    let foreign = Made(root.join("bulkhead-vm-1-1/dev-root"));
+    fs::create_dir_all(&foreign.0).map_err(|e| e.to_string())?;
+    let sibling = group.join("dev-dice");
+    let (device, vmm) = (pid_of(&served, "root")?, json!(served.vmm.pid()));
+    let launcher = &info["launcher_pid"];
+    let leaf = format!("{own}/dev-root");
+    for to in [&sibling, &foreign.0, &root, &group] {
+        put(&device, to)?;
+        let path = to.strip_prefix(&root).map_err(|e| e.to_string())?;
+        let path = format!("/{}", path.display());
+        for way in &ways {
+            let lines = wrong(way, &device)?;
+            let [line] = lines.as_slice() else {
+                return Err(format!("{way:?}, {path}: {lines:?}"));
+            };
+            // Without the API nobody says which leaf is whose.
+            let names = line.contains(&path) && (way[0] == "--pid" || line.contains(&leaf));
+            check(names, || format!("{way:?}, {path}: {line}"))?;
+        }
+    }
+    put(&device, &group.join("dev-root"))?;
+    for (pid, to) in [(&vmm, &sibling), (launcher, &foreign.0)] {
+        let before =
+            fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|e| e.to_string())?;
+        let before = before.lines().find_map(|line| line.strip_prefix("0::/"));
+        let before = root.join(before.ok_or("no cgroup v2")?);
+        put(pid, to)?;
+        for way in &ways {
+            let lines = wrong(way, pid)?;
+            check(lines.len() == 1, || format!("{way:?}, {to:?}: {lines:?}"))?;
+        }
+        put(pid, &before)?;
+    }
+    for way in &ways {
+        let lines = wrong(way, &device)?;
+        check(lines.is_empty(), || format!("{way:?}: {lines:?}"))?;
+    }
+    Ok(())
+}
+
+fn raised() -> Verdict {
+    let served = Served::new("audit-raised", &[])?;
+    let info = ctl(&served.socket, &["info"])?;
+    let how = ["--api-socket", served.socket.as_str()];
+    let devices = ctl(&served.socket, &["devices"])?;
+    // What each says it needs is what it has.
+    for device in devices.as_array().into_iter().flatten() {
+        let limits = fs::read_to_string(format!("/proc/{}/limits", device["pid"]))
+            .map_err(|e| e.to_string())?;
+        let line = limits.lines().find(|l| l.starts_with("Max open files"));
+        let most = line.and_then(|l| l.split_whitespace().nth(3)?.parse::<u64>().ok());
+        let said = device["limits"]["descriptors"].as_u64();
+        check(said.is_some() && most == said, || {
+            format!("{line:?}: {device}")
+        })?;
+    }
+    let (vmm, launcher) = (json!(served.vmm.pid()), &info["launcher_pid"]);
+    let mut changes = vec![
+        (vmm, "nofile", "1000000"),
+        (launcher.clone(), "nofile", "1000000"),
+        (launcher.clone(), "core", "unlimited"),
+    ];
+    for (id, name, value) in [
+        ("root", "nofile", "1024"),
+        ("dice", "nproc", "100000"),
+        ("net", "core", "1"),
+        ("dice", "msgqueue", "1"),
+    ] {
+        changes.push((pid_of(&served, id)?, name, value));
+    }
+    for (pid, name, value) in changes {
+        let set = |value: &str| sh(&format!("prlimit --pid {pid} --{name}={value}"));
+        let before = sh(&format!(
+            "prlimit --pid {pid} --{name} --noheadings --raw --output SOFT,HARD"
+        ))?;
+        set(value)?;
+        let lines = wrong(&how, &pid)?;
+        let said = format!("RLIMIT_{}", name.to_uppercase());
+        check(lines.len() == 1 && lines[0].contains(&said), || {
+            format!("{pid} {name}={value}: {lines:?}")
+        })?;
+        set(&before.trim().replace(' ', ":"))?;
+    }
+    let lines = wrong(&how, &Value::Null)?;
+    check(lines.is_empty(), || format!("{lines:?}"))
+}
+
+/// What Landlock forbids and nothing else does.
+fn attempts() -> Vec<Call> {
+    let at = Some(i64::from(libc::AT_FDCWD));
+    let open = |path: &[u8], flags: i32| Call {
+        number: libc::SYS_openat,
+        arguments: [at, None, Some(i64::from(flags))],
+        bytes: path.to_vec(),
+    };
+    vec![
+        open(b"/etc/passwd\0", libc::O_RDONLY),
+        open(b"/\0", libc::O_RDONLY | libc::O_DIRECTORY),
+        Call {
+            number: libc::SYS_execve,
+            arguments: [None, Some(0), Some(0)],
+            bytes: b"/bin/true\0".to_vec(),
+        },
+    ]
+}
+
+/// A TCP socket of its own that connects to where nobody listens.
+fn connect(tid: i32) -> Result<i64, String> {
+    let socket = Call {
+        number: libc::SYS_socket,
+        arguments: [
+            Some(i64::from(libc::AF_INET)),
+            Some(i64::from(libc::SOCK_STREAM)),
+            Some(0),
+        ],
+        bytes: Vec::new(),
+    };
+    let fd = *inject::calls(tid, &[socket])?.first().ok_or("no answer")?;
+    check(fd >= 0, || format!("no socket: {fd}"))?;
+    let mut address = u16::try_from(libc::AF_INET)
+        .unwrap_or_default()
+        .to_ne_bytes()
+        .to_vec();
+    address.extend(1_u16.to_be_bytes());
+    address.extend([127, 0, 0, 1]);
+    address.extend([0; 8]);
+    let connect = Call {
+        number: libc::SYS_connect,
+        arguments: [Some(fd), None, Some(16)],
+        bytes: address,
+    };
+    let close = Call {
+        number: libc::SYS_close,
+        arguments: [Some(fd), Some(0), Some(0)],
+        bytes: Vec::new(),
+    };
+    let answers = inject::calls(tid, &[connect, close])?;
+    check(answers.get(1) == Some(&0), || format!("{answers:?}"))?;
+    answers.first().copied().ok_or_else(|| "no answer".into())
+}
+
+const REFUSED: i64 = -(libc::EACCES as i64);
+
+fn landlock() -> Verdict {
+    // Where nothing holds it, each can be done.
+    let mut free = Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let pid = free.id().cast_signed();
+    let end = Instant::now() + patience(LIMIT);
+    // Until then it is this program's copy, which waits for other things.
+    while fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name != "sleep\n")
+        && Instant::now() < end
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut opens = attempts();
+    opens.truncate(2);
+    let answers = inject::calls(pid, &opens);
+    let connected = connect(pid);
+    let _ = free.kill();
+    let _ = free.wait();
+    let answers = answers?;
+    check(answers.iter().all(|fd| *fd >= 0), || format!("{answers:?}"))?;
+    let connected = connected?;
+    check(connected != REFUSED, || format!("{connected}"))?;
+
+    for by in [&[] as &[&str], &AS_USER] {
+        let served = Served::new("audit-landlock", by)?;
+        let info = ctl(&served.socket, &["info"])?;
+        let abi = info["landlock_abi"].as_u64().unwrap_or_default();
+        check(abi >= 4, || format!("Landlock of this kernel: {info}"))?;
+        let pid = served.vmm.pid();
+        let mut names = Vec::new();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| e.to_string())?;
+        for task in tasks.flatten() {
+            let tid = task.file_name().to_string_lossy().into_owned();
+            let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            // A thread of KVM's own runs none of the VMM's code.
+            if name.starts_with("kvm-") {
+                continue;
+            }
+            let tid: i32 = tid.parse().map_err(|_| tid)?;
+            let answers = inject::calls(tid, &attempts())?;
+            let refused = answers.iter().all(|answer| *answer == REFUSED);
+            check(refused, || format!("{name} {tid}: {answers:?}"))?;
+            let connected = connect(tid)?;
+            check(connected == REFUSED, || {
+                format!("{name} {tid}: {connected}")
+            })?;
+            names.push(name.trim().to_owned());
+        }
+        check(names.iter().any(|name| name == "vp-0"), || {
+            format!("{names:?}")
+        })?;
+        // It serves on.
+        ctl(&served.socket, &["devices"]).map_err(|e| served.vmm.story(&e))?;
+        let output = bulkhead(&["audit", "--json", "--api-socket", &served.socket])?;
+        let audit: Value = serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())?;
+        let mut all = audit["processes"].as_array().into_iter().flatten();
+        let said = all.find(|p| p["role"] == "vmm").map(|p| &p["landlock"]);
+        let newest = &audit["landlock"]["abi"];
+        check(said == Some(newest) && *newest == abi, || audit.to_string())?;
+    }
+    Ok(())
+}
+
+fn text() -> Verdict {
+    let served = Served::new("audit-text", &[])?;
+    let output = bulkhead(&["audit", "--api-socket", &served.socket])?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    check(output.status.code() == Some(0), || text.clone())?;
+    let info = ctl(&served.socket, &["info"])?;
+    for (name, pid, policies) in [
+        (
+            "bulkhead",
+            &json!(served.vmm.pid()),
+            &["bulkhead-vmm (", "bulkhead-vcpu ("] as &[&str],
+        ),
+        (
+            "bulkhead-launcher",
+            &info["launcher_pid"],
+            &["bulkhead-launcher"],
+        ),
+        (
+            "bulkhead-rng dice",
+            &pid_of(&served, "dice")?,
+            &["bulkhead-rng ("],
+        ),
+    ] {
+        let head = format!("\nDescriptors of {name} (pid {pid}):\n");
+        let (_, part) = text.split_once(&head).ok_or(format!("{head}: {text}"))?;
+        let part = part.split("\n\n").next().unwrap_or_default();
+        let socket = part.lines().any(|line| line.contains("socket:["));
+        check(socket, || format!("{name}: {part}"))?;
+        for says in [
+            "  system calls",
+            "read from the kernel: ",
+            "  mappings: ",
+            "  limits: CORE 0, NOFILE ",
+            "cgroup ",
+        ] {
+            check(part.contains(says), || format!("{name}: {says}: {part}"))?;
+        }
+        for policy in policies {
+            check(part.contains(policy), || {
+                format!("{name}: {policy}: {part}")
+            })?;
+        }
+        let landlock = part.contains("  Landlock: ABI ");
+        check(landlock == (name != "bulkhead-launcher"), || {
+            format!("{name}: {part}")
+        })?;
+    }
+    Ok(())
+}
+
+/// The one line of an audit that cannot be made.
+fn line(output: &Output, code: i32) -> Result<String, String> {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let one = output.stdout.is_empty() && text.lines().count() == 1;
+    check(one && output.status.code() == Some(code), || {
+        told(&[], output)
+    })?;
+    Ok(text)
+}
+
+fn lines() -> Verdict {
+    let nothing = line(&bulkhead(&["audit"])?, 2)?;
+    let help = bulkhead(&["audit", "--help"])?;
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    for option in ["--api-socket PATH", "--pid PID", "--policies"] {
+        check(nothing.contains(option), || nothing.clone())?;
+        check(help.contains(&format!("bulkhead audit {option}")), || {
+            help.clone()
+        })?;
+    }
+    let served = Served::new("audit-lines", &[])?;
+    let pid = served.vmm.pid().to_string();
+    // A program that this user may execute, wherever the VMM's own lies.
+    sh(&format!("chmod -R a+rX $(dirname {})", served.program()))?;
+    for how in [["--api-socket", &served.socket], ["--pid", &pid]] {
+        let output = Command::new(AS_USER[0])
+            .args(&AS_USER[1..])
+            .args([served.program(), "audit"])
+            .args(how)
+            .output()
+            .map_err(|e| e.to_string())?;
+        let said = line(&output, 1)?;
+        check(
+            said.contains("another user's") && said.contains("run the audit as root"),
+            || format!("{how:?}: {said}"),
+        )?;
+    }
+    sh(&format!("kill -STOP {pid}"))?;
+    let stopped = bulkhead(&["audit", "--api-socket", &served.socket]);
+    let by_pid = bulkhead(&["audit", "--pid", &pid]);
+    sh(&format!("kill -CONT {pid}"))?;
+    let said = line(&stopped?, 1)?;
+    let remedy = said.contains("is stopped") && said.contains(&format!("kill -CONT {pid}"));
+    check(remedy, || said.clone())?;
+    let by_pid = by_pid?;
+    check(by_pid.status.code() == Some(0), || {
+        told(&["--pid"], &by_pid)
+    })?;
+    ctl(&served.socket, &["devices"]).map(|_| ())
+}
