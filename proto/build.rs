@@ -40,7 +40,7 @@ fn main() -> io::Result<()> {
         let text = fs::read_to_string(proto)?;
         let kept: Vec<&str> = text
             .lines()
-            .filter(|line| !line.contains("(stream "))
+            .filter(|line| !line.trim_start().starts_with("rpc") || !line.contains("(stream "))
             .collect();
         let name = proto
             .file_name()

@@ -10,8 +10,10 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use protobuf::Message;
@@ -176,6 +178,53 @@ impl BlockingClient {
         })
     }
 
+    /// Calls a method whose client goes on speaking; `first` is its first message. As
+    /// [`subscribe`](Self::subscribe) otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub fn converse<Req: Message, Item: Message>(
+        mut self,
+        service: &str,
+        method: &str,
+        first: &Req,
+        timeout: Duration,
+    ) -> Result<(Speaker, Subscription<Item>), ClientError> {
+        let deadline = Deadline::after(timeout);
+        let mut frame = Vec::new();
+        let mut body = Vec::new();
+        let view = RequestView {
+            service,
+            method,
+            payload: &[],
+            timeout_nano: 0,
+        };
+        envelope::encode_request(&mut body, &view);
+        let flags = frame::FLAG_REMOTE_OPEN;
+        frame::encode(
+            &mut frame,
+            frame::TYPE_REQUEST,
+            self.next_stream,
+            flags,
+            &body,
+        )
+        .map_err(|error| ClientError::Request(error.to_string()))?;
+        let stream_id = self.guarded(|this| this.send_request(&frame, deadline))?;
+        let speaker = Speaker {
+            socket: self.socket.try_clone()?,
+            stream_id,
+        };
+        speaker.say(first, timeout)?;
+        let subscription = Subscription {
+            client: self,
+            stream_id,
+            ended: false,
+            item: PhantomData,
+        };
+        Ok((speaker, subscription))
+    }
+
     /// The same channel for an event loop, which must not wait: [`AsyncClient`].
     ///
     /// # Errors
@@ -228,17 +277,7 @@ impl BlockingClient {
 
     fn send_request(&mut self, frame: &[u8], deadline: Deadline) -> Result<u32, ClientError> {
         let stream_id = self.next_stream;
-        let mut rest = frame;
-        while !rest.is_empty() {
-            match sys::send(self.socket.as_fd(), rest) {
-                Ok(Some(count)) => rest = rest.get(count..).unwrap_or_default(),
-                Ok(None) => {
-                    let left = deadline.left()?;
-                    sys::wait(self.socket.as_fd(), Interest::Writable, left)?;
-                }
-                Err(error) => return Err(closed_or(error)),
-            }
-        }
+        send_all(self.socket.as_fd(), frame, deadline)?;
         self.next_stream = stream_after(stream_id);
         Ok(stream_id)
     }
@@ -285,6 +324,65 @@ impl BlockingClient {
 impl AsFd for BlockingClient {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], deadline: Deadline) -> Result<(), ClientError> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match sys::send(socket, rest) {
+            Ok(Some(count)) => rest = rest.get(count..).unwrap_or_default(),
+            Ok(None) => {
+                let left = deadline.left()?;
+                sys::wait(socket, Interest::Writable, left)?;
+            }
+            Err(error) => return Err(closed_or(error)),
+        }
+    }
+    Ok(())
+}
+
+/// The client's side of a call in which both speak; for a thread of its own.
+#[derive(Debug)]
+pub struct Speaker {
+    socket: OwnedFd,
+    stream_id: u32,
+}
+
+impl Speaker {
+    /// Sends a message.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`]; after any of them nothing can be said any more.
+    pub fn say<M: Message>(&self, message: &M, timeout: Duration) -> Result<(), ClientError> {
+        let refused = |error: String| ClientError::Request(error);
+        let body = message
+            .write_to_bytes()
+            .map_err(|error| refused(error.to_string()))?;
+        let mut out = Vec::new();
+        frame::encode(&mut out, frame::TYPE_DATA, self.stream_id, 0, &body)
+            .map_err(|error| refused(error.to_string()))?;
+        send_all(self.socket.as_fd(), &out, Deadline::after(timeout))
+    }
+
+    /// Ends the connection, in the middle of whatever another thread waits for.
+    pub fn hang_up(&self) {
+        if let Ok(socket) = self.socket.try_clone() {
+            // One that is not connected any more has ended already.
+            let _ = UnixStream::from(socket).shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Says no more.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub fn close(&self, timeout: Duration) -> Result<(), ClientError> {
+        let mut out = Vec::new();
+        frame::encode_end_of_stream(&mut out, self.stream_id);
+        send_all(self.socket.as_fd(), &out, Deadline::after(timeout))
     }
 }
 

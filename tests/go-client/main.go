@@ -280,6 +280,51 @@ func (t *test) vanish() error {
 	return t.state(machine.State_STATE_CREATED)
 }
 
+func attach(console *machine.ConsoleAttach) *machine.ConsoleInput {
+	return &machine.ConsoleInput{What: &machine.ConsoleInput_Attach{Attach: console}}
+}
+
+// A stream in both directions: of the serial port, which prints nothing before the machine boots, and of one that is
+// not there.
+func (t *test) console() error {
+	terminal, err := dial(t.socket)
+	if err != nil {
+		return err
+	}
+	defer terminal.connection.Close()
+	ctx, cancel := within(patience)
+	defer cancel()
+	stream, err := terminal.AttachConsole(ctx)
+	if err != nil {
+		return err
+	}
+	if err := stream.Send(attach(&machine.ConsoleAttach{})); err != nil {
+		return err
+	}
+	first, err := stream.Recv()
+	if err != nil || len(first.Printed) > 0 {
+		return fmt.Errorf("at first comes %v: %v", first, err)
+	}
+	typed := &machine.ConsoleInput{What: &machine.ConsoleInput_Typed{Typed: []byte("ls\n")}}
+	for range 5 {
+		if err := stream.Send(typed); err != nil {
+			return err
+		}
+	}
+	wrong, err := t.api.AttachConsole(ctx)
+	if err != nil {
+		return err
+	}
+	if err := wrong.Send(attach(&machine.ConsoleAttach{Port: 1})); err != nil {
+		return err
+	}
+	_, err = wrong.Recv()
+	if err := refused(err, codes.InvalidArgument, "port is 1"); err != nil {
+		return err
+	}
+	return t.state(machine.State_STATE_CREATED)
+}
+
 func (t *test) shutdown() error {
 	ctx, cancel := within(patience)
 	defer cancel()
@@ -315,6 +360,7 @@ func main() {
 		{"40 calls are cancelled, and the connection serves on", t.cancelledCall},
 		{"40 watches are cancelled", t.cancelledWatch},
 		{"40 watchers vanish", t.vanish},
+		{"a console is attached to, typed at, and refused by name", t.console},
 		{"the machine is ended", t.shutdown},
 	} {
 		if err := one.run(); err != nil {

@@ -15,8 +15,8 @@ use crate::threads::ThreadHook;
 /// 30 more; KVM's, those of 64 vCPUs, of guest memory, the launcher and clients of the API.
 const NOFILE: u64 = 8192;
 
-/// Threads that a VMM with a uid of its own may have: those of 64 vCPUs, one for each of 31
-/// devices, and twice as many for clients of the API and what is on its way.
+/// Threads that a VMM with a uid of its own may have: those of 64 vCPUs, two for each of 31
+/// devices, and as many again for the API and what is on its way.
 const NPROC: u64 = 256;
 
 /// Confines this process for good, in the set-up stage. Called by the manager thread before

@@ -14,6 +14,7 @@ pub mod hotplug;
 pub mod hypervisor;
 pub mod kvm;
 pub mod launcher;
+pub mod line;
 pub mod logger;
 pub mod machine;
 pub mod memory;

@@ -4,9 +4,9 @@
 //! Streams on the wire are as in ttrpc's PROTOCOL.md and its Go and Rust implementations:
 //! a unary call is a request frame and a response frame; `Events` is a request frame, any
 //! number of data frames, and either a data frame that only closes or a response frame
-//! with the error.
+//! with the error. `AttachConsole` has data frames of the client's, too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,61 +18,18 @@ use bulkhead_proto::frame::{self, Frame, FrameError, FrameReader};
 use bulkhead_proto::outbox::Outbox;
 use bulkhead_proto::{Code, RpcStatus, envelope, sys};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::MachineService;
 use super::access::Role;
-use super::events::{EventLog, Lookup};
+use super::console::{self, Attachment};
+use super::events::EventLog;
+use super::limits::Limits;
 use super::reply::{ApiResponse, CallKey, Replies};
-use super::request::{self, ApiRequest, Call, EventsFrom, Services};
+use super::request::{self, ApiRequest, Call, Services};
 
 /// How long a call takes that waits for the machine's end: ten years.
 const ENDLESS: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
-
-/// What one client, and all of them together, may make the server hold.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    /// Connections at once.
-    pub(super) connections: usize,
-    /// Bytes of one request's frame.
-    pub(super) request: u32,
-    /// A request longer than `request` but not than this is read and thrown away, so that
-    /// its client gets round to reading the refusal: no ttrpc client sends more.
-    pub(super) skipped_request: u32,
-    /// Bytes of one reply's frame.
-    pub(super) reply: usize,
-    /// Calls of one connection that are in flight; more are not read.
-    pub(super) calls: usize,
-    /// Calls of all clients, past and present, that the manager has not answered.
-    pub(super) outstanding: usize,
-    /// Event streams of one connection.
-    pub(super) subscriptions: usize,
-    /// Bytes waiting for a client to read them, from where on it is not listened to.
-    pub(super) backlog: usize,
-    /// From where on it is cut off: what calls in flight may still add.
-    pub(super) backlog_max: usize,
-    /// How long a client may read nothing while bytes wait for it.
-    pub(super) stall: Duration,
-    /// How long a call may take, whatever the client says.
-    pub(super) call_time: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 64,
-            request: 256 * 1024,
-            skipped_request: 4 * 1024 * 1024,
-            reply: 512 * 1024,
-            calls: 32,
-            outstanding: 256,
-            subscriptions: 4,
-            backlog: 64 * 1024,
-            backlog_max: 1024 * 1024,
-            stall: Duration::from_secs(30),
-            call_time: request::WAIT_MAX.saturating_add(Duration::from_secs(60)),
-        }
-    }
-}
 
 /// What a connection needs of its server.
 pub(super) struct Context<'a> {
@@ -84,19 +41,16 @@ pub(super) struct Context<'a> {
     pub(super) now: Instant,
 }
 
+mod streams;
+
+use streams::Subscription;
+
 struct InFlight {
     call: u64,
     /// Of `vmservice.VM`.
     vm: bool,
     deadline: Instant,
     abandoned: Arc<AtomicBool>,
-}
-
-struct Subscription {
-    next: u64,
-    backlog_only: bool,
-    gaps: bool,
-    deadline: Option<Instant>,
 }
 
 /// A client's connection.
@@ -111,6 +65,7 @@ pub(super) struct Connection {
     outbox: Outbox,
     calls: BTreeMap<u32, InFlight>,
     subscriptions: BTreeMap<u32, Subscription>,
+    consoles: BTreeMap<u32, Attachment>,
     next_call: u64,
     /// It has called `vmservice.VM`: its client has this one connection for the machine's
     /// life, and is not asked to make another one.
@@ -144,6 +99,7 @@ impl Connection {
             outbox: Outbox::default(),
             calls: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
+            consoles: BTreeMap::new(),
             next_call: 0,
             stays: false,
             stalled: None,
@@ -168,6 +124,7 @@ impl Connection {
         let owes = self.stays
             || !self.calls.is_empty()
             || !self.subscriptions.is_empty()
+            || !self.consoles.is_empty()
             || !self.outbox.is_empty()
             || !self.unread.is_empty();
         (!owes).then_some(self.last_active)
@@ -175,7 +132,8 @@ impl Connection {
 
     /// There is nothing left to do but to close it.
     pub(super) fn is_finished(&self) -> bool {
-        let quiet = self.outbox.is_empty() && self.subscriptions.is_empty();
+        let quiet =
+            self.outbox.is_empty() && self.subscriptions.is_empty() && self.consoles.is_empty();
         let no_more_requests = self.read_closed && self.unread.is_empty() && self.calls.is_empty();
         self.dead || (quiet && (self.ending || no_more_requests))
     }
@@ -199,6 +157,7 @@ impl Connection {
             .subscriptions
             .values()
             .filter_map(|stream| stream.deadline);
+        let streams = streams.chain(self.consoles.values().filter_map(|c| c.deadline));
         let stall = self
             .stalled
             .and_then(|since| since.checked_add(limits.stall));
@@ -225,16 +184,25 @@ impl Connection {
         }
     }
 
-    /// An answer of the manager.
+    /// An answer of the manager; `bell` wakes this thread.
     pub(super) fn on_completion(
         &mut self,
         key: CallKey,
         outcome: Result<ApiResponse, RpcStatus>,
+        bell: &Arc<EventFd>,
         limits: &Limits,
     ) {
         let due = self.calls.get(&key.stream_id);
         if let Some(vm) = due.filter(|call| call.call == key.call).map(|call| call.vm) {
             self.calls.remove(&key.stream_id);
+            if let Ok(ApiResponse::Console(client)) = outcome {
+                if let Some(console) = self.consoles.get_mut(&key.stream_id) {
+                    console.open(client, bell);
+                    console::put_first(&mut self.outbox, key.stream_id);
+                }
+                return;
+            }
+            self.consoles.remove(&key.stream_id);
             let encoded = outcome.and_then(|response| match vm {
                 true => response.encode_for_vm(),
                 false => response.encode(),
@@ -250,7 +218,11 @@ impl Connection {
         while !self.dead {
             self.handle_unread(context);
             self.pump(context);
-            if self.outbox.is_empty() || self.flush(context.now).is_break() {
+            self.pump_consoles(context);
+            // What was typed may have been taken meanwhile.
+            let more = !self.unread.is_empty() && self.accepts(context.limits);
+            let done = self.outbox.is_empty() || self.flush(context.now).is_break();
+            if done && !more {
                 break;
             }
         }
@@ -262,6 +234,7 @@ impl Connection {
         self.ending = true;
         for (stream_id, call) in std::mem::take(&mut self.calls) {
             call.abandoned.store(true, Ordering::Release);
+            self.consoles.remove(&stream_id);
             let status = RpcStatus::new(
                 Code::Unavailable,
                 "bulkhead is ending, and this request has no answer: what it was about ends with it",
@@ -275,6 +248,7 @@ impl Connection {
             && !self.ending
             && self.outbox.len() < limits.backlog
             && self.calls.len() < limits.calls
+            && !self.consoles.values().any(Attachment::holds_back)
     }
 
     fn handle_unread(&mut self, context: &Context<'_>) {
@@ -318,7 +292,12 @@ impl Connection {
                     self.refuse(stream_id, status, context.limits);
                 }
             }
-            // No method takes a stream. For a call of ours it is noise, else an error.
+            frame::TYPE_DATA if self.consoles.contains_key(&stream_id) => {
+                let console = self.consoles.get_mut(&stream_id);
+                let next = console.map(|console| console.on_frame(frame));
+                self.go_on(stream_id, next, context);
+            }
+            // For a call of ours it is noise, else an error.
             frame::TYPE_DATA if !self.in_use(stream_id) => {
                 let status = RpcStatus::invalid_argument("the stream is not active");
                 self.reply(stream_id, Err(status), context.limits);
@@ -338,11 +317,6 @@ impl Connection {
         }
         let request = envelope::parse_request(&frame.body)
             .map_err(|error| RpcStatus::invalid_argument(error.to_string()))?;
-        if header.has(frame::FLAG_REMOTE_OPEN) {
-            return Err(RpcStatus::invalid_argument(
-                "no method takes a stream of requests",
-            ));
-        }
         let timeout = match u64::try_from(request.timeout_nano) {
             Ok(0) => None,
             Ok(nanos) => Some(Duration::from_nanos(nanos)),
@@ -350,13 +324,21 @@ impl Connection {
         };
         self.role.allows(request.service, request.method)?;
         let services = context.services;
-        match request::parse(services, request.service, request.method, request.payload)? {
+        let call = request::parse(services, request.service, request.method, request.payload)?;
+        let open = header.has(frame::FLAG_REMOTE_OPEN);
+        if open && !matches!(call, Call::Console(_)) {
+            return Err(RpcStatus::invalid_argument(
+                "no method but AttachConsole takes a stream of requests",
+            ));
+        }
+        match call {
             Call::Unary(request) => self.submit(header.stream_id, request, false, timeout, context),
             Call::Vm(request) => {
                 self.stays = true;
                 self.submit(header.stream_id, request, true, timeout, context)
             }
             Call::Events(wanted) => self.subscribe(header.stream_id, wanted, timeout, context),
+            Call::Console(first) => self.attach(header.stream_id, first, open, timeout, context),
         }
     }
 
@@ -411,85 +393,6 @@ impl Connection {
         Ok(())
     }
 
-    fn subscribe(
-        &mut self,
-        stream_id: u32,
-        wanted: EventsFrom,
-        timeout: Option<Duration>,
-        context: &Context<'_>,
-    ) -> Result<(), RpcStatus> {
-        if self.subscriptions.len() >= context.limits.subscriptions {
-            return Err(RpcStatus::new(
-                Code::ResourceExhausted,
-                format!(
-                    "{} event streams on one connection are enough",
-                    self.subscriptions.len()
-                ),
-            ));
-        }
-        let next = match wanted.from {
-            0 => context.events.oldest(),
-            from => from,
-        };
-        let deadline = timeout.and_then(|timeout| context.now.checked_add(timeout));
-        let subscription = Subscription {
-            next,
-            backlog_only: wanted.backlog_only,
-            gaps: wanted.gaps,
-            deadline,
-        };
-        self.subscriptions.insert(stream_id, subscription);
-        Ok(())
-    }
-
-    /// Copies events to the outbox, as far as the client keeps up.
-    fn pump(&mut self, context: &Context<'_>) {
-        let mut ended = Vec::new();
-        for (&stream_id, stream) in &mut self.subscriptions {
-            while self.outbox.len() < context.limits.backlog {
-                match context.events.get(stream.next) {
-                    Lookup::Event(bytes) => {
-                        let out = self.outbox.buffer();
-                        // An event is far shorter than a frame may be.
-                        let _ = frame::encode(out, frame::TYPE_DATA, stream_id, 0, &bytes);
-                        stream.next = stream.next.saturating_add(1);
-                    }
-                    Lookup::NotYet => {
-                        if stream.backlog_only || self.ending {
-                            ended.push((stream_id, None));
-                        }
-                        break;
-                    }
-                    Lookup::Gone(oldest) if stream.gaps => {
-                        let gap = super::events::gap(stream.next, oldest);
-                        let out = self.outbox.buffer();
-                        // As above.
-                        let _ = frame::encode(out, frame::TYPE_DATA, stream_id, 0, &gap);
-                        stream.next = oldest;
-                    }
-                    Lookup::Gone(oldest) => {
-                        let status = RpcStatus::new(
-                            Code::OutOfRange,
-                            format!(
-                                "event {} is no longer kept: the oldest is {oldest}",
-                                stream.next
-                            ),
-                        );
-                        ended.push((stream_id, Some(status)));
-                        break;
-                    }
-                }
-            }
-        }
-        for (stream_id, error) in ended {
-            self.subscriptions.remove(&stream_id);
-            match error {
-                None => frame::encode_end_of_stream(self.outbox.buffer(), stream_id),
-                Some(status) => self.reply(stream_id, Err(status), context.limits),
-            }
-        }
-    }
-
     fn expire(&mut self, context: &Context<'_>) {
         let now = context.now;
         let stall = self
@@ -499,7 +402,7 @@ impl Connection {
             self.dead = true;
             return;
         }
-        let mut late: Vec<u32> = Vec::new();
+        let mut late: BTreeSet<u32> = BTreeSet::new();
         late.extend(
             self.calls
                 .iter()
@@ -512,11 +415,15 @@ impl Connection {
                 .filter(|(_, s)| s.deadline.is_some_and(|at| at <= now))
                 .map(|(id, _)| id),
         );
+        let consoles = self.consoles.iter();
+        let over = consoles.filter(|(_, c)| c.deadline.is_some_and(|at| at <= now));
+        late.extend(over.map(|(id, _)| id));
         for stream_id in late {
             if let Some(call) = self.calls.remove(&stream_id) {
                 call.abandoned.store(true, Ordering::Release);
             }
             self.subscriptions.remove(&stream_id);
+            self.consoles.remove(&stream_id);
             let status = RpcStatus::new(Code::DeadlineExceeded, "the deadline has passed");
             self.reply(stream_id, Err(status), context.limits);
         }
@@ -544,7 +451,9 @@ impl Connection {
     }
 
     fn in_use(&self, stream_id: u32) -> bool {
-        self.calls.contains_key(&stream_id) || self.subscriptions.contains_key(&stream_id)
+        self.calls.contains_key(&stream_id)
+            || self.subscriptions.contains_key(&stream_id)
+            || self.consoles.contains_key(&stream_id)
     }
 
     /// Refuses a request. On a stream that is in use the refusal would be taken for its

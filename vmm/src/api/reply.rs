@@ -14,6 +14,8 @@ use bulkhead_proto::vmservice::{CapabilitiesVMResponse, PropertiesVMResponse};
 use bulkhead_proto::{Code, RpcStatus};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::line::Client;
+
 /// What a request that succeeded gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ApiResponse {
@@ -40,6 +42,8 @@ pub enum ApiResponse {
     ResourcesUpdated(UpdateResourcesResponse),
     /// The answer to UpdateDevice.
     DeviceUpdated(UpdateDeviceResponse),
+    /// What AttachConsole goes on with.
+    Console(Arc<Client>),
     /// The answer to CapabilitiesVM.
     VmCapabilities(CapabilitiesVMResponse),
     /// The answer to PropertiesVM.
@@ -62,6 +66,7 @@ impl ApiResponse {
             Self::MemoryResized(memory) => memory.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
             Self::DeviceUpdated(device) => device.write_to_bytes(),
+            Self::Console(_) => return Ok(Vec::new()),
             Self::VmCapabilities(capabilities) => capabilities.write_to_bytes(),
             Self::VmProperties(properties) => properties.write_to_bytes(),
         };
@@ -211,6 +216,11 @@ impl Replies {
             abandoned,
             deadline,
         })
+    }
+
+    /// Wakes the `api` thread.
+    pub(super) fn bell(&self) -> &Arc<EventFd> {
+        &self.bell
     }
 
     /// The answers that have come.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
-    AddDeviceRequest, BootRequest, CreateRequest, DeviceStatsRequest, DevicesRequest,
+    AddDeviceRequest, BootRequest, ConsoleInput, CreateRequest, DeviceStatsRequest, DevicesRequest,
     DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig, PauseRequest,
     ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
     UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
@@ -113,6 +113,15 @@ pub enum ApiRequest {
         /// How long the guest has.
         timeout: Duration,
     },
+    /// Let a client read and type at a console.
+    AttachConsole {
+        /// Its device; empty: the serial port.
+        device: String,
+        /// Which port of the device.
+        port: u32,
+        /// How many bytes that were printed before come first.
+        history: usize,
+    },
     /// created or paused → running.
     Go,
     /// Answered when the machine has ended.
@@ -180,6 +189,8 @@ pub(super) enum Call {
     /// Of `vmservice.VM`, most of whose responses are empty.
     Vm(ApiRequest),
     Events(EventsFrom),
+    /// The first message, where it came with the request.
+    Console(Option<ConsoleInput>),
 }
 
 /// Reads a call.
@@ -273,12 +284,16 @@ pub(super) fn parse(
                 gaps: request.gaps,
             }));
         }
+        "AttachConsole" => {
+            let first = (!payload.is_empty()).then(|| message(payload));
+            return first.transpose().map(Call::Console);
+        }
         _ => return Err(RpcStatus::unimplemented(service, &short(method))),
     };
     Ok(Call::Unary(request))
 }
 
-fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
+pub(super) fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
     let message: M = decode(payload)?;
     config::known(M::NAME, &message).map_err(RpcStatus::invalid_argument)?;
     Ok(message)

@@ -18,8 +18,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::MachineService;
 use super::access::{Door, Refusals, Role, TOLD_FOR};
-use super::connection::{Connection, Context, Limits};
+use super::connection::{Connection, Context};
 use super::events::EventLog;
+use super::limits::Limits;
 use super::reply::Replies;
 use super::request::Services;
 use crate::threads::{self, ThreadHook};
@@ -225,7 +226,12 @@ impl Server {
         for completion in self.replies.take() {
             let key = completion.key;
             if let Some(connection) = self.connections.get_mut(&key.connection) {
-                connection.on_completion(key, completion.outcome, &self.limits);
+                connection.on_completion(
+                    key,
+                    completion.outcome,
+                    self.replies.bell(),
+                    &self.limits,
+                );
             }
         }
     }

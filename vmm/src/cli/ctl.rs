@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use bulkhead_proto::client::{Speaker, Subscription};
 use bulkhead_proto::machine::{
     BootRequest, BootResponse, CreateRequest, CreateResponse, DevicesRequest, DevicesResponse,
     Event, EventsRequest, InfoRequest, InfoResponse, PauseRequest, PauseResponse, ResumeRequest,
@@ -17,6 +18,7 @@ use bulkhead_proto::machine::{
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
 
+use super::ctl_console;
 use super::ctl_device;
 use super::ctl_hotplug::{self, Kind};
 use super::ctl_output as output;
@@ -116,6 +118,8 @@ enum CtlCommand {
     ResizeCpus(ctl_hotplug::ResizeCpusArgs),
     /// Ask the guest to have so much memory; `info` and events tell how far it has come
     ResizeMemory(ctl_hotplug::ResizeMemoryArgs),
+    /// Read what the guest prints on a console, and type (Ctrl-] leaves)
+    Console(ctl_console::ConsoleArgs),
     /// Show what has happened to the machine
     Events {
         /// First event wanted, by number [default: the oldest that is kept]
@@ -135,7 +139,7 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    fn new(line: impl Into<String>) -> Self {
+    pub(super) fn new(line: impl Into<String>) -> Self {
         Self {
             code: 1,
             line: line.into(),
@@ -157,7 +161,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         line: "--socket PATH is missing: name the API socket of the bulkhead to drive".into(),
     })?;
     // Before connecting: a wrong option is the user's error whether or not anybody listens.
-    args.command.check()?;
+    args.command.check(args.json)?;
     let mut session = Session {
         client: connect(path)?,
         path,
@@ -225,6 +229,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
+        CtlCommand::Console(console) => console.run(session, out.to),
         CtlCommand::Events { from, follow } => {
             session.events(from.unwrap_or(0), *follow, out.json, out.to)
         }
@@ -243,8 +248,9 @@ fn create_request(machine: &MachineArgs) -> Result<CreateRequest, Failure> {
 
 impl CtlCommand {
     /// What can be said of the options without asking anybody.
-    fn check(&self) -> Result<(), Failure> {
+    fn check(&self, json: bool) -> Result<(), Failure> {
         match self {
+            Self::Console(console) => console.check(json),
             Self::Create(machine) => create_request(machine).map(|_| ()),
             Self::UpdateDisk(update) => update.request().map(|_| ()),
             Self::UpdateNet(update) => update.request().map(|_| ()),
@@ -310,13 +316,16 @@ fn written(result: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
+/// A call in which both speak, and what explains its errors.
+type Conversation<Item, Explain> = (Speaker, Subscription<Item>, Explain);
+
 /// A connection to the bulkhead that is driven.
 pub(super) struct Session<'a> {
     client: BlockingClient,
     path: &'a Path,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
     /// Calls a method.
     pub(super) fn call<Req: Message, Resp: Message>(
         &mut self,
@@ -327,6 +336,26 @@ impl Session<'_> {
         self.client
             .call(MACHINE_SERVICE, method, request, timeout)
             .map_err(|error| explain(self.path, &error))
+    }
+
+    /// Calls a method in which both speak, and waits for its first answer, which only says that it
+    /// has begun. Errors that come later are explained by what comes with it.
+    pub(super) fn converse<Req: Message, Item: Message>(
+        self,
+        method: &str,
+        request: &Req,
+    ) -> Result<Conversation<Item, impl Fn(&ClientError) -> Failure + use<'a, Req, Item>>, Failure>
+    {
+        let Self { client, path } = self;
+        let (speaker, mut stream) = client
+            .converse::<_, Item>(MACHINE_SERVICE, method, request, CALL)
+            .map_err(|error| explain(path, &error))?;
+        stream
+            .next(Some(CALL))
+            .map_err(|error| explain(path, &error))?;
+        Ok((speaker, stream, move |error: &ClientError| {
+            explain(path, error)
+        }))
     }
 
     fn events(

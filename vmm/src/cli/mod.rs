@@ -16,6 +16,7 @@ pub mod audit;
 pub mod config_file;
 pub mod console_args;
 pub mod ctl;
+mod ctl_console;
 mod ctl_device;
 mod ctl_hotplug;
 pub mod ctl_output;

@@ -5,7 +5,7 @@
 //! reads, writes and accepts on them.
 
 mod output;
-mod poll;
+pub(crate) mod poll;
 mod pump;
 
 use std::io;
@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::kvm::borrow_fd;
+use crate::line::Line;
 use crate::threads::{self, ThreadHook};
 use output::{Output, OutputWriter};
 
@@ -89,6 +90,7 @@ type Registers = Uart<IrqTrigger, FifoEvents, OutputWriter>;
 pub struct Serial {
     registers: Arc<Mutex<Registers>>,
     output: Arc<Output>,
+    line: Arc<Line>,
     counters: Arc<Counters>,
     irq: Arc<EventFd>,
     wake: Arc<EventFd>,
@@ -102,10 +104,11 @@ impl Serial {
         let eventfd = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map(Arc::new);
         let (irq, wake) = (eventfd()?, eventfd()?);
         let output = Arc::new(Output::new(Arc::clone(&wake)));
+        let line = Line::new(Arc::clone(&wake));
         let registers = Arc::new(Mutex::new(Uart::with_events(
             IrqTrigger(Arc::clone(&irq)),
             FifoEvents(Arc::clone(&wake)),
-            OutputWriter(Arc::clone(&output)),
+            OutputWriter(Arc::clone(&output), Arc::clone(&line)),
         )));
         let counters = Arc::new(Counters::default());
         let (stop, stops) = mpsc::sync_channel(1);
@@ -113,23 +116,26 @@ impl Serial {
         let pump = pump::Pump::new(
             backend,
             Arc::clone(&registers),
-            Arc::clone(&output),
+            (Arc::clone(&output), Arc::clone(&line)),
             Arc::clone(&counters),
             Arc::clone(&wake),
             stops,
         )?;
+        let ending = Arc::clone(&line);
         threads::spawn(
             "serial".into(),
             Arc::clone(hook),
             || Ok(()),
             move || {
                 pump.run();
+                ending.close();
                 let _ = done.send(());
             },
         )?;
         Ok(Arc::new(Self {
             registers,
             output,
+            line,
             counters,
             irq,
             wake,
@@ -146,6 +152,11 @@ impl Serial {
     /// The eventfd to be made an irqfd of `layout::COM1_GSI`.
     pub fn irq_eventfd(&self) -> BorrowedFd<'_> {
         borrow_fd(&*self.irq, self.irq.as_raw_fd())
+    }
+
+    /// By which clients of the API read and type, beside whoever is at the backend.
+    pub fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// Bytes so far.

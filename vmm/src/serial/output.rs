@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::line::Line;
+
 /// Bytes kept for a reader.
 const CAPACITY: usize = 64 << 10;
 /// Bytes taken beyond that while vCPUs are on their way to wait for room.
@@ -138,12 +140,13 @@ impl Output {
     }
 }
 
-/// The emulated UART's writer.
-pub(super) struct OutputWriter(pub(super) Arc<Output>);
+/// The emulated UART's writer: to the backend, and to clients of the API.
+pub(super) struct OutputWriter(pub(super) Arc<Output>, pub(super) Arc<Line>);
 
 impl io::Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         bytes.iter().for_each(|byte| self.0.push(*byte));
+        self.1.print(bytes);
         Ok(bytes.len())
     }
 

@@ -1,5 +1,5 @@
 //! poll(2) on borrowed descriptors, regular files and terminals included (which epoll
-//! refuses). Used by the `serial` thread.
+//! refuses). Used by the `serial` thread, and those of consoles' ports.
 #![allow(unsafe_code)] // poll has no safe wrapper in libc.
 
 use std::io;
@@ -8,14 +8,14 @@ use std::time::Duration;
 
 /// What to wait for on one descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Interest {
+pub(crate) enum Interest {
     Readable,
     Writable,
 }
 
 /// Waits until one of `fds` is ready or failed, or the time is over (`None`: no limit). Says
 /// which are.
-pub(super) fn poll<const N: usize>(
+pub(crate) fn poll<const N: usize>(
     fds: [Option<(BorrowedFd<'_>, Interest)>; N],
     timeout: Option<Duration>,
 ) -> io::Result<[bool; N]> {

@@ -14,6 +14,7 @@ use super::output::Output;
 use super::poll::{Interest, poll};
 use super::{Counters, Registers, SerialBackend};
 use crate::kvm::borrow_fd;
+use crate::line::Line;
 
 /// Bytes written at once: what a pipe that polls writable takes without blocking (PIPE_BUF).
 const CHUNK: usize = 4096;
@@ -22,6 +23,7 @@ const CHUNK: usize = 4096;
 pub(super) struct Pump {
     registers: Arc<Mutex<Registers>>,
     output: Arc<Output>,
+    line: Arc<Line>,
     counters: Arc<Counters>,
     wake: Arc<EventFd>,
     stops: mpsc::Receiver<Duration>,
@@ -34,7 +36,7 @@ impl Pump {
     pub(super) fn new(
         backend: SerialBackend,
         registers: Arc<Mutex<Registers>>,
-        output: Arc<Output>,
+        (output, line): (Arc<Output>, Arc<Line>),
         counters: Arc<Counters>,
         wake: Arc<EventFd>,
         stops: mpsc::Receiver<Duration>,
@@ -42,6 +44,7 @@ impl Pump {
         let mut pump = Self {
             registers,
             output,
+            line,
             counters,
             wake,
             stops,
@@ -101,6 +104,7 @@ impl Pump {
         fn want(file: &File, interest: Interest) -> (BorrowedFd<'_>, Interest) {
             (file.as_fd(), interest)
         }
+        self.take_typed();
         let room = self.room();
         let [woken, writable, readable, client] = poll(
             [
@@ -136,6 +140,35 @@ impl Pump {
             self.read_some(room);
         }
         Ok(())
+    }
+
+    /// Gives the guest what clients of the API have typed, as far as there is room: the FIFO's
+    /// becoming empty, and what is typed, wake this thread.
+    fn take_typed(&self) {
+        loop {
+            let room = self.room();
+            if room == 0 {
+                return;
+            }
+            let typed = self.line.take_typed(room);
+            if typed.is_empty() {
+                return;
+            }
+            self.enqueue(&typed);
+        }
+    }
+
+    fn enqueue(&self, bytes: &[u8]) {
+        let mut registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // In loopback mode, and when the irqfd is full, nothing is taken: the bytes
+        // are lost, as on a line whose receiver does not listen.
+        let taken = registers.enqueue_raw_bytes(bytes).unwrap_or(0);
+        self.counters
+            .bytes_in
+            .fetch_add(taken as u64, Ordering::Relaxed);
     }
 
     fn accept(&mut self) {
@@ -213,20 +246,7 @@ impl Pump {
                     self.hang_up();
                 }
             }
-            Ok(count) => {
-                let mut registers = self
-                    .registers
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
-                // In loopback mode, and when the irqfd is full, nothing is taken: the bytes
-                // are lost, as on a line whose receiver does not listen.
-                let taken = buffer
-                    .get(..count)
-                    .map_or(Ok(0), |bytes| registers.enqueue_raw_bytes(bytes));
-                self.counters
-                    .bytes_in
-                    .fetch_add(taken.unwrap_or(0) as u64, Ordering::Relaxed);
-            }
+            Ok(count) => self.enqueue(buffer.get(..count).unwrap_or_default()),
             Err(error) if is_transient(&error) => {}
             Err(_) => self.source = None,
         }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bulkhead_proto::envelope::{self, ResponseView};
-use bulkhead_proto::frame::{self, TYPE_REQUEST};
+use bulkhead_proto::frame::{self, FLAG_REMOTE_OPEN, TYPE_DATA, TYPE_REQUEST};
 use bulkhead_proto::protobuf::reflect::{
     FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType,
 };
@@ -168,6 +168,55 @@ struct Answers {
     hung_up: u64,
 }
 
+/// Attaches to the serial port, and then sends something else: whatever that leads to, the next
+/// call is answered.
+fn converse(
+    socket: &str,
+    service: &str,
+    method: &str,
+    payload: &[u8],
+) -> Result<Option<bool>, String> {
+    let say = |what: &str, e: std::io::Error| format!("{service}.{method}: {what}: {e}");
+    let mut stream = UnixStream::connect(socket).map_err(|e| say("connect", e))?;
+    let limited = stream.set_read_timeout(Some(PATIENCE));
+    limited.map_err(|e| say("limit", e))?;
+    let mut body = Vec::new();
+    let request = envelope::RequestView {
+        service,
+        method,
+        payload: &[],
+        timeout_nano: 0,
+    };
+    envelope::encode_request(&mut body, &request);
+    // ConsoleInput { attach: ConsoleAttach {} }.
+    let attach = [0x0a, 0];
+    let mut bytes = Vec::new();
+    for (kind, flags, body) in [
+        (TYPE_REQUEST, FLAG_REMOTE_OPEN, body.as_slice()),
+        (TYPE_DATA, 0, &attach),
+        (TYPE_DATA, 0, payload),
+    ] {
+        frame::encode(&mut bytes, kind, 1, flags, body).map_err(|e| format!("{e:?}"))?;
+    }
+    // It may be cut off while it still writes.
+    let _ = stream.write_all(&bytes);
+    let mut header = [0; 10];
+    stream
+        .read_exact(&mut header)
+        .map_err(|e| say("it is not let in", e))?;
+    check(header[..4] == [0; 4] && header[8] == TYPE_DATA, || {
+        format!("{service}.{method}: at first comes {header:?}")
+    })?;
+    let limited = stream.set_read_timeout(Some(MOMENT));
+    limited.map_err(|e| say("limit", e))?;
+    // Either it was typed, or it is refused.
+    match stream.read_exact(&mut header) {
+        Ok(()) => Ok(Some(false)),
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => Ok(Some(true)),
+        Err(_) => Ok(None),
+    }
+}
+
 fn call(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Option<bool>, String> {
     let say = |what: &str, e: std::io::Error| format!("{service}.{method}: {what}: {e}");
     let mut stream = UnixStream::connect(socket).map_err(|e| say("connect", e))?;
@@ -261,9 +310,11 @@ fn fuzz() -> Verdict {
                     continue;
                 }
                 messages += 1;
-                for _ in 0..ROUNDS {
+                for round in 0..ROUNDS {
                     let request = filler.request(&method.input_type());
-                    match call(&machine_api, &name, &named, &request)? {
+                    let speaks = method.proto().client_streaming() && round % 4 == 0;
+                    let ask = if speaks { converse } else { call };
+                    match ask(&machine_api, &name, &named, &request)? {
                         Some(true) => all.obeyed += 1,
                         Some(false) => all.refused += 1,
                         None => all.hung_up += 1,

@@ -56,7 +56,7 @@ fn echo(client: &UnixStream, bytes: &[u8]) -> Verdict {
 }
 
 /// A program in the guest that sends back what comes by the port of this name.
-fn answers(guest: &mut Shell, name: &str) -> Verdict {
+pub(super) fn answers(guest: &mut Shell, name: &str) -> Verdict {
     guest.run(&format!(
         "until grep -lx {name} /sys/class/virtio-ports/*/name >/tmp/p 2>/dev/null; do sleep 0.1; done; p=/dev/$(basename $(dirname $(cat /tmp/p))); [ -c $p ]"
     ))?;

@@ -11,6 +11,7 @@ use bulkhead_tests::runner::{self, Test};
 mod api;
 mod api_access;
 mod api_fuzz;
+mod attach;
 mod audit;
 mod audit_native;
 mod audit_outside;
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
         tests.extend(resources::native());
         tests.extend(rng::native());
         tests.extend(console::native());
+        tests.extend(attach::native());
         tests.extend(net_native::native());
         tests.extend(net_faults::native());
         tests.extend(vsock::native());
@@ -140,6 +142,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_paused::tests());
         tests.extend(rng::tests());
         tests.extend(console::tests());
+        tests.extend(attach::tests());
         tests.extend(kata::tests());
         tests.extend(vsock::tests());
         tests.extend(vsock_guest::tests());

@@ -14,10 +14,11 @@ use bulkhead_proto::frame::{self, FrameReader, TYPE_REQUEST, TYPE_RESPONSE};
 use bulkhead_proto::machine::{DevicesResponse, InfoRequest, InfoResponse};
 use bulkhead_proto::{BlockingClient, Code, MACHINE_SERVICE, RpcStatus, envelope};
 
-use super::connection::Limits;
+use super::limits::Limits;
 use super::*;
 
 mod calls;
+mod consoles;
 mod devices;
 mod end;
 mod limits;

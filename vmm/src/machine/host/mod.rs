@@ -25,6 +25,7 @@ use crate::launcher::{CgroupChoice, IdRange, Launcher, LauncherConfig, LauncherE
 use crate::signals::{self, Signals};
 use crate::terminal::{RawTerminal, Terminal};
 
+mod consoles;
 mod cpus;
 mod devices;
 mod doors;
@@ -163,6 +164,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         hotplug: hotplug::Hotplug::new()?,
         resize: None,
         memory: memory::Progress::default(),
+        attached: Vec::new(),
         calls: vmservice::Calls::default(),
         heartbeat: None,
         wakeups: 0,
@@ -255,6 +257,8 @@ struct Host {
     resize: Option<cpus::Resize>,
     /// A change of the guest's memory.
     memory: memory::Progress,
+    /// Clients of the API at ports of consoles.
+    attached: Vec<consoles::Attached>,
     /// Calls that wait for the machine's end.
     calls: vmservice::Calls,
     /// When devices are next asked for their health; `None` while the machine does not run.

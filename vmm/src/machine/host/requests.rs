@@ -58,6 +58,11 @@ impl Host {
             ApiRequest::ResizeMemory { size, timeout } => {
                 return self.resize_memory(size, timeout, reply);
             }
+            ApiRequest::AttachConsole {
+                device,
+                port,
+                history,
+            } => return self.attach_console(&device, port, history, reply),
             ApiRequest::Go => self.go().map(|()| ApiResponse::Done),
             ApiRequest::Wait => return self.wait_for_end(reply),
             ApiRequest::Teardown => return self.tear_down(reply),

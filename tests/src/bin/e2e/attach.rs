@@ -1,0 +1,151 @@
+//! Consoles through the API's socket: several clients at the serial port, one at a port of a console
+//! device, what each is refused, and clients and processes that vanish in the middle.
+
+use std::process::Command;
+use std::time::Instant;
+
+use bulkhead_tests::runner::{Test, Verdict, check};
+use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
+
+use super::bad_input::appears;
+use super::console::answers;
+use super::disk::LIMIT;
+use super::rng::kill_process;
+use super::shell::guest;
+
+/// Those that need a guest.
+pub fn tests() -> Vec<Test> {
+    vec![Test::short("attach")(
+        "clients of the API read and type at a guest's consoles, several at the serial port, and leave nothing",
+        in_a_guest,
+    )]
+}
+
+/// Those that need none.
+pub fn native() -> Vec<Test> {
+    vec![Test::short("attach")(
+        "a client of the API attaches to the consoles that there are, and is refused others by name",
+        without_a_guest,
+    )]
+}
+
+/// `ctl console`, whose standard input is typed and whose output is collected.
+fn console(socket: &str, args: &[&str]) -> Result<Vmm, String> {
+    let mut command = Command::new(bin("bulkhead"));
+    command
+        .args(["ctl", "--socket", socket, "console"])
+        .args(args);
+    Vmm::spawn(command)
+}
+
+/// It is not let in, and told why.
+fn kept_out(socket: &str, args: &[&str], why: &str) -> Verdict {
+    let said = bulkhead(&[&["ctl", "--socket", socket, "console"], args].concat())?;
+    let line = String::from_utf8_lossy(&said.stderr).into_owned();
+    check(!said.status.success() && line.contains(why), || {
+        format!("{args:?}: {line:?} does not say {why:?}")
+    })
+}
+
+/// The same, as soon as who was there before is seen to have left.
+fn comes_in(socket: &str, args: &[&str], text: &str) -> Result<Vmm, String> {
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        let mut client = console(socket, args)?;
+        client.type_text(&format!("{text}\n"))?;
+        match client.wait_for(text, LIMIT) {
+            Ok(()) => return Ok(client),
+            Err(why) if Instant::now() > end => return Err(why),
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(50)),
+        }
+    }
+}
+
+fn in_a_guest() -> Verdict {
+    let scratch = Scratch::new("attach")?;
+    let (socket, hvc0, agent) = (scratch.path("api"), scratch.path("0"), scratch.path("a"));
+    let ports = format!("id=con,socket={hvc0},socket={agent},name=agent.0");
+    let args = ["--api-socket", &socket, "--console", &ports];
+    let mut guest = guest(&[], &scratch, &[], &args)?;
+    // What was printed before they came, and then the same to all.
+    let mut first = console(&socket, &["--history", "65536"])?;
+    first.wait_for("GUEST-IS-READY", LIMIT)?;
+    let mut second = console(&socket, &[])?;
+    second.type_text("echo TYPED-BY-'THE-SECOND'\n")?;
+    for client in [&mut first, &mut second, &mut guest.vmm] {
+        client.wait_for("TYPED-BY-THE-SECOND", LIMIT)?;
+    }
+    first.type_text("echo TYPED-BY-'THE-FIRST'\n")?;
+    second.wait_for("TYPED-BY-THE-FIRST", LIMIT)?;
+    // One that vanishes costs the others nothing, nor does one that reads nothing.
+    second.kill();
+    guest.run("head -c 200000 /dev/zero | tr '\\0' x")?;
+    first.type_text("echo STILL-'THERE'\n")?;
+    first.wait_for("STILL-THERE", LIMIT)?;
+
+    guest.run("modprobe -q virtio_console; until [ -e /dev/hvc0 ]; do sleep 0.1; done")?;
+    answers(&mut guest, "agent.0")?;
+    let port = ["con", "--port", "1"];
+    let mut client = comes_in(&socket, &port, "one-of-the-api")?;
+    kept_out(&socket, &port, "another client is attached to port 1")?;
+    client.kill();
+    let mut client = comes_in(&socket, &port, "another-of-the-api")?;
+    // Its process dies: the client's stream ends, and it may come again.
+    kill_process(&socket, "con")?;
+    client.ends_with(0, LIMIT)?;
+    let mut client = comes_in(&socket, &port, "after-a-crash")?;
+    let mut other = console(&socket, &["con"])?;
+    guest.run("echo BY-THE-'CONSOLE' >/dev/hvc0; sleep 1; echo BY-THE-'CONSOLE' >/dev/hvc0")?;
+    other.wait_for("BY-THE-CONSOLE", LIMIT)?;
+    guest.ends()?;
+    for client in [&mut first, &mut client, &mut other] {
+        client.ends_with(0, LIMIT)?;
+    }
+    Ok(())
+}
+
+fn without_a_guest() -> Verdict {
+    let scratch = Scratch::new("attach-native")?;
+    let socket = scratch.path("api");
+    let reading = scratch.path("reading");
+    let mut vmm = Vmm::start(&[
+        "serve",
+        "--api-socket",
+        &socket,
+        "--api-read-only",
+        &reading,
+    ])?;
+    appears(&socket)?;
+    kept_out(&socket, &[], "no machine yet: create one")?;
+    let (kernel, path) = (guest_file("vmlinux"), scratch.path("port"));
+    let ports = format!("id=con,socket={path},name=agent");
+    let create = ["create", "--kernel", &kernel, "--memory", "96M"];
+    let more = ["--serial", "none", "--rng", "--console", &ports];
+    ctl(&socket, &[create.as_slice(), &more].concat())?;
+    kept_out(&reading, &[], "is not for this socket, which only tells")?;
+    kept_out(&socket, &["x"], "there is no device x: see Devices")?;
+    kept_out(&socket, &["rng0"], "is no console but rng")?;
+    kept_out(
+        &socket,
+        &["con", "--port", "1"],
+        "there is no port 1: it has 1, from 0",
+    )?;
+    kept_out(&socket, &["../x"], "no device has such a name")?;
+    kept_out(&socket, &["--json"], "leave --json out")?;
+    kept_out(&socket, &["con", "--history", "5"], "cannot be used with")?;
+    // Nobody is kept out while one is at the other console.
+    let mut serial = console(&socket, &[])?;
+    let mut port = console(&socket, &["con"])?;
+    let end = Instant::now() + patience(LIMIT);
+    while kept_out(&socket, &["con"], "another client is attached to port 0").is_err() {
+        check(Instant::now() < end, || port.story("it is let in twice"))?;
+    }
+    ctl(&socket, &["remove-device", "con"])?;
+    port.ends_with(0, LIMIT)?;
+    kept_out(&socket, &["con"], "there is no device con")?;
+    check(serial.ended().is_none(), || serial.story("it ended"))?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    serial.ends_with(0, LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)
+}
