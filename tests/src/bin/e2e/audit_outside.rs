@@ -104,7 +104,7 @@ fn moved() -> Verdict {
     let (device, vmm) = (pid_of(&served, "root")?, json!(served.vmm.pid()));
     let launcher = &info["launcher_pid"];
     let leaf = format!("{own}/dev-root");
-    for to in [&sibling, &foreign.0, &root, &group] {
+    for to in [&sibling, &foreign.0, &root] {
         put(&device, to)?;
         let path = to.strip_prefix(&root).map_err(|e| e.to_string())?;
         let path = format!("/{}", path.display());
