@@ -30,7 +30,7 @@ pub fn vmm(identity: Option<u32>) -> Result<(), String> {
     Ok(())
 }
 
-/// Narrows the calling thread to the steady stage: the manager once its machine is made,
+/// Narrows the calling thread to the steady stage: the manager when its machine boots,
 /// every other thread when it starts.
 ///
 /// # Errors
