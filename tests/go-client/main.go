@@ -43,8 +43,8 @@ func dial(socket string) (*client, error) {
 type test struct {
 	socket, kernel, disk, switchSocket string
 	// The operation by which a device was added.
-	added                              uint64
-	api                                *client
+	added uint64
+	api   *client
 }
 
 func within(limit time.Duration) (context.Context, context.CancelFunc) {
