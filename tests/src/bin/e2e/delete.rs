@@ -63,18 +63,13 @@ fn one_after_another() -> Verdict {
         "--vsock",
         &vsock_option,
     ];
-    let more = [
-        "--rng",
-        "--hotplug-ports",
-        "2",
-        "--serial",
-        "none",
-        "--cpus",
-        "2",
-    ];
+    let more = ["--rng", "--hotplug-ports", "2", "--serial", "none"];
     let create = [create.as_slice(), &devices, &more].concat();
     let first = held(vmm.pid())?;
+    // One that cannot be made leaves nothing either.
+    let pinned = [create.as_slice(), &["--cpus", "1,pin=999"]].concat();
     for machine in 0..MACHINES {
+        refused(ctl(&socket, &pinned), "host CPUs of pin= exist")?;
         ctl(&socket, &create)?;
         ctl(&socket, &["add-rng", "id=late"])?;
         refused(ctl(&socket, &create), "has a machine already")?;
