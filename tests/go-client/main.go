@@ -42,7 +42,9 @@ func dial(socket string) (*client, error) {
 
 type test struct {
 	socket, kernel, disk, switchSocket string
-	api                                *client
+	// The operation by which a device was added.
+	added uint64
+	api   *client
 }
 
 func within(limit time.Duration) (context.Context, context.CancelFunc) {
@@ -179,9 +181,11 @@ func (t *test) replay() error {
 	ctx, cancel := within(patience)
 	defer cancel()
 	rng := &machine.AddDeviceRequest_Rng{Rng: &machine.RngConfig{Id: "more"}}
-	if _, err := t.api.AddDevice(ctx, &machine.AddDeviceRequest{Device: rng}); err != nil {
+	added, err := t.api.AddDevice(ctx, &machine.AddDeviceRequest{Device: rng})
+	if err != nil {
 		return err
 	}
+	t.added = added.Operation
 	if err := <-seen; err != nil {
 		return err
 	}
@@ -311,7 +315,7 @@ func (t *test) console() error {
 			return err
 		}
 	}
-	wrong, err := t.api.AttachConsole(ctx)
+	wrong, err := terminal.AttachConsole(ctx)
 	if err != nil {
 		return err
 	}
@@ -320,6 +324,55 @@ func (t *test) console() error {
 	}
 	_, err = wrong.Recv()
 	if err := refused(err, codes.InvalidArgument, "port is 1"); err != nil {
+		return err
+	}
+	return t.state(machine.State_STATE_CREATED)
+}
+
+// What became of the device that was added, with a wait and without.
+func (t *test) operation() error {
+	ctx, cancel := within(patience)
+	defer cancel()
+	for _, wait := range []uint32{0, 600000} {
+		one, err := t.api.Operation(ctx, &machine.OperationRequest{Operation: t.added, WaitMs: wait})
+		if err != nil {
+			return err
+		}
+		if one.State != machine.OperationInfo_DONE || one.Subject != "more" {
+			return fmt.Errorf("not done: %v", one)
+		}
+	}
+	all, err := t.api.Operations(ctx, &machine.OperationsRequest{Subject: "more"})
+	if err != nil || len(all.Operations) != 1 || all.Operations[0].Operation != t.added {
+		return fmt.Errorf("not listed: %v: %v", all, err)
+	}
+	_, err = t.api.Operation(ctx, &machine.OperationRequest{Operation: t.added + 1})
+	if err := refused(err, codes.NotFound, "there has been no operation"); err != nil {
+		return err
+	}
+	_, err = t.api.Operation(ctx, &machine.OperationRequest{Operation: 1, WaitMs: 600001})
+	return refused(err, codes.InvalidArgument, "wait_ms")
+}
+
+// A machine that has not booted is given up, as often as one likes, and another one is made.
+func (t *test) delete() error {
+	// The watches of before still send to their connection, where nobody reads.
+	t.api.connection.Close()
+	var err error
+	if t.api, err = dial(t.socket); err != nil {
+		return err
+	}
+	ctx, cancel := within(patience)
+	defer cancel()
+	for range 2 {
+		if _, err := t.api.Delete(ctx, &machine.DeleteRequest{}); err != nil {
+			return err
+		}
+		if err := t.state(machine.State_STATE_NONE); err != nil {
+			return err
+		}
+	}
+	if err := t.create(patience, t.config()); err != nil {
 		return err
 	}
 	return t.state(machine.State_STATE_CREATED)
@@ -360,7 +413,9 @@ func main() {
 		{"40 calls are cancelled, and the connection serves on", t.cancelledCall},
 		{"40 watches are cancelled", t.cancelledWatch},
 		{"40 watchers vanish", t.vanish},
+		{"an operation is asked for by its number", t.operation},
 		{"a console is attached to, typed at, and refused by name", t.console},
+		{"the machine is given up and made anew", t.delete},
 		{"the machine is ended", t.shutdown},
 	} {
 		if err := one.run(); err != nil {

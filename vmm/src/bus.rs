@@ -79,6 +79,14 @@ impl Bus {
             .is_some()
     }
 
+    /// Removes every range: a device that knows the bus that it is on would keep both.
+    pub fn clear(&self) {
+        let ranges =
+            std::mem::take(&mut *self.ranges.write().unwrap_or_else(PoisonError::into_inner));
+        // The lock is free by now: devices that go may remove ranges of their own.
+        drop(ranges);
+    }
+
     fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
         let (base, (size, device)) = ranges.range(..=address).next_back()?;

@@ -43,7 +43,7 @@ pub(crate) fn rlimits() -> Rlimits {
     Rlimits::new().nofile(NOFILE).core(0)
 }
 
-/// Narrows the calling thread to the steady stage: the manager once its machine is made,
+/// Narrows the calling thread to the steady stage: the manager when its machine boots,
 /// every other thread when it starts.
 ///
 /// # Errors

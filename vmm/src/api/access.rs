@@ -12,7 +12,14 @@ use super::events::EventLog;
 use super::request::short;
 
 /// Methods of a socket that only tells.
-const TELLING: [&str; 4] = ["Info", "Devices", "DeviceStats", "Events"];
+const TELLING: [&str; 6] = [
+    "Info",
+    "Devices",
+    "DeviceStats",
+    "Operation",
+    "Operations",
+    "Events",
+];
 /// How long a peer that was refused is not told of again, and how many are told of in that time:
 /// who is not heard does not fill the log of events.
 pub(super) const TOLD_FOR: Duration = Duration::from_secs(60);

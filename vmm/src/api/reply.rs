@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bulkhead_proto::machine::{
-    AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, RemoveDeviceResponse,
-    ResizeCpusResponse, ResizeMemoryResponse, UpdateDeviceResponse, UpdateDiskResponse,
-    UpdateResourcesResponse,
+    AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, OperationInfo,
+    OperationsResponse, RemoveDeviceResponse, ResizeCpusResponse, ResizeMemoryResponse,
+    UpdateDeviceResponse, UpdateDiskResponse, UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::vmservice::{CapabilitiesVMResponse, PropertiesVMResponse};
@@ -19,7 +19,7 @@ use crate::line::Client;
 /// What a request that succeeded gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ApiResponse {
-    /// Nothing more to say: Create, Boot, Pause, Resume, Shutdown, UpdateNet, DrainDevice,
+    /// Nothing more to say: Create, Delete, Boot, Pause, Resume, Shutdown, UpdateNet, DrainDevice,
     /// ResumeDevice.
     Done,
     /// The answer to Info.
@@ -42,6 +42,10 @@ pub enum ApiResponse {
     ResourcesUpdated(UpdateResourcesResponse),
     /// The answer to UpdateDevice.
     DeviceUpdated(UpdateDeviceResponse),
+    /// The answer to Operation.
+    Operation(Box<OperationInfo>),
+    /// The answer to Operations.
+    Operations(Box<OperationsResponse>),
     /// What AttachConsole goes on with.
     Console(Arc<Client>),
     /// The answer to CapabilitiesVM.
@@ -66,6 +70,8 @@ impl ApiResponse {
             Self::MemoryResized(memory) => memory.write_to_bytes(),
             Self::ResourcesUpdated(updated) => updated.write_to_bytes(),
             Self::DeviceUpdated(device) => device.write_to_bytes(),
+            Self::Operation(operation) => operation.write_to_bytes(),
+            Self::Operations(operations) => operations.write_to_bytes(),
             Self::Console(_) => return Ok(Vec::new()),
             Self::VmCapabilities(capabilities) => capabilities.write_to_bytes(),
             Self::VmProperties(properties) => properties.write_to_bytes(),

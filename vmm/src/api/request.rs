@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
-    AddDeviceRequest, BootRequest, ConsoleInput, CreateRequest, DeviceStatsRequest, DevicesRequest,
-    DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig, PauseRequest,
-    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
-    UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
+    AddDeviceRequest, BootRequest, ConsoleInput, CreateRequest, DeleteRequest, DeviceStatsRequest,
+    DevicesRequest, DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig,
+    OperationRequest, OperationsRequest, PauseRequest, ResumeDeviceRequest, ResumeRequest,
+    ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest, UpdateDiskRequest,
+    UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
@@ -32,6 +33,8 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(600);
 pub enum ApiRequest {
     /// Build the machine.
     Create(Box<MachineConfig>),
+    /// Give up a machine that has not booted.
+    Delete,
     /// created → running.
     Boot,
     /// running → paused.
@@ -112,6 +115,20 @@ pub enum ApiRequest {
         count: u32,
         /// How long the guest has.
         timeout: Duration,
+    },
+    /// What became of an operation?
+    Operation {
+        /// Its number.
+        operation: u64,
+        /// How long it is waited for.
+        wait: Duration,
+    },
+    /// Which operations are there?
+    Operations {
+        /// What they are about; empty: all.
+        subject: String,
+        /// Only those that have not ended.
+        running: bool,
     },
     /// Let a client read and type at a console.
     AttachConsole {
@@ -215,6 +232,7 @@ pub(super) fn parse(
             config::validate(&config).map_err(RpcStatus::invalid_argument)?;
             ApiRequest::Create(Box::new(config))
         }
+        "Delete" => message::<DeleteRequest>(payload).map(|_| ApiRequest::Delete)?,
         "Boot" => message::<BootRequest>(payload).map(|_| ApiRequest::Boot)?,
         "Pause" => message::<PauseRequest>(payload).map(|_| ApiRequest::Pause)?,
         "Resume" => message::<ResumeRequest>(payload).map(|_| ApiRequest::Resume)?,
@@ -276,6 +294,17 @@ pub(super) fn parse(
         "RemoveDevice" => request_hotplug::remove(message(payload)?)?,
         "ResizeCpus" => request_hotplug::resize_cpus(&message(payload)?)?,
         "ResizeMemory" => request_hotplug::resize_memory(&message(payload)?)?,
+        "Operation" => operation(&message(payload)?)?,
+        "Operations" => {
+            let request: OperationsRequest = message(payload)?;
+            ApiRequest::Operations {
+                subject: match request.subject {
+                    all if all.is_empty() => all,
+                    subject => device_id(subject)?,
+                },
+                running: request.running,
+            }
+        }
         "Events" => {
             let request: EventsRequest = message(payload)?;
             return Ok(Call::Events(EventsFrom {
@@ -303,6 +332,26 @@ fn shutdown(request: &ShutdownRequest) -> Result<ApiRequest, RpcStatus> {
     Ok(ApiRequest::Shutdown {
         force: request.force,
         timeout: wait(request.timeout_ms)?,
+    })
+}
+
+fn operation(request: &OperationRequest) -> Result<ApiRequest, RpcStatus> {
+    if request.operation == 0 {
+        return Err(RpcStatus::invalid_argument(
+            "operation is missing: give its number (see Operations)",
+        ));
+    }
+    let wait = Duration::from_millis(u64::from(request.wait_ms));
+    if wait > WAIT_MAX {
+        return Err(RpcStatus::invalid_argument(format!(
+            "wait_ms is {}: at most {} are allowed",
+            request.wait_ms,
+            WAIT_MAX.as_millis()
+        )));
+    }
+    Ok(ApiRequest::Operation {
+        operation: request.operation,
+        wait,
     })
 }
 

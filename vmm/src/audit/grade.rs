@@ -33,6 +33,8 @@ pub struct Told {
     pub newest_landlock: u32,
     /// The VMM has made its machine.
     pub made: Option<bool>,
+    /// It has said that this has booted: until then its manager may make another one.
+    pub booted: bool,
     /// Its launcher could have given it a user namespace of its own.
     pub user_namespaces: bool,
 }
@@ -65,6 +67,12 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
     {
         judgement.deviation(format!("has memory that it can write and execute: {line}"));
     }
+    if process.tracer != 0 {
+        let tracer = process.tracer;
+        judgement.deviation(format!(
+            "is traced by process {tracer}, which may change what it does and lift its seccomp filters"
+        ));
+    }
     if process.dumpable == Some(true) {
         judgement
             .deviation("is dumpable: others of its user may trace it, and it may leave a core");
@@ -83,7 +91,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         ));
     }
     for fd in &process.fds {
-        judgement.ring(role, fd);
+        judgement.ring(role, fd, told);
     }
     match role {
         Role::Vmm => judgement.vmm(process),
@@ -107,7 +115,7 @@ pub fn still_in_setup<'a>(
     process: &'a Process,
     told: &Told,
 ) -> impl Iterator<Item = &'a Thread> + use<'a> {
-    let made = has_a_machine(process, told);
+    let (made, booted) = (has_a_machine(process, told), told.booted);
     process.threads.iter().filter(move |thread| {
         let narrow = match (&thread.filters, thread.seccomp_filters) {
             (Some(filters), _) => {
@@ -118,8 +126,10 @@ pub fn still_in_setup<'a>(
             (None, Some(count)) => count >= 2,
             (None, None) => true,
         };
+        // The manager waits for the boot.
+        let due = booted || process.pids.first() != Some(&thread.tid);
         // What runs nothing but the kernel's code has what its maker had.
-        made && !thread.worker && thread.seccomp_mode == FILTER && !narrow
+        made && due && !thread.worker && thread.seccomp_mode == FILTER && !narrow
     })
 }
 
@@ -342,10 +352,8 @@ impl Judgement {
                 self.note_once("runs as root: this user namespace has no ids for VMs");
             }
         }
-        for fd in &process.fds {
-            if matches!(fd.kind, Kind::Block | Kind::Directory) {
-                self.surplus(fd);
-            }
+        for fd in holds::surplus_of_vmm(&process.fds) {
+            self.surplus(fd);
         }
     }
 
@@ -421,10 +429,12 @@ impl Judgement {
     }
 
     /// A device's rings work on files that it registered, and on no memory that it did.
-    fn ring(&mut self, role: Role, fd: &Fd) {
+    fn ring(&mut self, role: Role, fd: &Fd, told: &Told) {
         let Some(ring) = &fd.ring else { return };
         let number = fd.number;
-        if role != Role::Device {
+        let kind = told.kind.as_deref();
+        let has_rings = kind.is_none_or(|kind| ["blk", "net"].contains(&kind));
+        if role != Role::Device || !has_rings {
             self.deviation(format!("holds an io_uring, descriptor {number}"));
         }
         if ring.buffers > 0 {
@@ -522,5 +532,6 @@ pub fn strongest(process: &Process) -> u64 {
         .fold(0, |all, one| all | one)
 }
 
+mod holds;
 #[cfg(test)]
 mod tests;

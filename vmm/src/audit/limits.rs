@@ -110,7 +110,7 @@ fn controllers(directory: &Path) -> Vec<String> {
 }
 
 /// …/bulkhead-vm-PID-START/dev-ID
-fn is_leaf(path: &str) -> bool {
+pub fn is_leaf(path: &str) -> bool {
     let mut parts = path.rsplit('/');
     parts
         .next()

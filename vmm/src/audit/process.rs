@@ -181,6 +181,8 @@ pub struct Process {
     pub groups: Vec<u32>,
     /// Its pid in each pid namespace from the audit's inwards.
     pub pids: Vec<i32>,
+    /// Who traces it, 0 for nobody: such a one may change what it does, and lift its filters.
+    pub tracer: i32,
     /// When it started, in clock ticks after boot.
     pub started: Option<u64>,
     /// Its threads.
@@ -220,6 +222,7 @@ pub fn read(pid: i32) -> Result<Process, String> {
     process.gid = status.numbers("Gid");
     process.groups = status.numbers("Groups");
     process.pids = status.numbers("NSpid");
+    process.tracer = status.numbers("TracerPid").first().copied().unwrap_or(0);
     process.threads = threads(pid).map_err(|_| ended())?;
     let mut denied = Vec::new();
     match fs::read_link(format!("/proc/{pid}/exe")) {

@@ -104,7 +104,9 @@ pub fn from_api(path: &Path) -> Result<Found, String> {
         let mut found = place(&tree, vmm, Some(info.launcher_pid), Some(&named));
         let vmms = found.targets.iter_mut().filter(|t| t.role == Role::Vmm);
         for target in vmms {
-            target.told.made = Some(info.state.enum_value_or_default() != State::STATE_NONE);
+            let state = info.state.enum_value_or_default();
+            target.told.made = Some(state != State::STATE_NONE);
+            target.told.booted = !matches!(state, State::STATE_NONE | State::STATE_CREATED);
             target.told.landlock = info.landlock_abi;
         }
         found.cgroup = Some(printable(&info.cgroup));

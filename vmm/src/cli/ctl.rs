@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use bulkhead_proto::client::{Speaker, Subscription};
 use bulkhead_proto::machine::{
-    BootRequest, BootResponse, CreateRequest, CreateResponse, DevicesRequest, DevicesResponse,
-    Event, EventsRequest, InfoRequest, InfoResponse, PauseRequest, PauseResponse, ResumeRequest,
-    ResumeResponse, ShutdownRequest, ShutdownResponse,
+    BootRequest, BootResponse, CreateRequest, CreateResponse, DeleteRequest, DeleteResponse,
+    DevicesRequest, DevicesResponse, Event, EventsRequest, InfoRequest, InfoResponse, PauseRequest,
+    PauseResponse, ResumeRequest, ResumeResponse, ShutdownRequest, ShutdownResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
@@ -21,6 +21,7 @@ use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
 use super::ctl_console;
 use super::ctl_device;
 use super::ctl_hotplug::{self, Kind};
+use super::ctl_operation;
 use super::ctl_output as output;
 use super::machine_args::MachineArgs;
 use super::{EXIT_USAGE, fail};
@@ -60,6 +61,8 @@ pub struct CtlArgs {
 enum CtlCommand {
     /// Build the machine, without starting it
     Create(Box<MachineArgs>),
+    /// Give up a machine that has not booted: another one can be created
+    Delete,
     /// Start a machine that was created
     Boot,
     /// Stop the vCPUs between two instructions
@@ -118,6 +121,10 @@ enum CtlCommand {
     ResizeCpus(ctl_hotplug::ResizeCpusArgs),
     /// Ask the guest to have so much memory; `info` and events tell how far it has come
     ResizeMemory(ctl_hotplug::ResizeMemoryArgs),
+    /// Show what became of what was asked for: devices, vCPUs and memory that come and go
+    Operations(ctl_operation::OperationsArgs),
+    /// Show what became of one operation, or wait for its end
+    Operation(ctl_operation::OperationArgs),
     /// Read what the guest prints on a console, and type (Ctrl-] leaves)
     Console(ctl_console::ConsoleArgs),
     /// Show what has happened to the machine
@@ -176,6 +183,10 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
             session.call::<_, CreateResponse>("Create", &request, CREATE)?;
             out.state("created")
         }
+        CtlCommand::Delete => {
+            session.call::<_, DeleteResponse>("Delete", &DeleteRequest::new(), CREATE)?;
+            out.state("none")
+        }
         CtlCommand::Boot => {
             session.call::<_, BootResponse>("Boot", &BootRequest::new(), CALL)?;
             out.state("running")
@@ -229,6 +240,8 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
+        CtlCommand::Operations(operations) => operations.run(&mut session, &mut out),
+        CtlCommand::Operation(operation) => operation.run(&mut session, &mut out),
         CtlCommand::Console(console) => console.run(session, out.to),
         CtlCommand::Events { from, follow } => {
             session.events(from.unwrap_or(0), *follow, out.json, out.to)

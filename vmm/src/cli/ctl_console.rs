@@ -66,8 +66,9 @@ impl ConsoleArgs {
             session.converse::<_, ConsoleOutput>("AttachConsole", &request)?;
         let terminal = Terminal::on_stdin().unwrap_or_default();
         let raw = terminal.and_then(|terminal| terminal.raw().ok());
-        if raw.is_some() {
-            eprint!("[attached: Ctrl-] leaves]\r\n");
+        match raw {
+            Some(_) => eprint!("[attached: Ctrl-] leaves]\r\n"),
+            None => eprintln!("[attached]"),
         }
         let left = Arc::new(AtomicBool::new(false));
         let (leaving, keys) = (Arc::clone(&left), raw.is_some());

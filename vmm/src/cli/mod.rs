@@ -19,6 +19,7 @@ pub mod ctl;
 mod ctl_console;
 mod ctl_device;
 mod ctl_hotplug;
+mod ctl_operation;
 pub mod ctl_output;
 mod ctl_output_net;
 mod ctl_stats;

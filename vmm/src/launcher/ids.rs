@@ -26,6 +26,9 @@ pub struct IdRange {
     count: u32,
 }
 
+/// Below are the ids of the host itself (systemd's and Debian's system users).
+const FIRST_ID: u32 = 1000;
+
 impl FromStr for IdRange {
     type Err = String;
 
@@ -35,8 +38,10 @@ impl FromStr for IdRange {
             .and_then(|(first, count)| Some((first.parse().ok()?, count.parse().ok()?)))
             .ok_or("give FIRST:COUNT, such as 100000:65536")?;
         let range = Self { first, count };
-        if first == 0 {
-            return Err("id 0 is root's: begin above it".into());
+        if first < FIRST_ID {
+            return Err(format!(
+                "ids below {FIRST_ID} are root's and the host's own services': begin there or above"
+            ));
         }
         if count < BLOCK {
             return Err(format!("each VM takes {BLOCK} ids: give as many"));
@@ -83,7 +88,7 @@ impl IdRange {
             }
         }
         Err(format!(
-            "--uid-range: other VMs have all of {}:{}: {} fit, give a longer range",
+            "--uid-range: other VMs have all of {}:{} or a part of each of its {} blocks: give a longer range",
             self.first,
             self.count,
             self.count / BLOCK
@@ -167,7 +172,8 @@ mod tests {
             "1000:63",
             "-1:64",
             "1879048192:64",
-            "1:4294967295",
+            "33:64",
+            "1000:4294966295",
             "65534:64",
             "60000:65536",
         ] {
@@ -196,7 +202,7 @@ mod tests {
         let two = range.reserve(&directory).unwrap();
         assert_eq!((one.first, two.first), (1000, 1064));
         let full = range.reserve(&directory).unwrap_err();
-        assert!(full.contains("2 fit"), "{full}");
+        assert!(full.contains("its 2 blocks"), "{full}");
         // Another range that meets this one in the middle of a block.
         let other: IdRange = "1100:200".parse().unwrap();
         let three = other.reserve(&directory).unwrap();

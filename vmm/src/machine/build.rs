@@ -150,6 +150,7 @@ pub fn build(
     let mut devices = Undo {
         devices: Vec::new(),
         launcher,
+        pci: Some(&pci),
     };
     for disk in &config.disks {
         devices.devices.push(disk::spawn(disk, &behind(&disk.id))?);
@@ -221,13 +222,14 @@ pub fn build(
                 .join(":")
         ),
     })?;
+    let devices = devices.keep();
     Ok(Parts {
         vcpus,
         serial,
         ged,
         hotplug,
         pci,
-        devices: devices.keep().into(),
+        devices: devices.into(),
         absent,
         kvm,
         ram,
@@ -253,29 +255,40 @@ fn count(config: &MachineConfig) -> usize {
 struct Undo<'a> {
     devices: Vec<Device>,
     launcher: &'a Launcher,
+    /// What holds their functions; `None`: they are kept.
+    pci: Option<&'a RootComplex>,
 }
 
 impl Undo<'_> {
     fn keep(mut self) -> Vec<Device> {
+        self.pci = None;
         std::mem::take(&mut self.devices)
     }
 }
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        for device in &self.devices {
-            // The launcher ends what is left when the VMM ends, at the latest.
-            if let Err(e) = device.forget(self.launcher) {
-                log::warn!("device {}: {e}", device.id);
-                continue;
-            }
-            let incarnation = match &device.special {
-                Special::Foreign(switch) => switch.running(),
-                _ => device.process.as_ref().map(|process| process.incarnation),
-            };
-            if let Some(incarnation) = incarnation {
-                self.launcher.take_end(&device.id, incarnation, END_LIMIT);
-            }
+        end_all(&self.devices, self.launcher);
+        if let Some(pci) = self.pci {
+            pci.dismantle();
+        }
+    }
+}
+
+/// Ends the processes of devices that no guest has had, and removes their sockets.
+pub fn end_all(devices: &[Device], launcher: &Launcher) {
+    for device in devices {
+        // The launcher ends what is left when the VMM ends, at the latest.
+        if let Err(e) = device.forget(launcher) {
+            log::warn!("device {}: {e}", device.id);
+            continue;
+        }
+        let incarnation = match &device.special {
+            Special::Foreign(switch) => switch.running(),
+            _ => device.process.as_ref().map(|process| process.incarnation),
+        };
+        if let Some(incarnation) = incarnation {
+            launcher.take_end(&device.id, incarnation, END_LIMIT);
         }
     }
 }

@@ -33,6 +33,7 @@ pub mod net_start;
 pub mod net_switch;
 mod net_told;
 pub mod newcomer;
+pub mod operations;
 pub mod plugger;
 pub mod plugging;
 pub mod queue;

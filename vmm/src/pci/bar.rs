@@ -71,6 +71,11 @@ pub struct BarDecoder {
 }
 
 impl BarDecoder {
+    /// The bus that BARs are mapped on.
+    pub fn bus(&self) -> &Bus {
+        &self.mmio
+    }
+
     /// A decoder that maps BARs on `mmio` inside `windows`.
     pub fn new(mmio: Arc<Bus>, windows: Windows) -> Arc<Self> {
         Arc::new(Self {

@@ -177,6 +177,16 @@ impl RootComplex {
         port.unplug(|_| true).ok()
     }
 
+    /// Takes every function out, and everything off the bus, of a machine that is given up: they
+    /// know each other, and would stay.
+    pub fn dismantle(&self) {
+        for port in &self.ports {
+            // An empty one is as it should be.
+            let _ = port.unplug(|_| true);
+        }
+        self.decoder.bus().clear();
+    }
+
     /// As [`detach`](Self::detach), of a function that the guest's driver may still use: nothing
     /// can be attached to the port until the guest has let go of it.
     ///

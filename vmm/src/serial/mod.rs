@@ -182,6 +182,14 @@ impl Serial {
     }
 }
 
+impl Drop for Serial {
+    /// Its thread ends with it, also where the machine could not be made.
+    fn drop(&mut self) {
+        let _ = self.stop.try_send(Duration::ZERO);
+        let _ = self.wake.write(1);
+    }
+}
+
 impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         // The registers are one byte wide; wider accesses see them one after another.

@@ -88,8 +88,17 @@ fn whole_life() -> Verdict {
         devices.to_string()
     })?;
 
+    // Given up, and made anew.
+    ctl(&socket, &["delete"])?;
+    check(state(&socket)?.contains("none"), || {
+        format!("{:?}", state(&socket))
+    })?;
+    refused(&socket, &["boot"], &["no machine"])?;
+    ctl(&socket, &create)?;
+
     ctl(&socket, &["boot"])?;
     refused(&socket, &["boot"], &["running"])?;
+    refused(&socket, &["delete"], &["running", "shut it down"])?;
     refused(&socket, &["resume"], &["running"])?;
     vmm.wait_for("TICK=3", LIMIT)?;
 

@@ -20,6 +20,7 @@ fn fd(number: i32, kind: Kind) -> Fd {
 fn told() -> Told {
     Told {
         granted: Some(3),
+        booted: false,
         kind: Some("blk".into()),
         said: Said {
             descriptors: Some(40),
@@ -144,7 +145,7 @@ fn a_device_as_it_should_be_has_no_deviation() {
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 41] = [
+    let changes: [(&str, Change); 42] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -164,6 +165,7 @@ fn every_single_deviation_is_found() {
             p.threads[0].capabilities.effective = String::new()
         }),
         ("no_new_privs", |p| p.threads[0].no_new_privs = false),
+        ("tracer", |p| p.tracer = 7),
         ("seccomp", |p| p.threads[0].seccomp_mode = 0),
         ("own filter", |p| p.threads[0].seccomp_filters = Some(2)),
         ("filter of nobody's", |p| {
@@ -376,9 +378,11 @@ fn vmm(threads: &[(&str, &[&str])]) -> Process {
     let mut process = device();
     let model = process.threads[0].clone();
     process.fds.truncate(5);
-    process.threads = threads
-        .iter()
-        .map(|(name, policies)| Thread {
+    process.pids = vec![model.tid];
+    process.threads = (model.tid..)
+        .zip(threads)
+        .map(|(tid, (name, policies))| Thread {
+            tid,
             name: (*name).into(),
             seccomp_filters: u32::try_from(policies.len()).ok(),
             filters: Some(Filters {
@@ -397,7 +401,12 @@ fn a_thread_of_the_vmms_that_stays_in_set_up_is_found_once_the_machine_is_made()
     const STEADY: &[&str] = &["bulkhead-vmm:setup", "bulkhead-vmm"];
     const VCPU: &[&str] = &["bulkhead-vmm:setup", "bulkhead-vcpu"];
     let found = |process: &Process, made| {
-        let told = Told { made, ..told() };
+        let booted = made == Some(true);
+        let told = Told {
+            made,
+            booted,
+            ..told()
+        };
         grade(Role::Vmm, process, &told).deviations.len()
     };
     let whole = vmm(&[("bulkhead", STEADY), ("api", STEADY), ("vp-0", VCPU)]);

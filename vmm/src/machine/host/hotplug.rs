@@ -13,7 +13,6 @@
 //! each other. An operation that has begun goes on when its client hangs up, and ends in an
 //! event.
 
-use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError};
@@ -34,6 +33,7 @@ use crate::launcher::Launcher;
 use crate::machine::device::{Device, NO_PORT, Special};
 use crate::machine::hotplug::{self, Addition, Mail, News, Workshop};
 use crate::machine::life::Life;
+use crate::machine::operations::Operations;
 use crate::machine::plugger::{Listener, listener};
 use crate::machine::state::MachineState;
 use crate::machine::told;
@@ -59,11 +59,9 @@ struct Adding {
 
 /// All that is under way.
 pub(super) struct Hotplug {
-    last_operation: u64,
+    pub(super) operations: Operations,
     mail: Mail,
     adding: Vec<Adding>,
-    /// Operations that began and have not ended, and what they are about.
-    open: BTreeMap<u64, String>,
     leaving: Vec<Leaving>,
     waiting: VecDeque<Waiting>,
     /// What the guest has ejected before the table had it.
@@ -75,10 +73,9 @@ pub(super) struct Hotplug {
 impl Hotplug {
     pub(super) fn new() -> Result<Self, String> {
         Ok(Self {
-            last_operation: 0,
+            operations: Operations::default(),
             mail: Mail::new().map_err(|e| format!("hot-plug: {e}"))?,
             adding: Vec::new(),
-            open: BTreeMap::new(),
             leaving: Vec::new(),
             waiting: VecDeque::new(),
             ejected_early: Vec::new(),
@@ -96,8 +93,7 @@ impl Hotplug {
     }
 
     pub(super) fn next_operation(&mut self) -> u64 {
-        self.last_operation = self.last_operation.saturating_add(1);
-        self.last_operation
+        self.operations.new_number()
     }
 
     fn is_busy(&self, id: &str) -> bool {
@@ -108,6 +104,21 @@ impl Hotplug {
     fn stuck(&self, id: &str) -> Option<String> {
         let mut leaving = self.leaving.iter();
         leaving.find(|l| l.id == id).and_then(Leaving::stuck)
+    }
+
+    /// What has begun and not ended.
+    pub(super) fn under_way(&self) -> Option<String> {
+        if let Some((operation, subject)) = self.operations.open().first() {
+            return Some(format!("operation {operation} ({subject})"));
+        }
+        let leaver = self.leaving.first();
+        leaver.map(|leaver| format!("the end of device {}", leaver.id))
+    }
+
+    /// There is no machine any more, and nothing under way.
+    pub(super) fn forget_machine(&mut self) {
+        self.ejected_early.clear();
+        self.unused.clear();
     }
 
     /// Devices are being made, of which the table knows nothing.
@@ -270,13 +281,13 @@ impl Host {
     /// Says that an operation has begun.
     pub(super) fn began(&mut self, operation: u64, subject: &str, what: &str) {
         let detail = format!("{operation}: {what}");
-        self.hotplug.open.insert(operation, subject.to_owned());
+        self.hotplug.operations.begin(operation, subject, what);
         self.log.publish("operation.began", subject, &detail);
     }
 
     /// The machine stops: so does all that was under way.
     pub(super) fn end_operations(&mut self) {
-        for (operation, subject) in self.hotplug.open.clone() {
+        for (operation, subject) in self.hotplug.operations.open() {
             self.ended(operation, &subject, Err("the machine stopped"));
         }
     }
@@ -284,7 +295,7 @@ impl Host {
     /// Says how it ended.
     pub(super) fn ended(&mut self, operation: u64, subject: &str, result: Result<&str, &str>) {
         // One that was told to be late has ended already.
-        if self.hotplug.open.remove(&operation).is_none() {
+        if !self.hotplug.operations.is_open(operation) {
             return;
         }
         match result {
@@ -297,6 +308,8 @@ impl Host {
                 self.log.publish("operation.failed", subject, &detail);
             }
         }
+        // After the event: who is told of the end may look for it there.
+        self.hotplug.operations.end(operation, result);
     }
 
     /// News of threads that make devices, and of drains.

@@ -27,6 +27,7 @@ use crate::terminal::{RawTerminal, Terminal};
 
 mod consoles;
 mod cpus;
+mod delete;
 mod devices;
 mod doors;
 mod foreign;
@@ -324,6 +325,7 @@ impl Host {
             heartbeat &= self.on_hotplug_timers(Instant::now());
             heartbeat &= self.look_at_resize(Instant::now());
             heartbeat &= self.look_at_memory(Instant::now());
+            heartbeat &= self.hotplug.operations.look(Instant::now());
             heartbeat &= self.check_shutdown();
             if let Some(machine) = &mut self.machine {
                 machine.parts.devices.settle();
@@ -348,6 +350,7 @@ impl Host {
         let devices = self.device_timer().into_iter().chain(self.foreign_timer());
         let hotplug = self.hotplug_timer().into_iter().chain(self.resize_timer());
         let hotplug = hotplug.chain(self.memory.timer());
+        let hotplug = hotplug.chain(self.hotplug.operations.timer());
         shutdown.into_iter().chain(devices).chain(hotplug).min()
     }
 

@@ -26,6 +26,7 @@ impl Host {
         }
         let result = match request {
             ApiRequest::Create(config) => self.create(*config).map(|()| ApiResponse::Done),
+            ApiRequest::Delete => self.delete().map(|()| ApiResponse::Done),
             ApiRequest::Boot => self.boot().map(|()| ApiResponse::Done),
             ApiRequest::Pause => self.pause().map(|()| ApiResponse::Done),
             ApiRequest::Resume => self.resume().map(|()| ApiResponse::Done),
@@ -57,6 +58,14 @@ impl Host {
             }
             ApiRequest::ResizeMemory { size, timeout } => {
                 return self.resize_memory(size, timeout, reply);
+            }
+            ApiRequest::Operation { operation, wait } => {
+                let until = (!wait.is_zero()).then(|| Instant::now() + wait);
+                return self.hotplug.operations.ask(operation, until, reply);
+            }
+            ApiRequest::Operations { subject, running } => {
+                let all = self.hotplug.operations.list(&subject, running);
+                Ok(ApiResponse::Operations(Box::new(all)))
             }
             ApiRequest::AttachConsole {
                 device,
@@ -139,9 +148,6 @@ impl Host {
             self.watch_device(index).map_err(RpcStatus::internal)?;
         }
         self.start_plugger().map_err(RpcStatus::internal)?;
-        // The machine is made: what only making one needs goes.
-        confine::steady()
-            .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
         self.log.publish("machine.created", "", "");
         Ok(())
     }
@@ -166,6 +172,9 @@ impl Host {
     /// Lets the machine go.
     pub(super) fn boot(&mut self) -> Result<(), RpcStatus> {
         let (machine, next) = self.prepare(Transition::Boot)?;
+        // Before the guest's first instruction what only making a machine needs goes, for good.
+        confine::steady()
+            .map_err(|e| RpcStatus::internal(format!("confining the manager: {e}")))?;
         let stdio = machine
             .config
             .serial

@@ -43,6 +43,13 @@ pub(super) struct Calls {
     quit: Vec<ReplyHandle>,
 }
 
+impl Calls {
+    /// Those that wait for the machine's end.
+    pub(super) fn take_waiters(&mut self) -> Vec<ReplyHandle> {
+        std::mem::take(&mut self.waiters)
+    }
+}
+
 fn none() -> RpcStatus {
     RpcStatus::failed_precondition("no machine yet: call CreateVM first")
 }

@@ -424,7 +424,7 @@ impl Host {
     }
 
     /// Stops watching all that is a device's, and takes it out of the table.
-    pub(super) fn unwatch_and_take(&mut self, index: usize) -> Option<Device> {
+    pub(in crate::machine::host) fn unwatch_and_take(&mut self, index: usize) -> Option<Device> {
         let device = self.machine.as_mut()?.parts.devices.take(index)?;
         let mut fds: Vec<RawFd> = device
             .function

@@ -1,0 +1,90 @@
+//! What a VMM may hold: its standard streams, its own KVM machine, guest memory, what it speaks to its
+//! launcher, devices and clients by, taps, the statistics of its devices' cgroups, and a file that the
+//! serial port is written to. It reads no file of anybody's.
+
+use crate::audit::fds::{Fd, Kind};
+use crate::audit::limits;
+
+/// Character devices of a VMM's, beside /dev/kvm and a terminal that is its standard stream.
+const DEVICES: [&str; 2] = ["/dev/net/tun", "/dev/vhost-net"];
+
+/// Descriptors that no VMM has.
+pub fn surplus_of_vmm(fds: &[Fd]) -> impl Iterator<Item = &Fd> {
+    let standard = |fd: &Fd| {
+        let of = fds.iter().filter(|of| of.number <= 2);
+        fd.number <= 2 || of.map(|of| &of.target).any(|target| *target == fd.target)
+    };
+    let mut machines = 0;
+    fds.iter().filter(move |fd| match &fd.kind {
+        Kind::Block | Kind::Directory | Kind::Other => true,
+        Kind::File => !standard(fd) && reads(fd) && !is_statistics(&fd.target),
+        Kind::Character => !standard(fd) && !DEVICES.contains(&fd.target.as_str()),
+        Kind::Anonymous(name) if name == "kvm-vm" => {
+            machines += 1;
+            machines > 1
+        }
+        _ => false,
+    })
+}
+
+/// A serial port's file is only written.
+fn reads(fd: &Fd) -> bool {
+    fd.access != "w"
+}
+
+/// A file of the leaf of a device.
+fn is_statistics(target: &str) -> bool {
+    let leaf = target.rsplit_once('/').map(|(leaf, _)| leaf);
+    leaf.is_some_and(limits::is_leaf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fd(number: i32, kind: Kind, target: &str, access: &str) -> Fd {
+        Fd {
+            number,
+            kind,
+            access: access.into(),
+            target: target.into(),
+            ring: None,
+        }
+    }
+
+    #[test]
+    fn what_a_vmm_may_not_hold_is_found_and_what_it_may_is_not() {
+        let machine = || Kind::Anonymous("kvm-vm".into());
+        let own = [
+            fd(1, Kind::File, "/var/log/vm", "rw"),
+            fd(2, Kind::Character, "/dev/pts/3", "rw"),
+            fd(3, Kind::File, "/var/log/vm", "rw"),
+            fd(4, Kind::Character, "/dev/pts/3", "rw"),
+            fd(5, Kind::Kvm, "/dev/kvm", "rw"),
+            fd(6, machine(), "anon_inode:kvm-vm", "rw"),
+            fd(7, Kind::Character, "/dev/net/tun", "rw"),
+            fd(
+                8,
+                Kind::File,
+                "/sys/fs/cgroup/bulkhead-vm-1-2/dev-a/cpu.stat",
+                "r",
+            ),
+            fd(9, Kind::File, "/tmp/serial", "w"),
+            fd(10, Kind::Memfd, "/memfd:guest-ram (deleted)", "rw"),
+        ];
+        assert_eq!(surplus_of_vmm(&own).count(), 0);
+        for surplus in [
+            fd(20, Kind::File, "/etc/shadow", "rw"),
+            fd(20, Kind::File, "net:[4026531840]", "r"),
+            fd(20, Kind::Character, "/dev/random", "r"),
+            fd(20, machine(), "anon_inode:kvm-vm", "rw"),
+            fd(20, Kind::Block, "/dev/sda", "r"),
+            fd(20, Kind::Directory, "/etc", "r"),
+            fd(20, Kind::Other, "?", ""),
+        ] {
+            let all = [own.as_slice(), &[surplus]].concat();
+            let found: Vec<i32> = surplus_of_vmm(&all).map(|fd| fd.number).collect();
+            assert_eq!(found, [20], "{:?}", all.last());
+        }
+    }
+}

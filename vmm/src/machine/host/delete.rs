@@ -1,0 +1,66 @@
+//! A machine that has not booted is given up: its device processes, sockets, threads and memory go,
+//! and another one may be made in this process. One that has booted is not: the process has
+//! narrowed its confinement for good by then, and ends with the machine.
+
+use bulkhead_proto::RpcStatus;
+
+use super::interrupt::interruptible;
+use super::{Host, Machine, SERIAL_LIMIT, VCPU_LIMIT, memory};
+use crate::machine::build;
+use crate::machine::state::MachineState;
+
+impl Host {
+    /// Gives the machine up. There may be none: a client may ask again that has missed the first
+    /// answer.
+    pub(super) fn delete(&mut self) -> Result<(), RpcStatus> {
+        let Some(machine) = &self.machine else {
+            return Ok(());
+        };
+        if machine.state != MachineState::Created {
+            return Err(RpcStatus::failed_precondition(format!(
+                "cannot delete a machine that is {}: its process ends with it: shut it down, and start another",
+                machine.state
+            )));
+        }
+        // What is under way would find another machine at its end.
+        if let Some(what) = self.hotplug.under_way() {
+            return Err(RpcStatus::failed_precondition(format!(
+                "cannot delete the machine now: {what} is under way: wait for its end (see Operations)"
+            )));
+        }
+        let slots = machine.parts.devices.slots();
+        let devices: Vec<_> = (0..slots)
+            .filter_map(|index| self.unwatch_and_take(index))
+            .collect();
+        let Some(Machine { mut parts, .. }) = self.machine.take() else {
+            return Ok(());
+        };
+        let launcher = &self.launcher;
+        let ended = interruptible(&self.signals, launcher, &self.hooks.helper, || {
+            build::end_all(&devices, launcher);
+            if let Err(e) = parts.vcpus.stop(VCPU_LIMIT) {
+                log::error!("{e}");
+            }
+            // Nothing has been printed.
+            parts.serial.stop(SERIAL_LIMIT);
+            parts.pci.dismantle();
+        });
+        // Processes, sockets and threads of it that are left end with this process.
+        let left =
+            |why: String| RpcStatus::internal(format!("the machine was not all ended: {why}"));
+        ended.map_err(left)?;
+        drop((devices, parts));
+        self.hotplug.forget_machine();
+        self.placements.clear();
+        self.memory = memory::Progress::default();
+        self.unseen = None;
+        self.heartbeat = None;
+        self.on_launcher();
+        self.log.publish("machine.deleted", "", "");
+        for waiter in self.calls.take_waiters() {
+            let line = "the machine was given up before it booted: create another";
+            waiter.complete(Err(RpcStatus::failed_precondition(line)));
+        }
+        Ok(())
+    }
+}
