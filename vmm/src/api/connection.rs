@@ -41,6 +41,9 @@ pub(super) struct Context<'a> {
     pub(super) now: Instant,
 }
 
+/// How often a connection is served in one turn of all.
+const ROUNDS: usize = 32;
+
 mod streams;
 
 use streams::Subscription;
@@ -215,7 +218,10 @@ impl Connection {
     /// writing.
     pub(super) fn work(&mut self, context: &Context<'_>) {
         self.expire(context);
-        while !self.dead {
+        for _ in 0..ROUNDS {
+            if self.dead {
+                return;
+            }
             self.handle_unread(context);
             self.pump(context);
             self.pump_consoles(context);
@@ -223,9 +229,11 @@ impl Connection {
             let more = !self.unread.is_empty() && self.accepts(context.limits);
             let done = self.outbox.is_empty() || self.flush(context.now).is_break();
             if done && !more {
-                break;
+                return;
             }
         }
+        // A console prints as fast as this client reads: the others have their turns between.
+        let _ = context.replies.bell().write(1);
     }
 
     /// The server ends: refuse what is unanswered, finish the event streams, and close

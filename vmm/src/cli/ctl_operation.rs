@@ -13,7 +13,7 @@ use super::ctl::{CALL, Failure, Output, Session};
 /// Options of `ctl operations`.
 #[derive(clap::Args, Debug, Clone)]
 pub(super) struct OperationsArgs {
-    /// Only those about this: a device's id, or `cpus`
+    /// Only those about this: a device's id, `vcpus` or `memory`
     #[arg(long, value_name = "ID")]
     subject: Option<String>,
     /// Only those that have not ended

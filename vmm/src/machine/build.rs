@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_proto::machine::{MachineConfig, serial_config};
@@ -275,6 +275,13 @@ impl Drop for Undo<'_> {
     }
 }
 
+/// Where its serial port listens, if it does.
+pub fn serial_socket(config: &MachineConfig) -> Option<PathBuf> {
+    use bulkhead_proto::machine::serial_config::Mode;
+    let socket = config.serial.mode.enum_value() == Ok(Mode::SOCKET);
+    socket.then(|| PathBuf::from(&config.serial.path))
+}
+
 /// Ends the processes of devices that no guest has had, and removes their sockets.
 pub fn end_all(devices: &[Device], launcher: &Launcher) {
     for device in devices {
@@ -285,7 +292,11 @@ pub fn end_all(devices: &[Device], launcher: &Launcher) {
         }
         let incarnation = match &device.special {
             Special::Foreign(switch) => switch.running(),
-            _ => device.process.as_ref().map(|process| process.incarnation),
+            _ => device.process.as_ref().and_then(|process| {
+                // The end of one that has ended has been told.
+                let over = process.newcomer.is_none() && process.life.has_exited();
+                (!over).then(|| process.latest())
+            }),
         };
         if let Some(incarnation) = incarnation {
             launcher.take_end(&device.id, incarnation, END_LIMIT);

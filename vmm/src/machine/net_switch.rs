@@ -119,6 +119,11 @@ pub struct Switch {
 }
 
 impl Switch {
+    /// It serves a network device.
+    pub fn is_net(&self) -> bool {
+        self.net.is_some()
+    }
+
     /// A device that is served, or (`serving` false) waits for its back-end.
     pub fn new(
         id: &str,

@@ -14,6 +14,8 @@ use crate::api::{ApiResponse, ReplyHandle};
 
 /// Operations that have ended and are kept: an answer with all of them is shorter than one may be.
 const KEPT: usize = 256;
+/// Most calls that wait for one's end: fewer than what clients may have in hand together.
+const MOST_WAITS: usize = 32;
 /// Longest line of one, bytes.
 const MAX_LINE: usize = 512;
 
@@ -100,6 +102,12 @@ impl Operations {
                 return answer(reply, info);
             };
             self.waits.retain(|wait| !wait.reply.is_abandoned());
+            if self.waits.len() >= MOST_WAITS {
+                let line = format!(
+                    "{MOST_WAITS} calls wait for operations: ask without a wait, or watch the events"
+                );
+                return reply.complete(Err(RpcStatus::new(Code::ResourceExhausted, line)));
+            }
             return self.waits.push(Wait {
                 operation,
                 until,

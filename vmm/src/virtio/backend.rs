@@ -341,6 +341,12 @@ impl Backend {
         Ok(bases)
     }
 
+    /// Somebody else has given requests back, of which the log of those in flight knows nothing: a
+    /// successor is given a new one.
+    pub fn drop_log(&mut self) {
+        self.inflight = None;
+    }
+
     /// The driver has reset the device: nothing of its rings counts any more.
     pub fn forget(&mut self) {
         self.started.clear();

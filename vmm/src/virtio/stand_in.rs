@@ -5,7 +5,7 @@
 //! 5.1.6.5), and what goes to a console is lost; all other queues stay as they are.
 //!
 //! Nobody stands in before the last process has ended, and a successor finds the rings at their used
-//! indices, as after any other process.
+//! indices, and no log of what was in flight.
 
 use std::sync::Arc;
 
@@ -44,7 +44,12 @@ impl VirtioPciFunction {
         let device = &mut *guard;
         let wanted = self.link.failed() && self.is_quiet() && device.common.driver_ok();
         match (wanted, device.stand_in.is_some()) {
-            (true, false) => device.stand_in = self.stand_in(device),
+            (true, false) => {
+                device.stand_in = self.stand_in(device);
+                if device.stand_in.is_some() {
+                    device.backend.drop_log();
+                }
+            }
             (false, true) => device.stand_in = None,
             _ => {}
         }

@@ -137,9 +137,10 @@ fn without_a_guest() -> Verdict {
     let mut serial = console(&socket, &[])?;
     let mut port = console(&socket, &["con"])?;
     let end = Instant::now() + patience(LIMIT);
-    while !port.errors().contains("[attached]") {
+    let both = |a: &Vmm, b: &Vmm| [a, b].iter().all(|c| c.errors().contains("[attached]"));
+    while !both(&serial, &port) {
         check(Instant::now() < end && port.ended().is_none(), || {
-            "nobody is let in at the port".to_owned()
+            "nobody is let in at the consoles".to_owned()
         })?;
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -115,7 +115,7 @@ fn ranges() -> Verdict {
         ])?;
         let errors = String::from_utf8_lossy(&third.stderr).into_owned();
         check(
-            third.status.code() == Some(1) && errors.contains("2 fit"),
+            third.status.code() == Some(1) && errors.contains("its 2 blocks"),
             || errors,
         )
     })();

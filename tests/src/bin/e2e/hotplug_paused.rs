@@ -269,8 +269,17 @@ fn given_up() -> Verdict {
     // It is told something all the time, then too.
     kill(&socket, "more")?;
     until_event(&socket, "device.quarantined", "more")?;
-    guest.run("i=0; while [ $i -lt 300 ]; do 3<$p true; i=$((i + 1)); done")?;
+    let speaks = "i=0; while [ $i -lt 300 ]; do 3<$p true; i=$((i + 1)); done";
+    guest.run(speaks)?;
     guest.is_well("")?;
+    // A process that takes over knows nothing of what was in flight long before, nor what came of it.
+    ctl(&socket, &["resume-device", "more"])?;
+    guest.run(speaks)?;
+    guest.run("(while [ -c $p ]; do 3<$p true; done) 2>/dev/null & true")?;
+    kill(&socket, "more")?;
+    guest.run(speaks)?;
+    let info = device(&socket, "more")?.map(|info| info["state"].clone());
+    check(info == Some("quarantined".into()), || format!("{info:?}"))?;
     ctl(&socket, &["remove-device", "more", "--timeout", SECONDS])?;
     away(&mut guest, "virtio_console")?;
     guest.ends()

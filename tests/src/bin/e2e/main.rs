@@ -85,6 +85,7 @@ fn main() -> ExitCode {
         tests.extend(bad_input::native());
         tests.extend(audit_native::native());
         tests.extend(audit_outside::native());
+        tests.extend(audit_outside::hostile());
         tests.extend(config::native());
         tests.extend(api_access::native());
         tests.extend(api_fuzz::native());
@@ -126,6 +127,7 @@ fn main() -> ExitCode {
         tests.extend(audit::tests());
         tests.extend(audit_native::native());
         tests.extend(audit_outside::native());
+        tests.extend(audit_outside::hostile());
         tests.extend(audit_outside::tests());
         tests.extend(death::tests());
         tests.extend(recovery::tests());

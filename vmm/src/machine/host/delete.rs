@@ -29,6 +29,10 @@ impl Host {
             )));
         }
         let slots = machine.parts.devices.slots();
+        let serial = build::serial_socket(&machine.config);
+        for index in 0..slots {
+            self.end_trial(index, "the machine is given up");
+        }
         let devices: Vec<_> = (0..slots)
             .filter_map(|index| self.unwatch_and_take(index))
             .collect();
@@ -36,7 +40,7 @@ impl Host {
             return Ok(());
         };
         let launcher = &self.launcher;
-        let ended = interruptible(&self.signals, launcher, &self.hooks.helper, || {
+        let mut end = || {
             build::end_all(&devices, launcher);
             if let Err(e) = parts.vcpus.stop(VCPU_LIMIT) {
                 log::error!("{e}");
@@ -44,11 +48,17 @@ impl Host {
             // Nothing has been printed.
             parts.serial.stop(SERIAL_LIMIT);
             parts.pci.dismantle();
-        });
-        // Processes, sockets and threads of it that are left end with this process.
-        let left =
-            |why: String| RpcStatus::internal(format!("the machine was not all ended: {why}"));
-        ended.map_err(left)?;
+        };
+        // Signals are not heeded meanwhile where there is no thread to be had for them.
+        if let Err(why) = interruptible(&self.signals, launcher, &self.hooks.helper, &mut end) {
+            log::warn!("{why}");
+            end();
+        }
+        if let Some(path) = serial
+            && let Err(e) = launcher.forget(&path)
+        {
+            log::warn!("serial: its socket stays: {e}");
+        }
         drop((devices, parts));
         self.hotplug.forget_machine();
         self.placements.clear();

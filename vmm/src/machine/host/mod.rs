@@ -116,6 +116,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
     let places = options.api.prepare()?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
+    // Helpers' programs are the launcher's from now on.
+    drop(config);
     // A confined VMM cannot reap it.
     signals::forget_children();
     let doors = places.bind(&launcher)?;

@@ -125,9 +125,16 @@ impl Host {
                 &self.hooks,
             )
         });
-        let mut parts = built
-            .and_then(|parts| parts)
-            .map_err(RpcStatus::failed_precondition)?;
+        let mut parts = match built.and_then(|parts| parts) {
+            Ok(parts) => parts,
+            Err(why) => {
+                // It may not have come so far.
+                if let Some(path) = build::serial_socket(&config) {
+                    let _ = self.launcher.forget(&path);
+                }
+                return Err(RpcStatus::failed_precondition(why));
+            }
+        };
         prepared.let_go();
         for device in parts.devices.iter() {
             announce(&self.log, &self.launcher, device);

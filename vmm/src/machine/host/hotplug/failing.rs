@@ -75,7 +75,8 @@ impl Awaited {
         match special {
             Special::Disk(_) => Some(Self::All),
             Special::Console(_) => Some(Self::Sent),
-            Special::Net | Special::Foreign(_) => Some(Self::Control),
+            Special::Net => Some(Self::Control),
+            Special::Foreign(switch) => switch.is_net().then_some(Self::Control),
             Special::Rng | Special::Vsock(_) | Special::Memory(_) => None,
         }
     }
@@ -135,7 +136,7 @@ impl Host {
             Special::Console(_) => {
                 self.revive(index);
             }
-            // The function itself answers the commands of a network device without a process.
+            // The function itself answers for a network device without a process.
             _ => {}
         }
         let until = now.checked_add(LIMIT).unwrap_or(now);
@@ -285,7 +286,7 @@ impl Host {
     fn answers_by_itself(&mut self, index: usize) -> bool {
         self.device(index).is_some_and(|d| match d.special {
             Special::Foreign(_) => true,
-            Special::Net => d.function.status().failure.is_some(),
+            Special::Net | Special::Console(_) => d.function.status().failure.is_some(),
             _ => false,
         })
     }
