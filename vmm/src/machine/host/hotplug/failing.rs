@@ -209,7 +209,9 @@ impl Host {
         failing.look_at = now.checked_add(PAUSE).unwrap_or(now);
         let (late, quiet) = (failing.until <= now, failing.quiet >= QUIET);
         if late && !quiet {
-            log::warn!("device {id}: pulled out with requests in flight, which hang in the guest");
+            log::warn!(
+                "device {id}: pulled out with what the guest waits for in its rings, perhaps: that hangs in the guest"
+            );
         } else if late && paused && held {
             log::warn!(
                 "device {id}: pulled out of a paused guest, which may wait for it without end: resume the machine while a device that it uses is removed"
