@@ -135,8 +135,9 @@ impl Connection {
 
     /// There is nothing left to do but to close it.
     pub(super) fn is_finished(&self) -> bool {
-        let quiet =
-            self.outbox.is_empty() && self.subscriptions.is_empty() && self.consoles.is_empty();
+        // One that never said to which console it wants says nothing any more.
+        let attached = self.consoles.values().any(|console| !console.is_opening());
+        let quiet = self.outbox.is_empty() && self.subscriptions.is_empty() && !attached;
         let no_more_requests = self.read_closed && self.unread.is_empty() && self.calls.is_empty();
         self.dead || (quiet && (self.ending || no_more_requests))
     }

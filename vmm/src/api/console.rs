@@ -61,6 +61,11 @@ impl Attachment {
         }
     }
 
+    /// The client has not said which console it wants.
+    pub(super) fn is_opening(&self) -> bool {
+        matches!(self.stage, Stage::Opening)
+    }
+
     /// Nothing more of its connection is read: what comes next cannot be taken yet.
     pub(super) fn holds_back(&self) -> bool {
         matches!(self.stage, Stage::Asked) || !self.typed.is_empty()

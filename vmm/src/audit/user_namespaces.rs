@@ -19,10 +19,12 @@ pub fn expected(targets: &[Target]) -> bool {
 
 /// Makes one, with a process in it that ends at once.
 fn can_be_made() -> bool {
-    let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+    // As wide as the kernel reads them: the call is variadic.
+    let (flags, none): (libc::c_long, libc::c_long) =
+        (libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD), 0);
     // SAFETY: without CLONE_VM the child has a copy of this memory, as by fork(2), and does nothing in
     // it but end; no pointer is given.
-    let child = unsafe { libc::syscall(libc::SYS_clone, flags, null::<u8>(), 0, 0, 0) };
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, null::<u8>(), none, none, none) };
     if child == 0 {
         // SAFETY: ends the child without running anything of the parent's.
         unsafe { libc::_exit(0) };

@@ -78,8 +78,7 @@ pub struct Device {
     pub failed: Option<String>,
     /// It was drained and takes no requests until it is resumed.
     pub drained: bool,
-    /// When a malformed ring was last reported, and how many were not since: a hostile guest
-    /// must not fill the log.
+    /// When a malformed ring was last reported, and how many were not since, lest a guest fill the log.
     pub ring_errors: (Option<std::time::Instant>, u64),
     /// How often its process has said so in the present second, and since when that lasts.
     pub ring_alarms: (Option<std::time::Instant>, u32),

@@ -265,6 +265,19 @@ fn streams_of_one_connection_and_clients_of_one_console_are_bounded() {
 }
 
 #[test]
+fn a_client_that_never_says_which_console_it_wants_is_let_go_of_when_it_says_no_more() {
+    use std::io::Read;
+    let (fixture, line) = fixture();
+    let mut stream = fixture.connect();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream.write_all(&opening()).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty() && !line.is_joined());
+}
+
+#[test]
 fn a_reader_is_refused_and_no_other_method_takes_a_stream() {
     let (fixture, line) = fixture();
     let mut reader = fixture.reader();
