@@ -9,9 +9,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::fds::Kind;
+use super::process::Tree;
 use super::{Report, Role};
 use crate::launcher::cgroup_parent::{GROUP_PREFIX, Mount};
-use crate::launcher::{LEAF_PREFIX, VMM_LEAF};
+use crate::launcher::{LEAF_PREFIX, VMM_LEAF, printable};
 
 /// The VM's cgroup, which its leaves are in.
 struct Group {
@@ -177,6 +178,33 @@ fn manager(group: Option<&Group>, path: &str) -> Option<String> {
     }
 }
 
+/// What a leaf lists beside its device's process: a successor of that is the launcher's child, too.
+fn strangers(text: &str, own: i32, of_launcher: &dyn Fn(i32) -> bool) -> Vec<String> {
+    let pids = text.lines().filter(|line| {
+        let pid = line.trim().parse::<i32>().ok();
+        // 0 is one that cannot be named from here.
+        pid.is_none_or(|pid| pid != own && (pid == 0 || !of_launcher(pid)))
+    });
+    pids.map(printable).collect()
+}
+
+/// Processes that use what a device's leaf allows to it, and are none of its own.
+fn intruders(path: &str, own: i32, launcher: Option<i32>) -> Option<String> {
+    let directory = Mount::find()?.directory(path)?;
+    let look = || {
+        let text = fs::read_to_string(directory.join("cgroup.procs")).ok()?;
+        let tree = Tree::read().ok()?;
+        // One that has ended meanwhile is in no tree.
+        let of_launcher =
+            |pid: i32| !tree.contains(pid) || launcher.is_some() && tree.parent(pid) == launcher;
+        let found = strangers(&text, own, &of_launcher);
+        (!found.is_empty()).then(|| found.join(", "))
+    };
+    look().map(|pids| {
+        format!("its cgroup {path} has processes in it that are none of its own: {pids}")
+    })
+}
+
 /// Grades where each is; returns what is wrong with the VM as a whole.
 pub fn grade(told: &Told<'_>, reports: &mut [Report]) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -195,6 +223,8 @@ pub fn grade(told: &Told<'_>, reports: &mut [Report]) -> Vec<String> {
     let ids = matches!(told, Told::ByApi(_));
     let of = |role| of_role(reports, role).and_then(cgroup).map(str::to_owned);
     let (vmm, launcher) = (of(Role::Vmm), of(Role::Launcher));
+    let launcher_pid = of_role(reports, Role::Launcher).map_or(0, |report| report.pid);
+    let manager_at = launcher.clone().unwrap_or_default();
     let mut taken: Vec<(String, String)> = Vec::new();
     for report in reports {
         let Some(path) = cgroup(report).map(str::to_owned) else {
@@ -210,7 +240,7 @@ pub fn grade(told: &Told<'_>, reports: &mut [Report]) -> Vec<String> {
                         "{other} and {} are in one cgroup, {path}",
                         report.name
                     )),
-                    None => taken.push((path, report.name.clone())),
+                    None => taken.push((path.clone(), report.name.clone())),
                 }
             }
             line
@@ -226,6 +256,12 @@ pub fn grade(told: &Told<'_>, reports: &mut [Report]) -> Vec<String> {
             }
             line
         };
+        if line.is_none() && is_device(report) && group.is_some() && path != manager_at {
+            let launcher = Some(launcher_pid).filter(|pid| *pid > 0);
+            if let Some(line) = intruders(&path, report.pid, launcher) {
+                report.deviation(line);
+            }
+        }
         if let Some(line) = line {
             report.deviation(line);
         }
@@ -344,6 +380,14 @@ pub mod tests {
     }
 
     #[test]
+    fn a_stranger_in_a_leaf_is_found_and_a_successor_is_not() {
+        let of_launcher = |pid| pid == 12 || pid == 13;
+        assert_eq!(strangers("12\n13\n", 12, &of_launcher), [""; 0]);
+        assert_eq!(strangers("12\n99\n0\n", 12, &of_launcher), ["99", "0"]);
+        assert_eq!(strangers("x\n", 12, &of_launcher), ["x"]);
+    }
+
+    #[test]
     fn a_launcher_elsewhere_than_the_vmm_is_noted() {
         let mut reports = vm();
         reports[1] = report(Role::Launcher, "launcher", "/b");
@@ -381,6 +425,8 @@ pub mod tests {
                 access: "r".into(),
                 target: "/sys/fs/cgroup/bulkhead-vm-10-77".into(),
                 ring: None,
+                family: None,
+                inode: None,
             });
         }
         assert_eq!(grade(&Told::Nothing, &mut reports), [] as [&str; 0]);

@@ -2,8 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::OnceLock;
 
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
+use rustix::net::{AddressFamily, sockopt::socket_domain};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::Serialize;
 
 use crate::launcher::printable;
@@ -22,9 +27,9 @@ pub enum Kind {
     Pipe,
     /// A directory.
     Directory,
-    /// A regular file with a name.
+    /// A regular file of a file system, unlinked or not.
     File,
-    /// A regular file that never had one (or an unlinked file).
+    /// Memory: a file of the kernel's own, which never had a name (memfd_create(2)).
     Memfd,
     /// A block device.
     Block,
@@ -72,7 +77,15 @@ pub struct Fd {
     pub target: String,
     /// What the kernel says of it, if it is an io_uring.
     pub ring: Option<Ring>,
+    /// Of a socket: "unix", "inet", …; `None` where it may not be asked.
+    pub family: Option<String>,
+    /// Device and inode of memory: those who hold the same share it.
+    #[serde(skip)]
+    pub inode: Option<Inode>,
 }
+
+/// Device and inode.
+pub type Inode = (u64, u64);
 
 /// An io_uring, as its fdinfo shows it. The kernel shows no restrictions: what they do is tried by
 /// `cargo test -p bulkhead-seccomp --test uring`, and a device makes no ring without them.
@@ -114,6 +127,7 @@ impl Ring {
 /// Reads them all.
 pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
     let mut fds = Vec::new();
+    let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.take(MAX_FDS) {
         let entry = entry?;
         let Some(number) = entry
@@ -128,7 +142,15 @@ pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
-        let kind = fs::metadata(entry.path()).map_or(Kind::Other, |m| kind_of(&m, &target));
+        let metadata = fs::metadata(entry.path()).ok();
+        let kind = metadata
+            .as_ref()
+            .map_or(Kind::Other, |m| kind_of(m, &target));
+        let memory = metadata.filter(|_| kind == Kind::Memfd);
+        let family = match (&kind, &process) {
+            (Kind::Socket, Some(process)) => family(process, number),
+            _ => None,
+        };
         let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
         let is_ring = kind == Kind::Anonymous("io_uring".into());
         fds.push(Fd {
@@ -137,10 +159,40 @@ pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
             ring: is_ring.then(|| Ring::parse(&info)),
             access: access(&info),
             target: printable(&target),
+            family,
+            inode: memory.map(|m| (m.dev(), m.ino())),
         });
     }
     fds.sort_by_key(|fd| fd.number);
     Ok(fds)
+}
+
+/// The devices that the kernel's memory files are on: no file of a file system is there.
+pub fn memory_devices() -> &'static [u64] {
+    static DEVICES: OnceLock<Vec<u64>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let of = |flags| {
+            let file = memfd_create("audit", flags).ok()?;
+            fstat(&file).ok().map(|stat| stat.st_dev)
+        };
+        let huge = MemfdFlags::HUGETLB;
+        let kinds = [MemfdFlags::empty(), huge, huge | MemfdFlags::HUGE_2MB];
+        kinds.into_iter().filter_map(of).collect()
+    })
+}
+
+/// The family of a socket of another process, asked of a copy, which is closed at once.
+fn family(process: &impl AsFd, number: i32) -> Option<String> {
+    let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).ok()?;
+    Some(match socket_domain(&socket).ok()? {
+        AddressFamily::UNIX => "unix".to_owned(),
+        AddressFamily::INET => "inet".to_owned(),
+        AddressFamily::INET6 => "inet6".to_owned(),
+        AddressFamily::NETLINK => "netlink".to_owned(),
+        AddressFamily::PACKET => "packet".to_owned(),
+        AddressFamily::VSOCK => "vsock".to_owned(),
+        other => other.as_raw().to_string(),
+    })
 }
 
 fn kind_of(metadata: &fs::Metadata, target: &str) -> Kind {
@@ -161,7 +213,7 @@ fn kind_of(metadata: &fs::Metadata, target: &str) -> Kind {
             _ => Kind::Character,
         }
     } else if kind.is_file() && target.starts_with('/') {
-        if metadata.nlink() == 0 {
+        if metadata.nlink() == 0 && memory_devices().contains(&metadata.dev()) {
             Kind::Memfd
         } else {
             Kind::File
@@ -221,10 +273,29 @@ mod tests {
         assert_eq!(of(null.as_raw_fd()).kind, Kind::Null);
         assert_eq!(of(null.as_raw_fd()).access, "w");
         assert_eq!(of(socket.as_raw_fd()).kind, Kind::Socket);
+        assert_eq!(of(socket.as_raw_fd()).family.as_deref(), Some("unix"));
         assert_eq!(
             of(event.as_raw_fd()).kind,
             Kind::Anonymous("eventfd".into())
         );
+    }
+
+    #[test]
+    fn memory_is_told_from_an_unlinked_file_and_sockets_by_their_family() {
+        let memory = memfd_create("x", MemfdFlags::empty()).unwrap();
+        let place = std::env::temp_dir().join(format!("audit-unlinked-{}", std::process::id()));
+        let unlinked = fs::File::create(&place).unwrap();
+        fs::remove_file(&place).unwrap();
+        let inet = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let fds = read(i32::try_from(std::process::id()).unwrap()).unwrap();
+        let of = |number: i32| fds.iter().find(|fd| fd.number == number).unwrap();
+        let stat = fstat(&memory).unwrap();
+        let memory = of(memory.as_raw_fd());
+        assert_eq!(memory.kind, Kind::Memfd);
+        assert_eq!(memory.inode, Some((stat.st_dev, stat.st_ino)));
+        assert_eq!(of(unlinked.as_raw_fd()).kind, Kind::File);
+        assert_eq!(of(unlinked.as_raw_fd()).inode, None);
+        assert_eq!(of(inet.as_raw_fd()).family.as_deref(), Some("inet"));
     }
 
     #[test]

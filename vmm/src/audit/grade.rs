@@ -2,12 +2,15 @@
 //! expectations are those of the design ("Processes", "Life of a device process").
 
 use super::Role;
+use super::asked::Asked;
 use super::capabilities::capability_names;
 use super::fds::{Fd, Kind};
 use super::limits::{Limits, Said};
 use super::process::{Namespace, Process, Thread};
 use super::trace::Filters;
 use crate::launcher;
+
+pub use siblings::siblings;
 
 /// Deviations, and weaknesses that are allowed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -23,6 +26,10 @@ pub struct Judgement {
 pub struct Told {
     /// Number of descriptors granted to a device at exec (from 3 on).
     pub granted: Option<usize>,
+    /// What they are.
+    pub grants: Vec<String>,
+    /// What its cgroup is to hold it to.
+    pub asked: Asked,
     /// Kind of a device ("blk").
     pub kind: Option<String>,
     /// Resource limits that a device says it set itself.
@@ -67,6 +74,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
     {
         judgement.deviation(format!("has memory that it can write and execute: {line}"));
     }
+    judgement.code(role, process);
     if process.tracer != 0 {
         let tracer = process.tracer;
         judgement.deviation(format!(
@@ -83,6 +91,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         if let Some(note) = limits.short(told.said) {
             judgement.note_once(&note);
         }
+        judgement.deviations.extend(told.asked.looser(limits));
     }
     if let Some(abi) = told.landlock.filter(|abi| *abi < told.newest_landlock) {
         judgement.deviation(format!(
@@ -188,46 +197,6 @@ fn unexpected(role: Role, thread: &str, filters: &Filters, kind: Option<&str>) -
         wrong.push("has a seccomp filter that is none of this program's policies".to_owned());
     }
     wrong
-}
-
-/// Namespaces that two devices share, though each should have its own; and uids, but for an
-/// ordinary user's VM, all of which is that user to the host (`vmm_uid`).
-pub fn siblings<'a>(
-    vmm_uid: Option<u32>,
-    devices: impl Iterator<Item = (&'a str, &'a Process)>,
-) -> Vec<String> {
-    let mut seen: Vec<(&str, &str)> = Vec::new();
-    let mut uids: Vec<(u32, &str)> = Vec::new();
-    let mut shared = Vec::new();
-    for (name, process) in devices {
-        if let Some(uid) = process
-            .uid
-            .first()
-            .copied()
-            .filter(|uid| Some(*uid) != vmm_uid)
-        {
-            match uids.iter().find(|(other, _)| *other == uid) {
-                Some((_, other)) => {
-                    shared.push(format!("devices {other} and {name} share the uid {uid}"));
-                }
-                None => uids.push((uid, name)),
-            }
-        }
-        for namespace in &process.namespaces {
-            let own = DEVICE_NAMESPACES.contains(&namespace.kind.as_str());
-            // One of the host's is a deviation of that process already.
-            if !own || namespace.shared {
-                continue;
-            }
-            match seen.iter().find(|(id, _)| *id == namespace.id) {
-                Some((id, other)) => {
-                    shared.push(format!("devices {other} and {name} share namespace {id}"));
-                }
-                None => seen.push((&namespace.id, name)),
-            }
-        }
-    }
-    shared
 }
 
 /// A set as /proc shows it; what cannot be read counts as full.
@@ -352,6 +321,7 @@ impl Judgement {
                 self.note_once("runs as root: this user namespace has no ids for VMs");
             }
         }
+        self.families(process);
         for fd in holds::surplus_of_vmm(&process.fds) {
             self.surplus(fd);
         }
@@ -378,6 +348,10 @@ impl Judgement {
         self.user_namespace(process, told);
         self.namespaces(process, &DEVICE_NAMESPACES);
         self.place(process);
+        self.families(process);
+        for line in holds::not_as_granted(&process.fds, &told.grants) {
+            self.deviation(line);
+        }
         // Its way to tell the VMM of a changed configuration comes over the vhost-user channel.
         let mut backend_channel = false;
         for fd in &process.fds {
@@ -447,6 +421,33 @@ impl Judgement {
             self.deviation(format!(
                 "its io_uring {number} is submitted to by a thread of the kernel's"
             ));
+        }
+    }
+
+    /// Device processes are static: all their code is their program's. Others may have libraries.
+    fn code(&mut self, role: Role, process: &Process) {
+        let Some(mappings) = &process.mappings else {
+            return;
+        };
+        let library = |line: &&String| {
+            let path = line.split_once(" /").map(|(_, path)| path);
+            role != Role::Device
+                && path.is_some_and(|p| !p.starts_with("memfd:") && !p.ends_with(" (deleted)"))
+        };
+        if let Some(line) = mappings.foreign_code.iter().find(|line| !library(line)) {
+            self.deviation(format!("executes what is not of its program: {line}"));
+        }
+    }
+
+    /// Sockets are of the host itself: none reaches a network.
+    fn families(&mut self, process: &Process) {
+        for fd in &process.fds {
+            if let Some(family) = fd.family.as_ref().filter(|family| *family != "unix") {
+                self.deviation(format!(
+                    "holds descriptor {}, a socket of the family {family}",
+                    fd.number
+                ));
+            }
         }
     }
 
@@ -533,5 +534,6 @@ pub fn strongest(process: &Process) -> u64 {
 }
 
 mod holds;
+mod siblings;
 #[cfg(test)]
 mod tests;

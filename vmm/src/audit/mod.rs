@@ -7,15 +7,17 @@
 //! itself (its name, names of its files) decides a grade, and all of it is escaped.
 //!
 //! `targets` finds the processes; `process` reads one, `fds` its descriptors, `mappings` its memory,
-//! `trace` its seccomp filters, `limits` what bounds it; `grade` judges, and `cgroups` where each is;
-//! `table` prints.
+//! `trace` its seccomp filters, `limits` what bounds it; `grade` judges, `asked` limits that clients
+//! have asked for, `cgroups` where each is, `memory` whose memory it has; `table` prints.
 
+mod asked;
 mod capabilities;
 mod cgroups;
 mod fds;
 mod grade;
 mod limits;
 mod mappings;
+mod memory;
 mod policies;
 mod process;
 mod table;
@@ -215,22 +217,22 @@ pub fn run(args: &AuditArgs) -> i32 {
         None => cgroups::Told::Nothing,
     };
     deviations.extend(cgroups::grade(&told, &mut processes));
+    for (pid, line) in memory::foreign(&processes) {
+        if let Some(report) = processes.iter_mut().find(|report| report.pid == pid) {
+            report.deviation(line);
+        }
+    }
+    filters_of_all(&mut processes);
     let worst = processes
         .iter()
         .map(|p| p.verdict)
         .max()
         .unwrap_or(Verdict::Unknown);
-    let vmm_uid = processes
-        .iter()
-        .filter(|report| report.role == Role::Vmm)
-        .find_map(|report| report.process.as_ref()?.uid.first().copied());
-    deviations.extend(grade::siblings(
-        vmm_uid,
-        processes
-            .iter()
-            .filter(|report| report.role == Role::Device)
-            .filter_map(|report| Some((report.name.as_str(), report.process.as_ref()?))),
-    ));
+    let read = processes.iter().filter_map(|report| {
+        let process = report.process.as_ref()?;
+        Some((report.role, report.name.as_str(), process))
+    });
+    deviations.extend(grade::siblings(read));
     let cores = Cores::read();
     let verdict = if deviations.is_empty() {
         worst
@@ -260,6 +262,28 @@ pub fn run(args: &AuditArgs) -> i32 {
         Verdict::Ok => 0,
         Verdict::Deviation => 1,
         Verdict::Unknown => 3,
+    }
+}
+
+/// Where this kernel has shown the filters of one thread to us, those of another that it has not
+/// shown are unknown: somebody else may have traced it meanwhile.
+fn filters_of_all(processes: &mut [Report]) {
+    let shown = |thread: &process::Thread| thread.filters.is_some();
+    let threads = |report: &Report, which: &dyn Fn(&process::Thread) -> bool| {
+        let mut threads = report.process.iter().flat_map(|process| &process.threads);
+        threads.any(which)
+    };
+    if !processes.iter().any(|report| threads(report, &shown)) {
+        return;
+    }
+    for report in processes {
+        let hidden = |thread: &process::Thread| !shown(thread) && thread.seccomp_mode == 2;
+        if threads(report, &hidden) {
+            report
+                .unread
+                .push("its seccomp filters could not all be read; run the audit again".to_owned());
+            report.verdict = report.verdict.max(Verdict::Unknown);
+        }
     }
 }
 

@@ -256,6 +256,10 @@ pub fn read(pid: i32) -> Result<Process, String> {
         let all = thread.seccomp_filters.and_then(|n| usize::try_from(n).ok());
         thread.filters = trace::read(thread.tid).filter(|f| Some(f.policies.len()) == all);
     }
+    // One that has ended meanwhile has none to be read.
+    process.threads.retain(|thread| {
+        thread.filters.is_some() || Path::new(&format!("/proc/{pid}/task/{}", thread.tid)).exists()
+    });
     if stat_field(pid, START_TIME).as_ref() != Some(&began) || status.text("State").starts_with('Z')
     {
         return Err(ended());

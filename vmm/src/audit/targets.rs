@@ -13,6 +13,7 @@ use bulkhead_proto::{
 };
 
 use super::Role;
+use super::asked::Asked;
 use super::grade::Told;
 use super::limits::Said;
 use super::process::{self, Tree};
@@ -61,7 +62,8 @@ struct Named {
     kind: String,
     landlock: Option<u32>,
     pid: i32,
-    granted: usize,
+    granted: Vec<String>,
+    asked: Asked,
     said: Said,
 }
 
@@ -131,7 +133,8 @@ fn named(client: &mut BlockingClient) -> Result<Vec<Named>, ClientError> {
     };
     let devices = devices.into_iter().map(|device| Named {
         pid: device.pid,
-        granted: device.granted_fds.len(),
+        asked: Asked::new(device.resources.unwrap_or_default(), &device.not_enforced),
+        granted: device.granted_fds,
         landlock: device.helper.is_empty().then_some(device.landlock_abi),
         said: Said {
             descriptors: device.limits.descriptors,
@@ -227,7 +230,10 @@ fn place(tree: &Tree, vmm: i32, launcher: Option<i32>, named: Option<&[Named]>) 
                     continue;
                 }
                 let mut entry = target(Role::Device, &device.id, device.pid);
-                entry.told.granted = (device.granted > 0).then_some(device.granted);
+                let count = device.granted.len();
+                entry.told.granted = (count > 0).then_some(count);
+                entry.told.grants.clone_from(&device.granted);
+                entry.told.asked = device.asked.clone();
                 entry.told.kind = Some(device.kind.clone());
                 entry.told.said = device.said;
                 entry.told.landlock = device.landlock;
@@ -280,7 +286,8 @@ mod tests {
             kind: "blk".to_owned(),
             landlock: None,
             pid: *pid,
-            granted: 3,
+            granted: vec![String::new(); 3],
+            asked: Asked::default(),
             said: Said::default(),
         });
         named.collect()

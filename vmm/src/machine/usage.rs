@@ -37,6 +37,12 @@ impl Usage {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = (limits, not_enforced);
     }
 
+    /// What it is to be held to, and what of that this host cannot enforce.
+    pub fn limits(&self) -> (Resources, Vec<String>) {
+        let limits = self.limits.lock();
+        limits.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Reads it.
     pub fn read(&self) -> ResourceUsage {
         let mut usage = ResourceUsage::new();
@@ -47,10 +53,9 @@ impl Usage {
                 fill(&mut usage, name, &text);
             }
         }
-        let limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let (limits, not_enforced) = &*limits;
-        usage.limits = Some(limits.clone()).into();
-        usage.not_enforced.clone_from(not_enforced);
+        let (limits, not_enforced) = self.limits();
+        usage.limits = Some(limits).into();
+        usage.not_enforced = not_enforced;
         usage
     }
 }

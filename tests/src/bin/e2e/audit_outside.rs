@@ -37,10 +37,17 @@ pub fn native() -> Vec<Test> {
 
 /// What a trace of all system calls would take for violations of the policies.
 pub fn hostile() -> Vec<Test> {
-    vec![Test::short("hostile-device")(
-        "every thread of the VMM is under Landlock: it opens, executes and connects to nothing without its filters either",
-        landlock,
-    )]
+    let test = Test::short("hostile-device");
+    vec![
+        test(
+            "every thread of the VMM is under Landlock: it opens, executes and connects to nothing without its filters either",
+            landlock,
+        ),
+        test(
+            "every device process has its securebits locked and is under Landlock, without its filters too",
+            locked,
+        ),
+    ]
 }
 
 /// Those that need what only the nested host has: root's right to raise limits.
@@ -123,6 +130,21 @@ fn moved() -> Verdict {
         }
     }
     put(&device, &group.join("dev-root"))?;
+    // Somebody else's, which uses up what is the device's.
+    let mut stranger = Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let found = put(&json!(stranger.id()), &group.join("dev-root")).and_then(|()| {
+        let found = ways.iter().map(|way| wrong(way, &device));
+        found.collect::<Result<Vec<_>, _>>()
+    });
+    let ended = stranger.kill().and_then(|()| stranger.wait());
+    ended.map_err(|e| e.to_string())?;
+    for lines in found? {
+        let named = matches!(lines.as_slice(), [line] if line.contains(&stranger.id().to_string()));
+        check(named, || format!("process {}: {lines:?}", stranger.id()))?;
+    }
     for (pid, to) in [(&vmm, &sibling), (launcher, &foreign.0)] {
         let before =
             fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|e| e.to_string())?;
@@ -138,6 +160,37 @@ fn moved() -> Verdict {
     for way in &ways {
         let lines = wrong(way, &device)?;
         check(lines.is_empty(), || format!("{way:?}: {lines:?}"))?;
+    }
+    Ok(())
+}
+
+/// Limits of a cgroup that a client has asked for, and root has lifted behind the VMM's back.
+fn lifted(served: &Served, info: &Value, how: &[&str]) -> Verdict {
+    let root = mount().ok_or("cgroup v2 is not mounted")?;
+    let own = info["cgroup"].as_str().unwrap_or_default();
+    let leaf = root.join(own.trim_start_matches('/')).join("dev-root");
+    let limits = [
+        "limit", "root", "--cpu", "50", "--memory", "256M", "--pids", "40",
+    ];
+    ctl(&served.socket, &limits)?;
+    let device = pid_of(served, "root")?;
+    let lines = wrong(how, &device)?;
+    check(lines.is_empty(), || format!("{lines:?}"))?;
+    for (file, open) in [
+        ("cpu.max", "max 100000"),
+        ("memory.max", "max"),
+        ("pids.max", "max"),
+        ("memory.max", "268439552"),
+    ] {
+        let place = leaf.join(file);
+        let named = |e: std::io::Error| format!("{}: {e}", place.display());
+        let before = fs::read_to_string(&place).map_err(named)?;
+        fs::write(&place, open).map_err(named)?;
+        let lines = wrong(how, &device)?;
+        check(lines.len() == 1 && lines[0].contains(file), || {
+            format!("{file} {open}: {lines:?}")
+        })?;
+        fs::write(&place, before.trim()).map_err(named)?;
     }
     Ok(())
 }
@@ -185,6 +238,7 @@ fn raised() -> Verdict {
         })?;
         set(&before.trim().replace(' ', ":"))?;
     }
+    lifted(&served, &info, &how)?;
     let lines = wrong(&how, &Value::Null)?;
     check(lines.is_empty(), || format!("{lines:?}"))
 }
@@ -306,6 +360,42 @@ fn landlock() -> Verdict {
         let said = all.find(|p| p["role"] == "vmm").map(|p| &p["landlock"]);
         let newest = &audit["landlock"]["abi"];
         check(said == Some(newest) && *newest == abi, || audit.to_string())?;
+    }
+    Ok(())
+}
+
+/// NOROOT, NO_SETUID_FIXUP and NO_CAP_AMBIENT_RAISE, and the locks of these and of KEEP_CAPS
+/// (linux/securebits.h).
+const LOCKED: i64 = 0b1110_1111;
+
+fn locked() -> Verdict {
+    for by in [&[] as &[&str], &AS_USER] {
+        let served = Served::new("audit-locked", by)?;
+        let devices = ctl(&served.socket, &["devices"])?;
+        let mut looked_at = 0;
+        for device in devices.as_array().into_iter().flatten() {
+            let pid = device["pid"]
+                .as_i64()
+                .and_then(|pid| i32::try_from(pid).ok());
+            let pid = pid.ok_or_else(|| device.to_string())?;
+            let bits = Call {
+                number: libc::SYS_prctl,
+                arguments: [Some(i64::from(libc::PR_GET_SECUREBITS)), Some(0), Some(0)],
+                bytes: Vec::new(),
+            };
+            // Its root is empty: there is but the root itself to be opened.
+            let mut calls = attempts();
+            let root = calls.swap_remove(1);
+            let answers = inject::calls(pid, &[bits, root])?;
+            check(answers == [LOCKED, REFUSED], || {
+                format!("{answers:?}: {device}")
+            })?;
+            let connected = connect(pid)?;
+            check(connected == REFUSED, || format!("{connected}: {device}"))?;
+            looked_at += 1;
+        }
+        check(looked_at == 6, || devices.to_string())?;
+        ctl(&served.socket, &["devices"]).map_err(|e| served.vmm.story(&e))?;
     }
     Ok(())
 }

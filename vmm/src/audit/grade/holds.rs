@@ -4,6 +4,7 @@
 
 use crate::audit::fds::{Fd, Kind};
 use crate::audit::limits;
+use crate::launcher::printable;
 
 /// Character devices of a VMM's, beside /dev/kvm and a terminal that is its standard stream.
 const DEVICES: [&str; 2] = ["/dev/net/tun", "/dev/vhost-net"];
@@ -38,6 +39,42 @@ fn is_statistics(target: &str) -> bool {
     leaf.is_some_and(limits::is_leaf)
 }
 
+/// Descriptors of a device that are not what the API says they were granted as, one line each. A file
+/// that was renamed since is still the file that it was.
+pub fn not_as_granted(fds: &[Fd], granted: &[String]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (fd, number) in fds
+        .iter()
+        .filter_map(|fd| Some((fd, usize::try_from(fd.number).ok()?)))
+    {
+        let Some(granted) = number.checked_sub(3).and_then(|index| granted.get(index)) else {
+            continue;
+        };
+        let as_granted = match &fd.kind {
+            Kind::File | Kind::Block => {
+                let readonly = granted.contains("(read-only");
+                !readonly || fd.access == "r"
+            }
+            Kind::Character => match granted.split_once(' ') {
+                Some(("tap", _)) => fd.target == "/dev/net/tun",
+                _ => granted.split(',').next() == Some(fd.target.as_str()),
+            },
+            _ => true,
+        };
+        if !as_granted {
+            wrong.push(format!(
+                "holds descriptor {} ({} {}, {}), and was granted: {}",
+                fd.number,
+                fd.kind.label(),
+                fd.target,
+                fd.access,
+                printable(granted)
+            ));
+        }
+    }
+    wrong
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,6 +86,42 @@ mod tests {
             access: access.into(),
             target: target.into(),
             ring: None,
+            family: None,
+            inode: None,
+        }
+    }
+
+    #[test]
+    fn what_is_not_as_it_was_granted_is_found() {
+        let granted = [
+            "control channel",
+            "vhost-user channel",
+            "/a b (x) (read-only)",
+            "/c (read-write)",
+            "tap t0, queue 0",
+            "/dev/vhost-net, pair 0",
+            "/dev/random",
+        ]
+        .map(str::to_owned);
+        let with = |number: usize, kind: Kind, target: &str, access: &str| {
+            let mut fds = vec![
+                fd(3, Kind::Socket, "socket:[1]", "rw"),
+                fd(5, Kind::File, "/a b (x)", "r"),
+                fd(6, Kind::File, "/moved", "rw"),
+                fd(7, Kind::Character, "/dev/net/tun", "rw"),
+                fd(8, Kind::Character, "/dev/vhost-net", "rw"),
+                fd(9, Kind::Character, "/dev/random", "r"),
+                fd(10, Kind::Character, "/dev/zero", "rw"),
+            ];
+            if let Some(place) = fds.iter_mut().find(|fd| fd.number == number as i32) {
+                *place = fd(number as i32, kind, target, access);
+            }
+            not_as_granted(&fds, &granted).len()
+        };
+        assert_eq!(with(0, Kind::Other, "", ""), 0);
+        assert_eq!(with(5, Kind::File, "/a b (x)", "rw"), 1);
+        for number in 7..=9 {
+            assert_eq!(with(number, Kind::Character, "/dev/zero", "rw"), 1);
         }
     }
 

@@ -13,6 +13,8 @@ fn fd(number: i32, kind: Kind) -> Fd {
         access: "rw".into(),
         target: "x".into(),
         ring: None,
+        family: None,
+        inode: None,
     }
 }
 
@@ -20,6 +22,8 @@ fn fd(number: i32, kind: Kind) -> Fd {
 fn told() -> Told {
     Told {
         granted: Some(3),
+        grants: Vec::new(),
+        asked: Asked::default(),
         booted: false,
         kind: Some("blk".into()),
         said: Said {
@@ -145,7 +149,7 @@ fn a_device_as_it_should_be_has_no_deviation() {
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 42] = [
+    let changes: [(&str, Change); 44] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -249,6 +253,13 @@ fn every_single_deviation_is_found() {
         ("directory", |p| p.fds.push(fd(9, Kind::Directory))),
         ("kvm", |p| p.fds.push(fd(9, Kind::Kvm))),
         ("ungranted file", |p| p.fds.push(fd(6, Kind::File))),
+        ("code of others", |p| {
+            let line = "7f0-7f1 r-xp 00000000 08:01 9 /lib/libc.so.6";
+            p.mappings.as_mut().unwrap().foreign_code = vec![line.to_owned()];
+        }),
+        ("a socket that reaches a network", |p| {
+            p.fds[3].family = Some("inet".into());
+        }),
     ];
     for (what, change) in changes {
         let mut process = device();
@@ -269,20 +280,50 @@ fn two_devices_in_one_namespace_are_found() {
     for namespace in &mut other.namespaces {
         namespace.id = format!("{}:[2]", namespace.kind);
     }
-    let pair = || [("a", &one), ("b", &other)].into_iter();
-    assert_eq!(siblings(None, pair()).len(), 1, "one uid");
-    assert!(
-        siblings(Some(0x7000_0040), pair()).is_empty(),
-        "a user's VM"
-    );
-    other.uid = vec![0x7000_0041; 4];
+    let vmm = Process {
+        uid: vec![0x7000_007f; 4],
+        ..Process::default()
+    };
+    let of = |vmm: &Process, one: &Process, other: &Process| {
+        let all = [
+            (Role::Vmm, "vmm", vmm),
+            (Role::Device, "a", one),
+            (Role::Device, "b", other),
+        ];
+        siblings(all.into_iter())
+    };
     assert_eq!(
-        siblings(None, [("a", &one), ("b", &other)].into_iter()),
-        Vec::<String>::new()
+        of(&vmm, &one, &other),
+        ["devices a and b share the uid 1879048256"]
     );
+    let user = one.uid.clone();
+    let users = Process {
+        uid: user,
+        ..Process::default()
+    };
+    assert!(of(&users, &one, &other).is_empty(), "a user's VM");
+    other.uid = vec![0x7000_0041; 4];
+    assert_eq!(of(&vmm, &one, &other), Vec::<String>::new());
+    let own = other.namespaces[3].id.clone();
     other.namespaces[3].id = one.namespaces[3].id.clone();
-    let shared = siblings(None, [("a", &one), ("b", &other)].into_iter());
+    let shared = of(&vmm, &one, &other);
     assert_eq!(shared, ["devices a and b share namespace net:[1]"]);
+    other.namespaces[3].id = own;
+    let (mut of_group, mut above) = (one.clone(), vmm.clone());
+    of_group.groups = vec![4, 27];
+    let shared = of(&vmm, &of_group, &other);
+    assert_eq!(shared, ["device a is in groups beside its own: 4, 27"]);
+    assert!(
+        of(&users, &of_group, &other).is_empty(),
+        "a user's groups stay"
+    );
+    (of_group.gid, of_group.groups) = (vec![100; 4], Vec::new());
+    other.gid = vec![100; 4];
+    let shared = of(&vmm, &of_group, &other);
+    assert_eq!(shared, ["devices a and b share the gid 100"]);
+    above.namespaces = vec![other.namespaces[1].clone()];
+    let shared = of(&above, &one, &other);
+    assert_eq!(shared, ["device b shares namespace mnt:[2] with the vmm"]);
 }
 
 #[test]

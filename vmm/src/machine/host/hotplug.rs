@@ -24,8 +24,8 @@ use bulkhead_proto::{Code, RpcStatus};
 use leaving::{Leaving, Step};
 use turns::{Place, Request, Waiting};
 
-use super::Host;
 use super::devices::tell_spawned;
+use super::{Host, resources};
 use crate::api::config::BUS_IS_FULL;
 use crate::api::{ApiResponse, EventLog, ReplyHandle};
 use crate::ged::GedEvents;
@@ -339,7 +339,7 @@ impl Host {
             Ok(index) => {
                 let mut response = AddDeviceResponse::new();
                 response.operation = operation;
-                let device = self.device(index).map(|device| device.info());
+                let device = self.device(index).map(|device| resources::info(device));
                 response.device = device.into();
                 let port = response.device.port.clone();
                 self.ended(operation, &adding.id, Ok(&format!("added behind {port}")));

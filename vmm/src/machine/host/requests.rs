@@ -10,7 +10,7 @@ use bulkhead_proto::{Code, RpcStatus};
 
 use super::hotplug::announce;
 use super::interrupt::interruptible;
-use super::{Host, Machine, PendingShutdown, VCPU_LIMIT};
+use super::{Host, Machine, PendingShutdown, VCPU_LIMIT, resources};
 use crate::api::{self, ApiRequest, ApiResponse, ReplyHandle};
 use crate::confine;
 use crate::machine::build;
@@ -313,7 +313,7 @@ impl Host {
     fn devices(&self) -> DevicesResponse {
         let mut response = DevicesResponse::new();
         if let Some(machine) = &self.machine {
-            response.devices = machine.parts.devices.iter().map(|d| d.info()).collect();
+            response.devices = machine.parts.devices.iter().map(resources::info).collect();
         }
         response
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bulkhead_proto::common::Resources;
-use bulkhead_proto::machine::UpdateResourcesResponse;
+use bulkhead_proto::machine::{DeviceInfo, UpdateResourcesResponse};
 use bulkhead_proto::{Code, RpcStatus};
 
 use super::Host;
@@ -109,6 +109,16 @@ impl Host {
         let devices = &self.machine.as_ref()?.parts.devices;
         devices.iter().find(|d| d.id == id).and_then(usage)
     }
+}
+
+/// What the API says of a device.
+pub(super) fn info(device: &Device) -> DeviceInfo {
+    let mut info = device.info();
+    if let Some(usage) = usage(device) {
+        let (limits, not_enforced) = usage.limits();
+        (info.resources, info.not_enforced) = (Some(limits).into(), not_enforced);
+    }
+    info
 }
 
 /// What a device's process uses of the host, be it ours or a helper; `None`: it is somebody
