@@ -33,19 +33,37 @@ pub struct Mappings {
     pub shared: BTreeSet<Inode>,
 }
 
+/// What a process executes. On overlayfs, what is mapped has the inode of a layer's file, and the
+/// overlay's name.
+struct Program {
+    inode: Inode,
+    name: String,
+}
+
+impl Program {
+    fn is(&self, inode: Option<Inode>, name: &str) -> bool {
+        let named = name == self.name && name.starts_with('/') && !name.starts_with("/memfd:");
+        inode == Some(self.inode) || inode.is_some() && named
+    }
+}
+
 /// Reads them.
 pub fn read(pid: i32) -> io::Result<Mappings> {
     let mut mappings = Mappings::default();
-    let program = fs::metadata(format!("/proc/{pid}/exe")).map(|m| (m.dev(), m.ino()))?;
+    let exe = format!("/proc/{pid}/exe");
+    let program = Program {
+        inode: fs::metadata(&exe).map(|m| (m.dev(), m.ino()))?,
+        name: fs::read_link(&exe)?.to_string_lossy().into_owned(),
+    };
     let lines = BufReader::new(fs::File::open(format!("/proc/{pid}/maps"))?).lines();
     for line in lines.take(MAX_MAPPINGS) {
-        mappings.add(&line?, program);
+        mappings.add(&line?, &program);
     }
     Ok(mappings)
 }
 
 impl Mappings {
-    fn add(&mut self, line: &str, program: Inode) {
+    fn add(&mut self, line: &str, program: &Program) {
         self.total = self.total.saturating_add(1);
         // "00400000-0040b000 r-xp 00000000 08:01 393 /path"
         let mut words = line.split_ascii_whitespace();
@@ -54,10 +72,11 @@ impl Mappings {
         if let Some(inode) = inode.filter(|_| rights.ends_with('s')) {
             self.shared.insert(inode);
         }
-        let kernels = inode.is_none() && matches!(words.next(), Some("[vdso]" | "[vsyscall]"));
+        let name = name(line);
+        let kernels = inode.is_none() && matches!(name, "[vdso]" | "[vsyscall]");
         if rights.contains('x')
             && !kernels
-            && inode != Some(program)
+            && !program.is(inode, name)
             && self.foreign_code.len() < MAX_NAMED
         {
             self.foreign_code.push(printable(line));
@@ -69,6 +88,18 @@ impl Mappings {
             }
         }
     }
+}
+
+/// What follows the first five words.
+fn name(line: &str) -> &str {
+    let mut rest = line;
+    for _ in 0..5 {
+        rest = rest
+            .trim_start()
+            .split_once(' ')
+            .map_or("", |(_, rest)| rest);
+    }
+    rest.trim_start()
 }
 
 /// "08:01" and "393"; `None`: it is no file's.
@@ -83,6 +114,13 @@ fn inode(device: Option<&str>, inode: Option<&str>) -> Option<Inode> {
 mod tests {
     use super::*;
 
+    fn program(device: u64, inode: u64) -> Program {
+        Program {
+            inode: (device, inode),
+            name: "/a program".to_owned(),
+        }
+    }
+
     #[test]
     fn only_memory_that_is_both_written_and_executed_is_named() {
         let mut mappings = Mappings::default();
@@ -91,7 +129,7 @@ mod tests {
             "0060b000-0060c000 rw-p 0000b000 08:01 393 /x",
             "7f0000000000-7f0000001000 rwxp 00000000 00:00 0 ",
         ] {
-            mappings.add(line, (makedev(8, 1), 393));
+            mappings.add(line, &program(makedev(8, 1), 393));
         }
         assert_eq!((mappings.total, mappings.executable), (3, 2));
         assert_eq!(mappings.foreign_code.len(), 1);
@@ -106,19 +144,21 @@ mod tests {
             "7f0-7f1 r-xp 00000000 00:00 0                          [vdso]",
             "ff0-ff1 --xp 00000000 00:00 0                  [vsyscall]",
             "7f2-7f3 rw-s 00000000 00:01 5 /memfd:guest-ram (deleted)",
+            "7f4-7f5 r-xp 00000000 00:1a 83                         /a program",
         ] {
-            mappings.add(line, (1, 1));
+            mappings.add(line, &program(1, 1));
         }
         assert_eq!(mappings.foreign_code, [""; 0]);
         assert_eq!(mappings.shared, BTreeSet::from([(makedev(0, 1), 5)]));
         for line in [
             "7f0-7f1 r-xp 00000000 00:01 9 /memfd:x (deleted)",
             "7f0-7f1 r-xp 00000000 00:01 9 [vdso]",
+            "7f0-7f1 r-xp 00000000 00:01 9 /a program too",
             "7f0-7f1 r-xp 00000000 00:00 0",
             "garbled",
         ] {
             let before = mappings.foreign_code.len();
-            mappings.add(line, (1, 1));
+            mappings.add(line, &program(1, 1));
             assert_eq!(mappings.foreign_code.len(), before + 1, "{line}");
         }
     }

@@ -157,7 +157,7 @@ fn unanswered(error: &ClientError, pid: i32) -> String {
             "process {pid} gives no answer within {} s: see bulkhead's own output, or audit it by --pid {pid}",
             span.as_secs()
         ),
-        ClientError::Closed => "bulkhead closed the connection without an answer: it has ended, or does not hear this user: run the audit as root, or as the user who started it"
+        ClientError::Closed => "closed the connection without an answer: this is no API socket, bulkhead has ended, or it does not hear this user: name its --api-socket, and run the audit as root or as the user who started it"
             .to_owned(),
         error => error.to_string(),
     }

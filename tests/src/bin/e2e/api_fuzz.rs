@@ -16,10 +16,15 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
 
 use super::bad_input::appears;
+use super::block::sha256;
 use super::disk::LIMIT;
+use super::kata_native::{self as kata, assault, resident};
+use super::shell::guest;
 
 /// Requests of each message.
 const ROUNDS: u64 = 600;
+/// The same, where a guest takes the CPU's time.
+const ROUNDS_BESIDE_A_GUEST: u64 = 60;
 /// What they may add to the VMM's memory, KiB.
 const MAY_GROW: u64 = 16 << 10;
 /// Longest answer that is waited for: a switch that nobody serves is waited for itself.
@@ -45,6 +50,14 @@ pub fn native() -> Vec<Test> {
     vec![Test::short("api-fuzz")(
         "every request message, filled at random and bent, is answered and harms nothing",
         fuzz,
+    )]
+}
+
+/// Those that need one.
+pub fn tests() -> Vec<Test> {
+    vec![Test::short("api-fuzz")(
+        "hostile clients and every request message cost a guest that runs nothing, and the VMM less than 16 MiB",
+        beside_a_guest,
     )]
 }
 
@@ -263,6 +276,47 @@ fn call(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Opt
     Ok(Some(!matches!(parsed, Ok(ResponseView::Failed(_)))))
 }
 
+/// Every request message of these services, so many times.
+fn bombard(
+    socket: &str,
+    scratch: &str,
+    services: &[&FileDescriptor],
+    rounds: u64,
+) -> Result<(usize, Answers), String> {
+    let mut filler = Filler {
+        state: 0x5eed,
+        scratch: scratch.to_owned(),
+    };
+    let mut all = Answers::default();
+    let mut messages = 0;
+    for file in services {
+        for service in file.services() {
+            let name = match file.proto().package() {
+                "" => service.proto().name().to_owned(),
+                package => format!("{package}.{}", service.proto().name()),
+            };
+            for method in service.methods() {
+                let named = method.proto().name().to_owned();
+                if OBEYED.contains(&named.as_str()) {
+                    continue;
+                }
+                messages += 1;
+                for round in 0..rounds {
+                    let request = filler.request(&method.input_type());
+                    let speaks = method.proto().client_streaming() && round % 4 == 0;
+                    let ask = if speaks { converse } else { call };
+                    match ask(socket, &name, &named, &request)? {
+                        Some(true) => all.obeyed += 1,
+                        Some(false) => all.refused += 1,
+                        None => all.hung_up += 1,
+                    }
+                }
+            }
+        }
+    }
+    Ok((messages, all))
+}
+
 fn fuzz() -> Verdict {
     let scratch = Scratch::new("api-fuzz")?;
     let machine_api = scratch.path("api");
@@ -278,52 +332,14 @@ fn fuzz() -> Verdict {
     let create = ["create", "--kernel", &kernel, "--memory", "256M"];
     let more = ["--disk", &root, "--hotplug-ports", "2"];
     ctl(&machine_api, &[create.as_slice(), &more].concat())?;
-    let resident = || {
-        let pid = vmm.pid();
-        let kib = sh(&format!(
-            "awk '/^RssAnon/ {{ print $2 }}' /proc/{pid}/status"
-        ))?;
-        kib.trim()
-            .parse::<u64>()
-            .map_err(|e| format!("{kib:?}: {e}"))
-    };
+    let resident = || resident(vmm.pid());
     let pid_of_root = || Ok::<_, String>(ctl(&machine_api, &["devices"])?["devices"][0].clone());
     let (before, root) = (resident()?, pid_of_root()?);
-    let mut filler = Filler {
-        state: 0x5eed,
-        scratch: scratch.path("play"),
-    };
-    let mut all = Answers::default();
-    let mut messages = 0;
-    let services: [&FileDescriptor; 2] = [
+    let services = [
         bulkhead_proto::machine::file_descriptor(),
         bulkhead_proto::vmservice::file_descriptor(),
     ];
-    for file in services {
-        for service in file.services() {
-            let name = match file.proto().package() {
-                "" => service.proto().name().to_owned(),
-                package => format!("{package}.{}", service.proto().name()),
-            };
-            for method in service.methods() {
-                let named = method.proto().name().to_owned();
-                if OBEYED.contains(&named.as_str()) {
-                    continue;
-                }
-                messages += 1;
-                for round in 0..ROUNDS {
-                    let request = filler.request(&method.input_type());
-                    let speaks = method.proto().client_streaming() && round % 4 == 0;
-                    let ask = if speaks { converse } else { call };
-                    match ask(&machine_api, &name, &named, &request)? {
-                        Some(true) => all.obeyed += 1,
-                        Some(false) => all.refused += 1,
-                        None => all.hung_up += 1,
-                    }
-                }
-            }
-        }
-    }
+    let (messages, all) = bombard(&machine_api, &scratch.path("play"), &services, ROUNDS)?;
     println!(
         "[{messages} messages, {} requests obeyed, {} refused, {} hung up on]",
         all.obeyed, all.refused, all.hung_up
@@ -346,5 +362,51 @@ fn fuzz() -> Verdict {
     })?;
     ctl(&machine_api, &["shutdown", "--force"])?;
     vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)
+}
+
+fn beside_a_guest() -> Verdict {
+    let scratch = Scratch::new("api-fuzz-guest")?;
+    let (socket, play) = (scratch.path("api"), scratch.path("play"));
+    let disk = scratch.disk("disk", 8 << 20, 91)?;
+    let device = format!("path={disk},id=root");
+    let args = [
+        "--api-socket",
+        &socket,
+        "--disk",
+        &device,
+        "--hotplug-ports",
+        "2",
+    ];
+    sh(&format!("mkdir {play}; truncate -s 1M {play}/file"))?;
+    let mut guest = guest(&[], &scratch, &[], &args)?;
+    let sum = sha256(&disk)?;
+    // It counts and reads on through all of it.
+    guest.run("(while :; do dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum >>/tmp/sums; done) & echo BEGUN")?;
+    let before = resident(guest.vmm.pid())?;
+    let machine = bulkhead_proto::machine::file_descriptor();
+    let (messages, all) = bombard(&socket, &play, &[machine], ROUNDS_BESIDE_A_GUEST)?;
+    println!(
+        "[{messages} messages, {} requests obeyed, {} refused, {} hung up on]",
+        all.obeyed, all.refused, all.hung_up
+    );
+    check(messages >= 15 && all.refused > all.obeyed, || {
+        "the requests are not what they should be".to_owned()
+    })?;
+    let held = assault(&socket, &kata::request_of(&scratch)?)?;
+    let after = resident(guest.vmm.pid())?;
+    drop(held);
+    check(after < before + MAY_GROW, || {
+        format!("from {before} KiB to {after} KiB")
+    })?;
+    // All that it has read is what it was to read.
+    guest.run(&format!(
+        "[ \"$(sort -u /tmp/sums | cut -d' ' -f1)\" = {sum} ]"
+    ))?;
+    let state = ctl(&socket, &["info"])?["state"].to_string();
+    check(state.to_lowercase().contains("running"), || {
+        guest.vmm.story(&state)
+    })?;
+    guest.ends()?;
     nothing_left(LIMIT)
 }

@@ -294,29 +294,30 @@ fn vanish() -> Verdict {
 }
 
 /// Resident memory of a process, KiB.
-fn resident(pid: u32) -> Result<u64, String> {
+pub fn resident(pid: u32) -> Result<u64, String> {
     let kib = sh(&format!(
         "awk '/^RssAnon/ {{ print $2 }}' /proc/{pid}/status"
     ))?;
     kib.trim().parse().map_err(|e| format!("{kib:?}: {e}"))
 }
 
-fn abuse() -> Verdict {
-    let scratch = Scratch::new("kata-abuse")?;
-    let socket = scratch.path("vm.sock");
-    let mut vmm = kata::start(&[], &socket)?;
-    let mut client = Client::connect(&socket)?;
-    client.tell("CreateVM", &machine(&scratch)?)?;
-    client.properties()?;
-    let before = resident(vmm.pid())?;
-    let io = |e: std::io::Error| e.to_string();
+/// A CreateVM as Kata's.
+pub fn request_of(scratch: &Scratch) -> Result<Vec<u8>, String> {
+    let request = machine(scratch)?.write_to_bytes();
+    let request = request.map_err(|e| e.to_string())?;
+    Ok(frame_of(1, "CreateVM", &request))
+}
 
+/// What hostile clients do to a server's socket; `create` is a request to vanish in. Returns those
+/// that are still there.
+pub fn assault(socket: &str, create: &[u8]) -> Result<Vec<UnixStream>, String> {
+    let io = |e: std::io::Error| e.to_string();
     // A whole frame of 4 MiB of empty metadata entries, again and again.
     let entries: Vec<u8> = [0x2a, 0].repeat(2 << 20);
     let mut big = Vec::new();
     frame::encode(&mut big, TYPE_REQUEST, 1, 0, &entries).map_err(|e| format!("{e:?}"))?;
     for _ in 0..8 {
-        let mut stream = connect(&socket)?;
+        let mut stream = connect(socket)?;
         stream.set_read_timeout(Some(LIMIT)).map_err(io)?;
         // It may be cut off while it still writes.
         let _ = stream.write_all(&big);
@@ -330,19 +331,19 @@ fn abuse() -> Verdict {
     // Frames that promise more than comes, and noise.
     let mut held = Vec::new();
     for length in [1_u32, 200 << 10, 256 << 10] {
-        let mut stream = connect(&socket)?;
+        let mut stream = connect(socket)?;
         let mut start = length.to_be_bytes().to_vec();
         start.extend_from_slice(&[0, 0, 0, 1, TYPE_REQUEST, 0, 1, 2, 3]);
         stream.write_all(&start).map_err(io)?;
         held.push(stream);
     }
     for seed in 0..64_u8 {
-        let mut stream = connect(&socket)?;
+        let mut stream = connect(socket)?;
         let noise: Vec<u8> = (0..=255_u8).map(|n| n.wrapping_mul(seed) ^ seed).collect();
         let _ = stream.write_all(&noise);
     }
     // A client that never reads.
-    let mut deaf = connect(&socket)?;
+    let mut deaf = connect(socket)?;
     deaf.set_write_timeout(Some(Duration::from_millis(500)))
         .map_err(io)?;
     for id in 0..20_000_u32 {
@@ -352,22 +353,28 @@ fn abuse() -> Verdict {
         }
     }
     // A thousand that come and go, in parts of a CreateVM; and waiters that give up.
-    let create = frame_of(
-        1,
-        "CreateVM",
-        &machine(&scratch)?
-            .write_to_bytes()
-            .map_err(|e| e.to_string())?,
-    );
     for number in 0..1000 {
-        let mut stream = connect(&socket)?;
+        let mut stream = connect(socket)?;
         let cut = create.len() * (number % 10) / 10;
         let _ = stream.write_all(create.get(..cut).unwrap_or_default());
     }
     for _ in 0..300 {
-        let mut stream = connect(&socket)?;
+        let mut stream = connect(socket)?;
         let _ = stream.write_all(&frame_of(1, "WaitVM", &[]));
     }
+    held.push(deaf);
+    Ok(held)
+}
+
+fn abuse() -> Verdict {
+    let scratch = Scratch::new("kata-abuse")?;
+    let socket = scratch.path("vm.sock");
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    client.tell("CreateVM", &machine(&scratch)?)?;
+    client.properties()?;
+    let before = resident(vmm.pid())?;
+    let held = assault(&socket, &request_of(&scratch)?)?;
     // The machine's own client was not touched by any of it.
     let state = client.properties()?.state;
     check(state == VMState::PAUSED.into(), || format!("{state:?}"))?;
@@ -384,7 +391,7 @@ fn abuse() -> Verdict {
         .map_err(|e| format!("WaitVM after the abuse: {e}"))??;
     drop(waiter.join());
     client.plain("Quit")?;
-    drop((held, deaf));
+    drop(held);
     ends(&mut vmm, 0)?;
     nothing_left(QUIT)
 }

@@ -124,6 +124,7 @@ fn main() -> ExitCode {
         tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());
         tests.extend(api::tests());
+        tests.extend(api_fuzz::tests());
         tests.extend(audit::tests());
         tests.extend(audit_native::native());
         tests.extend(audit_outside::native());

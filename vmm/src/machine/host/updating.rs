@@ -348,7 +348,12 @@ impl Host {
             true => "it is replaced by another of its own binary: see events, and retry",
         };
         let binary = printable(&trial.binary);
-        let line = format!("device {id}: {binary}: {why}; {other}");
+        // The launcher's reasons begin with the device, and name the binary.
+        let why = why.strip_prefix(&format!("device {id}: ")).unwrap_or(why);
+        let line = match why.contains(&binary) {
+            true => format!("device {id}: {why}; {other}"),
+            false => format!("device {id}: {binary}: {why}; {other}"),
+        };
         let status = RpcStatus::failed_precondition(line);
         let name = process_name(trial.pid(), trial.incarnation);
         self.tell(index, "device.not-updated", &format!("{why} ({name})"));
