@@ -113,6 +113,18 @@ impl HotplugRegisters {
         unseen
     }
 
+    /// Another guest begins, with the first `present` vCPUs: it is asked for nothing and has seen
+    /// nothing.
+    pub fn reset(&self, present: u32) {
+        let mut state = self.lock();
+        (state.inserted, state.removing) = (0, 0);
+        state.ejected_cpus.clear();
+        state.asked.fill(0);
+        for (bits, index) in state.cpus.iter_mut().zip(0..) {
+            *bits = if index < present { CPU_PRESENT } else { 0 };
+        }
+    }
+
     /// What the guest has ejected since the last call. Something else may be in its slot by now.
     pub fn take_ejected(&self) -> Vec<Arc<dyn PciFunction>> {
         std::mem::take(&mut self.lock().ejected)
