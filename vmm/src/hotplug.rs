@@ -496,6 +496,24 @@ mod tests {
     }
 
     #[test]
+    fn the_next_guest_is_asked_for_nothing() {
+        let bed = bed(2, 4);
+        bed.registers.slot_changed(3);
+        bed.registers.ask_for_slot(4);
+        assert_eq!(bed.registers.add_cpu(), Some(2));
+        bed.registers.ask_for_cpu(1);
+        bed.write_cpu(1, CPU_REMOVING);
+        bed.write_cpu(1, CPU_EJECT);
+        bed.registers.reset(3);
+        assert_eq!([0, 1, 2, 3].map(|n| bed.cpu(n)), [1, 1, 1, 0]);
+        assert_eq!((bed.word(SLOTS_INSERTED), bed.word(SLOTS_REMOVING)), (0, 0));
+        assert!(bed.registers.take_ejected_cpus().is_empty());
+        assert!(bed.registers.asked_cpus().is_empty());
+        assert!(bed.registers.leaving_cpus().is_empty());
+        assert_eq!(bed.registers.add_cpu(), Some(3));
+    }
+
+    #[test]
     fn a_vcpu_that_was_asked_for_is_so_until_the_guest_answers() {
         let bed = bed(4, 4);
         bed.write_cpu(3, CPU_ANSWERED);

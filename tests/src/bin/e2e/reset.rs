@@ -107,20 +107,34 @@ fn by_serial(id: &str) -> String {
     format!("$(dirname $(grep -lx {id} /sys/block/vd*/serial) | xargs basename)")
 }
 
+/// What each guest says of itself, once.
+const LOOKS: &str = "n=$(ls /sys/class/net | grep -v lo | head -n 1)
+ip addr add 10.9.0.2/24 dev $n; ip link set $n up
+ping -c 1 -W 60 10.9.0.1 >/dev/null && echo SAYS-NET
+grep -qx org.example /sys/class/virtio-ports/*/name && echo SAYS-PORT
+[ $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c) = 64 ] && echo SAYS-RNG
+for d in /sys/block/vd*; do
+  s=$(cat $d/serial); [ $s = script ] || echo SAYS-$s-$(sha256sum </dev/${d##*/})
+done
+echo SAYS-CPUS-$(grep -c ^processor /proc/cpuinfo)
+dmesg | grep -E 'BUG:|Oops|WARNING: CPU|Call Trace' && echo SAYS-BAD
+echo SAYS-ID-$(cat /proc/sys/kernel/random/boot_id)
+while :; do sleep 1000; done";
+
 fn again_and_again() -> Verdict {
+    const ROUNDS: usize = 10;
     let scratch = Scratch::new("reset")?;
     let network = Namespace::new("reset")?;
     network.tap("rst0", "10.9.0.1/24", "user root")?;
     let enter = network.enter();
     let by: Vec<&str> = enter.iter().map(String::as_str).collect();
     let (socket, port) = (scratch.path("api"), scratch.path("port"));
-    let data = scratch.disk("data", (16 * MIB) as usize, 3)?;
-    let hot = scratch.disk("hot", (8 * MIB) as usize, 4)?;
-    let sum = |path: &str| -> Result<String, String> {
-        let sum = sh(&format!("sha256sum <{path}"))?;
-        Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
-    };
-    let (data_sum, hot_sum) = (sum(&data)?, sum(&hot)?);
+    let data = scratch.disk("data", (4 * MIB) as usize, 3)?;
+    let hot = scratch.disk("hot", (2 * MIB) as usize, 4)?;
+    let script = format!(
+        "path={},readonly=on,id=script,queues=1",
+        scratch.script("s", LOOKS)?
+    );
     let disk = format!("path={data},id=data");
     let console = format!("id=con,socket={port},name=org.example");
     let vsock = format!("socket={}", scratch.path("vsock"));
@@ -133,55 +147,37 @@ fn again_and_again() -> Verdict {
         "2",
     ];
     let devices = [
+        "--disk",
+        &script,
+        "--disk",
+        &disk,
         "--net",
         "tap=rst0,id=lan",
         "--console",
         &console,
-        "--rng",
-        "--vsock",
-        &vsock,
     ];
-    let shell = guest(
-        &by,
-        &scratch,
-        &[&disk],
-        &[options.as_slice(), &devices].concat(),
-    )?;
-    let pid = shell.vmm.pid();
-    let mut again = Again::new(shell, &socket);
+    let more = ["--rng", "--vsock", &vsock];
+    let all = [options.as_slice(), &devices, &more].concat();
+    let mut vmm = Vmm::boot_by(&by, "bh.cmd=script", &all)?;
+    until(&vmm, "SAYS-ID-", 1)?;
     ctl(&socket, &["add-disk", &format!("path={hot},id=hot")])?;
-    let all = ["rootfs", "data", "script", "lan", "con", "hot"];
-    let well = |shell: &mut Shell| -> Verdict {
-        shell.run("echo ID-$(cat /proc/sys/kernel/random/boot_id)-END")?;
-        shell.run("[ $(nproc) = 2 ]")?;
-        for (id, sum) in [("data", &data_sum), ("hot", &hot_sum)] {
-            let disk = by_serial(id);
-            let appears = format!("until [ -e /dev/{disk} ]; do sleep 0.1; done 2>/dev/null");
-            shell.run(&format!(
-                "{appears}; sha256sum </dev/{disk} | grep -q ^{sum}"
-            ))?;
-        }
-        shell.run("modprobe -a virtio_net virtio_console virtio_rng; n=$(ls /sys/class/net | grep -v lo | head -1); ip addr add 10.9.0.2/24 dev $n; ip link set $n up; ping -q -c 2 -w 60 10.9.0.1 >/dev/null")?;
-        shell.run("grep -qx org.example /sys/class/virtio-ports/*/name")?;
-        shell.run("dd if=/dev/hwrng bs=64 count=1 status=none | wc -c | grep -qx 64")?;
-        shell.is_well("")
+    let pids = || -> Result<Vec<i64>, String> {
+        let all = ["script", "data", "lan", "con", "hot"];
+        all.iter().map(|id| pid_of(&socket, id)).collect()
     };
-    well(&mut again.shell)?;
-    let pids =
-        || -> Result<Vec<i64>, String> { all.iter().map(|id| pid_of(&socket, id)).collect() };
     let before = pids()?;
-    // Whatever is made once only has been made by then.
-    again.reset()?;
-    well(&mut again.shell)?;
-    let held = holdings(pid)?;
-    let of_devices: Vec<usize> = before
-        .iter()
-        .map(|pid| descriptors(*pid))
-        .collect::<Result<_, _>>()?;
-    for _ in 1..10 {
-        again.reset()?;
-        well(&mut again.shell)?;
+    let mut held = None;
+    for round in 1..=ROUNDS {
+        ctl(&socket, &["reset"])?;
+        until(&vmm, "SAYS-ID-", round + 1)?;
+        if round == 1 {
+            // Whatever is made once only has been made by then.
+            let of_devices: Result<Vec<usize>, String> =
+                before.iter().map(|pid| descriptors(*pid)).collect();
+            held = Some((holdings(vmm.pid())?, of_devices?));
+        }
     }
+    let (held, of_devices) = held.unwrap_or_default();
     check(pids()? == before, || {
         format!("{:?}, not {before:?}", pids())
     })?;
@@ -191,21 +187,37 @@ fn again_and_again() -> Verdict {
             format!("process {pid}: {has} descriptors, not {had}")
         })?;
     }
-    settled(pid, &held)?;
-    let output = again.shell.vmm.output();
-    let ids: BTreeSet<&str> = output
-        .split("ID-")
-        .skip(1)
-        .filter_map(|rest| rest.split("-END").next())
-        .filter(|id| id.len() == 36)
-        .collect();
-    check(ids.len() == 11, || format!("{ids:?}"))?;
+    settled(vmm.pid(), &held)?;
+    let output = vmm.output();
+    let sum = |path: &str| -> Result<String, String> {
+        let sum = sh(&format!("sha256sum <{path}"))?;
+        Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
+    };
+    let said = |word: &str| output.matches(word).count();
+    for (word, times) in [
+        ("SAYS-NET".to_owned(), ROUNDS + 1),
+        ("SAYS-PORT".to_owned(), ROUNDS + 1),
+        ("SAYS-RNG".to_owned(), ROUNDS + 1),
+        ("SAYS-CPUS-2".to_owned(), ROUNDS + 1),
+        (format!("SAYS-data-{}", sum(&data)?), ROUNDS + 1),
+        // It came while the first guest ran.
+        (format!("SAYS-hot-{}", sum(&hot)?), ROUNDS),
+        ("SAYS-BAD".to_owned(), 0),
+    ] {
+        check(said(&word) == times, || {
+            vmm.story(&format!("{word} {} times", said(&word)))
+        })?;
+    }
+    let ids = output
+        .lines()
+        .filter_map(|line| line.split("SAYS-ID-").nth(1));
+    let ids: BTreeSet<&str> = ids.collect();
+    check(ids.len() == ROUNDS + 1, || format!("{ids:?}"))?;
     let told = until_event(&socket, "machine.reset", "\"count\":10")?;
     check(told.contains("\"cause\":\"client\""), || told)?;
-    check(again.shell.vmm.errors().is_empty(), || {
-        again.shell.vmm.story("it complained")
-    })?;
-    again.shell.ends()?;
+    check(vmm.errors().is_empty(), || vmm.story("it complained"))?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    vmm.ends_with(0, LIMIT)?;
     nothing_left(LIMIT)
 }
 
