@@ -164,6 +164,14 @@ const WRITTEN_OUT: &[(&str, u64)] = &[
     ("KVM_SET_MP_STATE", 0x4004_ae99),
     ("KVM_GET_VCPU_EVENTS", 0x8040_ae9f),
     ("KVM_SET_VCPU_EVENTS", 0x4040_aea0),
+    ("KVM_GET_DEBUGREGS", 0x8080_aea1),
+    ("KVM_SET_DEBUGREGS", 0x4080_aea2),
+    ("KVM_GET_XSAVE", 0x9000_aea4),
+    ("KVM_SET_XSAVE", 0x5000_aea5),
+    ("KVM_GET_XCRS", 0x8188_aea6),
+    ("KVM_SET_XCRS", 0x4188_aea7),
+    ("KVM_GET_IRQCHIP", 0xc208_ae62),
+    ("KVM_SET_IRQCHIP", 0x8208_ae63),
     ("KVM_PRE_FAULT_MEMORY", 0xc040_aed5),
 ];
 

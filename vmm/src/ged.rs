@@ -66,6 +66,13 @@ impl Ged {
         self.line.set(true);
     }
 
+    /// Nothing has happened to a machine that begins anew.
+    pub fn reset(&self) {
+        let mut latched = self.latched.lock().unwrap_or_else(PoisonError::into_inner);
+        *latched = 0;
+        self.line.set(false);
+    }
+
     /// What the host's "shut down" does: Notify(PWRB, 0x80) in the guest.
     pub fn press_power_button(&self) {
         self.raise(GedEvents::POWER_BUTTON);

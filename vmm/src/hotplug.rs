@@ -113,6 +113,18 @@ impl HotplugRegisters {
         unseen
     }
 
+    /// Another guest begins, with the first `present` vCPUs: it is asked for nothing and has seen
+    /// nothing.
+    pub fn reset(&self, present: u32) {
+        let mut state = self.lock();
+        (state.inserted, state.removing) = (0, 0);
+        state.ejected_cpus.clear();
+        state.asked.fill(0);
+        for (bits, index) in state.cpus.iter_mut().zip(0..) {
+            *bits = if index < present { CPU_PRESENT } else { 0 };
+        }
+    }
+
     /// What the guest has ejected since the last call. Something else may be in its slot by now.
     pub fn take_ejected(&self) -> Vec<Arc<dyn PciFunction>> {
         std::mem::take(&mut self.lock().ejected)
@@ -481,6 +493,24 @@ mod tests {
         assert_eq!(bed.registers.add_cpu(), None, "it is to be stopped still");
         assert_eq!(bed.registers.take_ejected_cpus(), [1]);
         assert_eq!(bed.registers.add_cpu(), Some(1));
+    }
+
+    #[test]
+    fn the_next_guest_is_asked_for_nothing() {
+        let bed = bed(2, 4);
+        bed.registers.slot_changed(3);
+        bed.registers.ask_for_slot(4);
+        assert_eq!(bed.registers.add_cpu(), Some(2));
+        bed.registers.ask_for_cpu(1);
+        bed.write_cpu(1, CPU_REMOVING);
+        bed.write_cpu(1, CPU_EJECT);
+        bed.registers.reset(3);
+        assert_eq!([0, 1, 2, 3].map(|n| bed.cpu(n)), [1, 1, 1, 0]);
+        assert_eq!((bed.word(SLOTS_INSERTED), bed.word(SLOTS_REMOVING)), (0, 0));
+        assert!(bed.registers.take_ejected_cpus().is_empty());
+        assert!(bed.registers.asked_cpus().is_empty());
+        assert!(bed.registers.leaving_cpus().is_empty());
+        assert_eq!(bed.registers.add_cpu(), Some(3));
     }
 
     #[test]

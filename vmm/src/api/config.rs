@@ -80,6 +80,11 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
             usize::from(config.memory_max_bytes != 0),
         ),
     ];
+    if let Err(number) = config.on_reset.enum_value() {
+        return Err(format!(
+            "config.on_reset: {number} is unknown: give 0 (end) or 1 (restart)"
+        ));
+    }
     let mut devices = 0_usize;
     for (field, count) in all {
         devices = devices.saturating_add(count);

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use bulkhead_proto::machine::{
     AddDeviceResponse, DeviceStatsResponse, DevicesResponse, InfoResponse, OperationInfo,
-    OperationsResponse, RemoveDeviceResponse, ResizeCpusResponse, ResizeMemoryResponse,
-    UpdateDeviceResponse, UpdateDiskResponse, UpdateResourcesResponse,
+    OperationsResponse, RebootResponse, RemoveDeviceResponse, ResizeCpusResponse,
+    ResizeMemoryResponse, UpdateDeviceResponse, UpdateDiskResponse, UpdateResourcesResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::vmservice::{CapabilitiesVMResponse, PropertiesVMResponse};
@@ -19,9 +19,11 @@ use crate::line::Client;
 /// What a request that succeeded gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ApiResponse {
-    /// Nothing more to say: Create, Delete, Boot, Pause, Resume, Shutdown, UpdateNet, DrainDevice,
-    /// ResumeDevice.
+    /// Nothing more to say: Create, Delete, Boot, Pause, Resume, Shutdown, Reset, UpdateNet,
+    /// DrainDevice, ResumeDevice.
     Done,
+    /// The answer to Reboot.
+    Rebooted(RebootResponse),
     /// The answer to Info.
     Info(Box<InfoResponse>),
     /// The answer to Devices.
@@ -60,6 +62,7 @@ impl ApiResponse {
         let encoded = match self {
             // All of these methods' responses are empty messages.
             Self::Done => return Ok(Vec::new()),
+            Self::Rebooted(rebooted) => rebooted.write_to_bytes(),
             Self::Info(info) => info.write_to_bytes(),
             Self::Devices(devices) => devices.write_to_bytes(),
             Self::DeviceStats(stats) => stats.write_to_bytes(),

@@ -7,9 +7,9 @@ use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
     AddDeviceRequest, BootRequest, ConsoleInput, CreateRequest, DeleteRequest, DeviceStatsRequest,
     DevicesRequest, DrainDeviceRequest, EventsRequest, InfoRequest, MachineConfig,
-    OperationRequest, OperationsRequest, PauseRequest, ResumeDeviceRequest, ResumeRequest,
-    ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest, UpdateDiskRequest,
-    UpdateNetRequest, UpdateResourcesRequest, update_net_request,
+    OperationRequest, OperationsRequest, PauseRequest, RebootRequest, ResetRequest,
+    ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
+    UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::server::decode;
@@ -33,7 +33,7 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(600);
 pub enum ApiRequest {
     /// Build the machine.
     Create(Box<MachineConfig>),
-    /// Give up a machine that has not booted.
+    /// Give up the machine.
     Delete,
     /// created → running.
     Boot,
@@ -45,6 +45,13 @@ pub enum ApiRequest {
     Shutdown {
         /// Do not ask the guest.
         force: bool,
+        /// How long the guest has.
+        timeout: Duration,
+    },
+    /// Begin anew, in place.
+    Reset,
+    /// Have the guest switch itself off, and begin anew.
+    Reboot {
         /// How long the guest has.
         timeout: Duration,
     },
@@ -237,6 +244,10 @@ pub(super) fn parse(
         "Pause" => message::<PauseRequest>(payload).map(|_| ApiRequest::Pause)?,
         "Resume" => message::<ResumeRequest>(payload).map(|_| ApiRequest::Resume)?,
         "Shutdown" => shutdown(&message(payload)?)?,
+        "Reset" => message::<ResetRequest>(payload).map(|_| ApiRequest::Reset)?,
+        "Reboot" => ApiRequest::Reboot {
+            timeout: wait(message::<RebootRequest>(payload)?.timeout_ms)?,
+        },
         "Info" => message::<InfoRequest>(payload).map(|_| ApiRequest::Info)?,
         "Devices" => message::<DevicesRequest>(payload).map(|_| ApiRequest::Devices)?,
         "DeviceStats" => {

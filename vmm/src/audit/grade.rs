@@ -42,6 +42,8 @@ pub struct Told {
     pub made: Option<bool>,
     /// It has said that this has booted: until then its manager may make another one.
     pub booted: bool,
+    /// Files that the VMM's guest is booted from, by their real paths.
+    pub boot: Option<Vec<String>>,
     /// Its launcher could have given it a user namespace of its own.
     pub user_namespaces: bool,
 }
@@ -103,7 +105,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         judgement.ring(role, fd, told);
     }
     match role {
-        Role::Vmm => judgement.vmm(process),
+        Role::Vmm => judgement.vmm(process, told),
         Role::Launcher => judgement.launcher(process, told),
         Role::Device => judgement.device(process, told),
         Role::Helper => judgement.helper(process),
@@ -313,7 +315,7 @@ impl Judgement {
     }
 
     /// Started by root, it gives root up for an id of its own, where there are ids to be had.
-    fn vmm(&mut self, process: &Process) {
+    fn vmm(&mut self, process: &Process, told: &Told) {
         if process.uid.contains(&0) {
             if launcher::ids_of_vms_exist() {
                 self.deviation("runs as root, and not as a uid of its own");
@@ -322,7 +324,7 @@ impl Judgement {
             }
         }
         self.families(process);
-        for fd in holds::surplus_of_vmm(&process.fds) {
+        for fd in holds::surplus_of_vmm(&process.fds, told.boot.as_deref()) {
             self.surplus(fd);
         }
     }

@@ -110,11 +110,20 @@ pub fn from_api(path: &Path) -> Result<Found, String> {
             target.told.made = Some(state != State::STATE_NONE);
             target.told.booted = !matches!(state, State::STATE_NONE | State::STATE_CREATED);
             target.told.landlock = info.landlock_abi;
+            let config = info.config.get_or_default();
+            let boot = [&config.kernel, &config.initrd];
+            target.told.boot = Some(boot.into_iter().map(|path| real(path)).collect());
         }
         found.cgroup = Some(printable(&info.cgroup));
         return Ok(found);
     }
     Err(format!("{name}: its devices could not be told"))
+}
+
+/// A file as a descriptor of it is shown.
+fn real(path: &str) -> String {
+    let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+    printable(&real.to_string_lossy())
 }
 
 /// The devices, as the API names them.

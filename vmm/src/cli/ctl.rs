@@ -13,7 +13,8 @@ use bulkhead_proto::client::{Speaker, Subscription};
 use bulkhead_proto::machine::{
     BootRequest, BootResponse, CreateRequest, CreateResponse, DeleteRequest, DeleteResponse,
     DevicesRequest, DevicesResponse, Event, EventsRequest, InfoRequest, InfoResponse, PauseRequest,
-    PauseResponse, ResumeRequest, ResumeResponse, ShutdownRequest, ShutdownResponse,
+    PauseResponse, RebootRequest, RebootResponse, ResetRequest, ResetResponse, ResumeRequest,
+    ResumeResponse, ShutdownRequest, ShutdownResponse,
 };
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{BlockingClient, ClientError, MACHINE_SERVICE};
@@ -32,6 +33,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 pub(super) const CALL: Duration = Duration::from_secs(30);
 /// Creating a machine starts its device processes.
 const CREATE: Duration = Duration::from_secs(120);
+/// A reset waits for device processes, and reads the kernel again.
+const RESET: Duration = Duration::from_secs(120);
 /// How long a guest has to switch itself off unless the user says otherwise, and what the
 /// VMM may take on top of it.
 const SHUTDOWN_DEFAULT_SECONDS: u32 = 30;
@@ -61,7 +64,7 @@ pub struct CtlArgs {
 enum CtlCommand {
     /// Build the machine, without starting it
     Create(Box<MachineArgs>),
-    /// Give up a machine that has not booted: another one can be created
+    /// Give up the machine with all that is its own; its process ends, too, if it has booted
     Delete,
     /// Start a machine that was created
     Boot,
@@ -75,6 +78,19 @@ enum CtlCommand {
         #[arg(long)]
         force: bool,
         /// Seconds the guest has before it is ended
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            default_value_t = SHUTDOWN_DEFAULT_SECONDS,
+            value_parser = clap::value_parser!(u32).range(1..=600)
+        )]
+        timeout: u32,
+    },
+    /// Reset the machine in place: the guest begins anew
+    Reset,
+    /// Ask the guest to switch itself off, and let it begin anew; reset it if it does not
+    Reboot {
+        /// Seconds the guest has before it is reset
         #[arg(
             long,
             value_name = "SECONDS",
@@ -206,6 +222,23 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
             let patience = Duration::from_secs(u64::from(*timeout)).saturating_add(SHUTDOWN_MARGIN);
             session.call::<_, ShutdownResponse>("Shutdown", &request, patience)?;
             out.state("stopped")
+        }
+        CtlCommand::Reset => {
+            session.call::<_, ResetResponse>("Reset", &ResetRequest::new(), RESET)?;
+            out.line(&serde_json::json!({ "reset": true }), "reset")
+        }
+        CtlCommand::Reboot { timeout } => {
+            let mut request = RebootRequest::new();
+            request.timeout_ms = timeout.saturating_mul(1000);
+            let patience = Duration::from_secs(u64::from(*timeout)).saturating_add(RESET);
+            let rebooted: RebootResponse = session.call("Reboot", &request, patience)?;
+            let how = match rebooted.forced {
+                true => "reset by force: the guest did not switch itself off in time",
+                false => "rebooted",
+            };
+            let json =
+                serde_json::json!({ "operation": rebooted.operation, "forced": rebooted.forced });
+            out.line(&json, how)
         }
         CtlCommand::Info => {
             let info: InfoResponse = session.call("Info", &InfoRequest::new(), CALL)?;

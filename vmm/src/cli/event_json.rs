@@ -33,6 +33,9 @@ pub fn what(event: &Event) -> Value {
         Some(What::Stopped(e)) => json!({
             "cause": word(&format!("{:?}", e.cause)), "exit_code": e.exit_code,
         }),
+        Some(What::Reset(e)) => {
+            json!({ "cause": word(&format!("{:?}", e.cause)), "count": e.count })
+        }
         Some(What::Gap(e)) => json!({ "first": e.first, "last": e.last }),
         Some(What::IoError(e)) => {
             json!({ "count": e.count, "errno": e.errno, "sector": e.sector })

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
+use super::config_file::ON_RESET;
 use super::machine_base::Base;
 use super::{console_args, disk_args, net_args, rng_args, vsock_args};
 
@@ -137,6 +138,10 @@ pub struct MachineArgs {
     /// Where the guest's first serial port goes [default: stdio]
     #[arg(long, value_name = "stdio|none|file=PATH|socket=PATH")]
     pub serial: Option<String>,
+    /// When the guest resets itself, or triple-faults: end the machine, or begin anew in place
+    /// [default: end]
+    #[arg(long, value_name = "end|restart")]
+    pub on_reset: Option<String>,
 }
 
 impl MachineArgs {
@@ -157,6 +162,15 @@ impl MachineArgs {
         }
         if let Some(cmdline) = &self.cmdline {
             config.cmdline.clone_from(cmdline);
+        }
+        if let Some(word) = &self.on_reset {
+            let known = ON_RESET.iter().find(|(name, _)| name == word);
+            let (_, on_reset) = known.ok_or_else(|| {
+                format!(
+                    "--on-reset {word}: give end (the machine ends) or restart (it begins anew)"
+                )
+            })?;
+            config.on_reset = (*on_reset).into();
         }
         if let Some(memory) = &self.memory {
             (config.memory_bytes, config.memory_max_bytes) = parse_memory(memory)?;
@@ -512,6 +526,7 @@ mod tests {
                 consoles: Vec::new(),
                 hotplug_ports: None,
                 serial: None,
+                on_reset: None,
             };
             args.to_config().unwrap_err()
         };

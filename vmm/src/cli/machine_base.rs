@@ -87,6 +87,7 @@ impl Base {
             ),
             ("vsock", "--vsock", args.vsock.is_some()),
             ("serial", "--serial", args.serial.is_some()),
+            ("on_reset", "--on-reset", args.on_reset.is_some()),
         ];
         let field = why.strip_prefix("config.");
         let option = field.and_then(|rest| {

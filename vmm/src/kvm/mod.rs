@@ -16,7 +16,10 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, kvm_irqchip,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 
 use crate::arch::x86_64::layout;
@@ -25,7 +28,7 @@ use crate::hypervisor::{Gsi, Hypervisor, MsiMessage};
 use crate::memory::{GuestRam, RamRegion};
 
 pub use raw::borrow_fd;
-pub(crate) use raw::{ImmediateExit, failure_code, port_exit, pre_fault_memory};
+pub(crate) use raw::{ImmediateExit, failure_code, port_exit, pre_fault_memory, set_xsave};
 use routing::RouteTable;
 
 /// KVM_CAP_PRE_FAULT_MEMORY; kvm-ioctls has no name for it.
@@ -113,6 +116,28 @@ pub struct KvmVm {
     ram: Mutex<Vec<GuestRam>>,
     /// Memory slots that are in use.
     slots: Mutex<BTreeSet<u32>>,
+    /// The interrupt controllers as they were made; `None`: KVM does not say.
+    chips: Option<Vec<kvm_irqchip>>,
+}
+
+/// The interrupt controllers' state.
+fn chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, KvmError> {
+    [
+        KVM_IRQCHIP_PIC_MASTER,
+        KVM_IRQCHIP_PIC_SLAVE,
+        KVM_IRQCHIP_IOAPIC,
+    ]
+    .into_iter()
+    .map(|chip_id| {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        vm.get_irqchip(&mut chip)
+            .map_err(KvmError::call("KVM_GET_IRQCHIP", REMEDY_HOST))?;
+        Ok(chip)
+    })
+    .collect()
 }
 
 impl KvmVm {
@@ -143,9 +168,13 @@ impl KvmVm {
                 .map_err(KvmError::call("KVM_SET_GSI_ROUTING", REMEDY_HOST))?,
         )
         .map_err(KvmError::call("KVM_SET_GSI_ROUTING", REMEDY_HOST))?;
+        let chips = chips(&vm)
+            .inspect_err(|error| log::debug!("the machine cannot be reset: {error}"))
+            .ok();
         Ok(Self {
             kvm,
             vm,
+            chips,
             routes: Mutex::new(routes),
             ram: Mutex::new(Vec::new()),
             slots: Mutex::new(BTreeSet::new()),
@@ -164,6 +193,37 @@ impl KvmVm {
         self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID", REMEDY_HOST))
+    }
+
+    /// KVM_GET_MSR_INDEX_LIST.
+    pub(crate) fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(KvmError::call("KVM_GET_MSR_INDEX_LIST", REMEDY_HOST))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Whether [`reset_chips`](Self::reset_chips) can be done.
+    pub fn can_reset_chips(&self) -> bool {
+        self.chips.is_some()
+    }
+
+    /// Has the interrupt controllers be as they were made.
+    ///
+    /// # Errors
+    /// KVM refused, or never said what they were.
+    pub fn reset_chips(&self) -> Result<(), KvmError> {
+        let chips = self
+            .chips
+            .as_ref()
+            .ok_or(KvmError::Capability("KVM_GET_IRQCHIP"))?;
+        for chip in chips {
+            self.vm
+                .set_irqchip(chip)
+                .map_err(KvmError::call("KVM_SET_IRQCHIP", REMEDY_HOST))?;
+        }
+        Ok(())
     }
 
     /// Width of a guest-physical address.

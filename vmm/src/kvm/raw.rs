@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVMIO,
-    kvm_pre_fault_memory, kvm_userspace_memory_region,
+    kvm_pre_fault_memory, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -79,6 +79,14 @@ pub(crate) fn pre_fault_memory(vcpu: &mut VcpuFd, start: u64, len: u64) -> io::R
         }
     }
     Ok(())
+}
+
+/// KVM_SET_XSAVE: x87, SSE and what else of the extended state fits its 4 KiB. No feature that needs
+/// more is enabled in this process (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM).
+pub(crate) fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> io::Result<()> {
+    // SAFETY: the kernel reads as much as this process has enabled for guests, which by default
+    // is no more than one `kvm_xsave`.
+    unsafe { vcpu.set_xsave(xsave) }.map_err(io::Error::from)
 }
 
 /// A port access that ended KVM_RUN: the element size is what tells `rep outsb` from

@@ -3,13 +3,13 @@
 //! thread, confined: every path is opened by the launcher, and KVM is the descriptor that
 //! was opened at the start.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_proto::machine::{MachineConfig, serial_config};
 
+use super::boot_files::{self, BootFiles};
 use super::console;
 use super::device::{self, Device, END_LIMIT, Site, Special};
 use super::device_table::DeviceTable;
@@ -20,8 +20,8 @@ use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
 use super::rng;
 use super::vsock;
-use crate::arch::x86_64::boot::{self, BootSource};
-use crate::arch::x86_64::{acpi, layout, reset_vector};
+use crate::arch::x86_64::boot::BootEntry;
+use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::events::EventSender;
 use crate::ged::Ged;
@@ -56,6 +56,10 @@ pub struct Parts {
     pub kvm: Arc<KvmVm>,
     /// Guest memory.
     pub ram: GuestRam,
+    /// What a reset loads again.
+    pub boot: Arc<BootFiles>,
+    /// Where the kernel was entered last.
+    pub entry: Arc<BootEntry>,
 }
 
 /// The standard streams, cloned before confinement.
@@ -91,7 +95,7 @@ pub fn build(
 ) -> Result<Parts, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     // Files first: a wrong path should cost nothing else.
-    let (kernel, initrd) = open_boot_files(config, launcher)?;
+    let files = Arc::new(open_boot_files(config, launcher)?);
     let backend = serial_backend(config, launcher, stdio)?;
 
     let host_total = memory::host_memory_total().map_err(|e| format!("host memory: {e}"))?;
@@ -111,14 +115,8 @@ pub fn build(
     let ged = Ged::new(Box::new(kvm.irq_line(Gsi(layout::GED_GSI))));
     ged.attach(&mmio).map_err(|e| format!("GED: {e}"))?;
 
-    let mem64 = layout::pci_mem64_start(ram.last_end());
-    let mem64 = mem64..mem64.saturating_add(layout::PCI_MEM64_SIZE);
-    let pci = device::root_complex(
-        &mmio,
-        &pio,
-        mem64.clone(),
-        &device::ports(config, count(config)),
-    )?;
+    let mem64 = boot_files::pci_mem64(&ram);
+    let pci = device::root_complex(&mmio, &pio, mem64, &device::ports(config, count(config)))?;
     let cpus = config.cpus.clone().unwrap_or_default();
     let complex = Arc::downgrade(&pci);
     let detach = move |slot| {
@@ -188,17 +186,7 @@ pub fn build(
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
     }
 
-    let ports: Vec<u8> = pci.ports().iter().map(|port| port.device).collect();
-    let tables = device::acpi_config(&pci, (cpus.boot, max_cpus), mem64, &ports, &ram);
-    let rsdp = acpi::write_tables(ram.memory(), &tables).map_err(|e| text(&e))?;
-    reset_vector::write(ram.memory()).map_err(|e| format!("reset vector: {e}"))?;
-    let source = BootSource {
-        kernel: &kernel,
-        kernel_name: &config.kernel,
-        initrd: initrd.as_ref().map(|f| (f, config.initrd.as_str())),
-        cmdline: &config.cmdline,
-    };
-    let entry = boot::load(&ram, rsdp, &source).map_err(|e| text(&e))?;
+    let entry = Arc::new(files.load(&ram, &pci, (cpus.boot, max_cpus))?);
     let vcpus = VcpuManager::new(
         &kvm,
         &VcpuConfig {
@@ -233,6 +221,8 @@ pub fn build(
         absent,
         kvm,
         ram,
+        boot: files,
+        entry,
     })
 }
 
@@ -312,23 +302,23 @@ pub struct Hooks {
     pub helper: ThreadHook,
 }
 
-fn open_boot_files(
-    config: &MachineConfig,
-    launcher: &Launcher,
-) -> Result<(File, Option<File>), String> {
+fn open_boot_files(config: &MachineConfig, launcher: &Launcher) -> Result<BootFiles, String> {
     let open = |path: &str, role: &str| {
         launcher
             .open_path(Path::new(path), role, Access::Read, false)
             .map(|(file, _)| file)
             .map_err(|e| e.to_string())
     };
-    let kernel = open(&config.kernel, "kernel")?;
-    let initrd = if config.initrd.is_empty() {
-        None
-    } else {
-        Some(open(&config.initrd, "initrd")?)
+    let kernel = (open(&config.kernel, "kernel")?, config.kernel.clone());
+    let initrd = match config.initrd.is_empty() {
+        true => None,
+        false => Some((open(&config.initrd, "initrd")?, config.initrd.clone())),
     };
-    Ok((kernel, initrd))
+    Ok(BootFiles {
+        kernel,
+        initrd,
+        cmdline: config.cmdline.clone(),
+    })
 }
 
 fn serial_backend(

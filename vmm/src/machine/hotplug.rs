@@ -155,6 +155,8 @@ pub enum News {
     Plugged(Result<(), String>),
     /// The memory device was told of a new size, or could not be.
     MemoryAsked(Result<(), RpcStatus>),
+    /// A reset of the machine has come so far.
+    Reset(super::reset::Progress),
 }
 
 /// The manager's end of the channel.

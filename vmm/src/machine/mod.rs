@@ -10,6 +10,7 @@
 //! answers requests, `state` holds the transitions, `kinds` the table of device kinds,
 //! `device` and `disk` make devices, `control` speaks to their processes.
 
+pub mod boot_files;
 pub mod build;
 pub mod console;
 pub mod control;
@@ -37,6 +38,7 @@ pub mod operations;
 pub mod plugger;
 pub mod plugging;
 pub mod queue;
+pub mod reset;
 pub mod rng;
 pub mod state;
 pub mod stop;

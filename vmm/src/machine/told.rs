@@ -5,9 +5,10 @@ use bulkhead_proto::machine::event::What;
 use bulkhead_proto::machine::machine_stopped::Cause;
 use bulkhead_proto::machine::{
     DeviceCrashed, DeviceExited, DeviceQuarantined, DeviceReady, DeviceRestarted, DeviceSpawned,
-    DeviceUpdated, MachineStopped,
+    DeviceUpdated, MachineReset, MachineStopped, machine_reset,
 };
 
+use super::reset;
 use super::stop::StopReason;
 use super::supervise::CrashReason;
 use crate::launcher::{ExitOutcome, printable};
@@ -114,6 +115,20 @@ pub fn quarantined(why: &str, restarts: u64) -> What {
     let mut event = DeviceQuarantined::new();
     (event.why, event.restarts) = (text(why), restarts);
     What::Quarantined(event)
+}
+
+/// The machine has been reset.
+pub fn reset(cause: reset::Cause, count: u64) -> What {
+    let mut event = MachineReset::new();
+    event.count = count;
+    event.cause = match cause {
+        reset::Cause::Client => machine_reset::Cause::CLIENT,
+        reset::Cause::Guest => machine_reset::Cause::GUEST,
+        reset::Cause::TripleFault => machine_reset::Cause::TRIPLE_FAULT,
+        reset::Cause::Reboot { .. } => machine_reset::Cause::REBOOT,
+    }
+    .into();
+    What::Reset(event)
 }
 
 /// The machine has ended.

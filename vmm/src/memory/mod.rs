@@ -17,7 +17,7 @@ use std::io;
 use std::sync::Arc;
 
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::arch::x86_64::layout;
@@ -327,6 +327,47 @@ impl GuestRam {
             .try_for_each(|(at, len)| sys::advise(at, len, sys::Advice::PopulateWrite))
     }
 
+    /// Everything reads as zeroes from now on, memory that can be plugged among it. The pages of
+    /// `keep` (ranges, sorted) stay and are written, since they are about to be used again; all
+    /// others go back to the host. Nobody may be using the memory: no vCPU, no device's process.
+    #[allow(unsafe_code)] // MADV_REMOVE on our own mappings
+    pub fn clear(&self, keep: &[(u64, u64)]) -> io::Result<()> {
+        const ZEROES: &[u8] = &[0; 1 << 18];
+        for region in self.memory.iter() {
+            let (base, end) = (
+                region.start_addr().0,
+                region.last_addr().0.saturating_add(1),
+            );
+            let mut at = base;
+            let inside = keep.iter().map(|(start, len)| {
+                let to = |address: u64| address.clamp(base, end);
+                (to(*start), to(start.saturating_add(*len)))
+            });
+            for (first, last) in inside.chain([(end, end)]) {
+                let first = first.max(at).next_multiple_of(PAGE).min(end);
+                let last = (last & !(PAGE - 1)).max(first);
+                for (pages, len) in self.parts(at, first.saturating_sub(at), 1) {
+                    // SAFETY: `parts` are of RAM's own mappings, which are shared and live as long
+                    // as the process; all access to them is by volatile slices.
+                    unsafe { sys::remove(pages, len) }?;
+                }
+                at = first;
+                while at < last {
+                    let len = last.saturating_sub(at).min(ZEROES.len() as u64);
+                    let zeroes = usize::try_from(len).ok().and_then(|len| ZEROES.get(..len));
+                    self.memory
+                        .write_slice(zeroes.unwrap_or_default(), GuestAddress(at))
+                        .map_err(io::Error::other)?;
+                    at = at.saturating_add(len);
+                }
+            }
+        }
+        match &self.pluggable {
+            Some(area) => area.punch(0..area.blocks()),
+            None => Ok(()),
+        }
+    }
+
     /// Puts huge pages behind `len` bytes at guest-physical `start`, whole ones where the
     /// range touches part of one, whatever the host's setting for shared memory says
     /// (MADV_COLLAPSE). Costs that memory at once; saves KVM a fault for each 4 KiB. An error
@@ -352,7 +393,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::os::unix::fs::FileExt;
-    use vm_memory::Bytes;
+    use std::os::unix::fs::MetadataExt;
 
     const GIB: u64 = 1 << 30;
 
@@ -410,6 +451,45 @@ mod tests {
         assert!(region.file.set_len(2 * MIN_MEMORY).is_err());
         assert_eq!((ram.end(), ram.low_end()), (MIN_MEMORY, MIN_MEMORY));
         assert_eq!(region.host_base % sys::HUGE_PAGE as u64, 0);
+    }
+
+    #[test]
+    fn cleared_memory_is_zero_and_only_what_is_kept_has_pages() {
+        let ram = GuestRam::with_pluggable(MIN_MEMORY, MIN_MEMORY + (1 << 30)).unwrap();
+        let file = Arc::clone(&ram.regions()[0].file);
+        let pages = |ram: &GuestRam| ram.regions()[0].file.metadata().unwrap().blocks() / 8;
+        for keep in [
+            vec![],
+            vec![(0, 1 << 20), (4 << 20, 3 * PAGE), (MIN_MEMORY - PAGE, PAGE)],
+            vec![(0, u64::MAX)],
+            // Not of whole pages, not of RAM, over each other.
+            vec![
+                (5, 10),
+                (1 << 20, 1 << 20),
+                (1 << 20, 10),
+                (1 << 40, 1 << 20),
+            ],
+        ] {
+            ram.populate(0, MIN_MEMORY).unwrap();
+            let all = vec![0xa5; MIN_MEMORY as usize];
+            ram.memory().write_slice(&all, GuestAddress(0)).unwrap();
+            let plugged = GuestAddress(ram.pluggable().unwrap().start());
+            ram.all().write_obj(7_u64, plugged).unwrap();
+            ram.clear(&keep).unwrap();
+            let mut seen = vec![1; MIN_MEMORY as usize];
+            file.read_exact_at(&mut seen, 0).unwrap();
+            assert!(seen.iter().all(|byte| *byte == 0), "{keep:?}");
+            assert_eq!(ram.all().read_obj::<u64>(plugged).unwrap(), 0);
+            let kept: u64 = match keep.len() {
+                0 => 0,
+                1 => MIN_MEMORY / PAGE,
+                3 => 256 + 3 + 1,
+                _ => 256,
+            };
+            // Huge pages come and go as a whole.
+            assert!(pages(&ram) <= kept + 512 * keep.len() as u64, "{keep:?}");
+            assert!(pages(&ram) >= kept, "{keep:?}");
+        }
     }
 
     #[test]

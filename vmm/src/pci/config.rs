@@ -57,6 +57,7 @@ pub struct Identity {
 }
 
 /// Configuration registers with write masks.
+#[derive(Clone)]
 pub struct ConfigSpace {
     data: [u8; SIZE],
     writable: [u8; SIZE],

@@ -56,6 +56,9 @@ pub enum BarKind {
     Prefetchable64,
 }
 
+/// Waits for the end of a reset.
+pub type Reset = Box<dyn FnOnce() + Send>;
+
 /// A function of a device on the bus. `offset` is below 4096 and `data` is 1, 2 or 4
 /// bytes long and naturally aligned. Called from any vCPU thread, several at once.
 pub trait PciFunction: Send + Sync {
@@ -70,6 +73,12 @@ pub trait PciFunction: Send + Sync {
     fn place_bars(&self, place: &mut dyn FnMut(BarKind, u64) -> Option<u64>);
     /// A conventional reset through the port above (secondary bus reset).
     fn bus_reset(&self);
+    /// Begins to reset the device and all of the function's registers, as power that goes off and
+    /// on does; who calls what comes back waits for the end. Its BARs are to be placed anew.
+    fn begin_reset(&self) -> Reset {
+        self.bus_reset();
+        Box::new(|| ())
+    }
     /// The function has left the bus: stop decoding, drop doorbells and interrupts.
     fn unplug(&self);
     /// Where a driver that holds the function now will write a zero byte when it lets go of it,

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::bar::{AddressRange, BarDecoder, Windows};
 use super::config::{ConfigSpace, Identity, reg};
 use super::root_port::{PortConfig, PortResources, RootPort};
-use super::{PciAddress, PciError, PciFunction};
+use super::{PciAddress, PciError, PciFunction, Reset};
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusDevice, BusError};
 
@@ -82,6 +82,8 @@ pub struct RootComplex {
     host_bridge: ConfigSpace,
     /// In order of device number.
     ports: Vec<RootPort>,
+    /// CONFIG_ADDRESS: one for the machine, as on hardware.
+    address: AtomicU32,
 }
 
 impl RootComplex {
@@ -123,6 +125,7 @@ impl RootComplex {
             decoder: BarDecoder::new(mmio, windows),
             host_bridge: ConfigSpace::new(identity, 0),
             ports: made,
+            address: AtomicU32::new(0),
         }))
     }
 
@@ -130,10 +133,7 @@ impl RootComplex {
     pub fn attach_to_buses(self: &Arc<Self>, mmio: &Bus, pio: &Bus) -> Result<(), BusError> {
         let ecam = Arc::new(Ecam(Arc::clone(self)));
         mmio.insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
-        let ports = Arc::new(ConfigPorts {
-            complex: Arc::clone(self),
-            address: AtomicU32::new(0),
-        });
+        let ports = Arc::new(ConfigPorts(Arc::clone(self)));
         pio.insert(layout::PCI_CF8_PORT, CF8_PORTS, ports)
     }
 
@@ -185,6 +185,17 @@ impl RootComplex {
             let _ = port.unplug(|_| true);
         }
         self.decoder.bus().clear();
+    }
+
+    /// Resets every function and waits for that, then every port: all is as before the guest
+    /// started, with what is plugged in now. No vCPU may run meanwhile. Waits for devices' processes
+    /// as long as each of them may take: not for the manager thread.
+    pub fn reset(&self) {
+        let functions = self.ports.iter().filter_map(RootPort::function);
+        let resets: Vec<Reset> = functions.map(|function| function.begin_reset()).collect();
+        resets.into_iter().for_each(|wait| wait());
+        self.address.store(0, Ordering::Relaxed);
+        self.ports.iter().for_each(RootPort::power_on);
     }
 
     /// As [`detach`](Self::detach), of a function that the guest's driver may still use: nothing
@@ -401,18 +412,14 @@ impl BusDevice for Ecam {
     }
 }
 
-/// CONFIG_ADDRESS and CONFIG_DATA. The address register is one for the machine, as on
-/// hardware: guests serialise the pair themselves.
-struct ConfigPorts {
-    complex: Arc<RootComplex>,
-    address: AtomicU32,
-}
+/// CONFIG_ADDRESS and CONFIG_DATA: guests serialise the pair themselves.
+struct ConfigPorts(Arc<RootComplex>);
 
 impl ConfigPorts {
     /// What an access to the data port reaches; None when disabled, unaligned or not the
     /// data port.
     fn target(&self, port: u64, len: usize) -> Option<(PciAddress, u16)> {
-        let selected = self.address.load(Ordering::Relaxed);
+        let selected = self.0.address.load(Ordering::Relaxed);
         let lane = u16::try_from(port.checked_sub(DATA_PORT)?).ok()?;
         let aligned = matches!(len, 1 | 2 | 4) && port.is_multiple_of(len as u64);
         if selected & CONFIG_ENABLE == 0 || !aligned || lane > 3 {
@@ -430,18 +437,19 @@ impl ConfigPorts {
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
+            data.copy_from_slice(&self.0.address.load(Ordering::Relaxed).to_le_bytes());
         } else if let Some((address, register)) = self.target(offset, data.len()) {
-            self.complex.config_read(address, register, data);
+            self.0.config_read(address, register, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (0, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.address
+            self.0
+                .address
                 .store(u32::from_le_bytes(bytes), Ordering::Relaxed);
         } else if let Some((address, register)) = self.target(offset, data.len()) {
-            self.complex.config_write(address, register, data);
+            self.0.config_write(address, register, data);
         }
     }
 }

@@ -308,6 +308,50 @@ fn nothing_follows_what_was_pulled_out_until_the_guest_has_let_go() {
 }
 
 #[test]
+fn after_a_reset_all_is_as_before_the_guest_with_what_is_plugged_in_now() {
+    let guest = guest(&[port("a", 1), port("b", 2)]);
+    let (first, second) = (plain("first"), plain("second"));
+    guest.complex.attach("a", first.clone()).unwrap();
+    let registers =
+        |device: u8| -> Vec<u32> { (0..64).map(|n| guest.read32(0, device, n * 4)).collect() };
+    let (with, without) = (registers(1), registers(2));
+    let placed = first.placed.lock().unwrap().clone();
+    // A guest with ideas of its own, and devices that came and went.
+    for device in [1, 2] {
+        guest.write(0, device, 0x04, &[0; 2]);
+        guest.write(0, device, 0x18, &[0, device + 7, device + 7]);
+        guest.write(0, device, 0x20, &0x0000_fff0_u32.to_le_bytes());
+        guest.write(0, device, 0x24, &0x0000_fff0_u32.to_le_bytes());
+    }
+    guest
+        .pio
+        .write(layout::PCI_CF8_PORT, &(1_u32 << 31 | 1 << 11).to_le_bytes());
+    *first.held.lock().unwrap() = Some(layout::PCI_MEM32_START);
+    guest.complex.detach_by_surprise("a", &first).unwrap();
+    guest.complex.attach("b", second.clone()).unwrap();
+    assert!(guest.complex.ports()[0].vacating);
+    assert_eq!(*second.placed.lock().unwrap(), [None; 4]);
+    guest.complex.reset();
+    assert_eq!(*second.resets.lock().unwrap(), 1);
+    assert!(!guest.complex.ports()[0].vacating);
+    let shift = |address: u64, by: u64| Some(address + by);
+    let share = WINDOWS.mem64.size / PORT_SHARES & !(WINDOW_GRANULE - 1);
+    let expected: Vec<Option<u64>> = placed
+        .iter()
+        .zip([PORT_MEMORY, PORT_MEMORY, PORT_MEMORY, share])
+        .map(|(place, by)| place.and_then(|place| shift(place, by)))
+        .collect();
+    assert_eq!(*second.placed.lock().unwrap(), expected);
+    let mut address = [0xff; 4];
+    guest.pio.read(layout::PCI_CF8_PORT, &mut address);
+    assert_eq!(address, [0; 4]);
+    // The same again the other way round, which is how it began.
+    guest.complex.detach("b", &second).unwrap();
+    guest.complex.attach("a", plain("third")).unwrap();
+    assert_eq!((registers(1), registers(2)), (with, without));
+}
+
+#[test]
 fn a_full_bus_of_31_ports_fits_and_bad_ports_are_refused() {
     let all: Vec<_> = (1..=31)
         .map(|device| port(&format!("p{device}"), device))

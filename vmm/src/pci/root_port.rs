@@ -65,6 +65,8 @@ pub(super) struct RootPort {
     /// Secondary bus number, a copy of the register that routing reads without a lock.
     secondary: AtomicU8,
     registers: Mutex<ConfigSpace>,
+    /// As they are before the guest starts, and nothing is plugged in.
+    first: ConfigSpace,
     express: u16,
     function: RwLock<Option<Arc<dyn PciFunction>>>,
     /// Answers in the place of a function that left by surprise.
@@ -150,6 +152,7 @@ impl RootPort {
         Ok(Self {
             config,
             secondary: AtomicU8::new(bus),
+            first: space.clone(),
             registers: Mutex::new(space),
             express,
             function: RwLock::new(None),
@@ -181,14 +184,35 @@ impl RootPort {
             return Err(PciError::Vacating(self.config.name.clone()));
         }
         haunting.take();
+        self.place(function.as_ref());
+        *slot = Some(Arc::clone(function));
+        self.show_presence(true);
+        Ok(())
+    }
+
+    /// Everything as before the guest started, with what is plugged in now, which has been reset.
+    /// What was pulled out the guest has let go of.
+    pub fn power_on(&self) {
+        self.lock_ghost().take();
+        let slot = self.function.read().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut registers = self.lock();
+            *registers = self.first.clone();
+            let [_, secondary] = registers.read_u16(PRIMARY_BUS).to_le_bytes();
+            self.secondary.store(secondary, Ordering::Relaxed);
+        }
+        if let Some(function) = slot.as_ref() {
+            self.place(function.as_ref());
+        }
+        self.show_presence(slot.is_some());
+    }
+
+    fn place(&self, function: &dyn PciFunction) {
         let (mut memory, mut prefetchable) = self.windows();
         function.place_bars(&mut |kind, size| match kind {
             BarKind::Memory32 => take(&mut memory, size),
             BarKind::Prefetchable64 => take(&mut prefetchable, size),
         });
-        *slot = Some(Arc::clone(function));
-        self.show_presence(true);
-        Ok(())
     }
 
     /// Takes off the bus what is plugged in, if it is what `wanted` says.

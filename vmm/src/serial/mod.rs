@@ -86,6 +86,19 @@ impl SerialEvents for FifoEvents {
 
 type Registers = Uart<IrqTrigger, FifoEvents, OutputWriter>;
 
+fn registers(
+    irq: &Arc<EventFd>,
+    wake: &Arc<EventFd>,
+    output: &Arc<Output>,
+    line: &Arc<Line>,
+) -> Registers {
+    Uart::with_events(
+        IrqTrigger(Arc::clone(irq)),
+        FifoEvents(Arc::clone(wake)),
+        OutputWriter(Arc::clone(output), Arc::clone(line)),
+    )
+}
+
 /// The serial port.
 pub struct Serial {
     registers: Arc<Mutex<Registers>>,
@@ -105,11 +118,7 @@ impl Serial {
         let (irq, wake) = (eventfd()?, eventfd()?);
         let output = Arc::new(Output::new(Arc::clone(&wake)));
         let line = Line::new(Arc::clone(&wake));
-        let registers = Arc::new(Mutex::new(Uart::with_events(
-            IrqTrigger(Arc::clone(&irq)),
-            FifoEvents(Arc::clone(&wake)),
-            OutputWriter(Arc::clone(&output), Arc::clone(&line)),
-        )));
+        let registers = Arc::new(Mutex::new(registers(&irq, &wake, &output, &line)));
         let counters = Arc::new(Counters::default());
         let (stop, stops) = mpsc::sync_channel(1);
         let (done, stopped) = mpsc::sync_channel(1);
@@ -152,6 +161,19 @@ impl Serial {
     /// The eventfd to be made an irqfd of `layout::COM1_GSI`.
     pub fn irq_eventfd(&self) -> BorrowedFd<'_> {
         borrow_fd(&*self.irq, self.irq.as_raw_fd())
+    }
+
+    /// The registers as after power-on; what was typed and not read is lost.
+    pub fn reset(&self) {
+        let fresh = registers(&self.irq, &self.wake, &self.output, &self.line);
+        let mut registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *registers = fresh;
+        drop(registers);
+        // There is room for what is typed.
+        let _ = self.wake.write(1);
     }
 
     /// By which clients of the API read and type, beside whoever is at the backend.

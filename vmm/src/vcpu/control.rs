@@ -3,12 +3,14 @@
 //!
 //! ```text
 //!   Starting ─▶ Parked ⇄ Running ─▶ Ended (KVM gave up, or the guest shut down)
-//!                  └────────┴─────────┴──▶ Gone
+//!                  ▲        │         ├──▶ Gone
+//!                  └────────┴─────────┘ (a reset brings one back that has ended)
 //! ```
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::arch::x86_64::boot::BootEntry;
 use crate::kvm::ImmediateExit;
 
 /// What the manager wants of all threads.
@@ -33,6 +35,9 @@ pub(super) enum Phase {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Run,
+    /// Become what the vCPU was at first, and say so ([`Control::was_reset`]). The boot processor
+    /// is pointed at this kernel.
+    Reset(Arc<BootEntry>),
     End,
 }
 
@@ -42,11 +47,15 @@ struct Slot {
     exit: Option<ImmediateExit>,
     /// The machine has this vCPU; else its thread stays parked.
     plugged: bool,
+    /// It shall become what it was at first.
+    reset: Option<Arc<BootEntry>>,
 }
 
 struct State {
     target: Target,
     slots: Vec<Slot>,
+    /// Why a vCPU could not be reset, the first that could not.
+    not_reset: Option<(u32, String)>,
 }
 
 /// The shared state.
@@ -65,12 +74,14 @@ impl Control {
                 phase: Phase::Starting,
                 exit,
                 plugged: index < boot,
+                reset: None,
             })
             .collect();
         Self {
             state: Mutex::new(State {
                 target: Target::Parked,
                 slots,
+                not_reset: None,
             }),
             changed: Condvar::new(),
         }
@@ -85,12 +96,17 @@ impl Control {
     pub(super) fn next(&self, index: u32) -> Next {
         let mut state = self.lock();
         loop {
-            let mut target = state.target;
+            let (asked, mut target) = (state.target, state.target);
             let Some(slot) = state.slots.get_mut(index as usize) else {
                 return Next::End;
             };
             if target == Target::Running && !slot.plugged {
                 target = Target::Parked;
+            }
+            if let (Target::Parked, Some(entry)) = (asked, &slot.reset)
+                && slot.phase != Phase::Gone
+            {
+                return Next::Reset(Arc::clone(entry));
             }
             match (target, slot.phase) {
                 (Target::Gone, _) | (_, Phase::Gone) => {
@@ -118,6 +134,41 @@ impl Control {
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has every thread reset its vCPU; the first `present` are plugged in afterwards. They are to
+    /// be parked.
+    pub(super) fn ask_reset(&self, entry: &Arc<BootEntry>, present: u32) {
+        let mut state = self.lock();
+        state.not_reset = None;
+        for (slot, index) in state.slots.iter_mut().zip(0..) {
+            slot.plugged = index < present;
+            slot.reset = (slot.phase != Phase::Gone).then(|| Arc::clone(entry));
+        }
+        self.changed.notify_all();
+    }
+
+    /// Thread `index` has reset its vCPU, or could not.
+    pub(super) fn was_reset(&self, index: u32, result: Result<(), String>) {
+        let mut state = self.lock();
+        if let Some(slot) = state.slots.get_mut(index as usize) {
+            slot.reset = None;
+            slot.phase = Phase::Parked;
+        }
+        if let (Err(why), None) = (result, &state.not_reset) {
+            state.not_reset = Some((index, why));
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until every thread has reset its vCPU; else which has not, and why, if it said.
+    pub(super) fn wait_reset(&self, timeout: Duration) -> Result<(), (u32, Option<String>)> {
+        self.wait_for(timeout, |slot| slot.reset.is_some())
+            .map_err(|index| (index, None))?;
+        match self.lock().not_reset.take() {
+            Some((index, why)) => Err((index, Some(why))),
+            None => Ok(()),
         }
     }
 
@@ -193,10 +244,14 @@ impl Control {
         timeout: Duration,
         busy: impl Fn(Phase) -> bool,
     ) -> Result<(), u32> {
+        self.wait_for(timeout, |slot| busy(slot.phase))
+    }
+
+    fn wait_for(&self, timeout: Duration, busy: impl Fn(&Slot) -> bool) -> Result<(), u32> {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.lock();
         loop {
-            let Some(index) = state.slots.iter().position(|slot| busy(slot.phase)) else {
+            let Some(index) = state.slots.iter().position(&busy) else {
                 return Ok(());
             };
             let left = deadline.map_or(Duration::MAX, |d| {
@@ -217,8 +272,8 @@ impl Control {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use crate::arch::x86_64::boot::EntryMode;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
 
     const LONG: Duration = Duration::from_secs(60);
@@ -262,6 +317,71 @@ mod tests {
         control.wait_while(LONG, |p| p != Phase::Gone).unwrap();
         control.ask(Target::Running);
         assert!(threads.into_iter().all(|t| t.join().unwrap() == 50));
+    }
+
+    #[test]
+    fn a_reset_is_made_by_parked_threads_and_revives_one_that_has_ended() {
+        let control = Arc::new(Control::new(vec![None, None, None], 3));
+        let entry = Arc::new(BootEntry::at(EntryMode::Long, 0x1000));
+        let resets = Arc::new(AtomicUsize::new(0));
+        let threads: Vec<_> = (0..3)
+            .map(|index| {
+                let (control, resets) = (Arc::clone(&control), Arc::clone(&resets));
+                thread::spawn(move || {
+                    let mut ended = false;
+                    loop {
+                        match control.next(index) {
+                            Next::Run if index == 1 && !ended => {
+                                ended = true;
+                                control.ended(index);
+                            }
+                            Next::Run => thread::yield_now(),
+                            Next::Reset(entry) => {
+                                assert_eq!(entry.entry(), 0x1000);
+                                resets.fetch_add(1, Ordering::SeqCst);
+                                control.was_reset(index, Ok(()));
+                            }
+                            Next::End => return,
+                        }
+                    }
+                })
+            })
+            .collect();
+        control.wait_while(LONG, |p| p != Phase::Parked).unwrap();
+        control.ask(Target::Running);
+        control.wait_while(LONG, |p| p == Phase::Parked).unwrap();
+        let ended = |p| p == Phase::Ended;
+        while control.wait_while(Duration::ZERO, ended).is_ok() {
+            thread::yield_now();
+        }
+        control.ask(Target::Parked);
+        control.wait_while(LONG, |p| p == Phase::Running).unwrap();
+        // The last one is not there any more.
+        control.ask_reset(&entry, 2);
+        control.wait_reset(LONG).unwrap();
+        assert_eq!(resets.load(Ordering::SeqCst), 3);
+        control.wait_while(LONG, |p| p != Phase::Parked).unwrap();
+        control.ask(Target::Running);
+        while control.wait_while(Duration::ZERO, |p| p == Phase::Parked) != Err(2) {
+            thread::yield_now();
+        }
+        control.ask(Target::Gone);
+        threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+
+    #[test]
+    fn which_vcpu_could_not_be_reset_is_said() {
+        let control = Control::new(vec![None, None], 2);
+        let entry = Arc::new(BootEntry::at(EntryMode::Long, 0));
+        control.ask_reset(&entry, 2);
+        control.was_reset(0, Ok(()));
+        assert_eq!(control.wait_reset(Duration::ZERO), Err((1, None)));
+        control.was_reset(1, Err("KVM".to_owned()));
+        assert_eq!(
+            control.wait_reset(Duration::ZERO),
+            Err((1, Some("KVM".to_owned())))
+        );
+        assert_eq!(control.wait_reset(Duration::ZERO), Ok(()));
     }
 
     #[test]

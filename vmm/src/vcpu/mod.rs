@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::arch::x86_64::boot::BootEntry;
+use crate::arch::x86_64::snapshot::Snapshot;
 use crate::arch::x86_64::{cpuid, state};
 use crate::bus::Bus;
 use crate::events::EventSender;
@@ -71,6 +72,14 @@ pub enum VcpuError {
         /// Why.
         source: std::io::Error,
     },
+    /// A vCPU could not be made what it was at first.
+    #[error("vCPU {vcpu} cannot be reset: {why}")]
+    Reset {
+        /// The vCPU's index.
+        vcpu: u32,
+        /// What KVM said.
+        why: String,
+    },
     /// A thread did not come out of the guest or of a device in time.
     #[error("vCPU {vcpu} did not stop in {} ms: a device may be stuck", .timeout.as_millis())]
     Timeout {
@@ -97,6 +106,8 @@ pub struct VcpuManager {
     control: Arc<Control>,
     counters: Vec<Arc<Counters>>,
     threads: Vec<JoinHandle<()>>,
+    /// The first state of every vCPU is known.
+    resettable: bool,
 }
 
 /// How long `drop` waits for the threads.
@@ -131,6 +142,8 @@ impl VcpuManager {
         let host_cpuid = vm.supported_cpuid().map_err(at(0))?;
         let mut vcpus = Vec::new();
         let mut exits = Vec::new();
+        // A host whose KVM does not tell runs guests, and resets none.
+        let msrs = vm.msr_indices();
         for index in 0..count {
             let mut vcpu = vm.create_vcpu(index).map_err(at(index))?;
             let features = cpuid::Features {
@@ -148,8 +161,15 @@ impl VcpuManager {
                     }
                 }
             }
+            let first = match &msrs {
+                Ok(msrs) => Snapshot::take(&vcpu, msrs).map_err(|e| e.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            let first = first
+                .inspect_err(|why| log::debug!("vCPU {index} cannot be reset: {why}"))
+                .ok();
             exits.push(Some(signal::immediate_exit_of(&mut vcpu)));
-            vcpus.push(vcpu);
+            vcpus.push((vcpu, first));
         }
 
         let control = Arc::new(Control::new(exits, config.boot));
@@ -157,12 +177,14 @@ impl VcpuManager {
             control: Arc::clone(&control),
             counters: Vec::new(),
             threads: Vec::new(),
+            resettable: vcpus.iter().all(|(_, first)| first.is_some()),
         };
-        for (index, vcpu) in (0u32..).zip(vcpus) {
+        for (index, (vcpu, first)) in (0u32..).zip(vcpus) {
             let counters = Arc::new(Counters::default());
             let thread = VcpuThread {
                 index,
                 vcpu,
+                first,
                 run_size: vm.run_size(),
                 mmio: Arc::clone(mmio),
                 pio: Arc::clone(pio),
@@ -234,6 +256,32 @@ impl VcpuManager {
                 matches!(phase, Phase::Starting | Phase::Running)
             })
             .map_err(|vcpu| VcpuError::Timeout { vcpu, timeout })
+    }
+
+    /// Whether [`reset`](Self::reset) can be done.
+    pub fn can_reset(&self) -> bool {
+        self.resettable
+    }
+
+    /// Makes every vCPU what it was before its first instruction, those among them that have ended,
+    /// with the boot processor at `entry` and the first `present` plugged in. They are to be parked
+    /// ([`pause`](Self::pause)), and stay so until [`start`](Self::start).
+    ///
+    /// # Errors
+    /// One could not: the machine cannot go on.
+    pub fn reset(
+        &self,
+        entry: &Arc<BootEntry>,
+        present: u32,
+        timeout: Duration,
+    ) -> Result<(), VcpuError> {
+        self.control.ask_reset(entry, present);
+        self.control
+            .wait_reset(timeout)
+            .map_err(|(vcpu, why)| match why {
+                Some(why) => VcpuError::Reset { vcpu, why },
+                None => VcpuError::Timeout { vcpu, timeout },
+            })
     }
 
     /// Ends every vCPU thread for good.

@@ -13,6 +13,8 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::control::{Control, Next};
+use crate::arch::x86_64::boot::BootEntry;
+use crate::arch::x86_64::snapshot::Snapshot;
 use crate::bus::Bus;
 use crate::events::{EventSender, MachineEvent};
 use crate::kvm::{failure_code, port_exit};
@@ -59,6 +61,8 @@ pub(super) struct Counters {
 pub(super) struct VcpuThread {
     pub(super) index: u32,
     pub(super) vcpu: VcpuFd,
+    /// What a reset goes back to; `None`: it cannot be reset.
+    pub(super) first: Option<Snapshot>,
     pub(super) run_size: usize,
     pub(super) mmio: Arc<Bus>,
     pub(super) pio: Arc<Bus>,
@@ -83,6 +87,11 @@ impl VcpuThread {
         loop {
             match self.control.next(self.index) {
                 Next::Run => {}
+                Next::Reset(entry) => {
+                    let result = self.reset(&entry);
+                    self.control.was_reset(self.index, result);
+                    continue;
+                }
                 Next::End => return,
             }
             loop {
@@ -102,6 +111,13 @@ impl VcpuThread {
                 let _ = self.vcpu.kvmclock_ctrl();
             }
         }
+    }
+
+    /// Makes the vCPU what it was at first; the boot processor is pointed at the kernel.
+    fn reset(&self, entry: &BootEntry) -> Result<(), String> {
+        let first = self.first.as_ref().ok_or("its first state is not known")?;
+        let boot = (self.index == 0).then_some(entry);
+        first.put_back(&self.vcpu, boot).map_err(|e| e.to_string())
     }
 
     fn run_once(&mut self) -> Outcome {

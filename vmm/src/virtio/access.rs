@@ -19,7 +19,7 @@ use super::function::{Config, Device, VirtioPciFunction};
 use super::registers::{NOTIFY_MULTIPLIER, bar, common, status};
 use super::service::{Access, WIDEST};
 use crate::bus::BusDevice;
-use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, reg};
+use crate::pci::{BarKind, COMMAND_MEMORY, NO_VECTOR, PciFunction, Reset, reg};
 use crate::vhost_user::VhostUserError;
 
 /// Whose thread makes an access.
@@ -50,6 +50,10 @@ impl VirtioPciFunction {
                 }
             }
             Access::BusReset => self.reset_device(&mut self.lock_device()),
+            Access::PowerOn => {
+                self.reset_device(&mut self.lock_device());
+                self.reset_config();
+            }
         }
         bytes
     }
@@ -336,6 +340,14 @@ impl VirtioPciFunction {
         Ok(())
     }
 
+    /// The configuration space as after power-on: nothing decoded, MSI-X disabled.
+    fn reset_config(&self) {
+        let mut config = self.lock_config();
+        config.space = config.first.clone();
+        self.decode_bar(&config);
+        self.msix.reset();
+    }
+
     /// BAR 0 follows its register and the command register.
     fn decode_bar(&self, config: &Config) {
         let on = config.space.read_u16(reg::COMMAND) & COMMAND_MEMORY != 0 && !config.gone;
@@ -415,15 +427,14 @@ impl PciFunction for VirtioPciFunction {
 
     fn bus_reset(&self) {
         self.reset_by_bus();
-        let mut config = self.lock_config();
-        config.space.set(reg::COMMAND, &[0; 2]);
-        config.space.set(reg::BAR0, &[0; 4]);
-        let control = self.msix.vectors().saturating_sub(1);
-        config
-            .space
-            .set(self.places.msix + 2, &control.to_le_bytes());
-        self.decode_bar(&config);
-        self.msix.reset();
+        self.reset_config();
+    }
+
+    fn begin_reset(&self) -> Reset {
+        let made = self.service.begin(Access::PowerOn);
+        Box::new(move || {
+            made();
+        })
     }
 
     fn unplug(&self) {

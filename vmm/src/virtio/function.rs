@@ -56,6 +56,7 @@ pub struct FunctionStatus {
 
 pub(super) struct Config {
     pub(super) space: ConfigSpace,
+    pub(super) first: ConfigSpace,
     /// The function has left the bus: BARs stay off.
     pub(super) gone: bool,
 }
@@ -214,6 +215,7 @@ impl VirtioPciFunction {
             options,
             places,
             config: Mutex::new(Config {
+                first: pci_space.clone(),
                 space: pci_space,
                 gone: false,
             }),

@@ -40,6 +40,8 @@ pub enum Access {
     Write(u64, usize, [u8; WIDEST]),
     /// The bus is reset.
     BusReset,
+    /// The machine is reset.
+    PowerOn,
 }
 
 /// An access that waits, and its answer.
@@ -129,6 +131,11 @@ impl Service {
     /// Has the thread make an access, and waits for it: the back-end has until the function's
     /// deadline. Zeroes once the thread has ended.
     pub fn make(&self, access: Access) -> [u8; WIDEST] {
+        self.begin(access)()
+    }
+
+    /// Has the thread make an access; who calls what comes back waits for the answer.
+    pub fn begin(&self, access: Access) -> impl FnOnce() -> [u8; WIDEST] + Send + use<> {
         let errand = Arc::new(Errand {
             access,
             answer: Mutex::default(),
@@ -137,12 +144,13 @@ impl Service {
         {
             let mut desk = self.shared.lock();
             if desk.closed {
-                return [0; WIDEST];
+                errand.answer([0; WIDEST]);
+            } else {
+                desk.errands.push_back(Arc::clone(&errand));
             }
-            desk.errands.push_back(Arc::clone(&errand));
         }
         self.wake();
-        errand.wait()
+        move || errand.wait()
     }
 
     /// Hands a successor in; false while another one is being brought in.

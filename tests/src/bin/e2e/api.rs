@@ -98,7 +98,6 @@ fn whole_life() -> Verdict {
 
     ctl(&socket, &["boot"])?;
     refused(&socket, &["boot"], &["running"])?;
-    refused(&socket, &["delete"], &["running", "shut it down"])?;
     refused(&socket, &["resume"], &["running"])?;
     vmm.wait_for("TICK=3", LIMIT)?;
 

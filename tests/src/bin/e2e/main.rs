@@ -53,6 +53,7 @@ mod net_told;
 mod operations;
 mod recovery;
 mod recovery_net;
+mod reset;
 mod resources;
 mod resources_enforced;
 mod rng;
@@ -131,6 +132,7 @@ fn main() -> ExitCode {
         tests.extend(audit_outside::hostile());
         tests.extend(audit_outside::tests());
         tests.extend(death::tests());
+        tests.extend(reset::tests());
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());
         tests.extend(update::tests());

@@ -5,4 +5,5 @@ pub mod boot;
 pub mod cpuid;
 pub mod layout;
 pub mod reset_vector;
+pub(crate) mod snapshot;
 pub mod state;

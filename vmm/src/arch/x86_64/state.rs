@@ -14,7 +14,7 @@ use super::boot::{BootEntry, EntryMode};
 use super::layout;
 use crate::kvm::KvmError;
 
-const REMEDY: &str = "check that the host's KVM can run a guest";
+pub(super) const REMEDY: &str = "check that the host's KVM can run a guest";
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1;
@@ -151,7 +151,7 @@ pub(crate) fn gdt(mode: EntryMode) -> [u64; GDT_ENTRIES] {
     ]
 }
 
-fn system_registers(sregs: &mut kvm_sregs, mode: EntryMode) {
+pub(super) fn system_registers(sregs: &mut kvm_sregs, mode: EntryMode) {
     let data = flat(DATA_INDEX, TYPE_DATA, mode);
     sregs.cs = flat(CODE_INDEX, TYPE_CODE, mode);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -184,6 +184,11 @@ pub(crate) fn enter(vcpu: &VcpuFd, boot: &BootEntry) -> Result<(), KvmError> {
     system_registers(&mut sregs, boot.mode());
     vcpu.set_sregs(&sregs)
         .map_err(KvmError::call("KVM_SET_SREGS", REMEDY))?;
+    vcpu.set_regs(&entry_registers(boot))
+        .map_err(KvmError::call("KVM_SET_REGS", REMEDY))
+}
+
+pub(super) fn entry_registers(boot: &BootEntry) -> kvm_regs {
     let mut regs = kvm_regs {
         rip: boot.entry(),
         rflags: 2,
@@ -193,8 +198,7 @@ pub(crate) fn enter(vcpu: &VcpuFd, boot: &BootEntry) -> Result<(), KvmError> {
         EntryMode::Protected => regs.rbx = boot.info(),
         EntryMode::Long => regs.rsi = boot.info(),
     }
-    vcpu.set_regs(&regs)
-        .map_err(KvmError::call("KVM_SET_REGS", REMEDY))
+    regs
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What a VMM may hold: its standard streams, its own KVM machine, guest memory, what it speaks to its
 //! launcher, devices and clients by, taps, the statistics of its devices' cgroups, and a file that the
-//! serial port is written to. It reads no file of anybody's.
+//! serial port is written to. It reads the kernel and the initial RAM disk, and no other file of
+//! anybody's.
 
 use crate::audit::fds::{Fd, Kind};
 use crate::audit::limits;
@@ -9,16 +10,28 @@ use crate::launcher::printable;
 /// Character devices of a VMM's, beside /dev/kvm and a terminal that is its standard stream.
 const DEVICES: [&str; 2] = ["/dev/net/tun", "/dev/vhost-net"];
 
-/// Descriptors that no VMM has.
-pub fn surplus_of_vmm(fds: &[Fd]) -> impl Iterator<Item = &Fd> {
+/// Files that a guest is booted from, where nobody tells which: kernel and initial RAM disk.
+const BOOT_FILES: usize = 2;
+
+/// Descriptors that no VMM has. `boot`: the files that its guest is booted from, if that was told.
+pub fn surplus_of_vmm<'a>(
+    fds: &'a [Fd],
+    boot: Option<&'a [String]>,
+) -> impl Iterator<Item = &'a Fd> {
     let standard = |fd: &Fd| {
         let of = fds.iter().filter(|of| of.number <= 2);
         fd.number <= 2 || of.map(|of| &of.target).any(|target| *target == fd.target)
     };
+    let mut booted_from = 0;
+    let mut boots = move |fd: &Fd| {
+        let known = boot.is_none_or(|boot| boot.contains(&fd.target));
+        booted_from += usize::from(known && fd.access == "r");
+        known && fd.access == "r" && booted_from <= BOOT_FILES
+    };
     let mut machines = 0;
     fds.iter().filter(move |fd| match &fd.kind {
         Kind::Block | Kind::Directory | Kind::Other => true,
-        Kind::File => !standard(fd) && reads(fd) && !is_statistics(&fd.target),
+        Kind::File => !standard(fd) && reads(fd) && !is_statistics(&fd.target) && !boots(fd),
         Kind::Character => !standard(fd) && !DEVICES.contains(&fd.target.as_str()),
         Kind::Anonymous(name) if name == "kvm-vm" => {
             machines += 1;
@@ -143,9 +156,14 @@ mod tests {
                 "r",
             ),
             fd(9, Kind::File, "/tmp/serial", "w"),
+            fd(11, Kind::File, "/boot/vmlinux", "r"),
+            fd(12, Kind::File, "/boot/initrd", "r"),
             fd(10, Kind::Memfd, "/memfd:guest-ram (deleted)", "rw"),
         ];
-        assert_eq!(surplus_of_vmm(&own).count(), 0);
+        let boot = ["/boot/vmlinux", "/boot/initrd"].map(str::to_owned);
+        assert_eq!(surplus_of_vmm(&own, Some(&boot)).count(), 0);
+        assert_eq!(surplus_of_vmm(&own, None).count(), 0);
+        assert_eq!(surplus_of_vmm(&own, Some(&[])).count(), 2);
         for surplus in [
             fd(20, Kind::File, "/etc/shadow", "rw"),
             fd(20, Kind::File, "net:[4026531840]", "r"),
@@ -156,8 +174,10 @@ mod tests {
             fd(20, Kind::Other, "?", ""),
         ] {
             let all = [own.as_slice(), &[surplus]].concat();
-            let found: Vec<i32> = surplus_of_vmm(&all).map(|fd| fd.number).collect();
-            assert_eq!(found, [20], "{:?}", all.last());
+            for boot in [Some(boot.as_slice()), None] {
+                let found: Vec<i32> = surplus_of_vmm(&all, boot).map(|fd| fd.number).collect();
+                assert_eq!(found, [20], "{:?}", all.last());
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ fn told() -> Told {
         grants: Vec::new(),
         asked: Asked::default(),
         booted: false,
+        boot: None,
         kind: Some("blk".into()),
         said: Said {
             descriptors: Some(40),

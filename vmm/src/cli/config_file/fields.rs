@@ -9,6 +9,7 @@ use bulkhead_proto::machine::{
     RootPort, SerialConfig, TapBackend, UserBackend, VhostUserBackend, VhostUserConfig,
     VsockConfig,
     disk_config::{Cache, Format},
+    machine_config::OnReset,
     net_config::Backend,
     serial_config::Mode,
     tap_backend::Datapath,
@@ -91,6 +92,8 @@ impl Number for i32 {
     }
 }
 
+pub(in crate::cli) const ON_RESET: [(&str, OnReset); 2] =
+    [("end", OnReset::END), ("restart", OnReset::RESTART)];
 const FORMATS: [(&str, Format); 2] = [("raw", Format::RAW), ("qcow2", Format::QCOW2)];
 const CACHES: [(&str, Cache); 4] = [
     ("none", Cache::CACHE_NONE),
@@ -115,6 +118,7 @@ pub(super) fn machine<F: Fields>(f: &mut F, machine: &mut MachineConfig) -> Step
     f.text("kernel", &mut machine.kernel)?;
     f.text("initrd", &mut machine.initrd)?;
     f.always().text("cmdline", &mut machine.cmdline)?;
+    f.choice("on_reset", &mut machine.on_reset, &ON_RESET)?;
     f.texts("hotplug_ports", &mut machine.hotplug_ports)?;
     f.section("memory", machine, memory)?;
     f.section("cpus", machine.cpus.mut_or_insert_default(), cpus)?;

@@ -14,6 +14,8 @@ use std::path::Path;
 use bulkhead_proto::machine::{MachineConfig, serial_config::Mode};
 use toml::de::DeTable;
 
+pub(super) use fields::ON_RESET;
+
 use crate::machine::net_kinds;
 
 /// Longest file, bytes.

@@ -138,6 +138,15 @@ impl Host {
         }
     }
 
+    /// vCPUs that a guest which begins anew has: as many as there are, or shall be.
+    pub(super) fn cpus_of_next_guest(&self) -> u32 {
+        let present = self
+            .machine
+            .as_ref()
+            .map_or(1, |machine| machine.parts.hotplug.present_cpus());
+        self.resize.as_ref().map_or(present, |resize| resize.count)
+    }
+
     /// When the change is to be looked at: what the guest does about it is an event.
     pub(super) fn resize_timer(&self) -> Option<Instant> {
         let resize = self.resize.as_ref()?;

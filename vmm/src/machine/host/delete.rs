@@ -1,27 +1,53 @@
-//! A machine that has not booted is given up: its device processes, sockets, threads and memory go,
-//! and another one may be made in this process. One that has booted is not: the process has
-//! narrowed its confinement for good by then, and ends with the machine.
+//! A machine is given up: its device processes, sockets, threads and memory go. Where it has not
+//! booted, another one may be made in this process. Where it has, the process has narrowed its
+//! confinement for good by then, and ends with the machine.
 
 use bulkhead_proto::RpcStatus;
 
 use super::interrupt::interruptible;
 use super::{Host, Machine, SERIAL_LIMIT, VCPU_LIMIT, memory};
+use crate::api::{ApiRequest, ApiResponse, ReplyHandle};
 use crate::machine::build;
 use crate::machine::state::MachineState;
+use crate::machine::stop::StopReason;
 
 impl Host {
     /// Gives the machine up. There may be none: a client may ask again that has missed the first
     /// answer.
-    pub(super) fn delete(&mut self) -> Result<(), RpcStatus> {
+    pub(super) fn delete(&mut self, reply: ReplyHandle) {
+        let booted = self.machine.as_ref().map(|machine| machine.state);
+        if booted.is_none_or(|state| state == MachineState::Created) {
+            return reply.complete(self.delete_created().map(|()| ApiResponse::Done));
+        }
+        // Answered when nothing of it is left, by `answer_deleted` or `see_out`.
+        self.deleted.push(reply);
+        self.end(StopReason::Forced);
+    }
+
+    /// The machine has ended. Where a client wanted that to be the end of all that is its own, it
+    /// is, and who asked is told; one that asked again just now among them.
+    pub(super) fn answer_deleted(&mut self) {
+        if self.deleted.is_empty() {
+            return;
+        }
+        self.machine = None;
+        // Device processes, sockets, cgroups.
+        self.launcher.end();
+        self.requests.clear();
+        while let Some((request, reply)) = self.requests.try_next() {
+            if request == ApiRequest::Delete {
+                self.deleted.push(reply);
+            }
+        }
+        for reply in self.deleted.drain(..) {
+            reply.complete(Ok(ApiResponse::Done));
+        }
+    }
+
+    fn delete_created(&mut self) -> Result<(), RpcStatus> {
         let Some(machine) = &self.machine else {
             return Ok(());
         };
-        if machine.state != MachineState::Created {
-            return Err(RpcStatus::failed_precondition(format!(
-                "cannot delete a machine that is {}: its process ends with it: shut it down, and start another",
-                machine.state
-            )));
-        }
         // What is under way would find another machine at its end.
         if let Some(what) = self.hotplug.under_way() {
             return Err(RpcStatus::failed_precondition(format!(

@@ -149,6 +149,29 @@ impl Host {
             .collect()
     }
 
+    /// The guest is gone that had the devices which are on their way out: they leave the bus.
+    pub(super) fn let_leavers_go(&mut self) {
+        let leaving = self.hotplug.leaving.iter();
+        let on_bus = leaving.filter(|leaver| !matches!(leaver.step, Step::Ending { .. }));
+        let ids: Vec<String> = on_bus.map(|leaver| leaver.id.clone()).collect();
+        for id in ids {
+            let Some(machine) = &self.machine else {
+                return;
+            };
+            let devices = &machine.parts.devices;
+            let Some(index) = devices.position(|device| device.id == id) else {
+                continue;
+            };
+            if let Some(device) = devices.get(index)
+                && let Err(error) = machine.parts.pci.detach(&device.port, &device.function)
+            {
+                log::debug!("device {id}: {error}");
+            }
+            self.left_the_bus(index);
+        }
+        self.next_in_turn();
+    }
+
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
         self.add_in_turn(None, request, reply);
@@ -322,6 +345,7 @@ impl Host {
                 News::Drained(operation) => self.on_leaver_drained(operation),
                 News::Plugged(result) => self.on_plugged(result),
                 News::MemoryAsked(told) => self.on_memory_asked(told),
+                News::Reset(progress) => self.on_reset_progress(progress),
             }
         }
         self.next_in_turn();

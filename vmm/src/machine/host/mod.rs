@@ -35,6 +35,7 @@ mod hotplug;
 mod interrupt;
 mod memory;
 mod requests;
+mod reset;
 mod resources;
 mod source;
 mod supervision;
@@ -169,6 +170,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         memory: memory::Progress::default(),
         attached: Vec::new(),
         calls: vmservice::Calls::default(),
+        resets: reset::Resets::default(),
+        deleted: Vec::new(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -181,6 +184,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         }
         (_, api) => {
             host.teardown();
+            host.answer_deleted();
             if let Some(api) = api {
                 api.stop(API_GRACE);
             }
@@ -264,6 +268,10 @@ struct Host {
     attached: Vec<consoles::Attached>,
     /// Calls that wait for the machine's end.
     calls: vmservice::Calls,
+    /// Resets of the machine.
+    resets: reset::Resets,
+    /// Who is told when nothing of the machine is left.
+    deleted: Vec<ReplyHandle>,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -329,6 +337,7 @@ impl Host {
             heartbeat &= self.look_at_memory(Instant::now());
             heartbeat &= self.hotplug.operations.look(Instant::now());
             heartbeat &= self.check_shutdown();
+            heartbeat &= self.look_at_reset(Instant::now());
             if let Some(machine) = &mut self.machine {
                 machine.parts.devices.settle();
             }
@@ -353,6 +362,7 @@ impl Host {
         let hotplug = self.hotplug_timer().into_iter().chain(self.resize_timer());
         let hotplug = hotplug.chain(self.memory.timer());
         let hotplug = hotplug.chain(self.hotplug.operations.timer());
+        let hotplug = hotplug.chain(self.resets.timer());
         shutdown.into_iter().chain(devices).chain(hotplug).min()
     }
 
@@ -429,6 +439,10 @@ impl Host {
     }
 
     fn on_machine_event(&mut self, event: MachineEvent) {
+        let event = match self.take_reset_event(event) {
+            Some(event) => event,
+            None => return,
+        };
         let reason = match event {
             MachineEvent::Ejected => return,
             MachineEvent::PowerOff => StopReason::PowerOff,
@@ -502,6 +516,8 @@ impl Host {
             }
         }
         self.raw = None;
+        // Who waits for a reset is told that the machine is gone.
+        self.resets = reset::Resets::default();
         if let Some(pending) = self.shutdown.take() {
             for reply in pending.replies {
                 reply.complete(Ok(ApiResponse::Done));

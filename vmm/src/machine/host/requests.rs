@@ -24,13 +24,18 @@ impl Host {
         if reply.is_abandoned() {
             return;
         }
+        let Some((request, reply)) = self.unless_resetting(request, reply) else {
+            return;
+        };
         let result = match request {
             ApiRequest::Create(config) => self.create(*config).map(|()| ApiResponse::Done),
-            ApiRequest::Delete => self.delete().map(|()| ApiResponse::Done),
+            ApiRequest::Delete => return self.delete(reply),
             ApiRequest::Boot => self.boot().map(|()| ApiResponse::Done),
             ApiRequest::Pause => self.pause().map(|()| ApiResponse::Done),
             ApiRequest::Resume => self.resume().map(|()| ApiResponse::Done),
             ApiRequest::Shutdown { force, timeout } => return self.shutdown(force, timeout, reply),
+            ApiRequest::Reset => return self.reset(reply),
+            ApiRequest::Reboot { timeout } => return self.reboot(timeout, reply),
             ApiRequest::Info => Ok(ApiResponse::Info(Box::new(self.info()))),
             ApiRequest::Devices => Ok(ApiResponse::Devices(Box::new(self.devices()))),
             ApiRequest::DeviceStats { id } => return self.device_stats(&id, reply),
@@ -223,6 +228,7 @@ impl Host {
     }
 
     fn shutdown(&mut self, force: bool, timeout: Duration, reply: ReplyHandle) {
+        self.give_up_reboot("overtaken by a shutdown");
         let state = self.machine.as_ref().map(|m| m.state);
         if force || !matches!(state, Some(MachineState::Running | MachineState::Paused)) {
             self.shutdown

@@ -212,6 +212,7 @@ impl Host {
             signals,
             stop,
             calls,
+            deleted,
             ..
         } = self;
         drop(machine);
@@ -221,14 +222,15 @@ impl Host {
             stop,
             None | Some(StopReason::Signal(_) | StopReason::LauncherDied(_))
         );
-        let stay = match (calls.quit.is_empty(), calls.teardown.is_empty()) {
+        let quit = calls.quit.is_empty() && deleted.is_empty();
+        let stay = match (quit, calls.teardown.is_empty()) {
             _ if leaves || !had_machine => None,
             (false, _) => None,
             (true, true) => Some(AFTER_HALT),
             (true, false) => Some(AFTER_TEARDOWN),
         };
         let all = calls.teardown.into_iter().chain(calls.waiters);
-        for reply in all.chain(calls.quit) {
+        for reply in all.chain(calls.quit).chain(deleted) {
             reply.complete(Ok(ApiResponse::Done));
         }
         if let Some(stay) = stay {

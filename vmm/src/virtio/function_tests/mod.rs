@@ -441,6 +441,29 @@ fn a_bus_reset_returns_the_function_to_its_first_state() {
 }
 
 #[test]
+fn a_reset_of_the_machine_returns_every_function_and_its_bars() {
+    let guest = guest();
+    let first: Vec<u64> = (0..64)
+        .map(|n| guest.read(Machine::config(n * 4), 4))
+        .collect();
+    for _ in 0..3 {
+        guest.bring_up();
+        guest.write(Machine::config(0x3c), 1, 0x55);
+        guest.complex.reset();
+        assert_eq!(guest.function.bar_address(), None);
+        assert_eq!(guest.hypervisor.irqfds(), 0);
+        let now: Vec<u64> = (0..64)
+            .map(|n| guest.read(Machine::config(n * 4), 4))
+            .collect();
+        assert_eq!(now, first);
+        assert!(!guest.function.status().active);
+    }
+    guest.bring_up();
+    guest.complete(0);
+    assert_eq!(guest.interrupts(), [0x41]);
+}
+
+#[test]
 fn options_are_checked_against_limits_and_the_process() {
     let refused = |change: fn(&mut VirtioPciOptions), process: fn(&mut Recorder)| {
         let (_backend, socket) = TestBackend::start_with(&[0; 8], process);

@@ -202,11 +202,29 @@ fn put<T: ByteValued>(ram: &GuestRam, address: u64, value: T) -> Result<u64, Boo
 
 /// Loads what `source` names; `rsdp` is where the ACPI tables begin.
 pub fn load(ram: &GuestRam, rsdp: u64, source: &BootSource<'_>) -> Result<BootEntry, BootError> {
+    load_into(ram, rsdp, source, WorkingSet::new(ram))
+}
+
+/// The same, into memory that a guest has used and that was cleared: pages stay as large as they
+/// are.
+pub fn load_again(
+    ram: &GuestRam,
+    rsdp: u64,
+    source: &BootSource<'_>,
+) -> Result<BootEntry, BootError> {
+    load_into(ram, rsdp, source, WorkingSet::of_used(ram))
+}
+
+fn load_into(
+    ram: &GuestRam,
+    rsdp: u64,
+    source: &BootSource<'_>,
+    mut set: WorkingSet<'_>,
+) -> Result<BootEntry, BootError> {
     let kernel = Image::new("kernel", source.kernel, source.kernel_name)?;
     if kernel.size() < 4 {
         return Err(kernel.error(Problem::Truncated));
     }
-    let mut set = WorkingSet::new(ram);
     if kernel.bytes::<4>(0)? == elf::MAGIC {
         let loaded = elf::load(&kernel, ram, &mut set)?;
         set.add_early_allocations(loaded.end);

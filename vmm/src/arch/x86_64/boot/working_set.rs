@@ -41,10 +41,19 @@ pub(super) struct WorkingSet<'a> {
 impl<'a> WorkingSet<'a> {
     /// Begins with the first MiB and the top of RAM.
     pub(super) fn new(ram: &'a GuestRam) -> Self {
+        Self::begin(ram, true)
+    }
+
+    /// The same of memory that a guest has used: no page is made larger.
+    pub(super) fn of_used(ram: &'a GuestRam) -> Self {
+        Self::begin(ram, false)
+    }
+
+    fn begin(ram: &'a GuestRam, huge: bool) -> Self {
         let mut set = Self {
             ram,
             ranges: Vec::new(),
-            huge: true,
+            huge,
         };
         set.add(0, layout::EXTENDED_RAM_START);
         let top = (ram.size() / RAM_PER_STRUCT_PAGE)
