@@ -73,7 +73,7 @@ const NEVER: &[&str] = &[
 
 /// Those of a VM's processes, but the launcher and what runs under its outer filter.
 fn is_of_a_vm(name: &str) -> bool {
-    !name.contains("launcher") && name != "passt" && name != "device-outer"
+    !name.contains("launcher") && !["passt", "virtiofsd", "device-outer"].contains(&name)
 }
 
 /// The VMM makes threads, for devices that come while the machine runs, names them, and nothing else
@@ -161,8 +161,8 @@ fn prctl_names_threads_only() {
 fn no_policy_but_that_of_helpers_makes_memory_executable() {
     use bulkhead_seccomp::notify::{Data, Judgement, judge};
     let arch = bulkhead_seccomp::filter::AUDIT_ARCH.unwrap();
-    // passt's libraries are loaded once it runs, under a launcher that may let it.
-    let helpers = ["passt", "bulkhead-launcher-helpers"];
+    // A helper's libraries are loaded once it runs, under a launcher that may let it.
+    let helpers = ["passt", "virtiofsd", "bulkhead-launcher-helpers"];
     for policy in policy::all().iter().filter(|p| !helpers.contains(&p.name)) {
         for call in [libc::SYS_mmap, libc::SYS_mprotect, libc::SYS_pkey_mprotect] {
             for exec in [libc::PROT_EXEC, libc::PROT_EXEC | libc::PROT_READ, 7] {

@@ -74,6 +74,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
         ("rngs", config.rngs.len()),
         ("vsock", usize::from(config.vsock.is_some())),
         ("consoles", config.consoles.len()),
+        ("fs", config.fs.len()),
         ("hotplug_ports", config.hotplug_ports.len()),
         (
             "memory_max_bytes",
@@ -113,6 +114,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_rng::validate(config, &mut ids)?;
     super::config_vsock::validate(config, &mut ids)?;
     super::config_console::validate(config, &mut ids)?;
+    super::config_fs::validate(config, &mut ids)?;
     super::config_ports::validate(config, &ids)?;
     super::config_sockets::validate(config)?;
     if let Some(serial) = config.serial.as_ref() {

@@ -18,6 +18,7 @@ mod access;
 pub mod config;
 mod config_console;
 mod config_disk;
+mod config_fs;
 pub(crate) mod config_net;
 mod config_ports;
 mod config_resources;
@@ -40,6 +41,7 @@ mod vmservice;
 pub use access::{Callers, Door, Role};
 #[cfg(test)]
 pub(crate) use config_console::MOST_PORTS as MOST_CONSOLE_PORTS;
+pub(crate) use config_fs::check_tag;
 pub(crate) use config_net::check_interface_name;
 pub use events::{EventLog, process_name};
 pub use reply::{ApiResponse, ReplyHandle};

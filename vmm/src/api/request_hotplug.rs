@@ -18,10 +18,13 @@ pub(super) fn add(request: AddDeviceRequest) -> Result<ApiRequest, RpcStatus> {
         Some(add_device_request::Device::Net(net)) => &net.id,
         Some(add_device_request::Device::VhostUser(device)) => &device.id,
         Some(add_device_request::Device::Rng(rng)) => &rng.id,
+        Some(add_device_request::Device::Fs(fs)) => &fs.id,
         Some(add_device_request::Device::Vsock(vsock)) => &vsock.id,
         Some(add_device_request::Device::Console(console)) => &console.id,
         _ => {
-            return invalid("device is missing: give disk, net, vhost_user, rng, vsock or console");
+            return invalid(
+                "device is missing: give disk, net, vhost_user, rng, vsock, console or fs",
+            );
         }
     };
     if let Err(why) = check_id(id) {

@@ -426,7 +426,6 @@ pub mod tests {
                 target: "/sys/fs/cgroup/bulkhead-vm-10-77".into(),
                 ring: None,
                 family: None,
-                inode: None,
             });
         }
         assert_eq!(grade(&Told::Nothing, &mut reports), [] as [&str; 0]);

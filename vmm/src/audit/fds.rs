@@ -79,9 +79,6 @@ pub struct Fd {
     pub ring: Option<Ring>,
     /// Of a socket: "unix", "inet", …; `None` where it may not be asked.
     pub family: Option<String>,
-    /// Device and inode of memory: those who hold the same share it.
-    #[serde(skip)]
-    pub inode: Option<Inode>,
 }
 
 /// Device and inode.
@@ -142,11 +139,7 @@ pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
-        let metadata = fs::metadata(entry.path()).ok();
-        let kind = metadata
-            .as_ref()
-            .map_or(Kind::Other, |m| kind_of(m, &target));
-        let memory = metadata.filter(|_| kind == Kind::Memfd);
+        let kind = fs::metadata(entry.path()).map_or(Kind::Other, |m| kind_of(&m, &target));
         let family = match (&kind, &process) {
             (Kind::Socket, Some(process)) => family(process, number),
             _ => None,
@@ -160,7 +153,6 @@ pub fn read(pid: i32) -> io::Result<Vec<Fd>> {
             access: access(&info),
             target: printable(&target),
             family,
-            inode: memory.map(|m| (m.dev(), m.ino())),
         });
     }
     fds.sort_by_key(|fd| fd.number);
@@ -193,6 +185,17 @@ fn family(process: &impl AsFd, number: i32) -> Option<String> {
         AddressFamily::VSOCK => "vsock".to_owned(),
         other => other.as_raw().to_string(),
     })
+}
+
+/// Device and inode of all memory that a process holds by a descriptor.
+pub fn memory(pid: i32) -> io::Result<Vec<Inode>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.take(MAX_FDS);
+    let found = entries.flatten().filter_map(|entry| {
+        let metadata = fs::metadata(entry.path()).ok()?;
+        let memory = metadata.is_file() && memory_devices().contains(&metadata.dev());
+        memory.then(|| (metadata.dev(), metadata.ino()))
+    });
+    Ok(found.collect())
 }
 
 fn kind_of(metadata: &fs::Metadata, target: &str) -> Kind {
@@ -292,9 +295,9 @@ mod tests {
         let stat = fstat(&memory).unwrap();
         let memory = of(memory.as_raw_fd());
         assert_eq!(memory.kind, Kind::Memfd);
-        assert_eq!(memory.inode, Some((stat.st_dev, stat.st_ino)));
+        let all = super::memory(i32::try_from(std::process::id()).unwrap()).unwrap();
+        assert!(all.contains(&(stat.st_dev, stat.st_ino)));
         assert_eq!(of(unlinked.as_raw_fd()).kind, Kind::File);
-        assert_eq!(of(unlinked.as_raw_fd()).inode, None);
         assert_eq!(of(inet.as_raw_fd()).family.as_deref(), Some("inet"));
     }
 

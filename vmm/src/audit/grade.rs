@@ -46,6 +46,8 @@ pub struct Told {
     pub boot: Option<Vec<String>>,
     /// Its launcher could have given it a user namespace of its own.
     pub user_namespaces: bool,
+    /// It is virtiofsd, or a launcher that may start one.
+    pub serves: bool,
 }
 
 /// DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_ADMIN, SETFCAP: see the launcher's `identity`.
@@ -88,7 +90,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
             .deviation("is dumpable: others of its user may trace it, and it may leave a core");
     }
     if let Some(limits) = &process.limits {
-        let wider = limits.wider(role, told.said);
+        let wider = limits.wider(role, told.serves, told.said);
         judgement.deviations.extend(wider);
         if let Some(note) = limits.short(told.said) {
             judgement.note_once(&note);
@@ -108,6 +110,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         Role::Vmm => judgement.vmm(process, told),
         Role::Launcher => judgement.launcher(process, told),
         Role::Device => judgement.device(process, told),
+        Role::Helper if told.serves => judgement.share(process),
         Role::Helper => judgement.helper(process),
     }
     judgement
@@ -145,7 +148,8 @@ pub fn still_in_setup<'a>(
 }
 
 /// What is missing among a thread's filters, or is there and should not be.
-fn unexpected(role: Role, thread: &str, filters: &Filters, kind: Option<&str>) -> Vec<String> {
+fn unexpected(role: Role, thread: &str, filters: &Filters, told: &Told) -> Vec<String> {
+    let kind = told.kind.as_deref();
     let has = |name: &str| filters.policies.iter().any(|p| p == name);
     let count = |wanted: &dyn Fn(&str) -> bool| {
         let known = filters.policies.iter().filter(|p| wanted(p));
@@ -191,7 +195,10 @@ fn unexpected(role: Role, thread: &str, filters: &Filters, kind: Option<&str>) -
         }
         Role::Helper => {
             expect(has("bulkhead-launcher-helpers"), "the launcher's policy");
-            expect(has("passt"), "the policy passt");
+            match told.serves {
+                true => expect(has("virtiofsd"), "the policy virtiofsd"),
+                false => expect(has("passt"), "the policy passt"),
+            }
         }
     }
     // An external helper has brought its own.
@@ -226,10 +233,10 @@ impl Judgement {
         } else {
             String::new()
         };
-        let allowed = if role == Role::Launcher {
-            LAUNCHER_CAPABILITIES
-        } else {
-            0
+        let allowed = match role {
+            Role::Launcher => LAUNCHER_CAPABILITIES,
+            Role::Helper if told.serves => files::capabilities(),
+            _ => 0,
         };
         let sets = &thread.capabilities;
         for (set, hex, allowed) in [
@@ -266,8 +273,7 @@ impl Judgement {
             self.deviation(format!("{who}has no seccomp filter"));
         }
         if let Some(filters) = &thread.filters {
-            let kind = told.kind.as_deref();
-            for line in unexpected(role, &thread.name, filters, kind) {
+            for line in unexpected(role, &thread.name, filters, told) {
                 self.deviation(format!("{who}{line}"));
             }
         } else if thread.seccomp_mode == FILTER {
@@ -535,6 +541,7 @@ pub fn strongest(process: &Process) -> u64 {
         .fold(0, |all, one| all | one)
 }
 
+mod files;
 mod holds;
 mod siblings;
 #[cfg(test)]

@@ -48,15 +48,17 @@ impl Said {
 }
 
 /// What a process of that role may have at most: what is set where it is started, and confines
-/// itself.
-fn most(role: Role) -> Vec<(u32, u64)> {
+/// itself. `serves`: it is virtiofsd, or a launcher that may start one.
+fn most(role: Role, serves: bool) -> Vec<(u32, u64)> {
     match role {
         Role::Vmm => {
             let all = confine::rlimits().each();
             all.iter().filter_map(|l| Some((l.1, l.2?))).collect()
         }
+        Role::Launcher if serves => launcher::SHARING_LAUNCHER_LIMITS.into(),
         Role::Launcher => launcher::LAUNCHER_LIMITS.into(),
         Role::Device => launcher::DEVICE_LIMITS.into(),
+        Role::Helper if serves => launcher::SHARE_LIMITS.into(),
         Role::Helper => launcher::HELPER_LIMITS.into(),
     }
 }
@@ -158,8 +160,8 @@ impl Limits {
     }
 
     /// Resource limits that are wider than what was set, by the launcher or as the process says.
-    pub fn wider(&self, role: Role, said: Said) -> Vec<String> {
-        let (mut wrong, by_role) = (Vec::new(), most(role));
+    pub fn wider(&self, role: Role, serves: bool, said: Said) -> Vec<String> {
+        let (mut wrong, by_role) = (Vec::new(), most(role, serves));
         for (_, name, number) in RLIMITS {
             let said = said.each().into_iter().find(|(of, _)| *of == number);
             let said = said.and_then(|(_, most)| most);
@@ -262,7 +264,7 @@ mod tests {
     #[test]
     fn every_limit_that_is_set_is_one_that_is_read() {
         for role in [Role::Vmm, Role::Launcher, Role::Device, Role::Helper] {
-            let most = most(role);
+            let most = most(role, false);
             assert!(most.len() >= 2);
             for (number, _) in most {
                 assert!(
@@ -284,7 +286,7 @@ mod tests {
             descriptors: Some(40),
             ..Said::default()
         };
-        let wider = |limits: &Limits| limits.wider(Role::Device, said).len();
+        let wider = |limits: &Limits| limits.wider(Role::Device, false, said).len();
         assert_eq!(wider(&of("40", "40")), 0);
         assert_eq!(wider(&of("41", "41")), 1);
         assert_eq!(wider(&of("40", "41")), 1);
@@ -294,9 +296,14 @@ mod tests {
             descriptors: Some(1 << 20),
             ..Said::default()
         };
-        assert_eq!(of("1048576", "1048576").wider(Role::Device, lies).len(), 1);
         assert_eq!(
-            of("1024", "1024").wider(Role::Device, Said::default()),
+            of("1048576", "1048576")
+                .wider(Role::Device, false, lies)
+                .len(),
+            1
+        );
+        assert_eq!(
+            of("1024", "1024").wider(Role::Device, false, Said::default()),
             [""; 0]
         );
         assert_eq!(of("40", "40").short(said), None);

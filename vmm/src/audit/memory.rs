@@ -7,10 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use super::fds::{self, Inode, Kind};
+use super::fds::{self, Inode};
 use super::mappings;
 use super::{Report, Role};
 
@@ -22,12 +21,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// What a process has of the kernel's memory files.
 fn held(pid: i32) -> Option<BTreeSet<Inode>> {
     let mut held = mappings::read(pid).ok()?.shared;
-    let fds = fds::read(pid).ok()?;
-    // Mapped is what lies on the device of no memory, too: a library, a ring of io_uring.
-    let of_memory = |inode: &Inode| fds::memory_devices().contains(&inode.0);
-    held.retain(of_memory);
-    let memory = fds.iter().filter(|fd| fd.kind == Kind::Memfd);
-    held.extend(memory.filter_map(|fd| fd.inode));
+    // Mapped is what lies elsewhere, too: a ring of io_uring.
+    held.retain(|inode| fds::memory_devices().contains(&inode.0));
+    held.extend(fds::memory(pid).ok()?);
     Some(held)
 }
 
@@ -37,12 +33,7 @@ fn holders(wanted: &BTreeSet<Inode>, own: &BTreeSet<i32>) -> BTreeMap<Inode, i32
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     for pid in pids.filter(|pid| !own.contains(pid)) {
-        let entries = fs::read_dir(format!("/proc/{pid}/fd"));
-        for entry in entries.into_iter().flatten().flatten() {
-            let Ok(metadata) = fs::metadata(entry.path()) else {
-                continue;
-            };
-            let inode = (metadata.dev(), metadata.ino());
+        for inode in fds::memory(pid).unwrap_or_default() {
             if wanted.contains(&inode) {
                 holders.entry(inode).or_insert(pid);
             }

@@ -32,6 +32,7 @@ use std::time::Duration;
 use bulkhead_seccomp::landlock_empty;
 use serde::Serialize;
 
+use crate::launcher::helper::VIRTIOFSD;
 use crate::launcher::printable;
 use process::Process;
 use targets::{Found, Target};
@@ -313,6 +314,12 @@ fn recognise(mut target: Target) -> Target {
     if target.role == Role::Device && ["passt", "passt.avx2"].into_iter().any(helper) {
         target.role = Role::Helper;
     }
+    if target.role == Role::Device && helper(VIRTIOFSD) {
+        target.role = Role::Helper;
+        target.told.serves = true;
+    }
+    let may_start = || process::holds(target.pid, VIRTIOFSD);
+    target.told.serves |= target.role == Role::Launcher && may_start();
     target
 }
 

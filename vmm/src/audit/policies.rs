@@ -160,6 +160,7 @@ mod tests {
             if process.contains("launcher")
                 || process.contains("outer")
                 || process.contains("passt")
+                || process.contains("virtiofsd")
             {
                 continue;
             }

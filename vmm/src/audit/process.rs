@@ -95,6 +95,16 @@ pub fn executes(pid: i32, program: &str) -> bool {
     })
 }
 
+/// Whether it has a file of this name open.
+pub fn holds(pid: i32, name: &str) -> bool {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+    let mut entries = entries.into_iter().flatten().flatten();
+    entries.any(|entry| {
+        fs::read_link(entry.path())
+            .is_ok_and(|target| target.file_name().is_some_and(|last| last == name))
+    })
+}
+
 /// Whether it is stopped by a signal or by a tracer.
 pub fn is_stopped(pid: i32) -> bool {
     stat_field(pid, STATE).is_some_and(|state| matches!(state.as_str(), "T" | "t"))

@@ -131,6 +131,8 @@ enum CtlCommand {
     AddVsock(ctl_hotplug::AddArgs),
     /// Add consoles to the machine: socket=PATH,id=NAME[,KEY=VALUE]…
     AddConsole(ctl_hotplug::AddArgs),
+    /// Add a directory of the host's to the machine: tag=NAME,source=DIR,id=NAME[,KEY=VALUE]…
+    AddFs(ctl_hotplug::AddArgs),
     /// Have the guest give a device up, and end it
     RemoveDevice(ctl_hotplug::RemoveArgs),
     /// Change the number of vCPUs
@@ -270,6 +272,7 @@ fn execute(args: &CtlArgs, out: &mut dyn Write) -> Result<(), Failure> {
         CtlCommand::AddRng(add) => add.run(Kind::Rng, &mut session, &mut out),
         CtlCommand::AddVsock(add) => add.run(Kind::Vsock, &mut session, &mut out),
         CtlCommand::AddConsole(add) => add.run(Kind::Console, &mut session, &mut out),
+        CtlCommand::AddFs(add) => add.run(Kind::Fs, &mut session, &mut out),
         CtlCommand::RemoveDevice(remove) => remove.run(&mut session, &mut out),
         CtlCommand::ResizeCpus(resize) => resize.run(&mut session, &mut out),
         CtlCommand::ResizeMemory(resize) => resize.run(&mut session, &mut out),
@@ -306,6 +309,7 @@ impl CtlCommand {
             Self::AddRng(add) => add.request(Kind::Rng).map(|_| ()),
             Self::AddVsock(add) => add.request(Kind::Vsock).map(|_| ()),
             Self::AddConsole(add) => add.request(Kind::Console).map(|_| ()),
+            Self::AddFs(add) => add.request(Kind::Fs).map(|_| ()),
             Self::ResizeConsole(resize) => resize.request().map(|_| ()),
             Self::Limit(limit) => limit.over(None).map(|_| ()),
             _ => Ok(()),

@@ -9,6 +9,7 @@ use bulkhead_proto::machine::{
 };
 
 use super::ctl::{Failure, Output, Session};
+use super::fs_args::{self, Fs};
 use super::machine_args::{MAX_CPUS, parse_size, split_option};
 use super::{EXIT_USAGE, console_args, disk_args, net_args, rng_args, vsock_args};
 
@@ -18,7 +19,7 @@ const ADD: Duration = Duration::from_secs(120);
 const MARGIN: Duration = Duration::from_secs(60);
 
 /// `ctl add-disk`, `ctl add-net`, `ctl add-vhost-user`, `ctl add-rng`, `ctl add-vsock`,
-/// `ctl add-console`.
+/// `ctl add-console`, `ctl add-fs`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct AddArgs {
     /// The device, as `bulkhead run` takes it; id=NAME must be there
@@ -38,6 +39,7 @@ pub(super) enum Kind {
     Rng,
     Vsock,
     Console,
+    Fs,
 }
 
 /// `ctl remove-device`.
@@ -120,6 +122,10 @@ impl AddArgs {
             Kind::Console => {
                 request.set_console(console_args::parse_console(text, 0).map_err(usage)?);
             }
+            Kind::Fs => match fs_args::parse_fs(text, 0).map_err(usage)? {
+                Fs::Directory(fs) => request.set_fs(fs),
+                Fs::Socket(device) => request.set_vhost_user(device),
+            },
             Kind::VhostUser => {
                 request.set_vhost_user(net_args::parse_vhost_user(text, 0).map_err(usage)?);
             }

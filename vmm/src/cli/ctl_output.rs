@@ -9,8 +9,8 @@ use super::ctl_output_net as net;
 use bulkhead_proto::common::{ProcessLimits, TokenBucket};
 use bulkhead_proto::machine::disk_config::{Cache, Format};
 use bulkhead_proto::machine::{
-    ConsoleConfig, DeviceInfo, DevicesResponse, DiskConfig, Event, InfoResponse, MachineConfig,
-    PortInfo, RngConfig, State, VsockConfig, serial_config::Mode,
+    ConsoleConfig, DeviceInfo, DevicesResponse, DiskConfig, Event, FsConfig, InfoResponse,
+    MachineConfig, PortInfo, RngConfig, State, VsockConfig, fs_config, serial_config::Mode,
 };
 use serde_json::{Value, json};
 
@@ -60,6 +60,7 @@ pub fn info_json(info: &InfoResponse) -> Value {
             "rngs": rngs,
             "vsock": config.vsock.as_ref().map(vsock_json),
             "consoles": consoles,
+            "fs": config.fs.iter().map(fs_json).collect::<Vec<Value>>(),
             "serial": serial_text(config),
         })
     });
@@ -153,6 +154,9 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         for device in &config.consoles {
             line("console", &console_text(device))?;
         }
+        for device in &config.fs {
+            line("fs", &fs_text(device))?;
+        }
     }
     let behind = |port: &PortInfo| match port.device.as_str() {
         "" if port.vacating => format!("{} (vacating)", port.name),
@@ -229,6 +233,28 @@ fn console_text(console: &ConsoleConfig) -> String {
         })
         .collect();
     format!("{}: {}", console.id, ports.join(", "))
+}
+
+fn fs_cache(fs: &FsConfig) -> &'static str {
+    match fs.cache.enum_value() {
+        Ok(fs_config::Cache::CACHE_AUTO) => "auto",
+        Ok(fs_config::Cache::CACHE_ALWAYS) => "always",
+        Ok(fs_config::Cache::CACHE_METADATA) => "metadata",
+        Ok(fs_config::Cache::CACHE_NEVER) => "never",
+        Err(_) => "unknown",
+    }
+}
+
+fn fs_json(fs: &FsConfig) -> Value {
+    json!({
+        "id": fs.id, "tag": fs.tag, "source": fs.source, "readonly": fs.readonly,
+        "cache": fs_cache(fs), "xattr": fs.xattr,
+    })
+}
+
+fn fs_text(fs: &FsConfig) -> String {
+    let readonly = if fs.readonly { ", read-only" } else { "" };
+    format!("{}: {} as {}{readonly}", fs.id, fs.source, fs.tag)
 }
 
 fn rng_json(rng: &RngConfig) -> Value {

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use bulkhead_proto::machine::{CpuConfig, MachineConfig, SerialConfig, serial_config};
 
 use super::config_file::ON_RESET;
+use super::fs_args::{self, Fs};
 use super::machine_base::Base;
 use super::{console_args, disk_args, net_args, rng_args, vsock_args};
 
@@ -131,6 +132,19 @@ pub struct MachineArgs {
     /// A comma in a path is written twice.
     #[arg(long = "console", value_name = "CONSOLE", verbatim_doc_comment)]
     pub consoles: Vec<String>,
+    /// A directory of the host's: tag=NAME,source=DIR[,KEY=VALUE]…; may be repeated
+    ///
+    ///   tag=NAME               what the guest mounts: mount -t virtiofs NAME /mnt
+    ///   source=DIR             the directory, by a virtiofsd that the launcher starts and confines
+    ///   readonly=on            the guest changes nothing
+    ///   cache=auto|always|metadata|never   what the guest keeps [default: auto]
+    ///   xattr=on               with extended attributes
+    ///   id=NAME                its name in the API [default: fs0, fs1, …]
+    ///   cpu=PERCENT, memory=SIZE, pids=N   its process, as with --disk
+    ///   socket=PATH            in the place of source=: --vhost-user kind=fs,socket=PATH for short
+    /// A comma in a path is written twice.
+    #[arg(long = "fs", value_name = "FS", verbatim_doc_comment)]
+    pub fs: Vec<String>,
     /// Root ports that are empty at first, to add devices to a machine that runs: how many
     /// (hp1, hp2, …), or their names
     #[arg(long, value_name = "N|NAME[:NAME]…")]
@@ -217,6 +231,15 @@ impl MachineArgs {
             let console = console_args::parse_console(text, config.consoles.len())?;
             take_id(&mut ids, &format!("--console {text}"), &console.id)?;
             config.consoles.push(console);
+        }
+        for text in &self.fs {
+            let index = config.fs.len().saturating_add(config.vhost_users.len());
+            let fs = fs_args::parse_fs(text, index)?;
+            take_id(&mut ids, &format!("--fs {text}"), fs.id())?;
+            match fs {
+                Fs::Directory(fs) => config.fs.push(fs),
+                Fs::Socket(device) => config.vhost_users.push(device),
+            }
         }
         if let Some(serial) = &self.serial {
             config.serial = Some(parse_serial(serial)?).into();
@@ -522,6 +545,7 @@ mod tests {
                 nets: nets.iter().map(|net| (*net).to_owned()).collect(),
                 vhost_users: Vec::new(),
                 rngs: Vec::new(),
+                fs: Vec::new(),
                 vsock: None,
                 consoles: Vec::new(),
                 hotplug_ports: None,

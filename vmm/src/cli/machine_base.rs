@@ -14,8 +14,8 @@ use super::machine_args::MachineArgs;
 #[derive(Debug)]
 pub(super) struct Base {
     file: Option<ConfigFile>,
-    /// Disks, nets, vhost_users, rngs and consoles.
-    counts: [usize; 5],
+    /// Disks, nets, vhost_users, rngs, consoles and fs.
+    counts: [usize; 6],
     /// Of its devices.
     pub(super) ids: BTreeSet<String>,
 }
@@ -38,6 +38,7 @@ impl Base {
         let others = config.vhost_users.iter().map(|d| &d.id);
         let rngs = config.rngs.iter().map(|d| &d.id);
         let consoles = config.consoles.iter().map(|d| &d.id);
+        let fs = config.fs.iter().map(|d| &d.id);
         let vsock = config.vsock.iter().map(|d| &d.id);
         let all = disks.chain(nets).chain(others).chain(rngs).chain(consoles);
         let base = Self {
@@ -48,8 +49,9 @@ impl Base {
                 config.vhost_users.len(),
                 config.rngs.len(),
                 config.consoles.len(),
+                config.fs.len(),
             ],
-            ids: all.chain(vsock).cloned().collect(),
+            ids: all.chain(fs).chain(vsock).cloned().collect(),
         };
         Ok((config, base))
     }
@@ -57,12 +59,16 @@ impl Base {
     /// A refusal that names a field of the configuration, with the option that gave it named
     /// instead, or the file and its key.
     pub(super) fn refusal(&self, args: &MachineArgs, why: &str) -> String {
+        // Those with a socket are in another list, behind its own.
+        let source = |text: &&String| text.split(',').all(|part| !part.starts_with("socket="));
+        let fs = args.fs.iter().filter(source).cloned().collect();
         let lists = [
             ("disks", "--disk", &args.disks),
             ("nets", "--net", &args.nets),
             ("vhost_users", "--vhost-user", &args.vhost_users),
             ("rngs", "--rng", &args.rngs),
             ("consoles", "--console", &args.consoles),
+            ("fs", "--fs", &fs),
         ];
         for ((list, option, texts), before) in lists.into_iter().zip(self.counts) {
             for (index, text) in texts.iter().enumerate() {

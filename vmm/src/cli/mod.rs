@@ -25,6 +25,7 @@ mod ctl_output_net;
 mod ctl_stats;
 pub mod disk_args;
 mod event_json;
+pub mod fs_args;
 pub mod machine_args;
 mod machine_base;
 pub mod net_args;
@@ -77,6 +78,10 @@ pub struct HostArgs {
     /// /usr/bin/passt, …]
     #[arg(long, value_name = "PATH")]
     pub passt: Option<PathBuf>,
+    /// virtiofsd for `--fs`, from the start or added later [default where run has one:
+    /// /usr/libexec/virtiofsd, …]
+    #[arg(long, value_name = "PATH")]
+    pub virtiofsd: Option<PathBuf>,
     /// The cgroup v2 that the devices' own are made in, a directory; off: none [default: that of
     /// bulkhead, where it is delegated]
     #[arg(long, value_name = "PATH|off", value_parser = cgroup)]

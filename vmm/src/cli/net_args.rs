@@ -15,8 +15,8 @@ use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch, sp
 use super::resource_args;
 use crate::api::check_interface_name;
 use crate::launcher::MAX_QUEUE_PAIRS;
-use crate::machine::net_kinds;
 use crate::machine::net_mac::MacAddress;
+use crate::machine::{fs, net_kinds};
 
 /// What `--net` takes, for its errors.
 const NET_FORM: &str = "tap=NAME|fd=N[:N…]|vhost-user=SOCKET[,server=on]|user[,forward=[tcp:|udp:][ADDR:]HOST:GUEST]…[,mac=MAC][,queues=N][,mtu=N][,id=NAME][,backend=auto|user|vhost-net][,required=off][,rx-bps=SIZE[:BURST]][,rx-pps=N[:BURST]][,tx-bps=…][,tx-pps=…][,cpu=PERCENT][,memory=SIZE][,pids=N]";
@@ -383,22 +383,13 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
         if device.device_id != FILE_SYSTEM.0 || !device.config.is_empty() {
             return Err(format!("{option}: tag= goes with kind=fs, without config="));
         }
-        device.config = file_system(tag, device.queues);
+        device.config = fs::configuration(tag, device.queues);
     }
     if device.id.is_empty() {
         device.id = format!("{}{index}", kind_name.unwrap_or("vhost"));
     }
     check_id(&device.id).map_err(|e| format!("{option}: id={}: {e}", device.id))?;
     Ok(device)
-}
-
-/// The configuration space of a file system: its tag, and its request queues, which come after
-/// the one for urgent requests.
-fn file_system(tag: &str, queues: u32) -> Vec<u8> {
-    let mut space = tag.as_bytes().to_vec();
-    space.resize(FILE_SYSTEM.1, 0);
-    space.extend_from_slice(&queues.saturating_sub(1).max(1).to_le_bytes());
-    space
 }
 
 fn hex(text: &str) -> Option<Vec<u8>> {

@@ -161,7 +161,10 @@ fn present<'a>(config: &'a MachineConfig, id: &str) -> Option<&'a Resources> {
     let of_vsock = vsock.and_then(|v| v.resources.as_ref());
     let console = config.consoles.iter().find(|c| c.id == id);
     let of_console = console.and_then(|c| c.resources.as_ref());
-    of_disk.or(of_net).or(of_rng).or(of_vsock).or(of_console)
+    let fs = config.fs.iter().find(|f| f.id == id);
+    let of_fs = fs.and_then(|f| f.resources.as_ref());
+    let of_others = of_rng.or(of_vsock).or(of_console).or(of_fs);
+    of_disk.or(of_net).or(of_others)
 }
 
 /// Limits as they are given on a command line; empty: none.

@@ -31,6 +31,7 @@ pub fn run(args: RunArgs) -> ExitCode {
     finish(host::run(HostOptions {
         libexec: args.host.libexec,
         passt: args.host.passt,
+        virtiofsd: args.host.virtiofsd,
         cgroup: args.host.cgroup.unwrap_or_default(),
         api,
         services: Services::Machine,
@@ -83,6 +84,7 @@ fn wait_on(socket: PathBuf, services: Services, host: HostArgs) -> ExitCode {
     finish(host::run(HostOptions {
         libexec: host.libexec,
         passt: host.passt,
+        virtiofsd: host.virtiofsd,
         cgroup: host.cgroup.unwrap_or_default(),
         api: host.api.options(Some(socket)),
         services,

@@ -6,7 +6,8 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use super::identity::Rights;
+use super::helper;
+use super::identity::{Mapped, Rights};
 
 /// Descriptor of the control socket in the launcher.
 pub const CONTROL_FD: RawFd = 3;
@@ -53,6 +54,15 @@ pub struct CgroupArgs {
 }
 
 impl Args {
+    /// Which ids the launcher maps into its children.
+    pub fn mapped(&self) -> Mapped {
+        let shares = self.helpers.iter().any(|kind| kind == helper::VIRTIOFSD);
+        match self.host_ids {
+            Some(_) if !shares => Mapped::OwnIds,
+            _ => Mapped::Root,
+        }
+    }
+
     /// argv for the launcher; `None` when a string holds a zero byte.
     pub fn to_argv(&self) -> Option<Vec<CString>> {
         let mut argv = vec![c"bulkhead-launcher".to_owned()];

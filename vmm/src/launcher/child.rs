@@ -12,7 +12,7 @@ use bulkhead_seccomp::{filter, notify, policy};
 
 use super::cgroup::Fallback;
 use super::identity::{INNER_ID, Rights};
-use super::{confine, helper, isolate, packet, sys};
+use super::{confine, helper, helper_fs, isolate, packet, sys};
 
 /// Everything the child needs.
 pub struct Child<'a> {
@@ -47,13 +47,18 @@ pub enum Sandbox<'a> {
 }
 
 impl Sandbox<'_> {
-    /// Flags of the clone. A helper stays in the network namespace of the host.
+    /// Flags of the clone. passt stays in the network namespace of the host.
     pub fn flags(&self, rights: Rights) -> u64 {
         let all = rights.device_flags();
         match self {
-            Self::Device(_) => all,
-            Self::Helper(_) => all & !(libc::CLONE_NEWNET as u64),
+            Self::Helper(root) if root.share.is_none() => all & !(libc::CLONE_NEWNET as u64),
+            _ => all,
         }
+    }
+
+    /// Whether it is virtiofsd.
+    pub fn shares(&self) -> bool {
+        matches!(self, Self::Helper(root) if root.share.is_some())
     }
 }
 
@@ -85,9 +90,21 @@ impl Child<'_> {
         if !UNCONFINED {
             self.leave_the_host()?;
         }
+        let mut fds = self.fds.to_vec();
+        let channel = match self.sandbox.shares() {
+            true => Some(step("its channel", helper_fs::channel())?),
+            false => None,
+        };
+        if let Some((listener, ours)) = &channel {
+            fds.push(listener.as_raw_fd());
+            step(
+                "handing over its channel",
+                packet::send_descriptor(self.sync, ours.as_fd()),
+            )?;
+        }
         let kept = step(
             "descriptors",
-            sys::arrange_fds(self.fds, &[self.program, self.sync]),
+            sys::arrange_fds(&fds, &[self.program, self.sync]),
         )?;
         let [program, sync] = kept.as_slice() else {
             return Err("descriptors: lost".into());
@@ -107,8 +124,13 @@ impl Child<'_> {
                 // Who kept it could answer its own reports.
                 drop(listener);
             }
-            Sandbox::Helper(_) => filter::apply_filter_this_thread(&policy::PASST)
-                .map_err(|e| format!("filter: {e}"))?,
+            Sandbox::Helper(root) => {
+                let policy = match root.share {
+                    Some(_) => &policy::VIRTIOFSD,
+                    None => &policy::PASST,
+                };
+                filter::apply_filter_this_thread(policy).map_err(|e| format!("filter: {e}"))?;
+            }
         }
         let error = sys::execveat(sys::kept_fd(*program), self.argv);
         let remedy = match error.raw_os_error() {
@@ -124,6 +146,10 @@ impl Child<'_> {
 
     /// Its namespaces, ids and root.
     fn leave_the_host(&self) -> Step<()> {
+        if self.sandbox.shares() {
+            // It can be dumped again once it is executed, and does nothing about that.
+            step("cores", helper_fs::dump_no_memory())?;
+        }
         step("dumpable", isolate::dumpable(false))?;
         step("a new session", isolate::setsid())?;
         isolate::umask(0o077);
@@ -146,9 +172,15 @@ impl Child<'_> {
     fn give_up_rights(&self) -> Step<()> {
         let limits = match self.sandbox {
             Sandbox::Device(_) => confine::device_limits(self.fallback),
+            Sandbox::Helper(_) if self.sandbox.shares() => confine::share_limits(self.fallback),
             Sandbox::Helper(_) => confine::helper_limits(self.fallback),
         };
         step("limits", limits)?;
+        if self.sandbox.shares() && self.rights != Rights::User {
+            let keep = isolate::hand_on_capabilities(&helper_fs::EXEC_CAPABILITIES);
+            step("capabilities", keep)?;
+            return step("no_new_privs", isolate::no_new_privs());
+        }
         step("bounding set", isolate::bar_capabilities())?;
         step("capabilities", isolate::keep_capabilities(&[]))?;
         step("no_new_privs", isolate::no_new_privs())

@@ -141,7 +141,7 @@ pub struct Launcher {
     vmm_id: Option<u32>,
     io_uring: bool,
     /// See [`Self::helper_data`].
-    helper_data: u64,
+    helper_data: BTreeMap<&'static str, u64>,
     /// The thread that takes the events, once it does.
     attendant: OnceLock<ThreadId>,
     /// Of `socket` and `pending`.
@@ -177,7 +177,7 @@ impl Launcher {
             cgroup,
             vmm_id,
             io_uring: bulkhead_seccomp::uring::available().is_ok(),
-            helper_data: config.helpers.iter().map(|h| h.data).max().unwrap_or(0),
+            helper_data: config.helpers.iter().map(|h| (h.kind, h.data)).collect(),
             attendant: OnceLock::new(),
             epoll,
             pending,
@@ -276,9 +276,9 @@ impl Launcher {
         self.io_uring
     }
 
-    /// Address space of the data of the helper that it has.
-    pub fn helper_data(&self) -> u64 {
-        self.helper_data
+    /// Address space of the data of the helper of this kind.
+    pub fn helper_data(&self, kind: &str) -> u64 {
+        self.helper_data.get(kind).copied().unwrap_or(0)
     }
 
     fn untold(&self) -> MutexGuard<'_, BTreeMap<(String, u64), i32>> {

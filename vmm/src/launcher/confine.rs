@@ -10,6 +10,7 @@ use bulkhead_seccomp::{notify, policy};
 
 use super::args::Args;
 use super::cgroup::Fallback;
+use super::helper::VIRTIOFSD;
 use super::isolate;
 
 /// Descriptors of the launcher: two or three per device, sockets, binaries.
@@ -27,12 +28,22 @@ pub const LAUNCHER_LIMITS: [(u32, u64); 2] = [
     (libc::RLIMIT_NOFILE, LAUNCHER_NOFILE),
 ];
 
+/// Those of one that may start virtiofsd, which can have no more than its launcher.
+pub const SHARING_LAUNCHER_LIMITS: [(u32, u64); 2] =
+    [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, SHARE_NOFILE)];
+
 /// Those that a device process starts with, at most.
 pub const DEVICE_LIMITS: [(u32, u64); 6] = most(DEVICE_NOFILE, DEVICE_NPROC);
 
-/// Those of an external helper: each connection of the guest is one or more descriptors of passt's,
+/// Descriptors of virtiofsd: one for each file that the guest knows of. As many as it takes by itself.
+pub const SHARE_NOFILE: u64 = 1_000_000;
+
+/// Those of passt: each connection of the guest is one or more descriptors of passt's,
 /// which says no to the guest where they end.
 pub const HELPER_LIMITS: [(u32, u64); 6] = most(LAUNCHER_NOFILE, DEVICE_NPROC);
+
+/// Those of virtiofsd. Of the threads of root's no kernel counts any.
+pub const SHARE_LIMITS: [(u32, u64); 6] = most(SHARE_NOFILE, DEVICE_NPROC);
 
 const fn most(descriptors: u64, threads: u64) -> [(u32, u64); 6] {
     [
@@ -50,11 +61,15 @@ pub fn launcher(args: &Args) -> Result<(), String> {
     let say =
         |what: &'static str| move |error: std::io::Error| format!("confinement: {what}: {error}");
     isolate::umask(0o077);
-    for (resource, most) in LAUNCHER_LIMITS {
+    let limits = match args.helpers.iter().any(|kind| kind == VIRTIOFSD) {
+        true => SHARING_LAUNCHER_LIMITS,
+        false => LAUNCHER_LIMITS,
+    };
+    for (resource, most) in limits {
         isolate::limit_at_most(resource, most).map_err(say("resource limits"))?;
     }
     isolate::bar_capabilities().map_err(say("bounding set"))?;
-    isolate::keep_capabilities(&args.rights.launcher_capabilities(args.host_ids.is_some()))
+    isolate::keep_capabilities(&args.rights.launcher_capabilities(args.mapped()))
         .map_err(say("capabilities"))?;
     isolate::no_new_privs().map_err(say("no_new_privs"))?;
     isolate::dumpable(false).map_err(say("dumpable"))?;
@@ -71,7 +86,12 @@ pub fn device_limits(fallback: Fallback) -> std::io::Result<()> {
     limits(&DEVICE_LIMITS, fallback)
 }
 
-/// The same for an external helper.
+/// The same for virtiofsd.
+pub fn share_limits(fallback: Fallback) -> std::io::Result<()> {
+    limits(&SHARE_LIMITS, fallback)
+}
+
+/// The same for passt.
 pub fn helper_limits(fallback: Fallback) -> std::io::Result<()> {
     limits(&HELPER_LIMITS, fallback)
 }

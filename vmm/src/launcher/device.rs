@@ -16,10 +16,12 @@ use super::cgroup::Cgroups;
 use super::child::{Child, Sandbox, inner_id};
 use super::dial::Dial;
 use super::helper;
-use super::identity::{Maps, Rights, namespace_remedy};
+use super::helper_fs::Share;
+use super::identity::{IdMap, Maps, Rights, namespace_remedy};
 use super::isolate;
 use super::log::LogSource;
 use super::packet::{self, MAX_FDS};
+use super::paths::Paths;
 use super::sys::{self, Cloned};
 use super::watch::Watch;
 use super::{FIRST_OWN_FD, MAX_ARG, MAX_ARGS, MAX_DEVICES, printable, valid_id};
@@ -64,11 +66,11 @@ pub struct HelperOrder {
     pub id: String,
     /// Tells it apart from others of the same id.
     pub incarnation: u64,
-    /// "passt".
+    /// "passt" or "virtiofsd".
     pub kind: String,
     /// What it is to do.
     pub options: Vec<String>,
-    /// Its vhost-user end.
+    /// passt's vhost-user end.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -92,6 +94,8 @@ pub struct Device {
     pub standing: Standing,
     /// What it asks for.
     pub dial: Option<Dial>,
+    /// The VMM's end of a channel that it has made itself, until that is passed on.
+    pub channel: Option<OwnedFd>,
 }
 
 /// Starts a device process. `devices` are those that live; a free slot is chosen.
@@ -166,6 +170,7 @@ pub fn spawn_helper(
     programs: &[OwnedFd],
     devices: &[Device],
     cgroups: &mut Cgroups,
+    paths: &Paths,
 ) -> Result<Device, String> {
     let fail = |why: String| format!("device {}: {why}", printable(&order.id));
     let program = args
@@ -173,13 +178,7 @@ pub fn spawn_helper(
         .iter()
         .position(|kind| *kind == order.kind)
         .and_then(|index| programs.get(index))
-        .ok_or_else(|| {
-            fail(format!(
-                "no {} {}",
-                printable(&order.kind),
-                helper::NOT_GIVEN
-            ))
-        })?;
+        .ok_or_else(|| fail(helper::not_given(&order.kind)))?;
     if args.rights == Rights::Root {
         return Err(fail(format!(
             "{} {}: {}",
@@ -188,12 +187,19 @@ pub fn spawn_helper(
             namespace_remedy(true)
         )));
     }
-    if order.fds.len() != 1 {
+    let share = match order.kind == helper::VIRTIOFSD {
+        true => Some(Share::open(&order.options, paths).map_err(fail)?),
+        false => None,
+    };
+    if order.fds.len() != usize::from(share.is_none()) {
         return Err(fail(
-            "a helper has one descriptor: its vhost-user channel".into(),
+            "a helper has one descriptor: its vhost-user channel, if it does not make that".into(),
         ));
     }
-    let argv = helper::arguments(&order.kind, &order.options).map_err(fail)?;
+    let argv = match &share {
+        Some(share) => share.arguments(helper::FIRST_FD, args.rights),
+        None => helper::arguments(&order.kind, &order.options).map_err(fail)?,
+    };
     let start = Start {
         id: &order.id,
         incarnation: order.incarnation,
@@ -202,6 +208,7 @@ pub fn spawn_helper(
         fds: &order.fds,
         sandbox: Sandbox::Helper(helper::Root {
             libraries: &args.helper_libraries,
+            share: share.as_ref(),
         }),
     };
     debug_assert_eq!(helper::FIRST_FD, 3);
@@ -252,8 +259,12 @@ impl Start<'_> {
             .and_then(|slot| args.host_ids?.checked_add(slot));
         let child = Child {
             rights: args.rights,
-            id: inner_id(args.rights, host_id.unwrap_or_default()),
-            drop_groups: host_id.is_some(),
+            // It has every id.
+            id: match self.serves_every_owner(args) {
+                true => 0,
+                false => inner_id(args.rights, host_id.unwrap_or_default()),
+            },
+            drop_groups: host_id.is_some() || self.serves_every_owner(args),
             program: self.program,
             argv: self.argv,
             fds: &fds,
@@ -303,10 +314,14 @@ impl Start<'_> {
             watch: Watch::none(),
             standing: Standing::Only,
             dial: None,
+            channel: None,
         };
-        let started = device
-            .map_ids(args, host_id)
-            .and_then(|()| await_exec(&mut sync, &mut device.watch));
+        let mapped = match self.serves_every_owner(args) {
+            true => device.map_every_id(),
+            false => device.map_ids(args, host_id),
+        };
+        let shares = self.sandbox.shares();
+        let started = mapped.and_then(|()| await_exec(&mut sync, &mut device, shares));
         match started {
             Ok(()) => Ok(device),
             Err(why) => {
@@ -323,7 +338,32 @@ impl Start<'_> {
     }
 }
 
+impl Start<'_> {
+    /// Whether it serves files as whoever owns them.
+    fn serves_every_owner(&self, args: &Args) -> bool {
+        self.sandbox.shares() && args.rights == Rights::RootNamespace
+    }
+}
+
 impl Device {
+    /// Every id stands for itself.
+    fn map_every_id(&self) -> Result<(), String> {
+        let map = |file| {
+            let own = IdMap::own(file).map_err(|error| format!("id map: {error}"))?;
+            Ok::<_, String>(own.identity())
+        };
+        let maps = Maps {
+            uid: map("uid_map")?,
+            gid: map("gid_map")?,
+            deny_setgroups: false,
+        };
+        if UNCONFINED {
+            return Ok(());
+        }
+        maps.write(self.pidfd.as_fd())
+            .map_err(|error| format!("id map: {error}"))
+    }
+
     fn map_ids(&self, args: &Args, host_id: Option<u32>) -> Result<(), String> {
         if UNCONFINED {
             return Ok(());
@@ -363,7 +403,10 @@ impl Device {
 }
 
 /// Lets the child go and waits until its end closes (by exec) or says why not.
-fn await_exec(sync: &mut UnixStream, watch: &mut Watch) -> Result<(), String> {
+/// `shares`: the descriptor that it sends is the VMM's end of its channel, not the listener of its
+/// filter.
+fn await_exec(sync: &mut UnixStream, device: &mut Device, shares: bool) -> Result<(), String> {
+    let Device { watch, channel, .. } = device;
     let lost = |error: std::io::Error| format!("while it starts: {error}");
     sync.write_all(&[1]).map_err(lost)?;
     let deadline = Instant::now() + DEADLINE;
@@ -385,6 +428,7 @@ fn await_exec(sync: &mut UnixStream, watch: &mut Watch) -> Result<(), String> {
         let mut buffer = [0; 512];
         match packet::receive_stream(sync.as_fd(), &mut buffer).map_err(lost)? {
             (0, _) => break,
+            (_, Some(ours)) if shares => *channel = Some(ours),
             (_, Some(listener)) => *watch = Watch::new(listener),
             (count, None) => line.extend_from_slice(buffer.get(..count).unwrap_or_default()),
         }

@@ -1,5 +1,5 @@
 //! External helpers: programs of somebody else's that run for a VM, each under a policy of its
-//! own with named exceptions (`seccomp/policies/passt.toml` lists passt's).
+//! own with named exceptions (`seccomp/policies/passt.toml` lists passt's; virtiofsd is `helper_fs`'s).
 //!
 //! A helper is known by its kind. What it may be told is checked against the kind's own
 //! grammar, so that nobody's request reaches its command line as it is. Like a device process
@@ -20,12 +20,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::helper_fs::{self, Share};
 use super::{isolate, printable};
 
 /// passt's kind.
 pub const PASST: &str = "passt";
+/// virtiofsd's.
+pub const VIRTIOFSD: &str = "virtiofsd";
 /// Said of a helper whose program the launcher does not have.
-pub const NOT_GIVEN: &str = "was given when the VMM was started: start it with --passt PATH";
+const NOT_GIVEN: &str = "was given when the VMM was started: start it with";
 /// Said of a helper on a host without user namespaces.
 pub const NO_NAMESPACE: &str = "confines itself by a user namespace, and this host forbids them";
 /// Where passt is looked for.
@@ -41,7 +44,12 @@ const MAX_OPTIONS: usize = 80;
 
 /// Whether a refusal to start a helper stands as long as the launcher lives.
 pub fn lasting(why: &str) -> bool {
-    why.ends_with(NOT_GIVEN) || why.contains(NO_NAMESPACE)
+    why.contains(NOT_GIVEN) || why.contains(NO_NAMESPACE)
+}
+
+/// That the launcher has no program of this kind, with the remedy.
+pub fn not_given(kind: &str) -> String {
+    format!("no {} {NOT_GIVEN} --{0} PATH", printable(kind))
 }
 
 /// A helper's program, opened before confinement.
@@ -90,11 +98,40 @@ impl Program {
                     )
                 })?,
         };
-        let (file, path) = found;
+        Self::read(PASST, found)
+    }
+
+    /// virtiofsd: at `path`, or where it is usually installed.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub fn find_virtiofsd(path: Option<&Path>) -> Result<Self, String> {
+        let open = |path: &Path| File::open(path).map(|file| (file, path.to_owned()));
+        let found = match path {
+            Some(path) => open(path).map_err(|error| {
+                format!(
+                    "virtiofsd {}: {error}; give --virtiofsd the path of virtiofsd 1.11 or later",
+                    printable(&path.to_string_lossy())
+                )
+            })?,
+            None => helper_fs::PATHS
+                .iter()
+                .find_map(|path| open(Path::new(path)).ok())
+                .ok_or_else(|| {
+                    format!(
+                        "virtiofsd: not found ({}): install virtiofsd 1.11 or later, or name it with --virtiofsd PATH",
+                        helper_fs::PATHS.join(", ")
+                    )
+                })?,
+        };
+        Self::read(VIRTIOFSD, found)
+    }
+
+    fn read(kind: &'static str, (file, path): (File, PathBuf)) -> Result<Self, String> {
         let image = Image::of(&file)
-            .map_err(|error| format!("passt {}: {error}", printable(&path.to_string_lossy())))?;
+            .map_err(|error| format!("{kind} {}: {error}", printable(&path.to_string_lossy())))?;
         Ok(Self {
-            kind: PASST,
+            kind,
             file,
             libraries: image.loader.as_deref().map(libraries).unwrap_or_default(),
             data: image.data,
@@ -296,11 +333,13 @@ fn resolver(resolv_conf: &str) -> Vec<String> {
 pub struct Root<'a> {
     /// Directories of the host, read-only, at their own paths.
     pub libraries: &'a [PathBuf],
+    /// virtiofsd's directory.
+    pub share: Option<&'a Share>,
 }
 
 impl Root<'_> {
-    /// Makes the root and enters it: the libraries, /proc, a copy of resolv.conf, and an empty
-    /// /tmp for passt to mount its own empty root on.
+    /// Makes the root and enters it: the libraries, /proc, and virtiofsd's directory, or a copy of
+    /// resolv.conf and an empty /tmp for passt to mount its own empty root on.
     ///
     /// # Errors
     /// One line that says which step.
@@ -311,7 +350,7 @@ impl Root<'_> {
         let options = [
             (c"mode", c"0755"),
             (c"size", c"256k"),
-            (c"nr_inodes", c"128"),
+            (c"nr_inodes", c"256"),
             (c"source", c"helper"),
         ];
         let root = isolate::tmpfs(&options).map_err(|e| format!("its root: {e}"))?;
@@ -331,6 +370,10 @@ impl Root<'_> {
             let place = directory.strip_prefix("/").unwrap_or(directory);
             step("a directory", fs::create_dir_all(here.join(place)))?;
             mounts.push((tree, place.to_owned()));
+        }
+        if let Some(share) = self.share {
+            mounts.extend(share.fill(&here)?);
+            return step("entering", isolate::enter_built_root(root.as_fd(), &mounts));
         }
         let proc = isolate::new_proc()
             // Where parts of /proc are hidden (a container), a new one is forbidden.

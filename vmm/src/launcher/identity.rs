@@ -36,6 +36,16 @@ pub enum Rights {
     User,
 }
 
+/// Which of the launcher's ids it maps into its children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// Those that devices have for themselves.
+    OwnIds,
+    /// The launcher's own, too, since there are no others, or since a helper serves files of every
+    /// owner.
+    Root,
+}
+
 impl Rights {
     /// The word on the launcher's command line.
     pub fn word(self) -> &'static str {
@@ -81,16 +91,16 @@ impl Rights {
 
     /// Capabilities that the launcher is executed with: what it keeps, and SETPCAP, with which
     /// it empties its bounding set.
-    pub fn exec_capabilities(self, unique_ids: bool) -> Vec<u32> {
+    pub fn exec_capabilities(self, maps: Mapped) -> Vec<u32> {
         const SETPCAP: u32 = 8;
-        let mut capabilities = self.launcher_capabilities(unique_ids);
+        let mut capabilities = self.launcher_capabilities(maps);
         capabilities.push(SETPCAP);
         capabilities
     }
 
     /// Capabilities (numbers of <linux/capability.h>) that the launcher keeps, in its own user
     /// namespace where it has one.
-    pub fn launcher_capabilities(self, unique_ids: bool) -> Vec<u32> {
+    pub fn launcher_capabilities(self, maps: Mapped) -> Vec<u32> {
         const DAC_OVERRIDE: u32 = 1;
         const KILL: u32 = 5;
         const SETGID: u32 = 6;
@@ -101,7 +111,9 @@ impl Rights {
             // SYS_ADMIN: naming a child's pid in SCM_CREDENTIALS; without a user namespace
             // also the clone itself. SETUID, SETGID: a device's id map. DAC_OVERRIDE: root
             // opens what the API names whoever owns it.
-            Self::RootNamespace if unique_ids => vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN],
+            Self::RootNamespace if maps == Mapped::OwnIds => {
+                vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN]
+            }
             // Mapping our own uid 0 into a child wants SETFCAP since Linux 5.12.
             Self::RootNamespace => vec![DAC_OVERRIDE, SETGID, SETUID, SYS_ADMIN, SETFCAP],
             // Without a user namespace of ours devices are nobody's but their uid's: KILL.

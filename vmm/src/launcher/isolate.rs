@@ -125,6 +125,29 @@ pub(super) struct CapabilitySets(pub(super) [CapWord; 2]);
 /// the inheritable and ambient sets.
 pub fn keep_capabilities(keep: &[u32]) -> io::Result<()> {
     prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as u64)?;
+    set_capabilities(keep, false)
+}
+
+/// The same, for a program that is to have them after exec, too: it becomes able to hand them on
+/// (inheritable and ambient sets), but no others, and cannot raise more of them. Empties the
+/// bounding set as [`bar_capabilities`] does; changes of uid have their usual effect.
+pub fn hand_on_capabilities(keep: &[u32]) -> io::Result<()> {
+    // SETPCAP among them: that of changing the bounding set and the securebits.
+    set_capabilities(keep, true)?;
+    for cap in keep {
+        raise_ambient(*cap)?;
+    }
+    bar_with(LOCKED & !NO_SETUID_FIXUP)
+}
+
+fn raise_ambient(cap: u32) -> io::Result<()> {
+    let raise = libc::PR_CAP_AMBIENT_RAISE as u64;
+    // SAFETY: PR_CAP_AMBIENT takes integers.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, u64::from(cap), 0u64, 0u64) })
+        .map(|_| ())
+}
+
+fn set_capabilities(keep: &[u32], inheritable: bool) -> io::Result<()> {
     let mut sets = CapabilitySets::default();
     // SAFETY: header and sets are laid out as capget(2) says for version 3 (two words).
     check_long(unsafe {
@@ -143,7 +166,7 @@ pub fn keep_capabilities(keep: &[u32]) -> io::Result<()> {
     for (word, wanted) in sets.0.iter_mut().zip(wanted) {
         word.permitted &= wanted;
         word.effective = word.permitted;
-        word.inheritable = 0;
+        word.inheritable = if inheritable { word.permitted } else { 0 };
     }
     // SAFETY: as above.
     check_long(unsafe { libc::syscall(libc::SYS_capset, &mut CAP_HEADER.clone(), sets.0.as_ptr()) })
@@ -154,6 +177,15 @@ pub fn keep_capabilities(keep: &[u32]) -> io::Result<()> {
 /// capabilities, no changes). Without CAP_SETPCAP in this user namespace it is an error
 /// unless it is done already.
 pub fn bar_capabilities() -> io::Result<()> {
+    bar_with(LOCKED)
+}
+
+/// <linux/securebits.h>: NOROOT, NO_SETUID_FIXUP, KEEP_CAPS (off, locked),
+/// NO_CAP_AMBIENT_RAISE, each with its lock.
+const LOCKED: i32 = 0b1110_1111;
+const NO_SETUID_FIXUP: i32 = 0b0000_0100;
+
+fn bar_with(securebits: i32) -> io::Result<()> {
     for cap in 0..64u64 {
         match prctl(libc::PR_CAPBSET_READ, cap) {
             Ok(0) => {}
@@ -164,11 +196,8 @@ pub fn bar_capabilities() -> io::Result<()> {
             Err(_) => break,
         }
     }
-    // <linux/securebits.h>: NOROOT, NO_SETUID_FIXUP, KEEP_CAPS (off, locked),
-    // NO_CAP_AMBIENT_RAISE, each with its lock.
-    const LOCKED: i32 = 0b1110_1111;
-    if prctl(libc::PR_GET_SECUREBITS, 0)? != LOCKED {
-        prctl(libc::PR_SET_SECUREBITS, LOCKED.unsigned_abs().into())?;
+    if prctl(libc::PR_GET_SECUREBITS, 0)? != securebits {
+        prctl(libc::PR_SET_SECUREBITS, securebits.unsigned_abs().into())?;
     }
     Ok(())
 }
@@ -210,6 +239,12 @@ pub fn tmpfs(options: &[(&CStr, &CStr)]) -> io::Result<OwnedFd> {
 /// The /proc of this process's pid namespace, read-only, mounted nowhere yet.
 pub fn new_proc() -> io::Result<OwnedFd> {
     new_mount(c"proc", &[], NOTHING_SPECIAL | libc::MOUNT_ATTR_RDONLY)
+}
+
+/// The same with nothing in it but processes.
+pub fn new_proc_of_processes() -> io::Result<OwnedFd> {
+    let only = [(c"subset", c"pid")];
+    new_mount(c"proc", &only, NOTHING_SPECIAL | libc::MOUNT_ATTR_RDONLY)
 }
 
 const NOTHING_SPECIAL: u64 =
@@ -268,6 +303,25 @@ pub fn clone_tree(path: &CStr) -> io::Result<OwnedFd> {
     })?)?;
     let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
     restrict(tree.as_fd(), attributes, AT_RECURSIVE)?;
+    Ok(tree)
+}
+
+/// The same of the directory behind a descriptor: nosuid, nodev and noexec, and read-only where that
+/// is wanted.
+pub fn clone_directory(directory: BorrowedFd<'_>, readonly: bool) -> io::Result<OwnedFd> {
+    let flags =
+        OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | libc::AT_EMPTY_PATH.unsigned_abs();
+    // SAFETY: the path is a C literal.
+    let tree = own(check_long(unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            directory.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+        )
+    })?)?;
+    let readonly = if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    restrict(tree.as_fd(), NOTHING_SPECIAL | readonly, AT_RECURSIVE)?;
     Ok(tree)
 }
 

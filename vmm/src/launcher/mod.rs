@@ -32,6 +32,7 @@ mod connect;
 mod device;
 mod dial;
 pub(crate) mod helper;
+mod helper_fs;
 mod identity;
 mod ids;
 mod isolate;
@@ -56,8 +57,11 @@ pub use client::{
     Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Placed,
     SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
-pub(crate) use confine::{DEVICE_LIMITS, HELPER_LIMITS, LAUNCHER_LIMITS};
+pub(crate) use confine::{
+    DEVICE_LIMITS, HELPER_LIMITS, LAUNCHER_LIMITS, SHARE_LIMITS, SHARING_LAUNCHER_LIMITS,
+};
 pub use helper::Program;
+pub(crate) use helper_fs::CAPABILITIES as SHARE_CAPABILITIES;
 pub use identity::ids_of_vms_exist;
 pub use ids::IdRange;
 pub use server::main as launcher_main;

@@ -244,6 +244,19 @@ impl Paths {
         }
     }
 
+    /// Finds a directory that is to be served as it is: O_PATH, which reads nothing.
+    ///
+    /// # Errors
+    /// One line that names the role, the path and the remedy.
+    pub fn directory(&self, path: &Path, role: &str) -> Result<File, String> {
+        Self::check_text(role, path)?;
+        let found = resolve(path, libc::O_DIRECTORY).or_else(|error| {
+            refuse(role, path, &format!("{}; name a directory", reason(&error)))
+        })?;
+        self.check_allowed(role, path, &found, None)?;
+        Ok(found)
+    }
+
     /// Creates a file to append to. A dangling link is not followed.
     fn create(&self, path: &Path, role: &str) -> Result<Opened, String> {
         let (directory, name) = self.directory_of(path, role)?;

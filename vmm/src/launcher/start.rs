@@ -247,7 +247,7 @@ fn attempt(
         program: program.as_fd(),
         fds: &fds,
         argv: &argv,
-        ambient: &args.rights.exec_capabilities(args.host_ids.is_some()),
+        ambient: &args.rights.exec_capabilities(args.mapped()),
         sync_child: child_sync.as_raw_fd(),
         sync_parent: sync.as_raw_fd(),
     };

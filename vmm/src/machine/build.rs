@@ -14,6 +14,7 @@ use super::console;
 use super::device::{self, Device, END_LIMIT, Site, Special};
 use super::device_table::DeviceTable;
 use super::disk;
+use super::fs;
 use super::mem;
 use super::net;
 use super::net_external::{self, Foreign};
@@ -181,6 +182,11 @@ pub fn build(
         devices.devices.push(made);
     }
 
+    for directory in &config.fs {
+        let made = fs::spawn(directory, &behind(&directory.id))?;
+        devices.devices.push(made);
+    }
+
     if let Some(area) = ram.pluggable() {
         let site = behind(mem::ID);
         devices.devices.push(mem::spawn(area, ram.size(), &site)?);
@@ -237,6 +243,7 @@ fn count(config: &MachineConfig) -> usize {
         .saturating_add(config.rngs.len())
         .saturating_add(usize::from(config.vsock.is_some()))
         .saturating_add(config.consoles.len())
+        .saturating_add(config.fs.len())
         .saturating_add(memory)
 }
 

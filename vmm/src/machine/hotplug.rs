@@ -8,14 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::machine::{
-    ConsoleConfig, DiskConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, FsConfig, MachineConfig, NetConfig, RngConfig, VhostUserConfig,
+    VsockConfig,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Site};
 use super::net_external::{self, Foreign};
 use super::net_start::Prepared;
-use super::{console, disk, net, rng, vsock};
+use super::{console, disk, fs, net, rng, vsock};
 use crate::api::config;
 use crate::hypervisor::Hypervisor;
 use crate::launcher::Launcher;
@@ -38,6 +39,8 @@ pub enum Addition {
     Vsock(VsockConfig),
     /// A console device.
     Console(ConsoleConfig),
+    /// A directory.
+    Fs(FsConfig),
 }
 
 impl Addition {
@@ -50,6 +53,7 @@ impl Addition {
             Self::Rng(rng) => &rng.id,
             Self::Vsock(vsock) => &vsock.id,
             Self::Console(console) => &console.id,
+            Self::Fs(fs) => &fs.id,
         }
     }
 
@@ -65,6 +69,7 @@ impl Addition {
             Self::Rng(rng) => config.rngs.push(rng.clone()),
             Self::Vsock(vsock) => config.vsock = Some(vsock.clone()).into(),
             Self::Console(console) => config.consoles.push(console.clone()),
+            Self::Fs(fs) => config.fs.push(fs.clone()),
         }
     }
 
@@ -97,6 +102,7 @@ impl Addition {
             Self::Rng(_) => format!("config.rngs[{}]", machine.rngs.len()),
             Self::Vsock(_) => "config.vsock".to_owned(),
             Self::Console(_) => format!("config.consoles[{}]", machine.consoles.len()),
+            Self::Fs(_) => format!("config.fs[{}]", machine.fs.len()),
         };
         let name = match self {
             Self::Disk(_) => "disk",
@@ -105,6 +111,7 @@ impl Addition {
             Self::Rng(_) => "rng",
             Self::Vsock(_) => "vsock",
             Self::Console(_) => "console",
+            Self::Fs(_) => "fs",
         };
         config::validate(&config).map_err(|why| why.replace(&field, name))
     }
@@ -117,6 +124,7 @@ pub fn leave(config: &mut MachineConfig, id: &str) {
     config.vhost_users.retain(|device| device.id != id);
     config.rngs.retain(|rng| rng.id != id);
     config.consoles.retain(|console| console.id != id);
+    config.fs.retain(|fs| fs.id != id);
     for port in &mut config.ports {
         if port.behind == id {
             port.behind.clear();
@@ -274,6 +282,7 @@ fn make(addition: &mut Addition, port: &str, workshop: &Workshop) -> Result<Devi
         Addition::Rng(config) => rng::spawn(config, &site),
         Addition::Vsock(config) => vsock::spawn(config, &site),
         Addition::Console(config) => console::spawn(config, &site),
+        Addition::Fs(config) => fs::spawn(config, &site),
         Addition::VhostUser(config) => match net_external::make_any(config, &site)? {
             Foreign::Made(device) => Ok(*device),
             Foreign::Absent(_) => Err(format!(

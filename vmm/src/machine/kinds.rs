@@ -78,6 +78,20 @@ pub fn passt_least(data: u64) -> Least {
     }
 }
 
+/// What virtiofsd touches at its start, and what it allocates beside its program's data: stacks of its
+/// three threads, and a buffer for each request.
+const VIRTIOFSD_MEMORY: u64 = 16 << 20;
+const VIRTIOFSD_HEAP: u64 = 24 << 20;
+
+/// What virtiofsd needs to start, whose program has so much data.
+pub fn virtiofsd_least(data: u64) -> Least {
+    Least {
+        memory: VIRTIOFSD_MEMORY,
+        data: data.saturating_add(VIRTIOFSD_HEAP),
+        pids: 4,
+    }
+}
+
 /// virtio-blk.
 pub static BLK: DeviceKind = DeviceKind {
     name: "blk",

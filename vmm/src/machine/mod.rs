@@ -18,6 +18,7 @@ pub mod device;
 pub mod device_stats;
 pub mod device_table;
 pub mod disk;
+pub mod fs;
 pub mod host;
 pub mod hotplug;
 pub mod kinds;

@@ -1,5 +1,5 @@
 //! Makes devices whose back-end is somebody else's: network devices behind a switch or passt,
-//! and any other vhost-user device. On the manager thread while the machine is made, so that
+//! directories behind virtiofsd (`fs`), and any other vhost-user device. On the manager thread while the machine is made, so that
 //! it may wait for a back-end, within bounds; what comes later is `net_switch`'s.
 
 use std::os::fd::AsFd;
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bulkhead_proto::common::Resources;
 use bulkhead_proto::machine::{
     MachineConfig, NetConfig, UserBackend, VhostUserConfig, net_config, user_backend::forward,
 };
@@ -19,7 +20,7 @@ use super::net_mac::MacAddress;
 use super::net_remedies::{of_first, of_others};
 use super::net_switch::{HelperProcess, NetFacts, Origin, Switch};
 use super::usage::Usage;
-use crate::launcher::{Program, helper, printable, sys};
+use crate::launcher::{Least, Program, helper, printable, sys};
 use crate::vhost_user::Frontend;
 use crate::virtio::{MAX_QUEUES, VirtioPciOptions};
 
@@ -33,11 +34,24 @@ const UNKNOWN_QUEUES: u16 = 1;
 const LOOPBACK: &str = "127.0.0.1";
 
 /// The external helpers that a launcher is to have, opened before confinement: passt for a
-/// machine with a user-mode network, and wherever it is named, since a network may be added later.
+/// machine with a user-mode network, virtiofsd for one with a directory, and each wherever it is
+/// named, since a device may be added later.
 ///
 /// # Errors
 /// One line with the remedy: a network that the machine cannot do without has no passt.
 pub fn helpers(
+    machine: Option<&MachineConfig>,
+    passt: Option<PathBuf>,
+    virtiofsd: Option<PathBuf>,
+) -> Result<Vec<Program>, String> {
+    let mut all = passt_for(machine, passt)?;
+    if virtiofsd.is_some() || machine.is_some_and(|machine| !machine.fs.is_empty()) {
+        all.push(Program::find_virtiofsd(virtiofsd.as_deref())?);
+    }
+    Ok(all)
+}
+
+fn passt_for(
     machine: Option<&MachineConfig>,
     passt: Option<PathBuf>,
 ) -> Result<Vec<Program>, String> {
@@ -66,13 +80,13 @@ pub fn helpers(
 }
 
 /// A back-end as it is had at first.
-struct First {
+pub(super) struct First {
     origin: Origin,
     /// `None`: it is not there yet.
     frontend: Option<Frontend>,
-    /// passt's.
+    /// A helper's.
     process: Option<HelperProcess>,
-    /// What passt uses of the host.
+    /// What a helper uses of the host.
     usage: Option<Arc<Usage>>,
     /// Why it is not there.
     missing: Option<String>,
@@ -186,7 +200,7 @@ pub fn make_any(config: &VhostUserConfig, site: &Site<'_>) -> Result<Foreign, St
 }
 
 /// Puts the function in front.
-fn finish(
+pub(super) fn finish(
     kind: &str,
     mut options: VirtioPciOptions,
     first: First,
@@ -206,7 +220,7 @@ fn finish(
     options.hook = Arc::clone(site.hook);
     let mut serving = frontend.is_some();
     let granted = match (&origin, serving) {
-        (Origin::Passt(_), true) => vec!["vhost-user channel".to_owned()],
+        (Origin::Helper(..), true) => vec!["vhost-user channel".to_owned()],
         _ => Vec::new(),
     };
     let mut made = device::attach(site, options.clone(), frontend);
@@ -355,29 +369,81 @@ fn accept(listener: &UnixListener, limit: Duration) -> Result<UnixStream, String
 
 /// Starts passt and waits until it speaks.
 fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<First, String> {
-    let options = passt_options(net, user);
-    let origin = Origin::Passt(options.clone());
-    let resources = net.resources.as_ref().cloned().unwrap_or_default();
-    let least = kinds::passt_least(site.launcher.helper_data());
-    let usage = Some(device::place(
-        site.launcher,
-        &net.id,
-        &resources,
-        "",
-        least,
-    )?);
+    let order = HelperOrder {
+        id: &net.id,
+        kind: helper::PASST,
+        options: passt_options(net, user),
+        resources: net.resources.as_ref().cloned().unwrap_or_default(),
+        least: kinds::passt_least(site.launcher.helper_data(helper::PASST)),
+        hint,
+    };
+    let optional = net.optional;
+    let refused = match start(order, optional, site)? {
+        Started::First(first) => return Ok(*first),
+        Started::Refused(why) => why,
+    };
+    if !optional {
+        return Err(refused);
+    }
+    let why = of_others(&net.id, &refused);
+    log::warn!("device {}: {why}; its link stays down", net.id);
+    Ok(First {
+        optional,
+        ..First::without(Origin::Nothing(why))
+    })
+}
+
+/// A helper to start.
+pub(super) struct HelperOrder<'a> {
+    /// Its device's.
+    pub id: &'a str,
+    /// "passt" or "virtiofsd".
+    pub kind: &'static str,
+    /// What the launcher is to tell it.
+    pub options: Vec<String>,
+    /// Its limits.
+    pub resources: Resources,
+    /// What it needs to start.
+    pub least: Least,
+    /// What may help when it does not, by how it ended.
+    pub hint: fn(Option<&str>) -> &'static str,
+}
+
+/// What became of a helper's start.
+pub(super) enum Started {
+    /// It serves, or is started again by and by.
+    First(Box<First>),
+    /// It cannot be had, for this reason; nothing of it stays.
+    Refused(String),
+}
+
+/// Starts a helper and waits until it speaks.
+///
+/// # Errors
+/// One line: its limits are refused.
+pub(super) fn start(
+    order: HelperOrder<'_>,
+    optional: bool,
+    site: &Site<'_>,
+) -> Result<Started, String> {
+    let HelperOrder {
+        id, kind, options, ..
+    } = order;
+    let origin = Origin::Helper(kind, options.clone());
+    let placed = device::place(site.launcher, id, &order.resources, "", order.least)?;
+    let usage = Some(placed);
     let started = site
         .launcher
-        .spawn_helper(&net.id, "passt", 1, options)
+        .spawn_helper(id, kind, 1, options)
         .map_err(|e| (e.to_string(), ""));
     let runs = started.is_ok();
     let first = started.and_then(|helper| {
         let connected = Frontend::connect(helper.vhost, MESSAGE_LIMIT);
         let frontend = connected.map_err(|error| {
-            let how = device::ended(site.launcher, &net.id, 1, "passt");
-            let hint = hint(how.as_deref());
+            let how = device::ended(site.launcher, id, 1, kind);
+            let hint = (order.hint)(how.as_deref());
             let how = how.unwrap_or_else(|| error.to_string());
-            (format!("device {}: passt: {how}", net.id), hint)
+            (format!("device {id}: {kind}: {how}"), hint)
         })?;
         let process = HelperProcess {
             pid: helper.pid,
@@ -385,50 +451,40 @@ fn start_passt(net: &NetConfig, user: &UserBackend, site: &Site<'_>) -> Result<F
         };
         Ok((frontend, process))
     });
-    let optional = net.optional;
     let (cause, hint) = match first {
         Ok((frontend, process)) => {
-            return Ok(First {
+            return Ok(Started::First(Box::new(First {
                 frontend: Some(frontend),
                 process: Some(process),
                 usage,
                 optional,
                 ..First::without(origin)
-            });
+            })));
         }
         Err(why) => why,
     };
     let why = format!("{cause}{hint}");
     if optional && !helper::lasting(&why) {
         // Its leaf stays, with its limits: those of the next one.
-        if runs && site.launcher.kill(&net.id, 1).is_ok() {
-            site.launcher.take_end(&net.id, 1, END_LIMIT);
+        if runs && site.launcher.kill(id, 1).is_ok() {
+            site.launcher.take_end(id, 1, END_LIMIT);
         }
         log::warn!("{why}; {} without its network", subject(site));
-        return Ok(First {
+        return Ok(Started::First(Box::new(First {
             usage,
             // By which the same is known again.
             missing: Some(cause),
             optional,
             ..First::without(origin)
-        });
+        })));
     }
-    let why = if runs {
-        device::undo(site.launcher, &net.id, 1, &why)
+    Ok(Started::Refused(if runs {
+        device::undo(site.launcher, id, 1, &why)
     } else {
         // Nothing was started, but its place was made.
-        device::forget(site.launcher, &net.id, 1);
+        device::forget(site.launcher, id, 1);
         why
-    };
-    if !optional {
-        return Err(why);
-    }
-    let why = of_others(&net.id, &why);
-    log::warn!("device {}: {why}; its link stays down", net.id);
-    Ok(First {
-        optional,
-        ..First::without(Origin::Nothing(why))
-    })
+    }))
 }
 
 /// What may help when passt does not start, by how it ended.

@@ -13,19 +13,20 @@ pub trait Links {
     /// One line.
     fn connect(&self, path: &Path) -> Result<u64, String>;
 
-    /// Begins to start passt; our end of its channel comes back at once.
+    /// Begins to start a helper; our end of its channel comes back at once, or with the answer.
     ///
     /// # Errors
     /// One line.
-    fn passt(
+    fn helper(
         &self,
+        kind: &str,
         id: &str,
         incarnation: u64,
         options: &[String],
-    ) -> Result<(u64, UnixStream), String>;
+    ) -> Result<(u64, Option<UnixStream>), String>;
 
-    /// Ends a passt that is no longer listened to.
-    fn end_passt(&self, id: &str, incarnation: u64);
+    /// Ends a helper that is no longer listened to.
+    fn end_helper(&self, id: &str, incarnation: u64);
 }
 
 impl Links for Launcher {
@@ -34,17 +35,18 @@ impl Links for Launcher {
             .map_err(|e| e.to_string())
     }
 
-    fn passt(
+    fn helper(
         &self,
+        kind: &str,
         id: &str,
         incarnation: u64,
         options: &[String],
-    ) -> Result<(u64, UnixStream), String> {
-        self.begin_helper(id, "passt", incarnation, options.to_vec())
+    ) -> Result<(u64, Option<UnixStream>), String> {
+        self.begin_helper(id, kind, incarnation, options.to_vec())
             .map_err(|e| e.to_string())
     }
 
-    fn end_passt(&self, id: &str, incarnation: u64) {
+    fn end_helper(&self, id: &str, incarnation: u64) {
         if let Err(error) = self.kill(id, incarnation) {
             log::warn!("device {id}: {error}");
         }

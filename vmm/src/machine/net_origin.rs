@@ -13,13 +13,21 @@ pub enum Origin {
     Connect(PathBuf),
     /// A socket that we listen on.
     Listen(PathBuf, UnixListener),
-    /// passt, with these options.
-    Passt(Vec<String>),
+    /// The external helper of this kind, which the launcher starts with these options.
+    Helper(&'static str, Vec<String>),
     /// There is none and will be none, for this reason.
     Nothing(String),
 }
 
 impl Origin {
+    /// The kind of its helper.
+    pub(super) fn helper(&self) -> Option<&'static str> {
+        match self {
+            Self::Helper(kind, _) => Some(kind),
+            _ => None,
+        }
+    }
+
     /// Whether another back-end can come when one is lost.
     pub(super) fn returns(&self) -> bool {
         !matches!(self, Self::Nothing(_))
@@ -32,7 +40,7 @@ impl fmt::Display for Origin {
             Self::Connect(path) | Self::Listen(path, _) => {
                 write!(f, "vhost-user {}", printable(&path.to_string_lossy()))
             }
-            Self::Passt(_) => f.write_str("passt"),
+            Self::Helper(kind, _) => f.write_str(kind),
             Self::Nothing(why) => f.write_str(why),
         }
     }

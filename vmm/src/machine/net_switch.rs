@@ -1,5 +1,5 @@
 //! Devices whose back-end is somebody else's: a network switch or any other vhost-user
-//! process behind a socket, and passt, which the launcher runs. The manager thread makes them
+//! process behind a socket, and helpers (passt, virtiofsd), which the launcher runs. The manager thread makes them
 //! with the machine, and afterwards keeps their connection: nothing here waits then.
 //!
 //! ```text
@@ -39,7 +39,7 @@ use crate::virtio::{ReconnectError, VirtioPciFunction};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// A connection that lasted so long begins anew with the first pause.
 const STEADY: Duration = Duration::from_secs(5);
-/// How long the launcher may take to connect or to start passt.
+/// How long the launcher may take to connect or to start a helper.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the guest was told of a network device, for its status.
@@ -70,7 +70,7 @@ enum Phase {
     Linking {
         ticket: u64,
         deadline: Instant,
-        /// Our end of passt's channel.
+        /// Our end of a helper's channel, where it does not come with the process.
         ours: Option<UnixStream>,
     },
     Adopting,
@@ -92,6 +92,8 @@ pub struct Came {
     pub fd: OwnedFd,
     /// A helper's host pid.
     pub pid: Option<i32>,
+    /// Our end of a helper's channel, where the launcher made it.
+    pub channel: Option<OwnedFd>,
 }
 
 /// A device with such a back-end.
@@ -105,7 +107,7 @@ pub struct Switch {
     phase: Phase,
     /// The next pause.
     pause: Duration,
-    /// Attempts to get passt, and its process.
+    /// Attempts to get a helper, and its process.
     incarnation: u64,
     /// The last of them that served.
     served: u64,
@@ -156,7 +158,7 @@ impl Switch {
         switch
     }
 
-    /// passt serves it already.
+    /// A helper serves it already.
     #[must_use]
     pub fn with_process(mut self, incarnation: u64, process: HelperProcess) -> Self {
         self.incarnation = incarnation;
@@ -192,9 +194,8 @@ impl Switch {
     pub fn takes_none(&self) -> String {
         match &self.origin {
             Origin::Nothing(why) => absent(why),
-            Origin::Passt(_) => {
-                "passt takes no such request, and is started again by itself when it ends"
-                    .to_owned()
+            Origin::Helper(kind, _) => {
+                format!("{kind} takes no such request, and is started again by itself when it ends")
             }
             _ => "its back-end is somebody else's process, which takes no such request: ask that"
                 .to_owned(),
@@ -212,10 +213,16 @@ impl Switch {
         match (&self.phase, &self.origin) {
             (Phase::Serving { .. }, origin) => ("device.ready", format!("{kind} behind {origin}")),
             (_, Origin::Nothing(why)) => ("device.absent", format!("{kind}: {why}")),
-            (_, origin) => (
-                "device.disconnected",
-                format!("{kind} waits for {origin}; until it comes, its link is down"),
-            ),
+            (_, origin) => {
+                let meanwhile = match self.net {
+                    Some(_) => "its link is down",
+                    None => "nobody serves it",
+                };
+                (
+                    "device.disconnected",
+                    format!("{kind} waits for {origin}; until it comes, {meanwhile}"),
+                )
+            }
         }
     }
 
@@ -223,7 +230,7 @@ impl Switch {
     pub fn describe(&self, info: &mut DeviceInfo) {
         if let Some(process) = &self.process {
             info.pid = process.pid;
-            info.helper = "passt".to_owned();
+            info.helper = self.origin.helper().unwrap_or_default().to_owned();
         }
         info.incarnation = self.incarnation;
         if info.state != "failed" && !matches!(self.phase, Phase::Serving { .. }) {
@@ -309,7 +316,7 @@ impl Switch {
         let end_tells = self.leave(launcher, hung_up);
         self.wait(now);
         let why = match self.origin {
-            Origin::Passt(_) => bare(&self.id, why).to_owned(),
+            Origin::Helper(..) => bare(&self.id, why).to_owned(),
             _ => of_others(&self.id, why),
         };
         let line = format!("{}: {why}", self.origin);
@@ -339,7 +346,7 @@ impl Switch {
     /// Ends what is left of a helper. True: it hung up, and how it ended is still to be told.
     fn leave(&mut self, launcher: &dyn Links, hung_up: bool) -> bool {
         // Its end may have been told before.
-        let helper = matches!(self.origin, Origin::Passt(_));
+        let helper = self.origin.helper().is_some();
         if helper && !hung_up {
             self.given_up = self.incarnation;
         }
@@ -355,13 +362,13 @@ impl Switch {
     /// A process that is no longer listened to could still write to guest memory.
     fn end_process(&mut self, launcher: &dyn Links) {
         if self.process.take().is_some() {
-            launcher.end_passt(&self.id, self.incarnation);
+            launcher.end_helper(&self.id, self.incarnation);
         }
     }
 
     fn wait(&mut self, now: Instant) {
         let until = match &self.origin {
-            Origin::Connect(_) | Origin::Passt(_) => now.checked_add(self.pause),
+            Origin::Connect(_) | Origin::Helper(..) => now.checked_add(self.pause),
             // The first to come is not kept waiting.
             Origin::Listen(..) if self.pause > PAUSE.0 => now.checked_add(self.pause),
             Origin::Listen(..) | Origin::Nothing(_) => None,
@@ -453,11 +460,9 @@ impl Switch {
     fn link(&mut self, launcher: &dyn Links, now: Instant) -> Option<String> {
         let begun = match &self.origin {
             Origin::Connect(path) => launcher.connect(path).map(|ticket| (ticket, None)),
-            Origin::Passt(options) => {
+            Origin::Helper(kind, options) => {
                 self.incarnation = self.incarnation.saturating_add(1);
-                launcher
-                    .passt(&self.id, self.incarnation, options)
-                    .map(|(ticket, ours)| (ticket, Some(ours)))
+                launcher.helper(kind, &self.id, self.incarnation, options)
             }
             Origin::Listen(..) | Origin::Nothing(_) => return None,
         };
@@ -496,16 +501,25 @@ impl Switch {
             self.phase = old;
             return None;
         };
-        let stream = match (linked, ours) {
-            (Ok(linked), Some(ours)) => {
+        let stream = match linked {
+            Ok(linked) if self.origin.helper().is_none() => UnixStream::from(linked.fd),
+            Ok(linked) => {
                 self.process = Some(HelperProcess {
                     pid: linked.pid.unwrap_or_default(),
                     pidfd: linked.fd,
                 });
-                ours
+                // Without one it is as if it had closed it.
+                let made = linked.channel.map(UnixStream::from);
+                match ours.or(made) {
+                    Some(stream) => stream,
+                    None => {
+                        self.wait(now);
+                        let why = format!("{}: the launcher's answer was lost", self.origin);
+                        return self.news(&why).then_some(why);
+                    }
+                }
             }
-            (Ok(linked), None) => UnixStream::from(linked.fd),
-            (Err(why), _) => {
+            Err(why) => {
                 self.wait(now);
                 return self.news(&why).then_some(why);
             }
@@ -519,7 +533,14 @@ impl Switch {
     /// # Errors
     /// When it is no network device.
     pub fn stats(&self, function: &VirtioPciFunction) -> Result<DeviceStatsResponse, RpcStatus> {
+        let mut response = DeviceStatsResponse::new();
+        response.id = self.id.clone();
+        response.kind = self.kind.clone();
+        response.usage = self.usage.as_ref().map(|usage| usage.read()).into();
         let Some(net) = &self.net else {
+            if self.usage.is_some() {
+                return Ok(response);
+            }
             return Err(RpcStatus::failed_precondition(format!(
                 "device {}: its back-end is somebody else's process, which tells no counters: ask that",
                 self.id
@@ -533,15 +554,11 @@ impl Switch {
         status.mtu = net.mtu;
         status.datapath = match &self.origin {
             Origin::Connect(_) | Origin::Listen(..) => "vhost-user",
-            Origin::Passt(_) => "passt",
+            Origin::Helper(kind, _) => kind,
             Origin::Nothing(_) => "none",
         }
         .to_owned();
-        let mut response = DeviceStatsResponse::new();
-        response.id = self.id.clone();
-        response.kind = self.kind.clone();
         response.net = Some(status).into();
-        response.usage = self.usage.as_ref().map(|usage| usage.read()).into();
         Ok(response)
     }
 

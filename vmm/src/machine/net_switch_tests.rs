@@ -39,18 +39,19 @@ impl Links for Fake {
         self.ask(format!("connect {}", path.display()))
     }
 
-    fn passt(
+    fn helper(
         &self,
+        kind: &str,
         id: &str,
         incarnation: u64,
         options: &[String],
-    ) -> Result<(u64, UnixStream), String> {
+    ) -> Result<(u64, Option<UnixStream>), String> {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        self.ask(format!("passt {id} {incarnation} {}", options.join(" ")))
-            .map(|ticket| (ticket, ours))
+        self.ask(format!("{kind} {id} {incarnation} {}", options.join(" ")))
+            .map(|ticket| (ticket, (kind == "passt").then_some(ours)))
     }
 
-    fn end_passt(&self, id: &str, incarnation: u64) {
+    fn end_helper(&self, id: &str, incarnation: u64) {
         self.asked
             .borrow_mut()
             .push(format!("end {id} {incarnation}"));
@@ -62,6 +63,7 @@ fn came(pid: Option<i32>) -> Came {
     Came {
         fd: OwnedFd::from(fd),
         pid,
+        channel: None,
     }
 }
 
@@ -162,7 +164,8 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
         pid: 77,
         pidfd: came(None).fd,
     };
-    let mut tie = switch(Origin::Passt(vec!["mtu=1400".into()]), now).with_process(1, process);
+    let mut tie =
+        switch(Origin::Helper("passt", vec!["mtu=1400".into()]), now).with_process(1, process);
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.helper.as_str()), (77, "passt"));
@@ -198,7 +201,7 @@ fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
 fn the_end_of_a_passt_that_served_for_long_is_told_whichever_is_seen_first() {
     let fake = Fake::default();
     let mut now = Instant::now();
-    let mut tie = switch(Origin::Passt(Vec::new()), now);
+    let mut tie = switch(Origin::Helper("passt", Vec::new()), now);
     let mut told = Vec::new();
     for round in 0..4 {
         tie.lost(&fake, (GONE, true), now);
@@ -248,7 +251,7 @@ fn that_a_back_end_came_is_not_the_last_that_is_told_of_one_that_is_gone() {
 fn a_passt_that_always_fails_is_told_of_once_by_how_it_ends() {
     let fake = Fake::default();
     let mut now = Instant::now();
-    let mut tie = switch(Origin::Passt(Vec::new()), now);
+    let mut tie = switch(Origin::Helper("passt", Vec::new()), now);
     tie.lost(&fake, (GONE, true), now);
     let mut told = Vec::new();
     for round in 0..4 {

@@ -156,7 +156,7 @@ fn given_a_process_that_died_then_another_takes_its_place_with_the_same_descript
         let next = respawn(&launcher, incarnation).unwrap();
         ours.read_exact(&mut word).unwrap();
         assert_eq!(&word, b"fd 5\n", "it has the descriptor of the first");
-        let fence = next.fence.unwrap();
+        let fence = next.second.unwrap();
         launcher.begin_kill("disk0", incarnation).unwrap();
         let (id, of, _) = next_exit(&launcher);
         assert_eq!((id.as_str(), of), ("disk0", incarnation));

@@ -96,7 +96,9 @@ fn in_a_guest() -> Verdict {
     let mut client = comes_in(&socket, &port, "after-a-crash")?;
     let mut other = console(&socket, &["con"])?;
     // What nobody looks at yet is dropped.
-    guest.run("(while :; do echo BY-THE-'CONSOLE' >/dev/hvc0; sleep 0.2; done) & echo $! >/tmp/says")?;
+    guest.run(
+        "(while :; do echo BY-THE-'CONSOLE' >/dev/hvc0; sleep 0.2; done) & echo $! >/tmp/says",
+    )?;
     other.wait_for("BY-THE-CONSOLE", LIMIT)?;
     guest.run("kill $(cat /tmp/says)")?;
     guest.ends()?;

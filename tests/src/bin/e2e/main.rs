@@ -28,6 +28,7 @@ mod disk_faults;
 mod disk_formats;
 mod events;
 mod faults;
+mod fs;
 mod hostile_device;
 mod hostile_disk;
 mod hostile_guest;
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
         tests.extend(net_native::native());
         tests.extend(net_faults::native());
         tests.extend(vsock::native());
+        tests.extend(fs::native());
         tests.extend(hostile_device::tests());
     } else {
         tests.extend(boot::tests());
@@ -124,6 +126,7 @@ fn main() -> ExitCode {
         tests.extend(net_bad::tests());
         tests.extend(net_handed::tests());
         tests.extend(vhost_user::tests());
+        tests.extend(fs::tests());
         tests.extend(api::tests());
         tests.extend(api_fuzz::tests());
         tests.extend(audit::tests());

@@ -100,7 +100,6 @@ mod tests {
             target: target.into(),
             ring: None,
             family: None,
-            inode: None,
         }
     }
 

@@ -14,7 +14,6 @@ fn fd(number: i32, kind: Kind) -> Fd {
         target: "x".into(),
         ring: None,
         family: None,
-        inode: None,
     }
 }
 
@@ -36,6 +35,7 @@ fn told() -> Told {
         newest_landlock: 7,
         made: None,
         user_namespaces: true,
+        serves: false,
     }
 }
 
@@ -333,7 +333,9 @@ fn a_vcpu_thread_has_a_filter_of_its_own() {
         policies: names.iter().map(|n| (*n).to_owned()).collect(),
         ..Filters::default()
     };
-    let of = |thread, names: &[&str]| unexpected(Role::Vmm, thread, &filters(names), None).len();
+    let of = |thread, names: &[&str]| {
+        unexpected(Role::Vmm, thread, &filters(names), &Told::default()).len()
+    };
     assert_eq!(of("vp-0", &["bulkhead-vcpu", "bulkhead-vmm:setup"]), 0);
     assert_eq!(of("vp-0", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 1);
     assert_eq!(of("bulkhead", &["bulkhead-vmm", "bulkhead-vmm:setup"]), 0);

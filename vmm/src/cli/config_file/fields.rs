@@ -5,10 +5,11 @@
 
 use bulkhead_proto::common::{DiskLimits, IoLimits, NetLimits, Resources, TokenBucket};
 use bulkhead_proto::machine::{
-    ConsoleConfig, ConsolePort, CpuConfig, DiskConfig, MachineConfig, NetConfig, RngConfig,
-    RootPort, SerialConfig, TapBackend, UserBackend, VhostUserBackend, VhostUserConfig,
+    ConsoleConfig, ConsolePort, CpuConfig, DiskConfig, FsConfig, MachineConfig, NetConfig,
+    RngConfig, RootPort, SerialConfig, TapBackend, UserBackend, VhostUserBackend, VhostUserConfig,
     VsockConfig,
     disk_config::{Cache, Format},
+    fs_config::Cache as FsCache,
     machine_config::OnReset,
     net_config::Backend,
     serial_config::Mode,
@@ -101,6 +102,12 @@ const CACHES: [(&str, Cache); 4] = [
     ("writethrough", Cache::WRITETHROUGH),
     ("unsafe", Cache::UNSAFE),
 ];
+const FS_CACHES: [(&str, FsCache); 4] = [
+    ("auto", FsCache::CACHE_AUTO),
+    ("always", FsCache::CACHE_ALWAYS),
+    ("metadata", FsCache::CACHE_METADATA),
+    ("never", FsCache::CACHE_NEVER),
+];
 const DATAPATHS: [(&str, Datapath); 3] = [
     ("auto", Datapath::AUTO),
     ("user", Datapath::USER),
@@ -129,6 +136,7 @@ pub(super) fn machine<F: Fields>(f: &mut F, machine: &mut MachineConfig) -> Step
     f.tables("rng", &mut machine.rngs, rng)?;
     f.table("vsock", &mut machine.vsock, vsock)?;
     f.tables("console", &mut machine.consoles, console)?;
+    f.tables("fs", &mut machine.fs, fs)?;
     f.tables("port", &mut machine.ports, root_port)
 }
 
@@ -287,6 +295,16 @@ fn console_port<F: Fields>(f: &mut F, port: &mut ConsolePort) -> Step {
     f.text("name", &mut port.name)?;
     f.number("cols", &mut port.cols)?;
     f.number("rows", &mut port.rows)
+}
+
+fn fs<F: Fields>(f: &mut F, fs: &mut FsConfig) -> Step {
+    f.text("id", &mut fs.id)?;
+    f.text("tag", &mut fs.tag)?;
+    f.text("source", &mut fs.source)?;
+    f.flag("readonly", &mut fs.readonly)?;
+    f.choice("cache", &mut fs.cache, &FS_CACHES)?;
+    f.flag("xattr", &mut fs.xattr)?;
+    f.table("resources", &mut fs.resources, resources)
 }
 
 fn root_port<F: Fields>(f: &mut F, port: &mut RootPort) -> Step {

@@ -21,12 +21,13 @@ use crate::machine::net_kinds;
 /// Longest file, bytes.
 const MAX_FILE: u64 = 1 << 20;
 /// Names of lists in the API, and of one table in a file.
-const LISTS: [(&str, &str); 7] = [
+const LISTS: [(&str, &str); 8] = [
     ("disks", "disk"),
     ("nets", "net"),
     ("vhost_users", "vhost_user"),
     ("rngs", "rng"),
     ("consoles", "console"),
+    ("fs", "fs"),
     ("ports", "port"),
     ("forwards", "forward"),
 ];
@@ -172,6 +173,7 @@ fn name_devices(config: &mut MachineConfig) {
     number(nets, "net");
     number(rngs, "rng");
     number(consoles, "console");
+    number(config.fs.iter_mut().map(|d| &mut d.id), "fs");
     for (index, device) in config.vhost_users.iter_mut().enumerate() {
         if device.id.is_empty() {
             let kind = net_kinds::by_id(device.device_id).map_or("vhost", |kind| kind.name);

@@ -143,8 +143,8 @@ pub(super) fn take(
                 let fd = fds.next().ok_or(LauncherError::Protocol(
                     "a connection without its descriptor",
                 ))?;
-                let fence = fds.next();
-                linked.insert(reply_id, Linked { fd, pid, fence });
+                let second = fds.next();
+                linked.insert(reply_id, Linked { fd, pid, second });
                 events.push_back(LauncherEvent::Linked {
                     ticket: reply_id,
                     result: Ok(()),

@@ -12,6 +12,7 @@ use bulkhead_proto::launcher as wire;
 use bulkhead_proto::protobuf::Message;
 
 use super::{DEADLINE, Launcher, LauncherError, PATH_DEADLINE, path_text};
+use crate::launcher::helper::VIRTIOFSD;
 use crate::launcher::sys;
 use crate::launcher::tap::{self, Tap};
 
@@ -37,8 +38,8 @@ pub struct Linked {
     pub fd: OwnedFd,
     /// A process's pid as the VMM sees it.
     pub pid: Option<i32>,
-    /// A device process's fence.
-    pub fence: Option<OwnedFd>,
+    /// A device process's fence, or our end of the channel that was made for a helper.
+    pub second: Option<OwnedFd>,
 }
 
 impl Launcher {
@@ -117,9 +118,10 @@ impl Launcher {
         incarnation: u64,
         options: Vec<String>,
     ) -> Result<SpawnedHelper, LauncherError> {
-        let (vhost, theirs) = UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e))?;
+        let pair = channel(kind)?;
         let op = helper(id, kind, incarnation, options);
-        let called = self.call(op, &[theirs.as_fd()], DEADLINE, "spawn");
+        let theirs: Vec<_> = pair.iter().map(|(_, theirs)| theirs.as_fd()).collect();
+        let called = self.call(op, &theirs, DEADLINE, "spawn");
         let (reply, mut fds, pid) = match called {
             Err(error @ LauncherError::Deadline(_)) => {
                 // Should it come up later, nobody would know it.
@@ -128,8 +130,11 @@ impl Launcher {
             }
             other => other?,
         };
-        match (reply.result, fds.pop(), fds.pop(), pid) {
-            (Some(wire::reply::Result::Spawned(_)), Some(pidfd), None, Some(pid)) => {
+        let ours = pair.map(|(ours, _)| ours);
+        let made = (fds.len() > 1).then(|| fds.pop()).flatten();
+        let vhost = ours.or(made.map(UnixStream::from));
+        match (reply.result, fds.pop(), fds.pop(), pid, vhost) {
+            (Some(wire::reply::Result::Spawned(_)), Some(pidfd), None, Some(pid), Some(vhost)) => {
                 Ok(SpawnedHelper { pid, pidfd, vhost })
             }
             _ => Err(LauncherError::Protocol(
@@ -150,18 +155,19 @@ impl Launcher {
     }
 
     /// Begins to start an external helper. Does not wait, as above; our end of its channel
-    /// comes back at once.
+    /// comes back at once, or with the answer where the launcher makes that.
     pub fn begin_helper(
         &self,
         id: &str,
         kind: &str,
         incarnation: u64,
         options: Vec<String>,
-    ) -> Result<(u64, UnixStream), LauncherError> {
-        let (vhost, theirs) = UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e))?;
+    ) -> Result<(u64, Option<UnixStream>), LauncherError> {
+        let pair = channel(kind)?;
         let op = helper(id, kind, incarnation, options);
-        self.begin_link(op, &[theirs.as_fd()])
-            .map(|ticket| (ticket, vhost))
+        let theirs: Vec<_> = pair.iter().map(|(_, theirs)| theirs.as_fd()).collect();
+        let ticket = self.begin_link(op, &theirs)?;
+        Ok((ticket, pair.map(|(ours, _)| ours)))
     }
 
     /// What came with the answer of this ticket, once.
@@ -199,6 +205,15 @@ impl Launcher {
         inner.inbox.links.insert(id);
         Ok(id)
     }
+}
+
+/// Both ends of the channel of a helper of this kind; `None`: the launcher makes it.
+fn channel(kind: &str) -> Result<Option<(UnixStream, UnixStream)>, LauncherError> {
+    if kind == VIRTIOFSD {
+        return Ok(None);
+    }
+    let pair = UnixStream::pair().map_err(|e| LauncherError::Io("socketpair", e))?;
+    Ok(Some(pair))
 }
 
 fn helper(id: &str, kind: &str, incarnation: u64, options: Vec<String>) -> wire::request::Op {

@@ -178,14 +178,18 @@ impl Server {
             options: op.options,
             fds,
         };
-        let device = device::spawn_helper(
+        let mut device = device::spawn_helper(
             &order,
             &self.args,
             &self.helpers,
             &self.devices,
             &mut self.cgroups,
+            &self.paths,
         )?;
-        self.started(id, device, begin)
+        let channel = device.channel.take();
+        let mut outgoing = self.started(id, device, begin)?;
+        outgoing.fds.extend(channel);
+        Ok(outgoing)
     }
 
     pub(super) fn kill(&mut self, id: u64, op: &wire::Kill) -> Result<Outgoing, String> {

@@ -159,6 +159,7 @@ impl Host {
                 .map(|linked| Came {
                     fd: linked.fd,
                     pid: linked.pid,
+                    channel: linked.second,
                 })
                 .ok_or_else(|| "the launcher's answer was lost".to_owned())
         });

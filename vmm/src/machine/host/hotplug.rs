@@ -190,8 +190,10 @@ impl Host {
             Some(add_device_request::Device::Console(console)) => {
                 Addition::Console(console.clone())
             }
+            Some(add_device_request::Device::Fs(fs)) => Addition::Fs(fs.clone()),
             _ => {
-                let line = "device is missing: give disk, net, vhost_user, rng, vsock or console";
+                let line =
+                    "device is missing: give disk, net, vhost_user, rng, vsock, console or fs";
                 return reply.complete(Err(RpcStatus::invalid_argument(line)));
             }
         };

@@ -64,6 +64,8 @@ pub struct HostOptions {
     pub libexec: Option<PathBuf>,
     /// passt, for user-mode networks.
     pub passt: Option<PathBuf>,
+    /// virtiofsd, for directories.
+    pub virtiofsd: Option<PathBuf>,
     /// Where the VM's cgroup is to be.
     pub cgroup: CgroupChoice,
     /// Where to serve the API, and to whom.
@@ -114,7 +116,8 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
     config.device_dirs = options.device_dirs;
     config.allow_paths = options.allow_paths;
     config.ids = options.ids;
-    config.helpers = super::net_external::helpers(options.first.as_ref(), options.passt)?;
+    config.helpers =
+        super::net_external::helpers(options.first.as_ref(), options.passt, options.virtiofsd)?;
     let places = options.api.prepare()?;
     let launcher = Launcher::start(&config).map_err(|e| e.to_string())?;
     // Helpers' programs are the launcher's from now on.

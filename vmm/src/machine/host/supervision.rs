@@ -274,7 +274,11 @@ impl Host {
     }
 
     fn on_started(&mut self, index: usize, linked: Linked) {
-        let Linked { fd, pid, fence } = linked;
+        let Linked {
+            fd,
+            pid,
+            second: fence,
+        } = linked;
         let Some(newcomer) = self.process(index).and_then(|p| p.newcomer.as_mut()) else {
             return;
         };

@@ -92,7 +92,11 @@ impl Host {
     }
 
     fn greet_trial(&mut self, index: usize, linked: Linked) -> Result<(), String> {
-        let Linked { fd, pid, fence } = linked;
+        let Linked {
+            fd,
+            pid,
+            second: fence,
+        } = linked;
         let Some(trial) = self.trial(index) else {
             return Ok(());
         };
