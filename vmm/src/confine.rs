@@ -25,12 +25,7 @@ const NPROC: u64 = 256;
 /// # Errors
 /// One line that says which step the kernel refused.
 pub fn vmm(identity: Option<u32>) -> Result<Report, String> {
-    let mut rlimits = rlimits();
-    // The kernel counts by uid: another's would count others' processes, too.
-    if identity.is_some() {
-        rlimits = rlimits.nproc(NPROC);
-    }
-    Confinement::new(rlimits)
+    Confinement::new(rlimits(identity.is_some()))
         .identity(identity)
         .lock_down()
         .and_then(|locked| locked.seal_for_setup(&policy::BULKHEAD_VMM))
@@ -38,9 +33,14 @@ pub fn vmm(identity: Option<u32>) -> Result<Report, String> {
         .map_err(|e| format!("confining the VMM: {e}"))
 }
 
-/// The VMM's resource limits, whosever uid it has.
-pub(crate) fn rlimits() -> Rlimits {
-    Rlimits::new().nofile(NOFILE).core(0)
+/// The VMM's resource limits; `own_uid`: it has a uid that nothing else has.
+pub(crate) fn rlimits(own_uid: bool) -> Rlimits {
+    let rlimits = Rlimits::new().nofile(NOFILE).core(0);
+    // The kernel counts by uid: another's would count others' processes, too.
+    match own_uid {
+        true => rlimits.nproc(NPROC),
+        false => rlimits,
+    }
 }
 
 /// Narrows the calling thread to the steady stage: the manager when its machine boots,

@@ -44,6 +44,8 @@ pub struct Told {
     pub booted: bool,
     /// Files that the VMM's guest is booted from, by their real paths.
     pub boot: Option<Vec<String>>,
+    /// Each device, and so the VMM, has a uid of its own.
+    pub own_ids: bool,
     /// Its launcher could have given it a user namespace of its own.
     pub user_namespaces: bool,
     /// It is virtiofsd, or a launcher that may start one.
@@ -90,7 +92,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
             .deviation("is dumpable: others of its user may trace it, and it may leave a core");
     }
     if let Some(limits) = &process.limits {
-        let wider = limits.wider(role, told.serves, told.said);
+        let wider = limits.wider(role, told);
         judgement.deviations.extend(wider);
         if let Some(note) = limits.short(told.said) {
             judgement.note_once(&note);
@@ -104,7 +106,7 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
         ));
     }
     for fd in &process.fds {
-        judgement.ring(role, fd, told);
+        judgement.ring(role, fd, process, told);
     }
     match role {
         Role::Vmm => judgement.vmm(process, told),
@@ -269,6 +271,11 @@ impl Judgement {
         if !thread.no_new_privs {
             self.deviation(format!("{who}no_new_privs is not set"));
         }
+        if thread.apart && !thread.worker {
+            self.deviation(format!(
+                "{who}has descriptors, or a root or current directory, that are not its process's"
+            ));
+        }
         if thread.seccomp_mode != FILTER {
             self.deviation(format!("{who}has no seccomp filter"));
         }
@@ -341,14 +348,9 @@ impl Judgement {
         if process.pids.last() != Some(&1) || shares(&process.namespaces, "pid") {
             self.deviation("is not PID 1 of a pid namespace of its own");
         }
-        for fd in &process.fds {
-            if matches!(fd.kind, Kind::Kvm | Kind::Memfd | Kind::Block) || is_kvm(&fd.kind) {
-                self.deviation(format!(
-                    "holds descriptor {} ({})",
-                    fd.number,
-                    fd.kind.label()
-                ));
-            }
+        self.families(process);
+        for fd in holds::surplus_of_launcher(&process.fds) {
+            self.surplus(fd);
         }
     }
 
@@ -370,7 +372,7 @@ impl Judgement {
                 continue;
             }
             // Those of clients that it has accepted.
-            if fd.kind == Kind::Socket && accepts(process) {
+            if fd.kind == Kind::Socket && accepts(process, told) {
                 continue;
             }
             self.surplus(fd);
@@ -411,13 +413,20 @@ impl Judgement {
     }
 
     /// A device's rings work on files that it registered, and on no memory that it did.
-    fn ring(&mut self, role: Role, fd: &Fd, told: &Told) {
+    fn ring(&mut self, role: Role, fd: &Fd, process: &Process, told: &Told) {
         let Some(ring) = &fd.ring else { return };
         let number = fd.number;
         let kind = told.kind.as_deref();
         let has_rings = kind.is_none_or(|kind| ["blk", "net"].contains(&kind));
         if role != Role::Device || !has_rings {
             self.deviation(format!("holds an io_uring, descriptor {number}"));
+        }
+        let held = |name: &String| process.fds.iter().any(|fd| fd.target == *name);
+        let mut named = ring.files.iter().filter(|name| name.starts_with('/'));
+        if let Some(name) = named.find(|name| !held(name)) {
+            self.deviation(format!(
+                "its io_uring {number} works on {name}, of which it has no descriptor"
+            ));
         }
         if ring.buffers > 0 {
             self.deviation(format!(
@@ -439,17 +448,22 @@ impl Judgement {
         };
         let library = |line: &&String| {
             let path = line.split_once(" /").map(|(_, path)| path);
-            role != Role::Device
-                && path.is_some_and(|p| !p.starts_with("memfd:") && !p.ends_with(" (deleted)"))
+            role != Role::Device && path.is_some_and(|path| !path.starts_with("memfd:"))
         };
         if let Some(line) = mappings.foreign_code.iter().find(|line| !library(line)) {
             self.deviation(format!("executes what is not of its program: {line}"));
+        }
+        if let Some(line) = mappings.changed_code.first() {
+            self.deviation(format!("its code is not as the file has it: {line}"));
+        }
+        if let Some(line) = mappings.written_files.first() {
+            self.deviation(format!("has mapped a file that it can write to: {line}"));
         }
     }
 
     /// Sockets are of the host itself: none reaches a network.
     fn families(&mut self, process: &Process) {
-        for fd in &process.fds {
+        for fd in holds::beside_standard(&process.fds) {
             if let Some(family) = fd.family.as_ref().filter(|family| *family != "unix") {
                 self.deviation(format!(
                     "holds descriptor {}, a socket of the family {family}",
@@ -518,14 +532,25 @@ fn expected(fd: &Fd, granted: Option<usize>) -> bool {
 }
 
 /// Whether it is of a kind that accepts clients.
-fn accepts(process: &Process) -> bool {
-    let exe = process.exe.as_deref().unwrap_or_default();
-    let name = exe.rsplit('/').next();
-    matches!(name, Some("bulkhead-vsock" | "bulkhead-console"))
-}
-
-fn is_kvm(kind: &Kind) -> bool {
-    matches!(kind, Kind::Anonymous(name) if name.starts_with("kvm-"))
+fn accepts(process: &Process, told: &Told) -> bool {
+    let accepting = ["vsock", "console"];
+    if let Some(kind) = &told.kind {
+        return accepting.contains(&kind.as_str());
+    }
+    // Nobody has told: its policies do, and where they may not be read, what it is called.
+    let is = |name: &str| {
+        let kind = name.strip_prefix("bulkhead-");
+        kind.is_some_and(|kind| accepting.contains(&kind))
+    };
+    let filters = process.threads.iter().find_map(|t| t.filters.as_ref());
+    match filters {
+        Some(filters) => filters.policies.iter().any(|name| is(name)),
+        None => {
+            let exe = process.exe.as_deref().unwrap_or_default();
+            let name = exe.rsplit('/').next().unwrap_or_default();
+            is(name.trim_end_matches(" (deleted)"))
+        }
+    }
 }
 
 fn shares(namespaces: &[Namespace], kind: &str) -> bool {

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::Role;
+use super::grade::Told;
 use crate::confine;
 use crate::launcher::cgroup_parent::{GROUP_PREFIX, Mount, path_of};
 use crate::launcher::{self, CONTROLLERS, LEAF_PREFIX, printable};
@@ -48,11 +49,12 @@ impl Said {
 }
 
 /// What a process of that role may have at most: what is set where it is started, and confines
-/// itself. `serves`: it is virtiofsd, or a launcher that may start one.
-fn most(role: Role, serves: bool) -> Vec<(u32, u64)> {
+/// itself.
+fn most(role: Role, told: &Told) -> Vec<(u32, u64)> {
+    let serves = told.serves;
     match role {
         Role::Vmm => {
-            let all = confine::rlimits().each();
+            let all = confine::rlimits(told.own_ids).each();
             all.iter().filter_map(|l| Some((l.1, l.2?))).collect()
         }
         Role::Launcher if serves => launcher::SHARING_LAUNCHER_LIMITS.into(),
@@ -160,8 +162,8 @@ impl Limits {
     }
 
     /// Resource limits that are wider than what was set, by the launcher or as the process says.
-    pub fn wider(&self, role: Role, serves: bool, said: Said) -> Vec<String> {
-        let (mut wrong, by_role) = (Vec::new(), most(role, serves));
+    pub fn wider(&self, role: Role, told: &Told) -> Vec<String> {
+        let (mut wrong, by_role, said) = (Vec::new(), most(role, told), told.said);
         for (_, name, number) in RLIMITS {
             let said = said.each().into_iter().find(|(of, _)| *of == number);
             let said = said.and_then(|(_, most)| most);
@@ -264,7 +266,7 @@ mod tests {
     #[test]
     fn every_limit_that_is_set_is_one_that_is_read() {
         for role in [Role::Vmm, Role::Launcher, Role::Device, Role::Helper] {
-            let most = most(role, false);
+            let most = most(role, &Told::default());
             assert!(most.len() >= 2);
             for (number, _) in most {
                 assert!(
@@ -286,7 +288,11 @@ mod tests {
             descriptors: Some(40),
             ..Said::default()
         };
-        let wider = |limits: &Limits| limits.wider(Role::Device, false, said).len();
+        let of_said = |said| Told {
+            said,
+            ..Told::default()
+        };
+        let wider = |limits: &Limits| limits.wider(Role::Device, &of_said(said)).len();
         assert_eq!(wider(&of("40", "40")), 0);
         assert_eq!(wider(&of("41", "41")), 1);
         assert_eq!(wider(&of("40", "41")), 1);
@@ -298,12 +304,12 @@ mod tests {
         };
         assert_eq!(
             of("1048576", "1048576")
-                .wider(Role::Device, false, lies)
+                .wider(Role::Device, &of_said(lies))
                 .len(),
             1
         );
         assert_eq!(
-            of("1024", "1024").wider(Role::Device, false, Said::default()),
+            of("1024", "1024").wider(Role::Device, &Told::default()),
             [""; 0]
         );
         assert_eq!(of("40", "40").short(said), None);

@@ -4,12 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use rustix::fs::makedev;
 use serde::Serialize;
 
-use super::fds::Inode;
+use super::fds::{Inode, memory_devices};
 use crate::launcher::printable;
 
 /// Most mappings that are read of one process.
@@ -28,6 +28,10 @@ pub struct Mappings {
     pub writable_and_executable: Vec<String>,
     /// Code that is neither its program's nor the kernel's: lines, escaped, the first few.
     pub foreign_code: Vec<String>,
+    /// Code that is not as its file has it: somebody has written to it. Lines, escaped, the first few.
+    pub changed_code: Vec<String>,
+    /// Files of file systems that it can write to by their mapping: lines, escaped, the first few.
+    pub written_files: Vec<String>,
     /// Device and inode of what it shares with whoever has mapped the same.
     #[serde(skip)]
     pub shared: BTreeSet<Inode>,
@@ -55,9 +59,18 @@ pub fn read(pid: i32) -> io::Result<Mappings> {
         inode: fs::metadata(&exe).map(|m| (m.dev(), m.ino()))?,
         name: fs::read_link(&exe)?.to_string_lossy().into_owned(),
     };
+    let pages = fs::File::open(format!("/proc/{pid}/pagemap")).ok();
     let lines = BufReader::new(fs::File::open(format!("/proc/{pid}/maps"))?).lines();
     for line in lines.take(MAX_MAPPINGS) {
-        mappings.add(&line?, &program);
+        let line = line?;
+        mappings.add(&line, &program);
+        if let Some(pages) = &pages
+            && mappings.changed_code.len() < MAX_NAMED
+            && let Some(range) = code(&line)
+            && changed(pages, range)
+        {
+            mappings.changed_code.push(printable(&line));
+        }
     }
     Ok(mappings)
 }
@@ -69,10 +82,17 @@ impl Mappings {
         let mut words = line.split_ascii_whitespace();
         let rights = words.nth(1).unwrap_or("rwx");
         let inode = inode(words.nth(1), words.next());
+        let name = name(line);
         if let Some(inode) = inode.filter(|_| rights.ends_with('s')) {
             self.shared.insert(inode);
+            if rights.contains('w')
+                && name.starts_with('/')
+                && !memory_devices().contains(&inode.0)
+                && self.written_files.len() < MAX_NAMED
+            {
+                self.written_files.push(printable(line));
+            }
         }
-        let name = name(line);
         let kernels = inode.is_none() && matches!(name, "[vdso]" | "[vsyscall]");
         if rights.contains('x')
             && !kernels
@@ -88,6 +108,44 @@ impl Mappings {
             }
         }
     }
+}
+
+/// Most code of one mapping that is looked through, bytes.
+const MAX_CODE: u64 = 64 << 20;
+const PAGE: u64 = 4096;
+/// Bits of an entry of pagemap (Linux's Documentation/admin-guide/mm/pagemap.rst): the page is there,
+/// or swapped out; it is a file's, or shared.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+/// Where a file's code is mapped.
+fn code(line: &str) -> Option<(u64, u64)> {
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let executable = words.next()?.contains('x');
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let range = (hex(start)?, hex(end)?);
+    (executable && name(line).starts_with('/')).then_some(range)
+}
+
+/// Whether a page there is none of the file's any more: the first write to a private mapping makes a
+/// copy.
+fn changed(pages: &fs::File, (start, end): (u64, u64)) -> bool {
+    let length = end.saturating_sub(start).min(MAX_CODE) / PAGE;
+    let bytes = usize::try_from(length.saturating_mul(8)).unwrap_or(0);
+    let mut entries = vec![0; bytes];
+    if pages
+        .read_exact_at(&mut entries, (start / PAGE).saturating_mul(8))
+        .is_err()
+    {
+        return false;
+    }
+    let (entries, _) = entries.as_chunks::<8>();
+    entries
+        .iter()
+        .map(|entry| u64::from_ne_bytes(*entry))
+        .any(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0)
 }
 
 /// What follows the first five words.
@@ -143,13 +201,16 @@ mod tests {
         for line in [
             "7f0-7f1 r-xp 00000000 00:00 0                          [vdso]",
             "ff0-ff1 --xp 00000000 00:00 0                  [vsyscall]",
-            "7f2-7f3 rw-s 00000000 00:01 5 /memfd:guest-ram (deleted)",
+            "7f2-7f3 r--s 00000000 00:01 5 /memfd:guest-ram (deleted)",
             "7f4-7f5 r-xp 00000000 00:1a 83                         /a program",
         ] {
             mappings.add(line, &program(1, 1));
         }
         assert_eq!(mappings.foreign_code, [""; 0]);
         assert_eq!(mappings.shared, BTreeSet::from([(makedev(0, 1), 5)]));
+        let line = "7f2-7f3 rw-s 00000000 08:01 5 /etc/hostname";
+        mappings.add(line, &program(1, 1));
+        assert_eq!(mappings.written_files, [line]);
         for line in [
             "7f0-7f1 r-xp 00000000 00:01 9 /memfd:x (deleted)",
             "7f0-7f1 r-xp 00000000 00:01 9 [vdso]",
@@ -161,6 +222,35 @@ mod tests {
             mappings.add(line, &program(1, 1));
             assert_eq!(mappings.foreign_code.len(), before + 1, "{line}");
         }
+    }
+
+    #[test]
+    fn code_that_somebody_has_written_to_is_found() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let executes = || {
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+            exe.ends_with("sleep") || exe.ends_with("busybox") || exe.ends_with("coreutils")
+        };
+        while !executes() {
+            std::thread::yield_now();
+        }
+        assert_eq!(read(pid).unwrap().changed_code, [""; 0]);
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let (start, _) = maps.lines().find_map(code).unwrap();
+        let mut memory = fs::OpenOptions::new();
+        let memory = memory.read(true).write(true);
+        let memory = memory.open(format!("/proc/{pid}/mem")).unwrap();
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, start).unwrap();
+        memory.write_all_at(&byte, start).unwrap();
+        let found = read(pid).unwrap().changed_code;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
     }
 
     #[test]

@@ -28,18 +28,27 @@ fn held(pid: i32) -> Option<BTreeSet<Inode>> {
 }
 
 /// Who holds any of these by a descriptor, of all processes of the host but `own`.
-fn holders(wanted: &BTreeSet<Inode>, own: &BTreeSet<i32>) -> BTreeMap<Inode, i32> {
-    let mut holders = BTreeMap::new();
+fn holders(wanted: &BTreeSet<Inode>, own: &BTreeSet<i32>) -> BTreeMap<Inode, BTreeSet<i32>> {
+    let mut holders: BTreeMap<Inode, BTreeSet<i32>> = BTreeMap::new();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     for pid in pids.filter(|pid| !own.contains(pid)) {
         for inode in fds::memory(pid).unwrap_or_default() {
             if wanted.contains(&inode) {
-                holders.entry(inode).or_insert(pid);
+                holders.entry(inode).or_default().insert(pid);
             }
         }
     }
     holders
+}
+
+/// Whether a process has a machine of KVM's.
+fn has_a_machine(pid: i32) -> bool {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+    let mut names = entries.into_iter().flatten().flatten();
+    names.any(|entry| {
+        fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:kvm-vm")
+    })
 }
 
 /// Devices that have memory which the VMM has not, and another process of this host has; a line each,
@@ -58,19 +67,27 @@ fn look(reports: &[Report]) -> Vec<(i32, String)> {
             Some((report.pid, held.difference(&of_vmm).copied().collect()))
         })
         .collect();
-    let mut all = BTreeSet::new();
+    let mut all = of_vmm.clone();
     for (_, inodes) in &beside {
         all.extend(inodes.iter().copied());
-    }
-    if all.is_empty() {
-        return Vec::new();
     }
     let own = reports.iter().map(|report| report.pid).collect();
     let holders = holders(&all, &own);
     let mut found = Vec::new();
+    // Its own guest's somebody else's switch has, too: that has no machine.
+    let vmms = of_vmm.iter().filter_map(|inode| holders.get(inode));
+    let pid = vmm.map_or(0, |report| report.pid);
+    for other in vmms.flatten().collect::<BTreeSet<_>>() {
+        if has_a_machine(*other) {
+            found.push((
+                pid,
+                format!("shares memory with process {other}, which has a machine of its own"),
+            ));
+        }
+    }
     for (device, inodes) in &beside {
         let others = inodes.iter().filter_map(|inode| holders.get(inode));
-        for other in others.collect::<BTreeSet<_>>() {
+        for other in others.flatten().collect::<BTreeSet<_>>() {
             found.push((
                 *device,
                 format!("has memory of process {other}, which its own VMM has not"),

@@ -3,12 +3,14 @@
 //!
 //! It runs in the command line's process, outside every confinement: a confined VMM cannot
 //! read its devices' /proc entries. Which processes there are comes from the API (and is
-//! held against the kernel's own parentage) or from a pid. Nothing that a process can choose
-//! itself (its name, names of its files) decides a grade, and all of it is escaped.
+//! held against the kernel's own parentage) or from a pid. What a process can choose itself (its
+//! name, names of its files) makes no grade better, but that a thread of the VMM's which is called
+//! other than a vCPU's is not held to the vCPUs' filter; all of it is escaped.
 //!
 //! `targets` finds the processes; `process` reads one, `fds` its descriptors, `mappings` its memory,
 //! `trace` its seccomp filters, `limits` what bounds it; `grade` judges, `asked` limits that clients
-//! have asked for, `cgroups` where each is, `memory` whose memory it has; `table` prints.
+//! have asked for, `cgroups` where each is, `memory` whose memory it has, `neighbours` who is in its
+//! namespaces; `table` prints.
 
 mod asked;
 mod capabilities;
@@ -18,6 +20,7 @@ mod grade;
 mod limits;
 mod mappings;
 mod memory;
+mod neighbours;
 mod policies;
 mod process;
 mod table;
@@ -152,7 +155,7 @@ impl Cores {
 }
 
 /// No kernel shows a process's securebits to another one.
-const SECUREBITS: &str = "not shown by the kernel; the launcher locks them before exec, and executes nothing where it cannot";
+const SECUREBITS: &str = "not shown by the kernel; the launcher locks a device's before exec, and executes none where it cannot; an external helper's are not";
 
 impl Landlock {
     fn of_this_kernel() -> Self {
@@ -208,8 +211,14 @@ pub fn run(args: &AuditArgs) -> i32 {
     };
     let landlock = Landlock::of_this_kernel();
     let possible = user_namespaces::expected(&targets);
+    let vmm = targets.iter().find(|target| target.role == Role::Vmm);
+    let user = vmm.and_then(|vmm| process::uid(vmm.pid));
+    let own_ids = targets.iter().any(|target| {
+        target.role == Role::Device && process::uid(target.pid).is_some_and(|uid| Some(uid) != user)
+    });
     for target in &mut targets {
         target.told.user_namespaces = possible;
+        target.told.own_ids = own_ids;
         target.told.newest_landlock = landlock.abi;
     }
     let mut processes: Vec<Report> = targets.into_iter().map(recognise).map(report).collect();
@@ -218,7 +227,8 @@ pub fn run(args: &AuditArgs) -> i32 {
         None => cgroups::Told::Nothing,
     };
     deviations.extend(cgroups::grade(&told, &mut processes));
-    for (pid, line) in memory::foreign(&processes) {
+    let strange = memory::foreign(&processes).into_iter();
+    for (pid, line) in strange.chain(neighbours::strangers(&processes)) {
         if let Some(report) = processes.iter_mut().find(|report| report.pid == pid) {
             report.deviation(line);
         }
@@ -309,12 +319,22 @@ fn fail(line: &str) -> i32 {
 
 /// A child of the launcher that executes an external helper is one. The kernel says what it
 /// executes, and only the launcher could have it execute that: no device process has an exec.
+///
+/// Its filters say which, whatever the program is called; where they may not be read, its name does.
 fn recognise(mut target: Target) -> Target {
-    let helper = |program| process::executes(target.pid, program);
-    if target.role == Role::Device && ["passt", "passt.avx2"].into_iter().any(helper) {
+    let filters = match target.role {
+        Role::Device => trace::read(target.pid),
+        _ => None,
+    };
+    let is = |policy: &str, programs: &[&str]| match &filters {
+        Some(filters) => filters.policies.iter().any(|name| name == policy),
+        None => programs
+            .iter()
+            .any(|program| process::executes(target.pid, program)),
+    };
+    if target.role == Role::Device && is("passt", &["passt", "passt.avx2"]) {
         target.role = Role::Helper;
-    }
-    if target.role == Role::Device && helper(VIRTIOFSD) {
+    } else if target.role == Role::Device && is(VIRTIOFSD, &[VIRTIOFSD]) {
         target.role = Role::Helper;
         target.told.serves = true;
     }

@@ -148,6 +148,11 @@ pub struct Thread {
     pub seccomp_filters: Option<u32>,
     /// It is the kernel's own (of KVM's or io_uring's) and runs no code of the process.
     pub worker: bool,
+    /// Its descriptors, or its root and current directory, are not those of the process, which are what
+    /// is read here.
+    pub apart: bool,
+    /// Who traces it; 0: nobody.
+    pub tracer: i32,
     /// What they are, read from the kernel; `None` where it does not show them all to us.
     pub filters: Option<Filters>,
 }
@@ -232,8 +237,9 @@ pub fn read(pid: i32) -> Result<Process, String> {
     process.gid = status.numbers("Gid");
     process.groups = status.numbers("Groups");
     process.pids = status.numbers("NSpid");
-    process.tracer = status.numbers("TracerPid").first().copied().unwrap_or(0);
     process.threads = threads(pid).map_err(|_| ended())?;
+    let tracers = process.threads.iter().map(|thread| thread.tracer);
+    process.tracer = tracers.max().unwrap_or(0);
     let mut denied = Vec::new();
     match fs::read_link(format!("/proc/{pid}/exe")) {
         Ok(exe) => process.exe = Some(printable(&exe.to_string_lossy())),
@@ -332,6 +338,8 @@ fn threads(pid: i32) -> io::Result<Vec<Thread>> {
             seccomp_mode: status.text("Seccomp").parse().unwrap_or(0),
             seccomp_filters: status.text("Seccomp_filters").parse().ok(),
             worker: is_worker(tid),
+            apart: tid != pid && trace::apart(pid, tid),
+            tracer: status.numbers("TracerPid").first().copied().unwrap_or(0),
             filters: None,
         });
     }

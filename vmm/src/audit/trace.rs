@@ -3,7 +3,7 @@
 //!
 //! The kernel shows them to CAP_SYS_ADMIN of the host alone, of a stopped thread: each is stopped
 //! for some microseconds, as by a signal that it does not see. Called by the audit only.
-#![allow(unsafe_code)] // ptrace(2) and waitpid(2).
+#![allow(unsafe_code)] // ptrace(2), waitpid(2) and kcmp(2).
 
 use std::collections::BTreeSet;
 use std::io::Error;
@@ -93,6 +93,23 @@ fn is_from(filter: &[sock_filter], built: &[sock_filter]) -> bool {
             (is.code, is.jt, is.jf) == (was.code, was.jt, was.jf)
                 && (is.k == was.k || denies && milder.contains(&is.k))
         })
+}
+
+/// KCMP_FILES and KCMP_FS of the kernel's <linux/kcmp.h>.
+const TABLES: [libc::c_ulong; 2] = [2, 3];
+
+/// Whether a thread has a table of descriptors, or of root and current directory, that is not its
+/// process's (kcmp(2)). What may not be asked is not known to be.
+pub fn apart(pid: i32, tid: i32) -> bool {
+    let differs = |what: libc::c_ulong| {
+        let none: libc::c_ulong = 0;
+        let (pid, tid) = (libc::c_long::from(pid), libc::c_long::from(tid));
+        // SAFETY: kcmp(2) compares what two processes have in the kernel; it takes five numbers and no
+        // memory.
+        let answer = unsafe { libc::syscall(libc::SYS_kcmp, pid, tid, what, none, none) };
+        answer > 0
+    };
+    TABLES.into_iter().any(differs)
 }
 
 /// A thread that this process has stopped. It goes on with the value's end.

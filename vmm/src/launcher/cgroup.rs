@@ -34,7 +34,7 @@ pub const LEAF_PREFIX: &str = "dev-";
 /// Period of cpu.max, microseconds: the kernel's default.
 const PERIOD_US: u64 = 100_000;
 /// Files of a leaf that the VMM reads for statistics.
-const USAGE_FILES: [&str; 6] = [
+pub const USAGE_FILES: [&str; 6] = [
     "cpu.stat",
     "memory.current",
     "memory.peak",

@@ -51,7 +51,7 @@ pub mod tap;
 mod tap_sys;
 mod watch;
 
-pub use cgroup::{CONTROLLERS, LEAF_PREFIX, Least, VMM_LEAF};
+pub use cgroup::{CONTROLLERS, LEAF_PREFIX, Least, USAGE_FILES, VMM_LEAF};
 pub use cgroup_parent::Choice as CgroupChoice;
 pub use client::{
     Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Placed,

@@ -5,7 +5,7 @@
 
 use crate::audit::fds::{Fd, Kind};
 use crate::audit::limits;
-use crate::launcher::printable;
+use crate::launcher::{USAGE_FILES, printable};
 
 /// Character devices of a VMM's, beside /dev/kvm and a terminal that is its standard stream.
 const DEVICES: [&str; 2] = ["/dev/net/tun", "/dev/vhost-net"];
@@ -18,27 +18,59 @@ pub fn surplus_of_vmm<'a>(
     fds: &'a [Fd],
     boot: Option<&'a [String]>,
 ) -> impl Iterator<Item = &'a Fd> {
-    let standard = |fd: &Fd| {
-        let of = fds.iter().filter(|of| of.number <= 2);
-        fd.number <= 2 || of.map(|of| &of.target).any(|target| *target == fd.target)
-    };
+    let standard = |fd: &Fd| is_standard(fds, fd);
     let mut booted_from = 0;
     let mut boots = move |fd: &Fd| {
-        let known = boot.is_none_or(|boot| boot.contains(&fd.target));
+        let name = fd.target.trim_end_matches(" (deleted)");
+        let known = boot.is_none_or(|boot| boot.iter().any(|path| path == name));
         booted_from += usize::from(known && fd.access == "r");
         known && fd.access == "r" && booted_from <= BOOT_FILES
     };
-    let mut machines = 0;
+    let (mut machines, mut vcpus) = (0, Vec::new());
     fds.iter().filter(move |fd| match &fd.kind {
         Kind::Block | Kind::Directory | Kind::Other => true,
-        Kind::File => !standard(fd) && reads(fd) && !is_statistics(&fd.target) && !boots(fd),
+        Kind::File => !standard(fd) && reads(fd) && !is_statistics(fd) && !boots(fd),
         Kind::Character => !standard(fd) && !DEVICES.contains(&fd.target.as_str()),
         Kind::Anonymous(name) if name == "kvm-vm" => {
             machines += 1;
             machines > 1
         }
+        Kind::Anonymous(name) if name.starts_with("kvm-vcpu:") => {
+            let twice = vcpus.contains(&name);
+            vcpus.push(name);
+            twice
+        }
+        Kind::Anonymous(name) => !WAITS.contains(&name.as_str()),
         _ => false,
     })
+}
+
+/// Anonymous inodes by which a VMM or a launcher waits, and knows processes.
+const WAITS: [&str; 5] = ["eventfd", "eventpoll", "pidfd", "signalfd", "timerfd"];
+/// And a launcher makes namespaces and confines.
+const MAKES: [&str; 3] = ["seccomp notify", "fscontext", "landlock-ruleset"];
+
+/// Descriptors that no launcher has; files it opens for others.
+pub fn surplus_of_launcher(fds: &[Fd]) -> impl Iterator<Item = &Fd> {
+    fds.iter().filter(|fd| match &fd.kind {
+        Kind::Kvm | Kind::Memfd => true,
+        Kind::Anonymous(name) => {
+            let name = name.as_str();
+            !WAITS.contains(&name) && !MAKES.contains(&name)
+        }
+        _ => false,
+    })
+}
+
+/// A standard stream, or a copy of one.
+fn is_standard(fds: &[Fd], fd: &Fd) -> bool {
+    let mut of = fds.iter().filter(|of| of.number <= 2);
+    fd.number <= 2 || of.any(|of| of.target == fd.target)
+}
+
+/// What is none of these.
+pub fn beside_standard(fds: &[Fd]) -> impl Iterator<Item = &Fd> {
+    fds.iter().filter(|fd| !is_standard(fds, fd))
 }
 
 /// A serial port's file is only written.
@@ -46,10 +78,13 @@ fn reads(fd: &Fd) -> bool {
     fd.access != "w"
 }
 
-/// A file of the leaf of a device.
-fn is_statistics(target: &str) -> bool {
-    let leaf = target.rsplit_once('/').map(|(leaf, _)| leaf);
-    leaf.is_some_and(limits::is_leaf)
+/// A file of the leaf of a device, from which its use of the host is read.
+fn is_statistics(fd: &Fd) -> bool {
+    fd.access == "r"
+        && fd.target.rsplit_once('/').is_some_and(|(leaf, name)| {
+            let name = name.trim_end_matches(" (deleted)");
+            limits::is_leaf(leaf) && USAGE_FILES.contains(&name)
+        })
 }
 
 /// Descriptors of a device that are not what the API says they were granted as, one line each. A file
@@ -158,6 +193,18 @@ mod tests {
             fd(11, Kind::File, "/boot/vmlinux", "r"),
             fd(12, Kind::File, "/boot/initrd", "r"),
             fd(10, Kind::Memfd, "/memfd:guest-ram (deleted)", "rw"),
+            fd(
+                13,
+                Kind::Anonymous("kvm-vcpu:0".into()),
+                "anon_inode:kvm-vcpu:0",
+                "rw",
+            ),
+            fd(
+                14,
+                Kind::Anonymous("eventfd".into()),
+                "anon_inode:[eventfd]",
+                "rw",
+            ),
         ];
         let boot = ["/boot/vmlinux", "/boot/initrd"].map(str::to_owned);
         assert_eq!(surplus_of_vmm(&own, Some(&boot)).count(), 0);
@@ -171,6 +218,24 @@ mod tests {
             fd(20, Kind::Block, "/dev/sda", "r"),
             fd(20, Kind::Directory, "/etc", "r"),
             fd(20, Kind::Other, "?", ""),
+            fd(
+                20,
+                Kind::File,
+                "/sys/fs/cgroup/bulkhead-vm-1-2/dev-a/cgroup.procs",
+                "rw",
+            ),
+            fd(
+                20,
+                Kind::Anonymous("userfaultfd".into()),
+                "anon_inode:[userfaultfd]",
+                "rw",
+            ),
+            fd(
+                20,
+                Kind::Anonymous("kvm-vcpu:0".into()),
+                "anon_inode:kvm-vcpu:0",
+                "rw",
+            ),
         ] {
             let all = [own.as_slice(), &[surplus]].concat();
             for boot in [Some(boot.as_slice()), None] {

@@ -36,6 +36,7 @@ fn told() -> Told {
         made: None,
         user_namespaces: true,
         serves: false,
+        own_ids: true,
     }
 }
 
@@ -89,6 +90,8 @@ fn device() -> Process {
             seccomp_mode: 2,
             seccomp_filters: Some(3),
             worker: false,
+            apart: false,
+            tracer: 0,
             filters: Some(Filters {
                 policies: ["bulkhead-blk", "bulkhead-blk", "bulkhead-launcher"]
                     .map(str::to_owned)
@@ -150,7 +153,7 @@ fn a_device_as_it_should_be_has_no_deviation() {
 #[test]
 fn every_single_deviation_is_found() {
     type Change = fn(&mut Process);
-    let changes: [(&str, Change); 44] = [
+    let changes: [(&str, Change); 48] = [
         ("effective", |p| {
             p.threads[0].capabilities.effective = "1".into()
         }),
@@ -257,6 +260,21 @@ fn every_single_deviation_is_found() {
         ("code of others", |p| {
             let line = "7f0-7f1 r-xp 00000000 08:01 9 /lib/libc.so.6";
             p.mappings.as_mut().unwrap().foreign_code = vec![line.to_owned()];
+        }),
+        ("code that was written to", |p| {
+            p.mappings.as_mut().unwrap().changed_code = vec!["7f0-7f1 r-xp".to_owned()];
+        }),
+        ("a file that is written by its mapping", |p| {
+            p.mappings.as_mut().unwrap().written_files = vec!["7f0-7f1 rw-s".to_owned()];
+        }),
+        ("a thread with descriptors of its own", |p| {
+            p.threads[0].apart = true
+        }),
+        ("a ring on a file that it was not given", |p| {
+            p.fds[7].ring = Some(Ring {
+                files: vec!["/etc/shadow".to_owned()],
+                ..Ring::default()
+            });
         }),
         ("a socket that reaches a network", |p| {
             p.fds[3].family = Some("inet".into());
