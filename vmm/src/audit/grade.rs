@@ -336,7 +336,7 @@ impl Judgement {
                 self.note_once("runs as root: this user namespace has no ids for VMs");
             }
         }
-        self.families(process);
+        self.families(holds::beside_standard(&process.fds));
         for fd in holds::surplus_of_vmm(&process.fds, told.boot.as_deref()) {
             self.surplus(fd);
         }
@@ -348,7 +348,7 @@ impl Judgement {
         if process.pids.last() != Some(&1) || shares(&process.namespaces, "pid") {
             self.deviation("is not PID 1 of a pid namespace of its own");
         }
-        self.families(process);
+        self.families(holds::beside_standard(&process.fds));
         for fd in holds::surplus_of_launcher(&process.fds) {
             self.surplus(fd);
         }
@@ -358,7 +358,7 @@ impl Judgement {
         self.user_namespace(process, told);
         self.namespaces(process, &DEVICE_NAMESPACES);
         self.place(process);
-        self.families(process);
+        self.families(process.fds.iter());
         for line in holds::not_as_granted(&process.fds, &told.grants) {
             self.deviation(line);
         }
@@ -462,8 +462,8 @@ impl Judgement {
     }
 
     /// Sockets are of the host itself: none reaches a network.
-    fn families(&mut self, process: &Process) {
-        for fd in holds::beside_standard(&process.fds) {
+    fn families<'a>(&mut self, fds: impl Iterator<Item = &'a Fd>) {
+        for fd in fds {
             if let Some(family) = fd.family.as_ref().filter(|family| *family != "unix") {
                 self.deviation(format!(
                     "holds descriptor {}, a socket of the family {family}",
