@@ -335,7 +335,7 @@ fn after_a_reset_all_is_as_before_the_guest_with_what_is_plugged_in_now() {
     assert_eq!(*second.resets.lock().unwrap(), 1);
     assert!(!guest.complex.ports()[0].vacating);
     let shift = |address: u64, by: u64| Some(address + by);
-    let share = WINDOWS.mem64.size / PORT_SHARES & !(WINDOW_GRANULE - 1);
+    let share = (WINDOWS.mem64.size / PORT_SHARES) & !(WINDOW_GRANULE - 1);
     let expected: Vec<Option<u64>> = placed
         .iter()
         .zip([PORT_MEMORY, PORT_MEMORY, PORT_MEMORY, share])
