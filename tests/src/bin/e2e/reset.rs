@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{Namespace, sh};
+use bulkhead_tests::host::{Namespace, debian_told, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left, patience};
 
@@ -15,7 +15,7 @@ use super::hotplug_memory::{pid_of, reaches};
 use super::net_bad::until_event;
 use super::recovery::kill;
 use super::rng::refused;
-use super::shell::{Shell, guest};
+use super::shell::{READER, Shell, guest};
 
 const MIB: u64 = 1 << 20;
 
@@ -34,6 +34,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "a paused machine is reset and stays paused; a bzImage is entered again",
             paused,
+        ),
+        test(
+            "a reset boots the kernel that was opened first, and ends a machine whose kernel is none any more",
+            spoiled,
         ),
         test(
             "a reset takes devices and vCPUs from a guest that does not let go, and gives memory back",
@@ -232,14 +236,14 @@ fn under_load() -> Verdict {
     let shell = guest(&[], &scratch, &[&disk], &options)?;
     let mut again = Again::new(shell, &socket);
     let load = "fio --name=w --filename=/dev/vdb --direct=1 --bs=16k --rw=randwrite --size=64M --ioengine=libaio --iodepth=32 --numjobs=2 --time_based --runtime=600 >/dev/null 2>&1 & sleep 1; kill -0 $!";
-    for _ in 0..3 {
+    for _ in 0..2 {
         again.shell.run(load)?;
         again.reset()?;
     }
     // Nothing of a guest that is gone reaches the disk.
     let verified = "fio --name=v --filename=/dev/vdb --direct=1 --bs=16k --rw=randwrite --size=16M --verify=crc32c --verify_fatal=1 --verify_state_save=0 >/dev/null";
     again.shell.run(verified)?;
-    for _ in 0..3 {
+    for _ in 0..2 {
         again.shell.run(load)?;
         let before = pid_of(&socket, "data")?;
         kill(&socket, "data")?;
@@ -297,9 +301,32 @@ fn paused() -> Verdict {
     })?;
     ctl(&socket, &["resume"])?;
     until(&vmm, "BULKHEAD-GUEST-READY", 2)?;
-    // A kernel that is none any more cannot be booted, which is the end.
     ctl(&socket, &["shutdown", "--force"])?;
     vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)
+}
+
+fn spoiled() -> Verdict {
+    let scratch = Scratch::new("reset-spoiled")?;
+    let (socket, kernel) = (scratch.path("api"), scratch.path("kernel"));
+    let (good, initrd) = (guest_file("vmlinuz"), guest_file("initrd.img"));
+    sh(&format!("cp {good} {kernel}"))?;
+    let options = ["--kernel", &kernel, "--initrd", &initrd, "--memory", "256M"];
+    let cmdline = "console=ttyS0 quiet panic=-1 bh.cmd=hang";
+    let more = ["--api-socket", &socket, "--cmdline", cmdline];
+    let mut vmm = Vmm::start(&[["run"].as_slice(), &options, &more].concat())?;
+    vmm.wait_for("BULKHEAD-GUEST-READY", LIMIT)?;
+    // Another one in its place is not looked at.
+    sh(&format!("mv {kernel} {kernel}.first; echo none >{kernel}"))?;
+    ctl(&socket, &["reset"])?;
+    until(&vmm, "BULKHEAD-GUEST-READY", 2)?;
+    // What is written to it is.
+    sh(&format!("echo none >{kernel}.first"))?;
+    refused(ctl(&socket, &["reset"]), "the machine is gone")?;
+    vmm.ends_with(1, LIMIT)?;
+    check(vmm.errors().contains("is not a kernel"), || {
+        vmm.story("it does not say why")
+    })?;
     nothing_left(LIMIT)
 }
 
@@ -317,9 +344,11 @@ fn lets_go() -> Verdict {
         "--memory",
         "size=384M,max=640M",
     ];
-    let shell = guest(&[], &scratch, &[], &options)?;
-    let mut again = Again::new(shell, &socket);
-    again.shell.run("modprobe virtio_mem; true")?;
+    // What is plugged is used, before anything can be typed.
+    let words = "memhp_default_state=online";
+    let none: [&str; 0] = [];
+    let vmm = debian_told(&[], &scratch, words, READER, &none, &options)?;
+    let mut again = Again::new(Shell::new(vmm)?, &socket);
     ctl(&socket, &["add-disk", &format!("path={hot},id=hot")])?;
     let disk = by_serial("hot");
     again.shell.run(&format!(
@@ -346,7 +375,6 @@ fn lets_go() -> Verdict {
     again.begins()?;
     again.shell.run("[ $(nproc) = 1 ]")?;
     // The next guest unplugs all that it did not plug, and asks for as much again.
-    again.shell.run("modprobe virtio_mem; true")?;
     let plugged = "until [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -gt $((440 * 1024)) ]; do sleep 0.2; done";
     again.shell.run(plugged)?;
     reaches(&socket, 512, &again.shell.vmm)?;
@@ -448,7 +476,7 @@ fn own_resets() -> Verdict {
         for _ in 0..20 {
             ctl(&socket, &["info"])?;
         }
-        let told = until_event(&socket, "machine.reset", "\"count\":6")?;
+        let told = until_event(&socket, "machine.reset", "\"count\":4")?;
         check(told.contains(&format!("\"cause\":\"{cause}\"")), || told)?;
         // A reset is under way at times, for which there is a thread.
         settled(vmm.pid(), &held)?;

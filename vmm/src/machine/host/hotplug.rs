@@ -172,6 +172,13 @@ impl Host {
         self.next_in_turn();
     }
 
+    /// Another guest begins, and has as long to take new devices as the one before it had.
+    pub(super) fn wait_for_drivers_anew(&mut self, now: Instant) {
+        for (_, at) in &mut self.hotplug.unused {
+            *at = now.checked_add(USE_LIMIT).unwrap_or(now);
+        }
+    }
+
     /// Adds a device.
     pub(super) fn add_device(&mut self, request: AddDeviceRequest, reply: ReplyHandle) {
         self.add_in_turn(None, request, reply);

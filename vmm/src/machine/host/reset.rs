@@ -448,6 +448,7 @@ impl Host {
         if machine.state == MachineState::Running {
             parts.vcpus.start();
         }
+        self.wait_for_drivers_anew(Instant::now());
         self.resets.count = self.resets.count.saturating_add(1);
         let (cause, count) = (reset.cause, self.resets.count);
         let what = told::reset(cause, count);
