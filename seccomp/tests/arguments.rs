@@ -432,9 +432,16 @@ fn every_policy_whose_arguments_decide_has_its_calls_here() {
             .iter()
             .any(|rule| rule.errno.is_none() && !rule.tests.is_empty());
         // Variants, held against the common tables and their own base.
-        let variant = ["-socket", "-image", "-plain", "-helpers", "passt", "virtiofsd"]
-            .iter()
-            .any(|part| policy.name.contains(part));
+        let variant = [
+            "-socket",
+            "-image",
+            "-plain",
+            "-helpers",
+            "passt",
+            "virtiofsd",
+        ]
+        .iter()
+        .any(|part| policy.name.contains(part));
         let here = ALLOWED.iter().any(|(name, _, _)| *name == policy.name);
         assert!(!decides || variant || here, "{}", policy.name);
     }
