@@ -87,7 +87,11 @@ pub fn grade(role: Role, process: &Process, told: &Told) -> Judgement {
             "is traced by process {tracer}, which may change what it does and lift its seccomp filters"
         ));
     }
-    if process.dumpable == Some(true) {
+    if process.dumpable == Some(true) && role == Role::Helper && told.serves {
+        judgement.note_once(
+            "is dumpable: others of its user may trace it; a core of it would hold none of its memory",
+        );
+    } else if process.dumpable == Some(true) {
         judgement
             .deviation("is dumpable: others of its user may trace it, and it may leave a core");
     }

@@ -333,7 +333,7 @@ impl Bed {
             LauncherEvent::Linked { ticket: of, result } if of == ticket => Some(result),
             _ => None,
         })?;
-        let Linked { fence, .. } = self.launcher.take_linked(ticket).ok_or("no process")?;
+        let Linked { second: fence, .. } = self.launcher.take_linked(ticket).ok_or("no process")?;
         let fence = fence.ok_or("no fence")?;
         let process = self.greet(self.last, control, vhost, fence)?;
         self.ready_ms.push(begun.elapsed().as_secs_f64() * 1e3);
