@@ -373,6 +373,10 @@ impl UpdateDeviceArgs {
                 (device.pid != 0 || between) && device.helper.is_empty()
             })
             .collect();
+        if ours.is_empty() && !out.json {
+            return out
+                .text(|to| writeln!(to, "no device has a process of ours: nothing to update"));
+        }
         let mut failed = Vec::new();
         for device in &ours {
             let name = format!("bulkhead-{}", device.kind);

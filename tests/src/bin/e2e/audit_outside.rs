@@ -2,6 +2,7 @@
 //! raised, the VMM stopped. And what holds the VMM beside its filters, tried in its place.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -23,6 +24,10 @@ pub fn native() -> Vec<Test> {
         test(
             "a process that was moved to another cgroup than its own is found, and both are named",
             moved,
+        ),
+        test(
+            "a stranger in a device's namespaces is found, and code that somebody has written to",
+            changed,
         ),
         test(
             "text shows of the VMM and the launcher what it shows of devices",
@@ -160,6 +165,59 @@ fn moved() -> Verdict {
     for way in &ways {
         let lines = wrong(way, &device)?;
         check(lines.is_empty(), || format!("{way:?}: {lines:?}"))?;
+    }
+    Ok(())
+}
+
+fn changed() -> Verdict {
+    let served = Served::new("audit-changed", &[])?;
+    let pid = served.vmm.pid().to_string();
+    let ways = [["--api-socket", &served.socket], ["--pid", &pid]];
+    let device = pid_of(&served, "root")?;
+    let mut stranger = Command::new("nsenter")
+        .args(["--target", &device.to_string(), "--net", "sleep", "600"])
+        .spawn()
+        .map_err(|e| format!("nsenter: {e}"))?;
+    let named = format!("process {}, which is none of this VM's", stranger.id());
+    let end = Instant::now() + patience(LIMIT);
+    let found = loop {
+        let found =
+            wrong(&ways[0], &device).and_then(|lines| Ok((lines, wrong(&ways[1], &device)?)));
+        // Until it is in there.
+        let there = found.as_ref().is_ok_and(|(lines, _)| !lines.is_empty());
+        if there || found.is_err() || Instant::now() > end {
+            break found;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let ended = stranger.kill().and_then(|()| stranger.wait());
+    ended.map_err(|e| e.to_string())?;
+    let (by_api, by_pid) = found?;
+    for lines in [by_api, by_pid] {
+        let said = matches!(lines.as_slice(), [line] if line.contains(&named));
+        check(said, || format!("{named}: {lines:?}"))?;
+    }
+    // A byte of its code is written, and is what it was: that the page was written to is seen.
+    let maps = fs::read_to_string(format!("/proc/{device}/maps")).map_err(|e| e.to_string())?;
+    let code = maps
+        .lines()
+        .find(|line| line.contains(" r-xp ") && line.contains(" /"));
+    let start = code.and_then(|line| line.split('-').next());
+    let start = start.and_then(|hex| u64::from_str_radix(hex, 16).ok());
+    let start = start.ok_or_else(|| format!("no code: {maps}"))?;
+    let io = |e: std::io::Error| format!("/proc/{device}/mem: {e}");
+    let memory = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{device}/mem"))
+        .map_err(io)?;
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, start).map_err(io)?;
+    memory.write_all_at(&byte, start).map_err(io)?;
+    for way in &ways {
+        let lines = wrong(way, &device)?;
+        let said = matches!(lines.as_slice(), [line] if line.contains("its code is not as the file has it"));
+        check(said, || format!("{way:?}: {lines:?}"))?;
     }
     Ok(())
 }

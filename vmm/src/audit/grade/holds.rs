@@ -139,6 +139,44 @@ mod tests {
     }
 
     #[test]
+    fn a_launcher_keeps_what_it_grants_and_has_no_machine() {
+        let own = [
+            fd(3, Kind::Socket, "socket:[1]", "rw"),
+            fd(
+                4,
+                Kind::Anonymous("pidfd".into()),
+                "anon_inode:[pidfd]",
+                "rw",
+            ),
+            fd(5, Kind::Block, "/dev/loop0", "rw"),
+            fd(
+                6,
+                Kind::Anonymous("seccomp notify".into()),
+                "anon_inode:seccomp notify",
+                "rw",
+            ),
+        ];
+        assert_eq!(surplus_of_launcher(&own).count(), 0);
+        let strange = [
+            fd(7, Kind::Kvm, "/dev/kvm", "rw"),
+            fd(8, Kind::Memfd, "/memfd:guest-ram (deleted)", "rw"),
+            fd(
+                9,
+                Kind::Anonymous("userfaultfd".into()),
+                "anon_inode:[userfaultfd]",
+                "rw",
+            ),
+            fd(
+                10,
+                Kind::Anonymous("kvm-vm".into()),
+                "anon_inode:kvm-vm",
+                "rw",
+            ),
+        ];
+        assert_eq!(surplus_of_launcher(&strange).count(), 4);
+    }
+
+    #[test]
     fn what_is_not_as_it_was_granted_is_found() {
         let granted = [
             "control channel",
