@@ -231,11 +231,13 @@ mod tests {
             .spawn()
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let executes = || {
-            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
-            exe.ends_with("sleep") || exe.ends_with("busybox") || exe.ends_with("coreutils")
+        // Until it is itself, and sleeps.
+        let sleeps = || {
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            comm == "sleep\n" && stat.contains(") S ")
         };
-        while !executes() {
+        while !sleeps() {
             std::thread::yield_now();
         }
         assert_eq!(read(pid).unwrap().changed_code, [""; 0]);
