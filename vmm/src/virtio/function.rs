@@ -168,14 +168,13 @@ impl VirtioPciFunction {
         let offered = options.offer(offered);
 
         let vectors = options.queues.saturating_add(1);
-        let msix = Msix::new(vectors, Arc::clone(&hypervisor))
-            .map_err(|error| VirtioError::Pci(id.clone(), error))?;
-        let msix = Arc::new(msix);
+        let msix = Msix::new(vectors, Arc::clone(&hypervisor));
+        let msix = Arc::new(msix.map_err(|error| VirtioError::Pci(id.clone(), error))?);
         let (pci_space, places) = build(options.device_type, options.queues, &msix)
             .map_err(|error| VirtioError::Pci(id.clone(), error))?;
         let hook = Arc::clone(&options.hook);
-        let doorbells = Doorbells::new(options.queues, &msix, hypervisor, hook);
-        let doorbells = Arc::new(doorbells.map_err(io)?);
+        let doorbells = Doorbells::new(options.queues, &msix, hypervisor, hook).map_err(io)?;
+        let doorbells = Arc::new(doorbells);
         let errors = (0..options.queues)
             .map(|_| {
                 let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
@@ -488,11 +487,8 @@ impl VirtioPciFunction {
     pub fn status(&self) -> FunctionStatus {
         let needs_reset = self.needs_reset();
         let written = self.signals.status.load(Ordering::Acquire);
-        let shown = if needs_reset && written != 0 {
-            status::NEEDS_RESET
-        } else {
-            0
-        };
+        let broken = needs_reset && written != 0;
+        let shown = if broken { status::NEEDS_RESET } else { 0 };
         let (failure, awaiting) = match self.link.presence() {
             Presence::Serving => (None, None),
             Presence::Awaiting(reason) => (None, Some(reason)),

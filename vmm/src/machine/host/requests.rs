@@ -228,8 +228,10 @@ impl Host {
     }
 
     fn shutdown(&mut self, force: bool, timeout: Duration, reply: ReplyHandle) {
-        self.give_up_reboot("overtaken by a shutdown");
         let state = self.machine.as_ref().map(|m| m.state);
+        if force || state != Some(MachineState::Paused) {
+            self.give_up_reboot("overtaken by a shutdown");
+        }
         if force || !matches!(state, Some(MachineState::Running | MachineState::Paused)) {
             self.shutdown
                 .get_or_insert_with(|| PendingShutdown {
