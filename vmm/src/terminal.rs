@@ -42,6 +42,14 @@ impl Terminal {
         Ok(Some(Self { fd, before }))
     }
 
+    /// Puts it back to what it was.
+    ///
+    /// # Errors
+    /// What tcsetattr says.
+    pub fn restore(self) -> io::Result<()> {
+        set(self.fd, &self.before)
+    }
+
     /// Puts it into raw mode until the result is dropped.
     ///
     /// # Errors
@@ -71,7 +79,7 @@ fn set(fd: RawFd, termios: &libc::termios) -> io::Result<()> {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        if let Err(e) = set(self.0.fd, &self.0.before) {
+        if let Err(e) = self.0.restore() {
             log::warn!("the terminal could not be put back: {e}: run `reset`");
         }
     }

@@ -1,6 +1,7 @@
 //! `bulkhead ctl console`: the caller's terminal at a console of the guest's, by `AttachConsole`.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,6 +11,8 @@ use bulkhead_proto::machine::{ConsoleAttach, ConsoleInput, ConsoleOutput};
 
 use super::EXIT_USAGE;
 use super::ctl::{Failure, Session};
+use crate::launcher::sys;
+use crate::signals::Signals;
 use crate::terminal::Terminal;
 
 /// Ctrl-].
@@ -65,6 +68,11 @@ impl ConsoleArgs {
         let (speaker, mut stream, explain) =
             session.converse::<_, ConsoleOutput>("AttachConsole", &request)?;
         let terminal = Terminal::on_stdin().unwrap_or_default();
+        // Before there are threads: a signal is for the one that waits for it.
+        let signals = terminal.and_then(|_| Signals::block().ok());
+        if let (Some(terminal), Some(signals)) = (terminal, signals) {
+            std::thread::spawn(move || end_by_signal(terminal, &signals));
+        }
         let raw = terminal.and_then(|terminal| terminal.raw().ok());
         match raw {
             Some(_) => eprint!("[attached: Ctrl-] leaves]\r\n"),
@@ -94,6 +102,20 @@ impl ConsoleArgs {
                     )));
                 }
             }
+        }
+    }
+}
+
+/// Waits for a signal that ends this program, and leaves a terminal behind as it was.
+fn end_by_signal(terminal: Terminal, signals: &Signals) {
+    loop {
+        if let Some(signal) = signals.next() {
+            let _ = terminal.restore();
+            // As a shell tells it.
+            std::process::exit(signal.saturating_add(128));
+        }
+        if sys::poll(&[(signals.as_fd(), libc::POLLIN)], None).is_err() {
+            return;
         }
     }
 }

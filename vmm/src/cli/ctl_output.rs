@@ -327,6 +327,7 @@ pub fn devices_json(devices: &DevicesResponse) -> Value {
                 "pci_address": device.pci_address, "port": device.port,
                 "version": device.version, "queues": device.queues,
                 "spawn_us": device.spawn_us, "granted_fds": device.granted_fds,
+                "helper": device.helper,
                 "landlock_abi": device.landlock_abi,
                 "limits": limits_json(&device.limits),
             })

@@ -4,6 +4,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
@@ -23,10 +24,16 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that need none.
 pub fn native() -> Vec<Test> {
-    vec![Test::short("attach")(
-        "a client of the API attaches to the consoles that there are, and is refused others by name",
-        without_a_guest,
-    )]
+    vec![
+        Test::short("attach")(
+            "a client of the API attaches to the consoles that there are, and is refused others by name",
+            without_a_guest,
+        ),
+        Test::short("attach")(
+            "ctl console puts its terminal back when its user leaves, the machine ends or a signal ends it",
+            on_a_terminal,
+        ),
+    ]
 }
 
 /// `ctl console`, whose standard input is typed and whose output is collected.
@@ -155,6 +162,73 @@ fn without_a_guest() -> Verdict {
     check(serial.ended().is_none(), || serial.story("it ended"))?;
     ctl(&socket, &["shutdown", "--force"])?;
     serial.ends_with(0, LIMIT)?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)
+}
+
+/// `ctl console` at the serial port, on a terminal of its own whose settings are noted before and after.
+struct OnTerminal<'a> {
+    client: Vmm,
+    scratch: &'a Scratch,
+}
+
+impl<'a> OnTerminal<'a> {
+    fn attach(scratch: &'a Scratch, socket: &str) -> Result<Self, String> {
+        let at = scratch.path("");
+        let program = bin("bulkhead");
+        let script = format!(
+            "cd {at}; rm -f pid before after status; tty >tty; stty -g >before
+{} ctl --socket {socket} console <&0 & echo $! >pid; wait $!; echo $? >status; stty -g >after",
+            program.display()
+        );
+        let script = scratch.file("console.sh", script.as_bytes())?;
+        let mut command = Command::new("socat");
+        command.args(["-", &format!("EXEC:bash {script},pty,setsid,ctty,stderr")]);
+        let mut client = Vmm::spawn(command)?;
+        client.wait_for("[attached: Ctrl-] leaves]", LIMIT)?;
+        let raw = sh(&format!("stty -F $(cat {at}/tty) -a"))?;
+        check(raw.contains("-icanon") && raw.contains("-echo "), || raw)?;
+        Ok(Self { client, scratch })
+    }
+
+    /// It has ended with this status, and the terminal is what it was.
+    fn left(mut self, status: &str) -> Verdict {
+        let after = self.scratch.path("after");
+        let end = Instant::now() + patience(LIMIT);
+        let written = || std::fs::metadata(&after).is_ok_and(|file| file.len() > 0);
+        while !written() {
+            check(Instant::now() < end, || self.client.story("it stays"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let at = self.scratch.path("");
+        let same = sh(&format!("cd {at}; cmp before after; cat status"))?;
+        check(same.trim() == status, || {
+            self.client.story(&format!("{same:?} is not {status}"))
+        })?;
+        self.client.wait(LIMIT).map(drop)
+    }
+}
+
+fn on_a_terminal() -> Verdict {
+    let scratch = Scratch::new("attach-terminal")?;
+    let socket = scratch.path("api");
+    let mut vmm = Vmm::start(&["serve", "--api-socket", &socket])?;
+    appears(&socket)?;
+    let kernel = guest_file("vmlinux");
+    let create = ["create", "--kernel", &kernel, "--memory", "96M", "--serial"];
+    ctl(&socket, &[create.as_slice(), &["none"]].concat())?;
+    let mut leaves = OnTerminal::attach(&scratch, &socket)?;
+    // What was typed before it is the guest's, which has not booted.
+    leaves.client.type_text("typed\u{1d}")?;
+    leaves.left("0")?;
+    for (signal, status) in [("TERM", "143"), ("HUP", "129")] {
+        let killed = OnTerminal::attach(&scratch, &socket)?;
+        sh(&format!("kill -{signal} $(cat {})", scratch.path("pid")))?;
+        killed.left(status)?;
+    }
+    let ended = OnTerminal::attach(&scratch, &socket)?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    ended.left("0")?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(LIMIT)
 }

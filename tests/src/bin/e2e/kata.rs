@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_proto::Code;
-use bulkhead_proto::vmservice::VMState;
+use bulkhead_proto::vmservice::{ModifyResourceRequest, ModifyType, VMState};
 use bulkhead_tests::host::{Namespace, rootfs, sh};
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left, patience};
+use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left, patience};
 
 use super::disk::LIMIT;
+use super::hotplug_memory::reaches;
 use super::vsock::{accept, connect, echo, pattern};
 use crate::net_modes::tool;
 
@@ -30,6 +31,10 @@ pub fn tests() -> Vec<Test> {
         test(
             "a guest that ends by itself ends the process, and WaitVM and PropertiesVM say how",
             by_itself,
+        ),
+        test(
+            "ModifyResource adds and takes processors and memory of a machine that Machine.Create made with room, on the same process",
+            modified,
         ),
     ]
 }
@@ -325,4 +330,96 @@ fn ended(command: &str, code: i32, reason: &str) -> Verdict {
 fn by_itself() -> Verdict {
     ended("poweroff", 0, "the guest switched itself off")?;
     ended("reboot", 3, "the guest asked for a reset")
+}
+
+/// What the guest has of either, step by step.
+const SIZES: &str = r#"
+total() { awk '/^MemTotal/ { print $2 }' /proc/meminfo; }
+first=$(total); f=/sys/devices/system/cpu/cpu1
+echo "CPUS-AT-FIRST=$(nproc)"; read -r line
+until [ -d $f ]; do sleep 0.1; done; [ "$(cat $f/online)" = 1 ] || echo 1 >$f/online
+taskset -c 1 true && echo "CPUS-GROWN=$(nproc)"; read -r line
+until [ "$(nproc)" = 1 ]; do sleep 0.1; done; echo "CPUS-SHRUNK=$(nproc)"; read -r line
+until [ "$(total)" -gt $((first + 200000)) ]; do sleep 0.1; done; echo MEMORY-'GROWN'; read -r line
+until [ "$(total)" -lt $((first + 50000)) ]; do sleep 0.1; done; echo MEMORY-'SHRUNK'; read -r line
+"#;
+
+/// Asks on a connection of its own, as often as a call is given up on before this host has done it.
+fn modify(socket: &str, request: &ModifyResourceRequest) -> Verdict {
+    match Client::connect(socket)?.tell("ModifyResource", request) {
+        Err(why) if why.contains("DEADLINE_EXCEEDED") || why.contains("no answer") => Ok(()),
+        other => other,
+    }
+}
+
+fn modified() -> Verdict {
+    let scratch = Scratch::new("kata-modify")?;
+    let (socket, serial) = (scratch.path("vm.sock"), scratch.path("serial.sock"));
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    let script = format!("export LC_ALL=C\n{SIZES}");
+    let disks = [rootfs()?, scratch.script("script", &script)?]
+        .map(|path| format!("path={path},readonly=on,queues=1"));
+    let (serial_at, kernel) = (format!("socket={serial}"), guest_file("vmlinux"));
+    let initrd = guest_file("initrd.img");
+    ctl(
+        &socket,
+        &[
+            "create",
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--cmdline",
+            "console=ttyS0 panic=-1 quiet bh.cmd=script root=/dev/vda memhp_default_state=online_movable",
+            "--disk",
+            &disks[0],
+            "--disk",
+            &disks[1],
+            "--serial",
+            &serial_at,
+            "--cpus",
+            "1,max=2",
+            "--memory",
+            "384M,max=768M",
+        ],
+    )?;
+    let mut console = Console::connect(&serial)?;
+    client.plain("ResumeVM")?;
+    console.wait_for("CPUS-AT-FIRST=1", &vmm)?;
+
+    let mut request = ModifyResourceRequest::new();
+    request.mut_processor().processor_index = 1;
+    for (kind, count, wanted) in [
+        (ModifyType::ADD, 2, "CPUS-GROWN=2"),
+        (ModifyType::REMOVE, 1, "CPUS-SHRUNK=1"),
+    ] {
+        request.type_ = kind.into();
+        console.go_on()?;
+        modify(&socket, &request)?;
+        console.wait_for(wanted, &vmm)?;
+        let end = Instant::now() + patience(LIMIT);
+        while ctl(&socket, &["info"])?["cpus"] != count {
+            check(Instant::now() < end, || vmm.story("vCPUs"))?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    request.type_ = ModifyType::UPDATE.into();
+    for (mib, wanted) in [(640, "MEMORY-GROWN"), (384, "MEMORY-SHRUNK")] {
+        request.mut_memory().memory_mb = mib;
+        console.go_on()?;
+        modify(&socket, &request)?;
+        reaches(&socket, mib, &vmm)?;
+        console.wait_for(wanted, &vmm)?;
+    }
+    // Beyond what it was made with there is none.
+    request.mut_memory().memory_mb = 770;
+    let mut other = Client::connect(&socket)?;
+    let wrong = Code::FailedPrecondition;
+    other.refused("ModifyResource", &request, wrong, "at most 768 MiB")?;
+    let mut other = Client::connect(&socket)?;
+    other.plain("TeardownVM")?;
+    other.plain("Quit")?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(QUIT)
 }
