@@ -32,10 +32,12 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// How long a stream is listened to.
 const MOMENT: Duration = Duration::from_millis(50);
 /// What a stranger may well do to a machine, and then it is done.
-const OBEYED: [&str; 10] = [
+const OBEYED: [&str; 12] = [
     "Boot",
     "Delete",
     "Pause",
+    "Reset",
+    "Reboot",
     "Resume",
     "Shutdown",
     "TeardownVM",
