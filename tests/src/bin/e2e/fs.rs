@@ -78,7 +78,7 @@ fn in_a_guest() -> Verdict {
     let (socket, other) = (scratch.path("api"), scratch.path("other"));
     sh(&format!("mkdir {other}; echo here >{other}/file"))?;
     let (home, fixed) = (
-        format!("tag=home,source={share},id=home"),
+        format!("tag=home,source={share},xattr=on,id=home"),
         format!("tag=fixed,source={share},readonly=on,cache=never,id=fixed"),
     );
     let args = [
@@ -113,6 +113,9 @@ fn in_a_guest() -> Verdict {
     facts(&format!("{share}/open/sub"), "2001:2002 750 directory")?;
     facts(&format!("{share}/open/pipe"), "2001:2002 640 fifo")?;
     facts(&format!("{share}/open/link"), "2001:2002 777 symbolic link")?;
+    // As a group beside its own allows, by the group of its directory; and what a write takes away.
+    guest.run("mkdir by; chown 0:3000 by; chmod 2770 by; as() { setpriv --reuid=2001 --regid=2002 $1 sh -c \"$2\"; }; as '--groups 3000' 'echo z >by/f'; [ $(stat -c %u:%g by/f) = 2001:3000 ]; ! as --clear-groups 'echo z >by/g' 2>/dev/null; chmod 4777 by/f; as '--groups 3000' 'echo z >>by/f'; [ $(stat -c %a by/f) = 777 ]")?;
+    guest.run("python3 -c 'import os; f=\"old\"; os.setxattr(f,\"user.x\",b\"y\"); assert os.getxattr(f,\"user.x\")==b\"y\" and os.listxattr(f)==[\"user.x\"]; os.removexattr(f,\"user.x\"); assert os.listxattr(f)==[]'")?;
     guest.run("mv open/twice open/moved; rm open/mine; rmdir open/sub; truncate -s 5M open/moved; fallocate -l 6M open/moved; cp --reflink=never big copy; cmp big copy; flock open/moved true; touch -d 2001-02-03 open/moved; df . >/dev/null; ls -la >/dev/null; sync -f .; dd if=/dev/zero of=open/moved bs=4k count=4 conv=notrunc,fdatasync 2>/dev/null")?;
     guest
         .run("! mknod device b 7 0 2>/tmp/why; ! mknod device c 1 3 2>/tmp/why; ! [ -e device ]")?;
