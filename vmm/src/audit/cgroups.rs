@@ -9,7 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::fds::Kind;
-use super::process::Tree;
+use super::process::{self, Tree};
 use super::{Report, Role};
 use crate::launcher::cgroup_parent::{GROUP_PREFIX, Mount};
 use crate::launcher::{LEAF_PREFIX, VMM_LEAF, printable};
@@ -195,8 +195,11 @@ fn intruders(path: &str, own: i32, launcher: Option<i32>) -> Option<String> {
         let text = fs::read_to_string(directory.join("cgroup.procs")).ok()?;
         let tree = Tree::read().ok()?;
         // One that has ended meanwhile is in no tree.
-        let of_launcher =
-            |pid: i32| !tree.contains(pid) || launcher.is_some() && tree.parent(pid) == launcher;
+        let of_launcher = |pid: i32| {
+            // vhost-net's thread, with kernels before 6.4.
+            let threads = process::is_kernels(pid);
+            threads || !tree.contains(pid) || launcher.is_some() && tree.parent(pid) == launcher
+        };
         let found = strangers(&text, own, &of_launcher);
         (!found.is_empty()).then(|| found.join(", "))
     };

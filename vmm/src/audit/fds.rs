@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::launcher::printable;
 
 /// Most descriptors that are read of one process.
-const MAX_FDS: usize = 8192;
+pub const MAX_FDS: usize = 8192;
 
 /// What a descriptor is. Decided by the inode's type and the kernel's own names of anonymous
 /// inodes, never by a path.
@@ -191,6 +191,11 @@ fn family(process: &impl AsFd, number: i32) -> Option<String> {
 pub fn memory(pid: i32) -> io::Result<Vec<Inode>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.take(MAX_FDS);
     let found = entries.flatten().filter_map(|entry| {
+        // Its name says that it has none. What lies on a network that does not answer is not asked.
+        let name = fs::read_link(entry.path()).ok()?;
+        if !name.to_string_lossy().ends_with(" (deleted)") {
+            return None;
+        }
         let metadata = fs::metadata(entry.path()).ok()?;
         let memory = metadata.is_file() && memory_devices().contains(&metadata.dev());
         memory.then(|| (metadata.dev(), metadata.ino()))

@@ -288,7 +288,8 @@ fn filters_of_all(processes: &mut [Report]) {
         return;
     }
     for report in processes {
-        let hidden = |thread: &process::Thread| !shown(thread) && thread.seccomp_mode == 2;
+        let hidden =
+            |thread: &process::Thread| !shown(thread) && thread.seccomp_mode == 2 && !thread.worker;
         if threads(report, &hidden) {
             report
                 .unread
@@ -363,7 +364,10 @@ fn read(target: &Target) -> Result<Process, String> {
             target.role == Role::Vmm && grade::still_in_setup(p, &target.told).next().is_some()
         };
         // An audit that runs beside this one traces it for a moment.
-        let passes = |p: &Process| p.tracer != 0 || begins(p);
+        // A helper that has just been started has yet to confine itself.
+        let own = |thread: &process::Thread| thread.seccomp_filters.is_none_or(|n| n >= 3);
+        let confines = |p: &Process| target.role == Role::Helper && !p.threads.iter().all(own);
+        let passes = |p: &Process| p.tracer != 0 || begins(p) || confines(p);
         if !read.as_ref().is_ok_and(passes) {
             break;
         }

@@ -1,14 +1,34 @@
 //! Who else on the host is in a namespace that was made for one device alone. Called by the audit only.
 
 use std::fs;
+use std::time::Duration;
 
-use super::{Report, Role};
+use super::{Report, Role, process};
 
 /// Namespaces in which a stranger meets the device: processes, network, messages, mounts.
 const KINDS: [&str; 4] = ["mnt", "pid", "net", "ipc"];
 
-/// Processes that are none of the VM's, each with the device whose namespace it is in.
+/// The pause before another look: a namespace's number may have been another's a moment ago.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Processes that are none of the VM's, each with the device whose namespace it is in: those that are
+/// found twice, of devices that are still there.
 pub fn strangers(reports: &[Report]) -> Vec<(i32, String)> {
+    let mut found = look(reports);
+    if !found.is_empty() {
+        std::thread::sleep(LOOK_AGAIN);
+        let again = look(reports);
+        let same = |pid: i32| {
+            let report = reports.iter().find(|report| report.pid == pid);
+            let started = report.and_then(|report| report.process.as_ref()?.started);
+            started.is_some() && started == process::started(pid)
+        };
+        found.retain(|line| again.contains(line) && same(line.0));
+    }
+    found
+}
+
+fn look(reports: &[Report]) -> Vec<(i32, String)> {
     let mut found = Vec::new();
     let own = |pid: i32| reports.iter().any(|report| report.pid == pid);
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();

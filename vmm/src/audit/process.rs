@@ -88,10 +88,15 @@ fn stat_field(pid: i32, index: usize) -> Option<String> {
 
 /// Whether the process executes a file of this name.
 pub fn executes(pid: i32, program: &str) -> bool {
-    fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| {
-        exe.file_name()
-            .and_then(|name| name.to_str())
-            .is_some_and(|name| name.strip_suffix(" (deleted)").unwrap_or(name) == program)
+    fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| is_called(&exe, program))
+}
+
+/// A file of that name, unlinked or not, or a copy of it in memory.
+fn is_called(path: &Path, name: &str) -> bool {
+    let last = path.file_name().and_then(|last| last.to_str());
+    last.is_some_and(|last| {
+        let last = last.strip_suffix(" (deleted)").unwrap_or(last);
+        last.strip_prefix("memfd:").unwrap_or(last) == name
     })
 }
 
@@ -99,15 +104,25 @@ pub fn executes(pid: i32, program: &str) -> bool {
 pub fn holds(pid: i32, name: &str) -> bool {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"));
     let mut entries = entries.into_iter().flatten().flatten();
-    entries.any(|entry| {
-        fs::read_link(entry.path())
-            .is_ok_and(|target| target.file_name().is_some_and(|last| last == name))
-    })
+    entries.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| is_called(&target, name)))
 }
 
 /// Whether it is stopped by a signal or by a tracer.
 pub fn is_stopped(pid: i32) -> bool {
     stat_field(pid, STATE).is_some_and(|state| matches!(state.as_str(), "T" | "t"))
+}
+
+/// When it started, in clock ticks after boot.
+pub fn started(pid: i32) -> Option<u64> {
+    stat_field(pid, START_TIME)?.parse().ok()
+}
+
+/// Whether it is the kernel's own, with no program.
+pub fn is_kernels(pid: i32) -> bool {
+    /// PF_KTHREAD of the kernel's <linux/sched.h>.
+    const KTHREAD: u32 = 0x0020_0000;
+    let flags = stat_field(pid, FLAGS).and_then(|flags| flags.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & KTHREAD != 0)
 }
 
 /// Its real uid.
@@ -258,7 +273,15 @@ pub fn read(pid: i32) -> Result<Process, String> {
         Err(error) => denied.push(("its root directory", error)),
     }
     match fds::read(pid) {
-        Ok(fds) => process.fds = fds,
+        Ok(fds) => {
+            if fds.len() >= fds::MAX_FDS {
+                process.unread.push(format!(
+                    "only {} of its descriptors were read",
+                    fds::MAX_FDS
+                ));
+            }
+            process.fds = fds;
+        }
         Err(error) => denied.push(("its descriptors", error)),
     }
     match mappings::read(pid) {

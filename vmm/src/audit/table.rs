@@ -201,7 +201,8 @@ fn title(report: &Report) -> String {
         .as_ref()
         .and_then(|process| process.exe.as_deref())
         .and_then(|exe| exe.rsplit('/').next())
-        .map(|name| name.trim_end_matches(" (deleted)"));
+        .map(|name| name.trim_end_matches(" (deleted)"))
+        .map(|name| name.trim_start_matches("memfd:"));
     match (program, report.role) {
         (Some(program), Role::Device | Role::Helper) => format!("{program} {}", report.name),
         (Some(program), _) => program.to_owned(),

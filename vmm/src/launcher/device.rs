@@ -251,7 +251,12 @@ impl Start<'_> {
         let (mut sync, child_sync) = UnixStream::pair().map_err(io("socketpair"))?;
         // /dev/null, opened by the VMM: nothing is opened for a device.
         let null = sys::standard_fd(0).as_raw_fd();
-        let mut fds: Vec<RawFd> = vec![null, null, log_end.as_raw_fd()];
+        let log_fd = log_end.as_raw_fd();
+        // Who may change any file's owner and mode has none of the host's.
+        let mut fds: Vec<RawFd> = match self.sandbox.shares() {
+            true => vec![log_fd; 3],
+            false => vec![null, null, log_fd],
+        };
         fds.extend(self.fds.iter().map(AsRawFd::as_raw_fd));
 
         let host_id = u32::try_from(slot)

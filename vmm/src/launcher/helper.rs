@@ -110,7 +110,7 @@ impl Program {
         let found = match path {
             Some(path) => open(path).map_err(|error| {
                 format!(
-                    "virtiofsd {}: {error}; give --virtiofsd the path of virtiofsd 1.11 or later",
+                    "virtiofsd {}: {error}; give --virtiofsd the path of virtiofsd 1.13 or later",
                     printable(&path.to_string_lossy())
                 )
             })?,
@@ -119,12 +119,16 @@ impl Program {
                 .find_map(|path| open(Path::new(path)).ok())
                 .ok_or_else(|| {
                     format!(
-                        "virtiofsd: not found ({}): install virtiofsd 1.11 or later, or name it with --virtiofsd PATH",
+                        "virtiofsd: not found ({}): install virtiofsd 1.13 or later, or name it with --virtiofsd PATH",
                         helper_fs::PATHS.join(", ")
                     )
                 })?,
         };
-        Self::read(VIRTIOFSD, found)
+        let name = printable(&found.1.to_string_lossy());
+        let mut program = Self::read(VIRTIOFSD, found)?;
+        program.file = helper_fs::sealed(&program.file)
+            .map_err(|error| format!("virtiofsd {name}: a copy of it in memory: {error}"))?;
+        Ok(program)
     }
 
     fn read(kind: &'static str, (file, path): (File, PathBuf)) -> Result<Self, String> {

@@ -9,13 +9,13 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, symlinkat};
+use rustix::fs::{CWD, MemfdFlags, SealFlags, fcntl_add_seals, fstatfs, memfd_create, symlinkat};
 
 use super::confine::SHARE_NOFILE;
 use super::identity::{INNER_ID, Rights};
@@ -167,7 +167,28 @@ impl Share {
                 "another directory was put in its place: retry",
             );
         }
-        isolate::clone_directory(here.as_fd(), self.readonly).map_err(say)
+        // Of these the kernel asks no capability of who is root by name.
+        let kind = fstatfs(&here).map_err(|e| say(e.into()))?.f_type;
+        if KERNELS_OWN
+            .iter()
+            .any(|own| i128::from(kind) == i128::from(*own))
+        {
+            return refuse(
+                ROLE,
+                &self.path,
+                "is the kernel's own (/proc, /sys and the like): serve another directory",
+            );
+        }
+        isolate::clone_directory(here.as_fd(), self.readonly).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::EINVAL) => {
+                    let why = "has other file systems mounted below it: serve a directory without, and each of them by itself";
+                    let line: Result<(), String> = refuse(ROLE, &self.path, why);
+                    line.err().unwrap_or_default()
+                }
+                _ => say(error),
+            }
+        })
     }
 }
 
@@ -188,6 +209,42 @@ pub fn channel() -> io::Result<(UnixListener, UnixStream)> {
 /// What the system says.
 pub fn dump_no_memory() -> io::Result<()> {
     fs::write("/proc/self/coredump_filter", "0")
+}
+
+/// File systems that are the kernel's own: procfs, sysfs, cgroup, cgroup2, debugfs, tracefs, securityfs,
+/// bpf, configfs, efivarfs, devpts, binfmt_misc, pstore, selinuxfs, resctrl (<linux/magic.h>).
+const KERNELS_OWN: [u32; 15] = [
+    0x9fa0,
+    0x6265_6572,
+    0x0027_e0eb,
+    0x6367_7270,
+    0x6462_6720,
+    0x7472_6163,
+    0x7363_6673,
+    0xcafe_4a11,
+    0x6265_6570,
+    0xde5e_81e4,
+    0x1cd1,
+    0x4249_4e4d,
+    0x6165_676c,
+    0xf97c_ff8c,
+    0x0765_5821,
+];
+
+/// A copy of a program that nobody can write to, in memory: whoever executes a file of the host's reaches
+/// that by /proc/self/exe, and by that its owner and mode.
+///
+/// # Errors
+/// What the system says.
+pub fn sealed(program: &File) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut memory = File::from(memfd_create(super::helper::VIRTIOFSD, flags)?);
+    let mut from = program;
+    io::copy(&mut from, &mut memory)?;
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&memory, seals)?;
+    // What somebody can write to is not executed.
+    File::open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
 }
 
 /// Where virtiofsd is looked for.

@@ -306,11 +306,11 @@ pub fn clone_tree(path: &CStr) -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
-/// The same of the directory behind a descriptor: nosuid, nodev and noexec, and read-only where that
-/// is wanted.
+/// The same of the directory behind a descriptor, alone: nosuid, nodev and noexec, and read-only where
+/// that is wanted. Where other file systems are mounted below it the kernel refuses (EINVAL), since what
+/// they cover would be seen.
 pub fn clone_directory(directory: BorrowedFd<'_>, readonly: bool) -> io::Result<OwnedFd> {
-    let flags =
-        OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | libc::AT_EMPTY_PATH.unsigned_abs();
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.unsigned_abs();
     // SAFETY: the path is a C literal.
     let tree = own(check_long(unsafe {
         libc::syscall(
@@ -321,16 +321,17 @@ pub fn clone_directory(directory: BorrowedFd<'_>, readonly: bool) -> io::Result<
         )
     })?)?;
     let readonly = if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    restrict(tree.as_fd(), NOTHING_SPECIAL | readonly, AT_RECURSIVE)?;
+    restrict(tree.as_fd(), NOTHING_SPECIAL | readonly, 0)?;
     Ok(tree)
 }
 
-/// Adds attributes to a mount.
+/// Adds attributes to a mount, where nothing is mounted from now on that is mounted on the host: what is
+/// cloned would follow what it was cloned from.
 fn restrict(mount: BorrowedFd<'_>, attributes: u64, flags: libc::c_uint) -> io::Result<()> {
     let change = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,
-        propagation: 0,
+        propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
     // SAFETY: `change` is a mount_attr of the size told and lives across the call; the path is

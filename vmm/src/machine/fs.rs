@@ -28,7 +28,7 @@ pub fn spawn(fs: &FsConfig, site: &Site<'_>) -> Result<Device, String> {
         options: options(fs),
         resources: fs.resources.as_ref().cloned().unwrap_or_default(),
         least: kinds::virtiofsd_least(site.launcher.helper_data(VIRTIOFSD)),
-        hint: |_| " (it must be virtiofsd 1.11 or later)",
+        hint: |_| " (it must be virtiofsd 1.13 or later)",
     };
     let first = match net_external::start(order, false, site)? {
         Started::First(first) => *first,

@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::{AS_USER, for_user, sh};
+use bulkhead_tests::host::{AS_USER, Undo, for_user, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, bin, bulkhead, ctl, guest_file, nothing_left, patience};
 
@@ -238,6 +238,12 @@ fn without_a_guest() -> Verdict {
         ctl(socket, &args)
     };
 
+    let mounts = format!("{inside}/mixed/below {inside}/kernels {inside}/one/later");
+    let _undo = Undo::new(format!("umount {mounts} 2>/dev/null"));
+    sh(&format!(
+        "mkdir -p {mounts}; mount -t tmpfs none {inside}/mixed/below; mount -t proc none {inside}/kernels"
+    ))?;
+
     // Without a program there is none to start; nothing is looked for.
     let without = scratch.path("without");
     let vmm = serve(&without, &[])?;
@@ -296,6 +302,14 @@ fn without_a_guest() -> Verdict {
             "give at least",
         ),
         (format!("source={inside}/one"), "tag=NAME is missing"),
+        (
+            format!("tag=a,source={inside}/mixed"),
+            "has other file systems mounted below it",
+        ),
+        (
+            format!("tag=a,source={inside}/kernels"),
+            "is the kernel's own",
+        ),
     ] {
         let result = create(&socket, &["--fs", &fs]);
         let line = result.as_ref().err().cloned().unwrap_or_default();
@@ -314,6 +328,22 @@ fn without_a_guest() -> Verdict {
         found.to_string()
     })?;
     audited(&socket, "virtiofsd")?;
+    // What is mounted on the host now is not in its root; none of its files is the host's.
+    let pid = found["pid"].to_string();
+    sh(&format!("mount -t tmpfs none {inside}/one/later"))?;
+    let one_of_them = device(&socket, "fs0")?.unwrap_or_default()["pid"].to_string();
+    for pid in [&pid, &one_of_them] {
+        let held = sh(&format!(
+            "cat /proc/{pid}/mountinfo; for n in exe fd/0 fd/1; do readlink /proc/{pid}/$n; done"
+        ))?;
+        let strange = ["master:", "shared:", "/later", "/dev/null"];
+        let strange = strange.iter().find(|word| held.contains(*word));
+        let own =
+            held.contains("/memfd:virtiofsd (deleted)") && held.matches("pipe:[").count() == 2;
+        check(strange.is_none() && own, || format!("{strange:?}: {held}"))?;
+    }
+    // Another one would be refused the directory.
+    sh(&format!("umount {inside}/one/later"))?;
     let usage = ctl(&socket, &["stats", "fs1"])?["usage"].clone();
     check(usage["limits"]["cpu_percent"] == 50, || usage.to_string())?;
     ctl(&socket, &["limit", "fs0", "--memory", "256M"])?;
@@ -353,7 +383,8 @@ fn without_a_guest() -> Verdict {
         "pgrep -af 'shared-dir=/[s]hare' || true; ls {inside}"
     ))?;
     check(
-        left.split_whitespace().collect::<Vec<_>>() == ["file", "link", "one", "out", "two"],
+        left.split_whitespace().collect::<Vec<_>>()
+            == ["file", "kernels", "link", "mixed", "one", "out", "two"],
         || left.clone(),
     )
 }

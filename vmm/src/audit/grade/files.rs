@@ -48,6 +48,8 @@ fn may_hold(fd: &Fd) -> bool {
         (Kind::Null, 0 | 1) | (Kind::Socket | Kind::Memfd | Kind::Pipe, _) => true,
         (Kind::Anonymous(name), _) => matches!(name.as_str(), "eventfd" | "eventpoll"),
         (Kind::Directory, _) if fd.target == "/" => true,
+        // A device node is named, and opened by nobody.
+        (Kind::Null | Kind::Kvm, _) => fd.access == "path" && fd.target.starts_with("/share/"),
         // Of whatever kind.
         (Kind::File | Kind::Directory | Kind::Block | Kind::Character | Kind::Other, _) => {
             let at = |place: &str| {
@@ -57,7 +59,6 @@ fn may_hold(fd: &Fd) -> bool {
             // What somebody has moved out of it since is still the file that it was.
             PLACES.into_iter().any(at) || fd.target.starts_with("(unreachable)")
         }
-        _ => false,
     }
 }
 

@@ -21,10 +21,10 @@ pub fn surplus_of_vmm<'a>(
     let standard = |fd: &Fd| is_standard(fds, fd);
     let mut booted_from = 0;
     let mut boots = move |fd: &Fd| {
-        let name = fd.target.trim_end_matches(" (deleted)");
-        let known = boot.is_none_or(|boot| boot.iter().any(|path| path == name));
-        booted_from += usize::from(known && fd.access == "r");
-        known && fd.access == "r" && booted_from <= BOOT_FILES
+        // They may be called otherwise by now.
+        let most = boot.map_or(BOOT_FILES, <[String]>::len);
+        booted_from += usize::from(fd.access == "r");
+        fd.access == "r" && booted_from <= most
     };
     let (mut machines, mut vcpus) = (0, Vec::new());
     fds.iter().filter(move |fd| match &fd.kind {
@@ -50,10 +50,15 @@ const WAITS: [&str; 5] = ["eventfd", "eventpoll", "pidfd", "signalfd", "timerfd"
 /// And a launcher makes namespaces and confines.
 const MAKES: [&str; 3] = ["seccomp notify", "fscontext", "landlock-ruleset"];
 
+/// What the copy of virtiofsd is called.
+const PROGRAM_IN_MEMORY: &str = "/memfd:virtiofsd (deleted)";
+
 /// Descriptors that no launcher has; files it opens for others.
 pub fn surplus_of_launcher(fds: &[Fd]) -> impl Iterator<Item = &Fd> {
     fds.iter().filter(|fd| match &fd.kind {
-        Kind::Kvm | Kind::Memfd => true,
+        Kind::Kvm => true,
+        // A program that it may start, which nobody can write to.
+        Kind::Memfd => fd.access != "r" || fd.target != PROGRAM_IN_MEMORY,
         Kind::Anonymous(name) => {
             let name = name.as_str();
             !WAITS.contains(&name) && !MAKES.contains(&name)
