@@ -45,7 +45,7 @@ fn tree(scratch: &Scratch) -> Result<String, String> {
         "mkdir -p {share}/dir; echo SECRET >{secret}; chmod 644 {secret}
 ln -s {secret} {share}/absolute; ln -s ../secret {share}/relative; ln -s /etc/passwd {share}/etc; ln -s / {share}/root
 mkdir -p {share}/a/b; echo below >{share}/a/b/file
-head -c 64M /dev/urandom >{share}/big; chown 1234:4321 {share}/big; chmod 640 {share}/big
+head -c 16M /dev/urandom >{share}/big; chown 1234:4321 {share}/big; chmod 640 {share}/big
 umask 022; echo old >{share}/old",
         secret = scratch.path("secret"),
     ))?;
@@ -102,7 +102,7 @@ fn in_a_guest() -> Verdict {
     guest.run(&format!(
         "cd /tmp/home; [ $(sha256sum <big | cut -d' ' -f1) = {big} ] && [ \"$(stat -c '%u:%g %a' big)\" = '1234:4321 640' ]"
     ))?;
-    guest.run("head -c 64M /dev/urandom >new; chown 77:88 new; chmod 4751 new; sync; echo SUM=$(sha256sum <new | cut -d' ' -f1)")?;
+    guest.run("head -c 16M /dev/urandom >new; chown 77:88 new; chmod 4751 new; sync; echo SUM=$(sha256sum <new | cut -d' ' -f1)")?;
     let new = sum(&format!("{share}/new"))?;
     check(guest.vmm.output().contains(&format!("SUM={new}")), || {
         guest.vmm.story(&format!("the host has {new}"))

@@ -131,7 +131,6 @@ fn main() -> ExitCode {
         tests.extend(api_fuzz::tests());
         tests.extend(audit::tests());
         tests.extend(audit_native::native());
-        tests.extend(audit_outside::native());
         tests.extend(audit_outside::hostile());
         tests.extend(audit_outside::tests());
         tests.extend(death::tests());

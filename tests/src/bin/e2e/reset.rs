@@ -398,8 +398,11 @@ while [ -z \"$node\" ]; do
   done
   usleep 50000
 done
-(sleep 1; echo WAITING) &
-dd if=$node bs=24 count=1 2>/dev/null | wc -c; echo OBEYS";
+dd if=$node bs=24 count=1 >/dev/null 2>&1 &
+until ls -l /proc/$!/fd 2>/dev/null | grep -q $node; do usleep 50000; done
+echo WAITING
+wait
+echo OBEYS";
 
 fn reboots() -> Verdict {
     let scratch = Scratch::new("reboot")?;
