@@ -68,13 +68,25 @@ impl BootFiles {
         let tables = device::acpi_config(pci, cpus, pci_mem64(ram), &ports, ram);
         let rsdp = acpi::write_tables(ram.memory(), &tables).map_err(|e| e.to_string())?;
         reset_vector::write(ram.memory()).map_err(|e| format!("reset vector: {e}"))?;
+        load(ram, rsdp, &self.source()).map_err(|e| e.to_string())
+    }
+
+    /// Whether [`load_again`](Self::load_again) would find files that it can use, by what they say
+    /// of themselves; memory stays as it is.
+    ///
+    /// # Errors
+    /// One line that names what failed and the remedy.
+    pub fn check(&self, ram: &GuestRam) -> Result<(), String> {
+        boot::check(ram, &self.source()).map_err(|e| e.to_string())
+    }
+
+    fn source(&self) -> BootSource<'_> {
         let initrd = self.initrd.as_ref();
-        let source = BootSource {
+        BootSource {
             kernel: &self.kernel.0,
             kernel_name: &self.kernel.1,
             initrd: initrd.map(|(file, name)| (file, name.as_str())),
             cmdline: &self.cmdline,
-        };
-        load(ram, rsdp, &source).map_err(|e| e.to_string())
+        }
     }
 }

@@ -2,11 +2,13 @@
 //! its own, so that the manager need not. vCPUs are parked meanwhile.
 //!
 //! ```text
+//!   go ──▶ the files to boot looked at ──▶ Checked
 //!   go ──▶ every function and port reset, its process holds no ring ──▶ Stopped
 //!   go ──▶ interrupt controllers, memory cleared, kernel loaded ──▶ Loaded
 //! ```
 //!
-//! Between the two the manager waits until nothing of any process can still write to memory.
+//! Up to `Checked` nothing has changed: the guest can go on. Between the other two the manager waits
+//! until nothing of any process can still write to memory.
 
 use std::io;
 use std::sync::Arc;
@@ -52,6 +54,8 @@ impl std::fmt::Display for Cause {
 
 /// How far a reset is.
 pub enum Progress {
+    /// There is something to boot; or there is not, and why.
+    Checked(Result<(), String>),
     /// No process holds a ring.
     Stopped,
     /// The next guest's first instruction is where this says; or the machine cannot go on.
@@ -87,6 +91,12 @@ pub fn start(job: Job, post: Post, hook: ThreadHook) -> io::Result<Sender<()>> {
 
 fn run(job: &Job, post: &Post, goes: &Receiver<()>) {
     if goes.recv().is_err() {
+        return;
+    }
+    let checked = job.boot.check(&job.ram);
+    let usable = checked.is_ok();
+    post.send(News::Reset(Progress::Checked(checked)));
+    if !usable || goes.recv().is_err() {
         return;
     }
     job.pci.reset();

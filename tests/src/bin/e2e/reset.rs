@@ -36,7 +36,7 @@ pub fn tests() -> Vec<Test> {
             paused,
         ),
         test(
-            "a reset boots the kernel that was opened first, and ends a machine whose kernel is none any more",
+            "a reset boots the kernel that was opened first; where that is none any more the guest goes on, and one that reset itself ends",
             spoiled,
         ),
         test(
@@ -322,11 +322,41 @@ fn spoiled() -> Verdict {
     until(&vmm, "BULKHEAD-GUEST-READY", 2)?;
     // What is written to it is.
     sh(&format!("echo none >{kernel}.first"))?;
-    refused(ctl(&socket, &["reset"]), "the machine is gone")?;
+    refused(ctl(&socket, &["reset"]), "is not a kernel")?;
+    refused(
+        ctl(&socket, &["reboot", "--timeout", "1"]),
+        "is not a kernel",
+    )?;
+    let state = ctl(&socket, &["info"])?["state"].clone();
+    check(state == "running", || state.to_string())?;
+    sh(&format!("cat {good} >{kernel}.first"))?;
+    ctl(&socket, &["reset"])?;
+    until(&vmm, "BULKHEAD-GUEST-READY", 3)?;
+    ctl(&socket, &["shutdown", "--force"])?;
+    vmm.ends_with(0, LIMIT)?;
+    nothing_left(LIMIT)?;
+
+    // A guest that has reset itself has nothing to go on with.
+    let cmdline = "console=ttyS0 quiet panic=-1 bh.cmd=reboot";
+    let path = format!("{kernel}.first");
+    let options = ["--kernel", &path, "--initrd", &initrd, "--memory", "256M"];
+    let more = [
+        "--api-socket",
+        &socket,
+        "--cmdline",
+        cmdline,
+        "--on-reset",
+        "restart",
+    ];
+    let mut vmm = Vmm::start(&[["run"].as_slice(), &options, &more].concat())?;
+    until_event(&socket, "machine.reset", "\"count\":1")?;
+    sh(&format!("echo none >{path}"))?;
     vmm.ends_with(1, LIMIT)?;
-    check(vmm.errors().contains("is not a kernel"), || {
-        vmm.story("it does not say why")
-    })?;
+    let told = vmm.errors();
+    check(
+        told.contains("cannot begin anew") && told.contains("is not a kernel"),
+        || vmm.story("it does not say why"),
+    )?;
     nothing_left(LIMIT)
 }
 

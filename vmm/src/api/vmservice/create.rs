@@ -1,7 +1,9 @@
 //! CreateVMRequest as a machine's configuration.
 
 use bulkhead_proto::RpcStatus;
+use bulkhead_proto::machine::machine_config::OnReset;
 use bulkhead_proto::machine::{MachineConfig, SerialConfig, serial_config};
+use bulkhead_proto::protobuf::EnumOrUnknown;
 use bulkhead_proto::vmservice::{
     self, CreateVMRequest, GuestPowerAction, GuestPowerActions, MemoryConfig, ProcessorConfig,
     VMConfig, vmconfig::Boot_config,
@@ -29,7 +31,7 @@ pub(super) fn machine(request: CreateVMRequest) -> Result<MachineConfig, RpcStat
     let cpus = processors(from.processor_config.as_ref())?;
     config.cpus.mut_or_insert_default().boot = cpus;
     config.serial = Some(serial(from.serial_config.as_ref())?).into();
-    power(from.guest_power_actions.as_ref())?;
+    config.on_reset = power(from.guest_power_actions.as_ref())?.into();
     if let Some(pcie) = from.pcie.into_option() {
         topology::ports(pcie, cpus, &mut config)?;
     }
@@ -172,24 +174,39 @@ fn serial(from: Option<&vmservice::SerialConfig>) -> Result<SerialConfig, RpcSta
     Ok(serial)
 }
 
-/// A machine that has halted, for whatever reason, has ended.
-fn power(from: Option<&GuestPowerActions>) -> Result<(), RpcStatus> {
-    let Some(from) = from else { return Ok(()) };
-    for (name, action) in [
-        ("shutdown", from.shutdown),
-        ("reset", from.reset),
-        ("crash", from.crash),
-        ("watchdog", from.watchdog),
-    ] {
-        let field = format!("config.guest_power_actions.{name}");
-        match action.enum_value() {
-            Ok(GuestPowerAction::DEFAULT | GuestPowerAction::HALT) => {}
-            Ok(GuestPowerAction::RESTART) => {
-                let remedy = "give DEFAULT or HALT, and make a new machine when one has halted";
-                return Err(not_offered(&format!("{field}: RESTART"), remedy));
-            }
-            Err(number) => return Err(wrong(format!("{field} is {number}: give 0 or 2"))),
+/// What becomes of a machine whose guest asks for a reset or triple-faults, which is one thing here;
+/// one that has halted for another reason has ended.
+fn power(from: Option<&GuestPowerActions>) -> Result<OnReset, RpcStatus> {
+    let Some(from) = from else {
+        return Ok(OnReset::END);
+    };
+    let known = |name: &str, action: &EnumOrUnknown<GuestPowerAction>| {
+        action.enum_value().map_err(|number| {
+            wrong(format!(
+                "config.guest_power_actions.{name} is {number}: give 0, 1 or 2"
+            ))
+        })
+    };
+    let refused = |field: &str, remedy: &str| {
+        let field = format!("config.guest_power_actions.{field}");
+        Err(not_offered(&field, remedy))
+    };
+    for (name, action) in [("shutdown", from.shutdown), ("watchdog", from.watchdog)] {
+        if known(name, &action)? == GuestPowerAction::RESTART {
+            let remedy = "give DEFAULT or HALT, and make a new machine when one has halted";
+            return refused(&format!("{name}: RESTART"), remedy);
         }
     }
-    Ok(())
+    match (known("reset", &from.reset)?, known("crash", &from.crash)?) {
+        (GuestPowerAction::RESTART, GuestPowerAction::HALT) => refused(
+            "crash: HALT beside reset: RESTART",
+            "give crash DEFAULT or RESTART: a triple fault is a reset",
+        ),
+        (GuestPowerAction::RESTART, _) => Ok(OnReset::RESTART),
+        (_, GuestPowerAction::RESTART) => refused(
+            "crash: RESTART",
+            "give reset RESTART, too: a triple fault is a reset",
+        ),
+        _ => Ok(OnReset::END),
+    }
 }

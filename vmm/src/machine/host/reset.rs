@@ -1,10 +1,13 @@
 //! Resets of the machine in place, and reboots, on the manager thread.
 //!
 //! ```text
-//!   Reset, Reboot's end ─▶ vCPUs park ─▶ stopping ─▶ quieting ─▶ loading ─▶ vCPUs begin anew
-//!                              ▲            (the thread `reset`)
-//!   the guest's own ─▶ resting ┘  at most once a second
+//!   Reset, Reboot's end ─▶ vCPUs park ─▶ checking ─▶ stopping ─▶ quieting ─▶ loading ─▶ vCPUs begin anew
+//!                            │  ▲           │        (the thread `reset`)
+//!   the guest's own ─▶ resting ◀┘           └─▶ nothing to boot: the guest goes on, or has ended
 //! ```
+//!
+//! `resting`: a guest of its own accord begins anew once a second at most, and not before each of its
+//! vCPUs has come out.
 //!
 //! Nothing here waits but for vCPUs to park, as a pause does. Requests that would change the machine
 //! are held meanwhile and carried out afterwards; what tells goes on, and so does its end.
@@ -27,6 +30,8 @@ use crate::machine::told;
 
 /// A guest that resets itself again and again does so once in this time.
 const PACE: Duration = Duration::from_secs(1);
+/// How long vCPUs of a guest that is over are waited for, each time.
+const OWN_LIMIT: Duration = Duration::from_millis(200);
 /// How long who waits for a reset is left without an answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most requests that are held while the machine is reset.
@@ -37,6 +42,8 @@ const SUBJECT: &str = "machine";
 /// How far a reset is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
+    /// What is to be booted is looked at.
+    Checking,
     /// Processes give their rings back.
     Stopping,
     /// What is left of lost processes ends.
@@ -49,6 +56,10 @@ enum Step {
 struct UnderWay {
     cause: Cause,
     step: Step,
+    /// The guest has come to its end: it cannot go on.
+    over: bool,
+    /// What it did before its vCPUs parked.
+    early: Vec<MachineEvent>,
     /// The thread waits for this before each of its steps.
     go: Sender<()>,
     /// vCPUs that the next guest has.
@@ -56,6 +67,15 @@ struct UnderWay {
     replies: Vec<ReplyHandle>,
     /// When they are told how far it is.
     until: Option<Instant>,
+}
+
+/// A guest that is over and does not begin anew yet.
+#[derive(Clone, Copy, Debug)]
+struct Resting {
+    cause: Cause,
+    until: Instant,
+    /// The log has been told of a vCPU that does not come out.
+    told: bool,
 }
 
 /// A guest that is to switch itself off and to begin anew.
@@ -69,8 +89,8 @@ struct Reboot {
 #[derive(Default)]
 pub(super) struct Resets {
     under_way: Option<UnderWay>,
-    /// The guest's own that is not due yet.
-    resting: Option<(Instant, Cause)>,
+    /// One that is not due yet.
+    resting: Option<Resting>,
     reboot: Option<Reboot>,
     held: Vec<(ApiRequest, ReplyHandle)>,
     count: u64,
@@ -85,7 +105,7 @@ impl Resets {
 
     /// When something is to be looked at.
     pub(super) fn timer(&self) -> Option<Instant> {
-        let resting = self.resting.map(|(at, _)| at);
+        let resting = self.resting.map(|resting| resting.until);
         let told = self.under_way.as_ref().and_then(|reset| reset.until);
         let reboot = self.reboot.as_ref().map(|reboot| reboot.deadline);
         // Its deadline is of no interest any more.
@@ -175,7 +195,6 @@ impl Host {
         if let Err(status) = self.check_reset("reset") {
             return reply.complete(Err(status));
         }
-        self.resets.resting = None;
         self.begin_reset(Cause::Client, Some(reply));
     }
 
@@ -227,8 +246,14 @@ impl Host {
             MachineEvent::TripleFault { .. } => Some(Cause::TripleFault),
             MachineEvent::Ejected | MachineEvent::VcpuFailed { .. } => return Some(event),
         };
-        if self.resets.is_resetting() {
-            // Of a guest that is gone.
+        if let Some(reset) = &mut self.resets.under_way {
+            if reset.step == Step::Checking {
+                reset.early.push(event);
+            }
+            // Else of a guest that is gone.
+            return None;
+        }
+        if self.resets.resting.is_some() {
             return None;
         }
         if self.resets.reboot.is_some() {
@@ -247,12 +272,10 @@ impl Host {
         match due.filter(|due| *due > now) {
             None => self.begin_reset(cause, None),
             Some(due) => {
-                self.resets.resting = Some((due, cause));
-                // It is over for this guest. Should a vCPU not come out, it is waited for then.
-                if let Some(machine) = &self.machine
-                    && let Err(error) = machine.parts.vcpus.pause(VCPU_LIMIT)
-                {
-                    log::warn!("{error}");
+                self.rest(cause, due);
+                // Should a vCPU not come out, it is waited for then.
+                if let Some(machine) = &self.machine {
+                    let _ = machine.parts.vcpus.pause(Duration::ZERO);
                 }
             }
         }
@@ -267,63 +290,76 @@ impl Host {
         wanted && self.shutdown.is_none()
     }
 
+    /// The guest is over, and begins anew then.
+    fn rest(&mut self, cause: Cause, until: Instant) {
+        let told = self.resets.resting.is_some_and(|resting| resting.told);
+        self.resets.resting = Some(Resting { cause, until, told });
+    }
+
     /// Parks the vCPUs and begins.
     fn begin_reset(&mut self, cause: Cause, reply: Option<ReplyHandle>) {
         let replies = Vec::from_iter(reply);
-        match self.park_and_start(cause) {
-            Ok((go, cpus)) => {
-                if matches!(cause, Cause::Guest | Cause::TripleFault) {
-                    self.resets.last = Some(Instant::now());
-                }
-                self.resets.under_way = Some(UnderWay {
-                    cause,
-                    step: Step::Stopping,
-                    go,
-                    cpus,
-                    until: Instant::now().checked_add(PATIENCE),
-                    replies,
-                });
-                self.on_ejected();
-                self.let_leavers_go();
-                if let Some(reset) = &self.resets.under_way {
-                    // It waits for that.
-                    let _ = reset.go.send(());
-                }
+        let Some(machine) = &self.machine else { return };
+        let rested = self.resets.resting.map(|resting| resting.cause);
+        let over =
+            rested.is_some() || !matches!(cause, Cause::Client | Cause::Reboot { forced: true });
+        let limit = if over { OWN_LIMIT } else { VCPU_LIMIT };
+        if let Err(error) = machine.parts.vcpus.pause(limit) {
+            let line = error.to_string();
+            for reply in replies {
+                let status = RpcStatus::new(Code::DeadlineExceeded, line.clone());
+                reply.complete(Err(status));
             }
-            // The guest goes on.
-            Err(status) if matches!(cause, Cause::Client | Cause::Reboot { forced: true }) => {
-                for reply in replies {
-                    reply.complete(Err(status.clone()));
+            if over {
+                // A client that waits for a reset is told; the guest's own waits itself.
+                let now = Instant::now();
+                self.rest(
+                    rested.unwrap_or(cause),
+                    now.checked_add(PACE).unwrap_or(now),
+                );
+                if let Some(resting) = self.resets.resting.as_mut().filter(|r| !r.told) {
+                    resting.told = true;
+                    log::warn!(
+                        "the next guest waits: {line}: is the host's storage stuck? ctl shutdown --force ends the machine"
+                    );
                 }
-                self.give_up_reboot(&status.message);
+            } else {
+                self.guest_goes_on();
+                self.give_up_reboot(&line);
             }
-            Err(status) => {
-                self.give_up_reboot(&status.message);
-                self.end(StopReason::HostError(format!(
-                    "the machine cannot be reset: {}",
-                    status.message
-                )));
-            }
+            return;
         }
+        self.resets.resting = None;
+        let cpus = self.cpus_of_next_guest();
+        let go = match self.start_reset(cpus) {
+            Ok(go) => go,
+            Err(error) => {
+                return self.not_reset(replies, over, Vec::new(), &format!("a thread: {error}"));
+            }
+        };
+        if matches!(cause, Cause::Guest | Cause::TripleFault) {
+            self.resets.last = Some(Instant::now());
+        }
+        // It waits for that.
+        let _ = go.send(());
+        self.resets.under_way = Some(UnderWay {
+            cause,
+            step: Step::Checking,
+            over,
+            early: Vec::new(),
+            go,
+            cpus,
+            until: Instant::now().checked_add(PATIENCE),
+            replies,
+        });
     }
 
-    /// On an error the guest goes on as it was.
-    fn park_and_start(&mut self, cause: Cause) -> Result<(Sender<()>, u32), RpcStatus> {
-        let cpus = self.cpus_of_next_guest();
-        let (post, hook) = (self.hotplug.post(), Arc::clone(&self.hooks.helper));
+    fn start_reset(&self, cpus: u32) -> std::io::Result<Sender<()>> {
         let Some(machine) = &self.machine else {
-            return Err(refused("no machine yet: create one"));
+            return Err(std::io::ErrorKind::NotFound.into());
         };
+        let (post, hook) = (self.hotplug.post(), Arc::clone(&self.hooks.helper));
         let parts = &machine.parts;
-        let go_on = || {
-            if machine.state == MachineState::Running {
-                parts.vcpus.resume();
-            }
-        };
-        if let Err(error) = parts.vcpus.pause(VCPU_LIMIT) {
-            go_on();
-            return Err(RpcStatus::new(Code::DeadlineExceeded, error.to_string()));
-        }
         let job = Job {
             boot: Arc::clone(&parts.boot),
             ram: parts.ram.clone(),
@@ -332,22 +368,75 @@ impl Host {
             last: Arc::clone(&parts.entry),
             cpus: (cpus, parts.hotplug.possible_cpus()),
         };
-        let go = reset::start(job, post, hook).map_err(|error| {
-            go_on();
-            RpcStatus::internal(format!("a thread for the reset ({cause}): {error}"))
-        })?;
+        reset::start(job, post, hook)
+    }
+
+    /// vCPUs that were parked for a reset run on, unless a client paused the machine.
+    fn guest_goes_on(&self) {
+        if let Some(machine) = &self.machine
+            && machine.state == MachineState::Running
+        {
+            machine.parts.vcpus.resume();
+        }
+    }
+
+    /// Nothing has changed: the guest goes on where it was, unless it is over.
+    fn not_reset(
+        &mut self,
+        replies: Vec<ReplyHandle>,
+        over: bool,
+        early: Vec<MachineEvent>,
+        why: &str,
+    ) {
+        let line = format!("the machine cannot begin anew: {why}");
+        for reply in replies {
+            reply.complete(Err(refused(line.clone())));
+        }
+        self.give_up_reboot(&line);
+        if over {
+            return self.end(StopReason::HostError(line));
+        }
+        self.guest_goes_on();
+        for event in early {
+            self.on_machine_event(event);
+        }
+        self.take_held();
+    }
+
+    /// Carries out what was held.
+    fn take_held(&mut self) {
+        for (request, reply) in std::mem::take(&mut self.resets.held) {
+            self.on_request(request, reply);
+        }
+    }
+
+    /// There is something to boot: the guest's time is over.
+    fn begin_stopping(&mut self) {
         // What the guest that is gone asked for; a vCPU that KVM gave up on counts.
         while let Some(event) = self.vcpu_events.try_recv() {
             if let MachineEvent::VcpuFailed { vcpu, fault } = event {
                 self.end(StopReason::HostError(format!("vCPU {vcpu}: {fault}")));
             }
         }
-        Ok((go, cpus))
+        self.on_ejected();
+        self.let_leavers_go();
+        if let Some(reset) = &mut self.resets.under_way {
+            reset.early.clear();
+            reset.step = Step::Stopping;
+            // It waits for that.
+            let _ = reset.go.send(());
+        }
     }
 
     /// The thread has come further.
     pub(super) fn on_reset_progress(&mut self, progress: Progress) {
         match progress {
+            Progress::Checked(Ok(())) => self.begin_stopping(),
+            Progress::Checked(Err(why)) => {
+                if let Some(reset) = self.resets.under_way.take() {
+                    self.not_reset(reset.replies, reset.over, reset.early, &why);
+                }
+            }
             Progress::Stopped => {
                 if let Some(reset) = &mut self.resets.under_way {
                     reset.step = Step::Quieting;
@@ -377,8 +466,8 @@ impl Host {
 
     /// Looks what is due. True: nothing was.
     pub(super) fn look_at_reset(&mut self, now: Instant) -> bool {
-        if let Some((_, cause)) = self.resets.resting.take_if(|(at, _)| *at <= now) {
-            self.begin_reset(cause, None);
+        if let Some(resting) = self.resets.resting.filter(|r| r.until <= now) {
+            self.begin_reset(resting.cause, None);
             return false;
         }
         let reboot = self.resets.reboot.as_ref();
@@ -407,7 +496,7 @@ impl Host {
         }
         let why = match (step, unquiet.as_slice()) {
             (Step::Stopping, _) => "device processes have not answered".to_owned(),
-            (Step::Loading, _) => "the kernel is being read".to_owned(),
+            (Step::Checking | Step::Loading, _) => "the kernel is being read".to_owned(),
             (Step::Quieting, []) => "memory is being plugged".to_owned(),
             (Step::Quieting, [first, ..]) => format!(
                 "device {first}: the I/O of its last process has not ended: is the host's storage stuck?"
@@ -441,6 +530,12 @@ impl Host {
         parts.hotplug.reset(reset.cpus);
         parts.ged.reset();
         parts.serial.reset();
+        // What was asked to leave meanwhile was told to a guest that is gone.
+        self.let_leavers_go();
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let parts = &mut machine.parts;
         let begun = parts.vcpus.reset(&parts.entry, reset.cpus, VCPU_LIMIT);
         if let Err(error) = begun {
             return self.end(StopReason::HostError(error.to_string()));
@@ -466,8 +561,6 @@ impl Host {
                 reply.complete(Ok(ApiResponse::Rebooted(response.clone())));
             }
         }
-        for (request, reply) in std::mem::take(&mut self.resets.held) {
-            self.on_request(request, reply);
-        }
+        self.take_held();
     }
 }

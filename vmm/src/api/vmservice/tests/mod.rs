@@ -315,10 +315,10 @@ fn what_is_not_offered_is_refused_by_its_name() {
         ),
         (
             |r| {
-                config(r).guest_power_actions.mut_or_insert_default().reset =
+                config(r).guest_power_actions.mut_or_insert_default().crash =
                     GuestPowerAction::RESTART.into()
             },
-            "config.guest_power_actions.reset: RESTART",
+            "config.guest_power_actions.crash: RESTART",
         ),
         (
             |r| {

@@ -23,6 +23,33 @@ fn a_device_is_added_behind_the_port_that_is_named() {
 }
 
 #[test]
+fn a_reset_by_the_guest_restarts_it_where_that_is_wanted() {
+    use GuestPowerAction::{DEFAULT, HALT, RESTART};
+    use bulkhead_proto::machine::machine_config::OnReset;
+    let of = |reset: GuestPowerAction, crash: GuestPowerAction| {
+        let mut request = kata();
+        let actions = &mut config(&mut request).guest_power_actions;
+        let actions = actions.mut_or_insert_default();
+        (actions.reset, actions.crash) = (reset.into(), crash.into());
+        match parse("CreateVM", &request.write_to_bytes().unwrap()) {
+            Ok(ApiRequest::Create(config)) => Ok(config.on_reset == OnReset::RESTART.into()),
+            Ok(other) => panic!("{other:?}"),
+            Err(status) => Err(status.message),
+        }
+    };
+    for (reset, crash, restarts) in [
+        (DEFAULT, DEFAULT, false),
+        (HALT, DEFAULT, false),
+        (RESTART, DEFAULT, true),
+        (RESTART, RESTART, true),
+    ] {
+        assert_eq!(of(reset, crash), Ok(restarts), "{reset:?}, {crash:?}");
+    }
+    let line = of(RESTART, HALT).unwrap_err();
+    assert!(line.contains("crash: HALT beside reset: RESTART"), "{line}");
+}
+
+#[test]
 fn resources_are_modified_where_a_request_of_ours_does_it() {
     let of = |kind: ModifyType, resource: modify_resource_request::Resource| {
         let mut request = ModifyResourceRequest::new();

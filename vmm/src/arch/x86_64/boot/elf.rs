@@ -149,7 +149,7 @@ fn load_segment(
     let overlaps = |(start, len): &(u64, u64)| {
         *start < zeroes.0.saturating_add(zeroes.1) && zeroes.0 < start.saturating_add(*len)
     };
-    if kernel.segments.iter().any(overlaps) {
+    if kernel.segments.iter().any(overlaps) && !image.is_only_checked() {
         clear(image, ram, zeroes)?;
     }
     kernel.segments.push((segment.address, segment.memory_size));

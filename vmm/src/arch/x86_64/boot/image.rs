@@ -19,6 +19,8 @@ pub(super) struct Image<'a> {
     name: &'a str,
     size: u64,
     role: &'static str,
+    /// Nothing is copied.
+    only_checked: bool,
 }
 
 impl<'a> Image<'a> {
@@ -32,6 +34,7 @@ impl<'a> Image<'a> {
             name,
             size: 0,
             role,
+            only_checked: false,
         };
         let metadata = file.metadata().map_err(|e| image.error(Problem::Read(e)))?;
         if !metadata.is_file() {
@@ -42,6 +45,17 @@ impl<'a> Image<'a> {
             return Err(image.error(Problem::Empty));
         }
         Ok(image)
+    }
+
+    /// The same file, of which nothing is ever copied: what is checked on the way is.
+    pub(super) fn only_checked(mut self) -> Self {
+        self.only_checked = true;
+        self
+    }
+
+    /// True when guest memory is to stay as it is.
+    pub(super) fn is_only_checked(&self) -> bool {
+        self.only_checked
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -102,6 +116,9 @@ impl<'a> Image<'a> {
         let end = address.checked_add(len);
         if end.is_none_or(|end| end > ram.low_end()) {
             return Err(self.too_big(ram, end.unwrap_or(u64::MAX)));
+        }
+        if self.only_checked {
+            return Ok(());
         }
         let count = usize::try_from(len).map_err(|_| self.error(Problem::Truncated))?;
         let mut file = self.file;

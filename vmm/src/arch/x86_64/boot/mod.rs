@@ -215,67 +215,121 @@ pub fn load_again(
     load_into(ram, rsdp, source, WorkingSet::of_used(ram))
 }
 
+/// Whether [`load_again`] would find what it needs, by what the files say of themselves: nothing is
+/// written to memory, and little is read.
+///
+/// # Errors
+/// What `load_again` would say.
+pub fn check(ram: &GuestRam, source: &BootSource<'_>) -> Result<(), BootError> {
+    let images = Images::new(source)?;
+    let images = Images {
+        kernel: images.kernel.only_checked(),
+        initrd: images.initrd.map(Image::only_checked),
+    };
+    place(ram, &images, source.cmdline, WorkingSet::of_used(ram)).map(drop)
+}
+
+/// The files of a [`BootSource`].
+struct Images<'a> {
+    kernel: Image<'a>,
+    initrd: Option<Image<'a>>,
+}
+
+impl<'a> Images<'a> {
+    fn new(source: &BootSource<'a>) -> Result<Self, BootError> {
+        let kernel = Image::new("kernel", source.kernel, source.kernel_name)?;
+        let initrd = source.initrd;
+        let initrd = initrd.map(|(file, name)| Image::new("initrd", file, name));
+        Ok(Self {
+            kernel,
+            initrd: initrd.transpose()?,
+        })
+    }
+}
+
+/// A kernel and its initrd in RAM.
+struct Placed<'a> {
+    mode: EntryMode,
+    entry: u64,
+    /// For the zero page, where the kernel is entered by it.
+    header: setup_header,
+    /// (address, length), or zeroes.
+    initrd: (u64, u64),
+    set: WorkingSet<'a>,
+}
+
 fn load_into(
     ram: &GuestRam,
     rsdp: u64,
     source: &BootSource<'_>,
-    mut set: WorkingSet<'_>,
+    set: WorkingSet<'_>,
 ) -> Result<BootEntry, BootError> {
-    let kernel = Image::new("kernel", source.kernel, source.kernel_name)?;
+    let placed = place(ram, &Images::new(source)?, source.cmdline, set)?;
+    let cmdline = put_cmdline(ram, source.cmdline)?;
+    let info = match placed.mode {
+        EntryMode::Protected => {
+            put_start_info(ram, rsdp, cmdline, placed.initrd)?;
+            layout::PVH_INFO_START
+        }
+        EntryMode::Long => {
+            put_zero_page(ram, rsdp, placed.header, cmdline, placed.initrd)?;
+            layout::ZERO_PAGE_START
+        }
+    };
+    finish(placed.mode, placed.entry, info, ram, placed.set)
+}
+
+/// Copies the files to where they belong, and checks the command line.
+fn place<'a>(
+    ram: &GuestRam,
+    images: &Images<'_>,
+    cmdline: &str,
+    mut set: WorkingSet<'a>,
+) -> Result<Placed<'a>, BootError> {
+    const MOST: u64 = layout::CMDLINE_SIZE - 1;
+    let kernel = &images.kernel;
     if kernel.size() < 4 {
         return Err(kernel.error(Problem::Truncated));
     }
     if kernel.bytes::<4>(0)? == elf::MAGIC {
-        let loaded = elf::load(&kernel, ram, &mut set)?;
+        let loaded = elf::load(kernel, ram, &mut set)?;
         set.add_early_allocations(loaded.end);
-        let initrd = place_initrd(ram, source, loaded.end, u64::MAX, &mut set)?;
-        let cmdline = put_cmdline(ram, source.cmdline, layout::CMDLINE_SIZE - 1)?;
-        match loaded.pvh_entry {
-            Some(entry) => {
-                put_start_info(ram, rsdp, cmdline, initrd)?;
-                finish(
-                    EntryMode::Protected,
-                    entry,
-                    layout::PVH_INFO_START,
-                    ram,
-                    set,
-                )
-            }
-            None => {
-                let header = setup_header {
-                    boot_flag: 0xaa55,
-                    header: u32::from_le_bytes(*b"HdrS"),
-                    kernel_alignment: 0x20_0000,
-                    ..Default::default()
-                };
-                put_zero_page(ram, rsdp, header, cmdline, initrd)?;
-                finish(
-                    EntryMode::Long,
-                    loaded.entry,
-                    layout::ZERO_PAGE_START,
-                    ram,
-                    set,
-                )
-            }
-        }
-    } else if bzimage::matches(&kernel) {
-        let loaded = bzimage::load(&kernel, ram, &mut set)?;
+        let initrd = place_initrd(ram, images, loaded.end, u64::MAX, &mut set)?;
+        check_cmdline(cmdline, MOST)?;
+        let (mode, entry) = match loaded.pvh_entry {
+            Some(entry) => (EntryMode::Protected, entry),
+            None => (EntryMode::Long, loaded.entry),
+        };
+        let header = setup_header {
+            boot_flag: 0xaa55,
+            header: u32::from_le_bytes(*b"HdrS"),
+            kernel_alignment: 0x20_0000,
+            ..Default::default()
+        };
+        Ok(Placed {
+            mode,
+            entry,
+            header,
+            initrd,
+            set,
+        })
+    } else if bzimage::matches(kernel) {
+        let loaded = bzimage::load(kernel, ram, &mut set)?;
         set.add_early_allocations(loaded.end);
         let limit = match loaded.header.initrd_addr_max {
             0 => 0x37ff_ffff,
             max => u64::from(max),
         };
-        let initrd = place_initrd(ram, source, loaded.end, limit.saturating_add(1), &mut set)?;
-        let max = u64::from(loaded.header.cmdline_size).min(layout::CMDLINE_SIZE - 1);
-        let cmdline = put_cmdline(ram, source.cmdline, max)?;
-        put_zero_page(ram, rsdp, loaded.header, cmdline, initrd)?;
-        finish(
-            EntryMode::Long,
-            loaded.entry,
-            layout::ZERO_PAGE_START,
-            ram,
+        let limit = limit.saturating_add(1);
+        let initrd = place_initrd(ram, images, loaded.end, limit, &mut set)?;
+        check_cmdline(cmdline, u64::from(loaded.header.cmdline_size).min(MOST))?;
+        Ok(Placed {
+            mode: EntryMode::Long,
+            entry: loaded.entry,
+            header: loaded.header,
+            initrd,
             set,
-        )
+        })
     } else {
         Err(kernel.error(Problem::NotAKernel))
     }
@@ -322,7 +376,7 @@ fn put_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     Ok(())
 }
 
-fn put_cmdline(ram: &GuestRam, cmdline: &str, max: u64) -> Result<u64, BootError> {
+fn check_cmdline(cmdline: &str, max: u64) -> Result<(), BootError> {
     if cmdline.len() as u64 > max {
         return Err(BootError::CommandLineLength {
             len: cmdline.len(),
@@ -332,6 +386,10 @@ fn put_cmdline(ram: &GuestRam, cmdline: &str, max: u64) -> Result<u64, BootError
     if cmdline.contains('\0') {
         return Err(BootError::CommandLineNul);
     }
+    Ok(())
+}
+
+fn put_cmdline(ram: &GuestRam, cmdline: &str) -> Result<u64, BootError> {
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
     ram.memory()
@@ -344,15 +402,14 @@ fn put_cmdline(ram: &GuestRam, cmdline: &str, max: u64) -> Result<u64, BootError
 /// Returns (address, length), or zeroes.
 fn place_initrd(
     ram: &GuestRam,
-    source: &BootSource<'_>,
+    images: &Images<'_>,
     kernel_end: u64,
     limit: u64,
     set: &mut WorkingSet<'_>,
 ) -> Result<(u64, u64), BootError> {
-    let Some((file, name)) = source.initrd else {
+    let Some(initrd) = &images.initrd else {
         return Ok((0, 0));
     };
-    let initrd = Image::new("initrd", file, name)?;
     let len = initrd.size();
     let address = ram
         .low_end()

@@ -39,7 +39,17 @@ fn source<'a>(kernel: &'a File, initrd: Option<&'a File>, cmdline: &'a str) -> B
 }
 
 fn boot(ram: &GuestRam, kernel: &[u8]) -> Result<BootEntry, BootError> {
-    load(ram, RSDP, &source(&file(kernel), None, "quiet"))
+    let kernel = file(kernel);
+    load_checked(ram, &source(&kernel, None, "quiet"))
+}
+
+/// Loads, and checks before that the check says the same.
+fn load_checked(ram: &GuestRam, source: &BootSource<'_>) -> Result<BootEntry, BootError> {
+    let found = check(ram, source).map_err(|e| e.to_string());
+    let loaded = load(ram, RSDP, source);
+    let said = loaded.as_ref().map(drop).map_err(ToString::to_string);
+    assert_eq!(found, said);
+    loaded
 }
 
 /// An ELF kernel of one page of code and one of zeroes, with a PVH note if wanted.
@@ -113,7 +123,7 @@ fn a_pvh_kernel_gets_its_start_info() {
     let ram = GuestRam::new(64 << 20).unwrap();
     let initrd = file(&[7; 5000]);
     let kernel = file(&elf(true));
-    let entry = load(&ram, RSDP, &source(&kernel, Some(&initrd), "console=ttyS0")).unwrap();
+    let entry = load_checked(&ram, &source(&kernel, Some(&initrd), "console=ttyS0")).unwrap();
     assert_eq!(entry.mode(), EntryMode::Protected);
     assert_eq!(
         (entry.entry(), entry.info()),
@@ -163,7 +173,7 @@ fn a_bzimage_gets_its_zero_page_and_page_tables() {
     let ram = GuestRam::new(layout::LOW_RAM_END + (1 << 30)).unwrap();
     let initrd = file(b"initrd");
     let kernel = file(&bzimage());
-    let entry = load(&ram, RSDP, &source(&kernel, Some(&initrd), "quiet")).unwrap();
+    let entry = load_checked(&ram, &source(&kernel, Some(&initrd), "quiet")).unwrap();
     assert_eq!(entry.mode(), EntryMode::Long);
     assert_eq!(entry.entry(), LOAD + 0x200);
     let params: boot_params = read(&ram, entry.info());
@@ -208,14 +218,14 @@ fn files_that_are_no_kernels_cost_one_line_that_names_them() {
         );
     }
     let directory = File::open(std::env::temp_dir()).unwrap();
-    let text = line(load(ram, RSDP, &source(&directory, None, "")));
+    let text = line(load_checked(ram, &source(&directory, None, "")));
     assert!(text.contains("not a regular file"), "{text}");
     let (kernel, empty) = (file(&elf(true)), file(b""));
-    let text = line(load(ram, RSDP, &source(&kernel, Some(&empty), "")));
+    let text = line(load_checked(ram, &source(&kernel, Some(&empty), "")));
     assert!(text.starts_with("initrd /boot/i is empty"), "{text}");
     let big = file(b"x");
     big.set_len(MIN_MEMORY).unwrap();
-    let text = line(load(ram, RSDP, &source(&kernel, Some(&big), "")));
+    let text = line(load_checked(ram, &source(&kernel, Some(&big), "")));
     assert!(
         text.contains("initrd") && text.contains("--memory"),
         "{text}"
@@ -246,17 +256,29 @@ fn the_command_line_has_bounds() {
     let ram = &*RAM;
     let (vmlinux, bzimage) = (file(&elf(true)), file(&bzimage()));
     let longest = "x".repeat(2047);
-    assert!(load(ram, RSDP, &source(&vmlinux, None, &longest)).is_ok());
-    let text = line(load(ram, RSDP, &source(&vmlinux, None, &(longest + "y"))));
+    assert!(load_checked(ram, &source(&vmlinux, None, &longest)).is_ok());
+    let text = line(load_checked(ram, &source(&vmlinux, None, &(longest + "y"))));
     assert!(
         text.contains("2048 bytes") && text.contains("--cmdline"),
         "{text}"
     );
-    assert!(load(ram, RSDP, &source(&bzimage, None, &"x".repeat(100))).is_ok());
-    let text = line(load(ram, RSDP, &source(&bzimage, None, &"x".repeat(101))));
+    assert!(load_checked(ram, &source(&bzimage, None, &"x".repeat(100))).is_ok());
+    let text = line(load_checked(ram, &source(&bzimage, None, &"x".repeat(101))));
     assert!(text.contains("takes 100"), "{text}");
-    let text = line(load(ram, RSDP, &source(&vmlinux, None, "a\0b")));
+    let text = line(load_checked(ram, &source(&vmlinux, None, "a\0b")));
     assert!(text.contains("NUL"), "{text}");
+}
+
+#[test]
+fn a_check_leaves_memory_as_it_is() {
+    let ram = GuestRam::new(MIN_MEMORY).unwrap();
+    for kernel in [file(&elf(true)), file(&bzimage())] {
+        let initrd = file(&[7; 5000]);
+        check(&ram, &source(&kernel, Some(&initrd), "quiet")).unwrap();
+    }
+    let mut all = vec![1; MIN_MEMORY as usize];
+    ram.memory().read_slice(&mut all, GuestAddress(0)).unwrap();
+    assert!(all.iter().all(|byte| *byte == 0));
 }
 
 proptest! {
