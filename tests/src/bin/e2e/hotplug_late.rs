@@ -46,7 +46,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// Until the events hold this in one line.
-fn until_told(socket: &str, words: &[&str], more_than: usize) -> Verdict {
+pub fn until_told(socket: &str, words: &[&str], more_than: usize) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
     loop {
         let told = events(socket)?;

@@ -55,6 +55,7 @@ mod operations;
 mod recovery;
 mod recovery_net;
 mod reset;
+mod reset_stuck;
 mod resources;
 mod resources_enforced;
 mod rng;
@@ -135,6 +136,7 @@ fn main() -> ExitCode {
         tests.extend(audit_outside::tests());
         tests.extend(death::tests());
         tests.extend(reset::tests());
+        tests.extend(reset_stuck::tests());
         tests.extend(recovery::tests());
         tests.extend(recovery_net::tests());
         tests.extend(update::tests());
