@@ -32,7 +32,7 @@ pub use super::net_origin::Origin;
 use super::net_remedies::{bare, of_others};
 use super::net_told::Told;
 use super::usage::Usage;
-use crate::launcher::Launcher;
+use crate::launcher::{Launcher, LauncherError};
 use crate::virtio::{ReconnectError, VirtioPciFunction};
 
 /// First and longest pause before another attempt.
@@ -177,6 +177,11 @@ impl Switch {
         self.process.as_ref().map(|_| self.incarnation)
     }
 
+    /// Its helper's process, if it runs.
+    pub fn process(&self) -> Option<&HelperProcess> {
+        self.process.as_ref()
+    }
+
     /// What its helper uses of the host; `None`: it has none.
     pub fn usage(&self) -> Option<&Arc<Usage>> {
         self.usage.as_ref()
@@ -220,7 +225,7 @@ impl Switch {
     ///
     /// # Errors
     /// When the launcher is gone or does not answer.
-    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), LauncherError> {
         let mut result = Ok(());
         if self.usage.is_some() {
             result = launcher.kill_and_forget(&self.id, self.incarnation);
@@ -228,7 +233,7 @@ impl Switch {
         if let Origin::Listen(path, _) = &self.origin {
             result = result.and(launcher.forget(path));
         }
-        result.map_err(|e| e.to_string())
+        result
     }
 
     /// Its back-end is gone. `hung_up`: it went by itself. True: the operator is to be told; how

@@ -34,6 +34,7 @@ mod foreign;
 mod hotplug;
 mod interrupt;
 mod memory;
+mod remnants;
 mod requests;
 mod reset;
 mod resources;
@@ -175,6 +176,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         calls: vmservice::Calls::default(),
         resets: reset::Resets::default(),
         deleted: Vec::new(),
+        remnants: remnants::Remnants::default(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -275,6 +277,8 @@ struct Host {
     resets: reset::Resets,
     /// Who is told when nothing of the machine is left.
     deleted: Vec<ReplyHandle>,
+    /// What is left of a machine that was given up before it booted.
+    remnants: remnants::Remnants,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.

@@ -102,6 +102,8 @@ impl Host {
             ));
         }
         api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
+        // Its devices may have the names of those that have not ended.
+        self.end_remnants()?;
         // Processes of a machine that could not be made have ended: that is told before there are
         // others with the same names.
         self.on_launcher();
