@@ -206,7 +206,8 @@ fn one_after_another() -> Verdict {
         refused(ctl(&socket, &pinned), "host CPUs of pin= exist")?;
         ctl(&socket, &create)?;
         ctl(&socket, &["add-rng", "id=late"])?;
-        refused(ctl(&socket, &create), "has a machine already")?;
+        let other = [create.as_slice(), &["--cpus", "2"]].concat();
+        refused(ctl(&socket, &other), "has a machine already")?;
         let made = ctl(&socket, &["devices"])?.to_string();
         check(made.contains("late") && Path::new(&port).exists(), || made)?;
         ctl(&socket, &["delete"])?;

@@ -225,6 +225,9 @@ fn millis_until(deadline: Option<Instant>, now: Instant) -> i32 {
 
 /// A machine and its state.
 struct Machine {
+    /// As it was asked for.
+    asked: MachineConfig,
+    /// As it is.
     config: MachineConfig,
     state: MachineState,
     parts: Parts,

@@ -152,7 +152,7 @@ proptest! {
         if cuts {
             bytes.truncate(cut.index(bytes.len()));
         }
-        if let Ok(ApiRequest::Create(config)) = parse("CreateVM", &bytes) {
+        if let Ok(ApiRequest::CreateVm(config)) = parse("CreateVM", &bytes) {
             // What passes is a configuration that the manager takes.
             prop_assert_eq!(crate::api::config::validate(&config), Ok(()));
         }
