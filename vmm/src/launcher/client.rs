@@ -147,7 +147,7 @@ pub struct Launcher {
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
-    /// Processes that [`Self::spawn`] has started and nobody has told of.
+    /// Processes that [`Self::spawn`] and [`Self::spawn_helper`] have started and nobody has told of.
     untold: Mutex<BTreeMap<(String, u64), i32>>,
     /// It was waited for at its end.
     seen_out: AtomicBool,
@@ -287,7 +287,7 @@ impl Launcher {
         self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pid of a process that [`Self::spawn`] has started, the first time that this is asked:
+    /// The pid of a process that [`Self::spawn`] or [`Self::spawn_helper`] has started, the first time that this is asked:
     /// its start is to be told.
     pub fn take_untold(&self, device_id: &str, incarnation: u64) -> Option<i32> {
         self.untold().remove(&(device_id.to_owned(), incarnation))

@@ -26,6 +26,7 @@ use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
+pub use super::net_helper::{EXITED, HelperProcess};
 use super::net_links::Links;
 use super::net_mac;
 pub use super::net_origin::Origin;
@@ -69,20 +70,12 @@ enum Phase {
     },
     Linking {
         ticket: u64,
+        begun: Instant,
         deadline: Instant,
         /// Our end of a helper's channel, where it does not come with the process.
         ours: Option<UnixStream>,
     },
     Adopting,
-}
-
-/// The running process of a helper.
-#[derive(Debug)]
-pub struct HelperProcess {
-    /// Host pid.
-    pub pid: i32,
-    /// Keeps the pid from being reused.
-    pub pidfd: OwnedFd,
 }
 
 /// What the launcher has brought: a connection, or a helper's pidfd and pid.
@@ -177,6 +170,12 @@ impl Switch {
         self.process.as_ref().map(|_| self.incarnation)
     }
 
+    /// Its helper's process and its number, if it serves.
+    pub fn serving(&self) -> Option<(&HelperProcess, u64)> {
+        let served = self.served == self.incarnation;
+        Some((self.process.as_ref().filter(|_| served)?, self.incarnation))
+    }
+
     /// Its helper's process, if it runs.
     pub fn process(&self) -> Option<&HelperProcess> {
         self.process.as_ref()
@@ -196,6 +195,7 @@ impl Switch {
     pub fn describe(&self, info: &mut DeviceInfo) {
         if let Some(process) = &self.process {
             info.pid = process.pid;
+            info.spawn_us = process.ready_us();
             info.helper = self.origin.helper().unwrap_or_default().to_owned();
         }
         info.incarnation = self.incarnation;
@@ -269,6 +269,9 @@ impl Switch {
             rested: false,
         };
         self.served = self.incarnation;
+        if let Some(process) = &mut self.process {
+            process.ready = now.saturating_duration_since(process.begun);
+        }
         self.told.came(now)
     }
 
@@ -304,7 +307,7 @@ impl Switch {
         let line = format!("{}: {how}", self.origin);
         let news = self.given_up != incarnation && self.news(&line);
         if self.served == incarnation {
-            return Some(("device.exited", line, news));
+            return Some((EXITED, line, news));
         }
         news.then_some(("device.not-reconnected", line, true))
     }
@@ -437,6 +440,7 @@ impl Switch {
                 let deadline = now.checked_add(LINK_LIMIT).unwrap_or(now);
                 self.phase = Phase::Linking {
                     ticket,
+                    begun: now,
                     deadline,
                     ours,
                 };
@@ -463,7 +467,7 @@ impl Switch {
         now: Instant,
     ) -> Option<String> {
         let old = std::mem::replace(&mut self.phase, Phase::Adopting);
-        let Phase::Linking { ours, .. } = old else {
+        let Phase::Linking { ours, begun, .. } = old else {
             self.phase = old;
             return None;
         };
@@ -473,6 +477,8 @@ impl Switch {
                 self.process = Some(HelperProcess {
                     pid: linked.pid.unwrap_or_default(),
                     pidfd: linked.fd,
+                    begun,
+                    ready: Duration::ZERO,
                 });
                 // Without one it is as if it had closed it.
                 let made = linked.channel.map(UnixStream::from);

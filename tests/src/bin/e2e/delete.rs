@@ -64,7 +64,9 @@ fn pids(socket: &str) -> Result<(i64, i64), String> {
     let info = ctl(socket, &["info"])?;
     let devices = ctl(socket, &["devices"])?;
     let disk = devices.as_array().into_iter().flatten();
-    let disk = disk.filter(|d| d["id"] == "root").find_map(|d| d["pid"].as_i64());
+    let disk = disk
+        .filter(|d| d["id"] == "root")
+        .find_map(|d| d["pid"].as_i64());
     info["launcher_pid"]
         .as_i64()
         .zip(disk)
@@ -77,12 +79,15 @@ fn stopped_launcher() -> Verdict {
     let (launcher, disk) = pids(&socket)?;
     sh(&format!("kill -STOP {launcher} {disk}"))?;
     let told = format!("its launcher (pid {launcher}) does not end what it keeps of it");
-    refused(ctl(&socket, &["delete"]), &told)?;
-    let again = ctl(&socket, &["delete"]);
-    refused(again.clone(), &told)?;
-    refused(again, &format!("process {disk} of device root has not ended"))?;
+    let answer = ctl(&socket, &["delete"]);
+    refused(answer.clone(), &told)?;
+    let alive = format!("process {disk} of device root has not ended");
+    refused(answer, &alive)?;
     // No other machine is made beside what is left.
-    refused(create(&socket, &scratch.path("disk")).map(|()| serde_json::Value::Null), &told)?;
+    refused(
+        create(&socket, &scratch.path("disk")).map(|()| serde_json::Value::Null),
+        &told,
+    )?;
     sh(&format!("kill -CONT {launcher}"))?;
     ctl(&socket, &["delete"])?;
     check(!Path::new(&format!("/proc/{disk}")).exists(), || {
@@ -110,7 +115,10 @@ fn stopped_launcher_booted() -> Verdict {
     let answer = ctl(&socket, &["delete"]);
     let told = format!("the launcher (pid {launcher}) has not ended within");
     refused(answer.clone(), &told)?;
-    refused(answer.clone(), &format!("process {disk} of device root has not ended"))?;
+    refused(
+        answer.clone(),
+        &format!("process {disk} of device root has not ended"),
+    )?;
     refused(answer, &format!("kill -KILL {launcher} "))?;
     vmm.ends_with(0, LIMIT)?;
     check(vmm.errors().contains(&told), || vmm.story("not said"))?;
@@ -139,13 +147,19 @@ fn watched() -> Verdict {
         .iter()
         .filter_map(|e| Some((e["kind"].as_str()?, e["subject"].as_str()?)))
         .collect();
-    let after = told.iter().skip_while(|(kind, _)| *kind != "machine.stopped");
+    let after = told
+        .iter()
+        .skip_while(|(kind, _)| *kind != "machine.stopped");
     let mut after: Vec<&(&str, &str)> = after.skip(1).collect();
-    check(after.last() == Some(&&("machine.deleted", "")), || lines.clone())?;
+    check(after.last() == Some(&&("machine.deleted", "")), || {
+        lines.clone()
+    })?;
     after.pop();
     after.sort_unstable();
     let ends = [("device.exited", "rng0"), ("device.exited", "root")];
-    check(after.iter().copied().eq(&ends), || format!("{after:?}: {lines}"))?;
+    check(after.iter().copied().eq(&ends), || {
+        format!("{after:?}: {lines}")
+    })?;
     let pids = |kind: &str| {
         let of = events.iter().filter(|e| e["kind"] == kind);
         let mut pids: Vec<i64> = of.filter_map(|e| e["what"]["pid"].as_i64()).collect();

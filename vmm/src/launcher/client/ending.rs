@@ -75,15 +75,13 @@ impl Launcher {
             let ready = sys::poll(&wanted, Some(deadline)).unwrap_or_default();
             let is_ready = |at| ready.get(at).is_some_and(|events| *events != 0);
             let late = Instant::now() >= deadline;
-            match &socket {
-                // First what it said, up to the end of that.
-                Some(heard) if is_ready(1) && !late => {
-                    if !self.hear(heard) {
-                        socket = None;
-                    }
-                }
-                _ if is_ready(0) || late => break is_ready(0),
-                _ => {}
+            // First what it said, up to the end of that.
+            let said = is_ready(1) && !late;
+            if said && socket.as_ref().is_some_and(|socket| !self.hear(socket)) {
+                socket = None;
+            }
+            if !said && (late || is_ready(0)) {
+                break is_ready(0);
             }
         };
         if ended { Ok(()) } else { outlives }
