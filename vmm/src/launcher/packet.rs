@@ -171,7 +171,11 @@ impl PacketSocket {
     pub fn say_no_more(&self) -> io::Result<()> {
         // SAFETY: shutdown takes a descriptor, which is open, and a number.
         let result = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
-        if result < 0 { Err(last_error()) } else { Ok(()) }
+        if result < 0 {
+            Err(last_error())
+        } else {
+            Ok(())
+        }
     }
 
     /// Receives one packet; `None` at the end of the connection, `WouldBlock` when none is

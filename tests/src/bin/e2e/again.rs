@@ -56,7 +56,9 @@ fn asked_again() -> Verdict {
         ctl(&socket, &["resume"])?;
     }
     ctl(&socket, &["boot"])?;
-    check(state(&socket)?.contains("running"), || "it stands".to_owned())?;
+    check(state(&socket)?.contains("running"), || {
+        "it stands".to_owned()
+    })?;
     // Also one that is on its way: the machine that it describes is there.
     ctl(&socket, &of("128M"))?;
     refused(ctl(&socket, &of("160M")), other)?;
@@ -64,7 +66,9 @@ fn asked_again() -> Verdict {
     let events = String::from_utf8_lossy(&events.stdout).into_owned();
     // Nothing happened the second time.
     for (kind, times) in [("created", 1), ("running", 2), ("paused", 1)] {
-        let told = events.matches(&format!("\"kind\":\"machine.{kind}\"")).count();
+        let told = events
+            .matches(&format!("\"kind\":\"machine.{kind}\""))
+            .count();
         check(told == times, || format!("{told} times {kind}: {events}"))?;
     }
     ctl(&socket, &["shutdown", "--force"])?;

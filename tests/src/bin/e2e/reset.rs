@@ -322,7 +322,7 @@ fn spoiled() -> Verdict {
     until(&vmm, "BULKHEAD-GUEST-READY", 2)?;
     // What is written to it is.
     sh(&format!("echo none >{kernel}.first"))?;
-    refused(ctl(&socket, &["reset"]), "the machine is gone")?;
+    refused(ctl(&socket, &["reset"]), "the machine is gone: ")?;
     vmm.ends_with(1, LIMIT)?;
     check(vmm.errors().contains("is not a kernel"), || {
         vmm.story("it does not say why")

@@ -65,7 +65,8 @@ impl Host {
                 true => String::new(),
                 false => format!(" ({})", alive.join(", ")),
             };
-            let line = format!("the machine has ended, but not all that is its own{alive}: {outlives}");
+            let line =
+                format!("the machine has ended, but not all that is its own{alive}: {outlives}");
             RpcStatus::new(Code::DeadlineExceeded, line)
         });
         if let Err(status) = &outcome {
@@ -73,7 +74,8 @@ impl Host {
         }
         if had_machine {
             let left = outcome.as_ref().err().map(|status| status.message.as_str());
-            self.log.publish("machine.deleted", "", left.unwrap_or_default());
+            self.log
+                .publish("machine.deleted", "", left.unwrap_or_default());
         }
         outcome
     }

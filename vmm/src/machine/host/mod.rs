@@ -17,7 +17,7 @@ use super::stop::StopReason;
 use super::supervise::Budget;
 use super::told;
 use super::trial::Ended;
-use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services};
+use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services, note_end};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
@@ -506,6 +506,7 @@ impl Host {
             }
             self.end_operations();
             let what = told::stopped(&reason);
+            note_end(&reason.to_string());
             self.log
                 .publish_typed("machine.stopped", "", &reason.to_string(), Some(what));
             self.stop = Some(reason);

@@ -114,7 +114,11 @@ impl Host {
         state: MachineState,
         step: fn(&mut Self) -> Result<(), RpcStatus>,
     ) -> Result<ApiResponse, RpcStatus> {
-        if self.machine.as_ref().is_none_or(|machine| machine.state != state) {
+        if self
+            .machine
+            .as_ref()
+            .is_none_or(|machine| machine.state != state)
+        {
             step(self)?;
         }
         Ok(ApiResponse::Done)
