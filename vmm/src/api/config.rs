@@ -110,6 +110,7 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
             ));
         }
     }
+    super::config_disk::check_together(&config.disks)?;
     super::config_net::validate(config, &mut ids)?;
     super::config_rng::validate(config, &mut ids)?;
     super::config_vsock::validate(config, &mut ids)?;

@@ -2,6 +2,8 @@
 //! anything is opened or asked for it. Called on the `api` thread for every Create and
 //! UpdateDisk, and on the manager's.
 
+use std::collections::BTreeMap;
+
 use bulkhead_proto::common::DiskLimits;
 use bulkhead_proto::machine::DiskConfig;
 use bulkhead_proto::machine::disk_config::Format;
@@ -70,6 +72,30 @@ pub(super) fn check_disk(name: &str, disk: &DiskConfig) -> Result<(), String> {
             "{name}.max_size is {}: give {SECTOR} to {MAX_SIZE} bytes, or 0 for no limit",
             disk.max_size
         ));
+    }
+    Ok(())
+}
+
+/// Disks of one machine that lie in the same file: what one writes the other would not know of.
+/// Links are found by the file's lock, later.
+///
+/// # Errors
+///
+/// One line that names both.
+pub(super) fn check_together(disks: &[DiskConfig]) -> Result<(), String> {
+    let mut files: BTreeMap<&str, Vec<&DiskConfig>> = BTreeMap::new();
+    for disk in disks {
+        let others = files.entry(&disk.path).or_default();
+        let shares = |other: &&&DiskConfig| {
+            disk.readonly && other.readonly || disk.unlocked && other.unlocked
+        };
+        if let Some(other) = others.iter().find(|other| !shares(other)) {
+            return Err(format!(
+                "disks {} and {} are both in {}: give each a file of its own, or readonly=on to both; lock=off to both is for guests that share it knowingly",
+                other.id, disk.id, disk.path
+            ));
+        }
+        others.push(disk);
     }
     Ok(())
 }
@@ -150,6 +176,33 @@ mod tests {
             .mut_or_insert_default();
         (bytes.per_second, bytes.burst) = (1 << 20, 1 << 24);
         disk
+    }
+
+    #[test]
+    fn two_disks_share_a_file_only_if_neither_writes_or_both_know() {
+        let disk = |id: &str, readonly, unlocked| {
+            let mut disk = DiskConfig::new();
+            (disk.id, disk.path) = (id.into(), "/a".into());
+            (disk.readonly, disk.unlocked) = (readonly, unlocked);
+            disk
+        };
+        let together = |one, two| check_together(&[one, disk("x", true, true), two]);
+        for (one, two, fits) in [
+            (disk("a", false, false), disk("b", false, false), false),
+            (disk("a", true, false), disk("b", false, true), false),
+            (disk("a", true, true), disk("b", false, false), false),
+            (disk("a", true, false), disk("b", true, false), true),
+            (disk("a", false, true), disk("b", false, true), true),
+        ] {
+            let said = together(one, two);
+            assert_eq!(said.is_ok(), fits, "{said:?}");
+        }
+        let mut other = disk("b", false, false);
+        other.path = "/b".into();
+        assert_eq!(check_together(&[disk("a", false, false), other]), Ok(()));
+        let said = check_together(&[disk("a", false, false), disk("b", false, false)]);
+        let said = said.unwrap_err();
+        assert!(said.starts_with("disks a and b are both in /a: "), "{said}");
     }
 
     #[test]

@@ -49,6 +49,12 @@ pub(super) fn validate<'a>(
 /// What it is, and what to give.
 pub(crate) fn check_tag(tag: &str) -> Result<(), String> {
     text("it", tag, MAX_TAG)?;
+    if let Some(control) = tag.chars().find(|c| c.is_control()) {
+        return Err(format!(
+            "has the control character {:?}: give letters, digits and other visible characters",
+            control
+        ));
+    }
     if tag.is_empty() {
         return Err("is empty: give the name to mount it by, 1 to 36 bytes".into());
     }
@@ -85,11 +91,13 @@ mod tests {
             ("tag home", checked(|fs| fs.tag = "home".into())),
             ("tag", checked(|fs| fs.tag = "x".repeat(37))),
             ("tag", checked(|fs| fs.tag = "a\0b".into())),
+            ("tag", checked(|fs| fs.tag = "a\nb".into())),
+            ("tag", checked(|fs| fs.tag = "a\u{9b}b".into())),
             ("source", checked(|fs| fs.source = "srv".into())),
             ("cache", checked(|fs| fs.cache = EnumOrUnknown::from_i32(4))),
             (
-                "resources.memory_bytes",
-                checked(|fs| fs.resources.mut_or_insert_default().memory_bytes = 1),
+                "resources.cpu_percent",
+                checked(|fs| fs.resources.mut_or_insert_default().cpu_percent = u32::MAX),
             ),
         ] {
             let error = checked.unwrap_err();

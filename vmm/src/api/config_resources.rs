@@ -7,12 +7,11 @@ use super::config::known;
 
 /// Least and most percent of a CPU: the kernel's cpu.max takes no less than 1 ms of 100.
 const CPU: std::ops::RangeInclusive<u32> = 1..=102_400;
-/// Least memory: a device process starts with some MiB.
-const MEMORY: u64 = 8 << 20;
-/// Threads of a device process before it has any for its queues, and the most that count.
-const PIDS: std::ops::RangeInclusive<u32> = 2..=4_194_304;
+/// Most threads that count: the kernel has no more pids.
+const PIDS: u32 = 4_194_304;
 
-/// Checks limits, if there are any.
+/// Checks limits, if there are any. How much memory and how many threads are too few, the launcher
+/// says, which is told what a process of this device needs.
 ///
 /// # Errors
 ///
@@ -23,10 +22,7 @@ pub(super) fn check(name: &str, resources: Option<&Resources>, disk: bool) -> Re
     };
     known(name, resources)?;
     let Resources {
-        cpu_percent,
-        memory_bytes,
-        pids,
-        ..
+        cpu_percent, pids, ..
     } = *resources;
     if cpu_percent != 0 && !CPU.contains(&cpu_percent) {
         return Err(format!(
@@ -35,16 +31,9 @@ pub(super) fn check(name: &str, resources: Option<&Resources>, disk: bool) -> Re
             CPU.end()
         ));
     }
-    if memory_bytes != 0 && memory_bytes < MEMORY {
+    if pids > PIDS {
         return Err(format!(
-            "{name}.memory_bytes is {memory_bytes}: give at least {MEMORY}, or 0 for no limit"
-        ));
-    }
-    if pids != 0 && !PIDS.contains(&pids) {
-        return Err(format!(
-            "{name}.pids is {pids}: give {} to {}, or 0 for no limit",
-            PIDS.start(),
-            PIDS.end()
+            "{name}.pids is {pids}: give at most {PIDS}, or 0 for no limit"
         ));
     }
     if let Some(io) = resources.io.as_ref() {
@@ -68,10 +57,9 @@ mod tests {
         assert_eq!(check("r", None, false), Ok(()));
         assert_eq!(check("r", Some(&plain), false), Ok(()));
         type Change = fn(&mut Resources);
-        let cases: [(&str, Change); 5] = [
+        let cases: [(&str, Change); 4] = [
             ("r.cpu_percent", |r| r.cpu_percent = 200_000),
-            ("r.memory_bytes", |r| r.memory_bytes = 4096),
-            ("r.pids", |r| r.pids = 1),
+            ("r.pids", |r| r.pids = u32::MAX),
             ("r.io", |r| {
                 r.io.mut_or_insert_default();
             }),

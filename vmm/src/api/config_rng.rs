@@ -57,8 +57,8 @@ mod tests {
                 checked(|rng| rng.bytes.mut_or_insert_default().burst = 1),
             ),
             (
-                "resources.memory_bytes",
-                checked(|rng| rng.resources.mut_or_insert_default().memory_bytes = 1),
+                "resources.pids",
+                checked(|rng| rng.resources.mut_or_insert_default().pids = u32::MAX),
             ),
             (
                 "resources.io",

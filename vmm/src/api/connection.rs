@@ -246,7 +246,10 @@ impl Connection {
             self.consoles.remove(&stream_id);
             let status = RpcStatus::new(
                 Code::Unavailable,
-                "bulkhead is ending, and this request has no answer: what it was about ends with it",
+                format!(
+                    "bulkhead is ending, and this request has no answer, what it was about ends with it{}",
+                    super::reply::end_told()
+                ),
             );
             self.reply(stream_id, Err(status), limits);
         }

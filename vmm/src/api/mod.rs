@@ -44,7 +44,7 @@ pub(crate) use config_console::MOST_PORTS as MOST_CONSOLE_PORTS;
 pub(crate) use config_fs::check_tag;
 pub(crate) use config_net::check_interface_name;
 pub use events::{EventLog, process_name};
-pub use reply::{ApiResponse, ReplyHandle};
+pub use reply::{ApiResponse, ReplyHandle, note_end};
 pub use request::{ApiRequest, Services};
 pub use server::{ApiServer, ApiServerHandle};
 

@@ -1,7 +1,7 @@
 //! The way back: answers from whichever thread did the work to the `api` thread.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use bulkhead_proto::machine::{
@@ -93,6 +93,23 @@ impl ApiResponse {
 
 type Outcome = Result<ApiResponse, RpcStatus>;
 
+/// Why the machine ended, once it has: with it ends the process.
+static END: OnceLock<String> = OnceLock::new();
+
+/// Notes why the machine ended, for those whose requests are not answered any more.
+pub fn note_end(why: &str) {
+    let _ = END.set(why.to_owned());
+}
+
+/// Why the machine ended, as the end of a line; empty: it has not, or nobody has said.
+pub(super) fn end_told() -> String {
+    END.get().map(|why| format!(": {why}")).unwrap_or_default()
+}
+
+fn gone() -> RpcStatus {
+    RpcStatus::new(Code::Aborted, format!("the machine is gone{}", end_told()))
+}
+
 /// The right, and the duty, to answer one request. May be completed on any thread; if it
 /// is dropped instead, the client is told that the machine is gone.
 pub struct ReplyHandle {
@@ -136,7 +153,7 @@ impl ReplyHandle {
 
 impl Drop for ReplyHandle {
     fn drop(&mut self) {
-        self.send(Err(RpcStatus::new(Code::Aborted, "the machine is gone")));
+        self.send(Err(gone()));
     }
 }
 

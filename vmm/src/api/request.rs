@@ -31,8 +31,10 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(600);
 /// A request of a client, its form checked.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ApiRequest {
-    /// Build the machine.
+    /// Build the machine; there may be just this one already.
     Create(Box<MachineConfig>),
+    /// Build the machine, for a client of `vmservice.VM`: there must be none.
+    CreateVm(Box<MachineConfig>),
     /// Give up the machine.
     Delete,
     /// created → running.

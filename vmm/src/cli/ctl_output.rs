@@ -5,13 +5,10 @@
 use std::io::{self, Write};
 
 use super::ctl_hotplug::{memory_json, memory_text};
-use super::ctl_output_net as net;
+use super::ctl_output_config as config;
+use super::resource_args;
 use bulkhead_proto::common::{ProcessLimits, TokenBucket};
-use bulkhead_proto::machine::disk_config::{Cache, Format};
-use bulkhead_proto::machine::{
-    ConsoleConfig, DeviceInfo, DevicesResponse, DiskConfig, Event, FsConfig, InfoResponse,
-    MachineConfig, PortInfo, RngConfig, State, VsockConfig, fs_config, serial_config::Mode,
-};
+use bulkhead_proto::machine::{DeviceInfo, DevicesResponse, Event, InfoResponse, PortInfo, State};
 use serde_json::{Value, json};
 
 fn state_name(info: &InfoResponse) -> &'static str {
@@ -25,45 +22,9 @@ fn state_name(info: &InfoResponse) -> &'static str {
     }
 }
 
-fn serial_text(config: &MachineConfig) -> String {
-    match config.serial.mode.enum_value() {
-        Ok(Mode::NONE) => "none".into(),
-        Ok(Mode::STDIO) => "stdio".into(),
-        Ok(Mode::FILE) => format!("file={}", config.serial.path),
-        Ok(Mode::SOCKET) => format!("socket={}", config.serial.path),
-        Err(number) => format!("mode {number}"),
-    }
-}
-
 /// `info --json`.
 pub fn info_json(info: &InfoResponse) -> Value {
-    let config = info.config.as_ref().map(|config| {
-        let disks: Vec<Value> = config.disks.iter().map(disk_json).collect();
-        let nets: Vec<Value> = config.nets.iter().map(net::net_json).collect();
-        let others: Vec<Value> = config
-            .vhost_users
-            .iter()
-            .map(net::vhost_user_json)
-            .collect();
-        let rngs: Vec<Value> = config.rngs.iter().map(rng_json).collect();
-        let consoles: Vec<Value> = config.consoles.iter().map(console_json).collect();
-        json!({
-            "kernel": config.kernel,
-            "initrd": config.initrd,
-            "cmdline": config.cmdline,
-            "memory_bytes": config.memory_bytes,
-            "memory_max_bytes": config.memory_max_bytes,
-            "cpus": { "boot": config.cpus.boot, "max": config.cpus.boot.max(config.cpus.max), "pin": config.cpus.pin },
-            "disks": disks,
-            "nets": nets,
-            "vhost_users": others,
-            "rngs": rngs,
-            "vsock": config.vsock.as_ref().map(vsock_json),
-            "consoles": consoles,
-            "fs": config.fs.iter().map(fs_json).collect::<Vec<Value>>(),
-            "serial": serial_text(config),
-        })
-    });
+    let config = info.config.as_ref().map(config::json);
     let ports: Vec<Value> = info
         .ports
         .iter()
@@ -108,6 +69,9 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
         "processes",
         &format!("vmm {}, launcher {}", info.vmm_pid, info.launcher_pid),
     )?;
+    if let Some(abi) = info.landlock_abi {
+        line("landlock", &format!("ABI {abi}"))?;
+    }
     let cgroup = match (info.cgroup.as_str(), info.cgroup_note.as_str()) {
         ("", why) => format!("none: {why}"),
         (path, "") => path.to_owned(),
@@ -135,27 +99,8 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
             _ => String::new(),
         };
         line("cpus", &format!("{}{most}{pinned}", info.cpus))?;
-        line("serial", &serial_text(config))?;
-        for disk in &config.disks {
-            line("disk", &disk_text(disk))?;
-        }
-        for device in &config.nets {
-            line("net", &net::net_text(device))?;
-        }
-        for device in &config.vhost_users {
-            line("vhost-user", &net::vhost_user_text(device))?;
-        }
-        for device in &config.rngs {
-            line("rng", &rng_text(device))?;
-        }
-        if let Some(device) = config.vsock.as_ref() {
-            line("vsock", &format!("{}: {}", device.id, device.socket))?;
-        }
-        for device in &config.consoles {
-            line("console", &console_text(device))?;
-        }
-        for device in &config.fs {
-            line("fs", &fs_text(device))?;
+        for (name, text) in config::lines(config) {
+            line(name, &text)?;
         }
     }
     let behind = |port: &PortInfo| match port.device.as_str() {
@@ -182,25 +127,14 @@ pub fn info_text(out: &mut dyn Write, info: &InfoResponse) -> io::Result<()> {
             counters.manager_wakeups, counters.heartbeat_wakeups
         ),
     )?;
-    line("serial out", &format!("{} bytes", counters.serial_bytes))
-}
-
-fn format_name(disk: &DiskConfig) -> &'static str {
-    match disk.format.enum_value() {
-        Ok(Format::RAW) => "raw",
-        Ok(Format::QCOW2) => "qcow2",
-        Err(_) => "unknown",
-    }
-}
-
-fn cache_name(disk: &DiskConfig) -> &'static str {
-    match disk.cache.enum_value() {
-        Ok(Cache::CACHE_NONE) => "none",
-        Ok(Cache::WRITEBACK) => "writeback",
-        Ok(Cache::WRITETHROUGH) => "writethrough",
-        Ok(Cache::UNSAFE) => "unsafe",
-        Err(_) => "unknown",
-    }
+    line("serial out", &format!("{} bytes", counters.serial_bytes))?;
+    line(
+        "of KVM",
+        &format!(
+            "{} interrupt routes of devices, {} memory slots",
+            counters.msi_gsis, counters.memory_slots
+        ),
+    )
 }
 
 pub(super) fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
@@ -208,103 +142,6 @@ pub(super) fn bucket_json(bucket: Option<&TokenBucket>) -> Value {
         Value::Null,
         |b| json!({ "per_second": b.per_second, "burst": b.burst }),
     )
-}
-
-fn vsock_json(vsock: &VsockConfig) -> Value {
-    json!({ "id": vsock.id, "socket": vsock.socket, "cid": vsock.cid })
-}
-
-fn console_json(console: &ConsoleConfig) -> Value {
-    let ports: Vec<Value> = console
-        .ports
-        .iter()
-        .map(|port| json!({ "socket": port.socket, "name": port.name, "cols": port.cols, "rows": port.rows }))
-        .collect();
-    json!({ "id": console.id, "ports": ports })
-}
-
-fn console_text(console: &ConsoleConfig) -> String {
-    let ports: Vec<String> = console
-        .ports
-        .iter()
-        .map(|port| match port.name.as_str() {
-            "" => port.socket.clone(),
-            name => format!("{} ({name})", port.socket),
-        })
-        .collect();
-    format!("{}: {}", console.id, ports.join(", "))
-}
-
-fn fs_cache(fs: &FsConfig) -> &'static str {
-    match fs.cache.enum_value() {
-        Ok(fs_config::Cache::CACHE_AUTO) => "auto",
-        Ok(fs_config::Cache::CACHE_ALWAYS) => "always",
-        Ok(fs_config::Cache::CACHE_METADATA) => "metadata",
-        Ok(fs_config::Cache::CACHE_NEVER) => "never",
-        Err(_) => "unknown",
-    }
-}
-
-fn fs_json(fs: &FsConfig) -> Value {
-    json!({
-        "id": fs.id, "tag": fs.tag, "source": fs.source, "readonly": fs.readonly,
-        "cache": fs_cache(fs), "xattr": fs.xattr,
-    })
-}
-
-fn fs_text(fs: &FsConfig) -> String {
-    let readonly = if fs.readonly { ", read-only" } else { "" };
-    format!("{}: {} as {}{readonly}", fs.id, fs.source, fs.tag)
-}
-
-fn rng_json(rng: &RngConfig) -> Value {
-    json!({ "id": rng.id, "bytes": bucket_json(rng.bytes.as_ref()) })
-}
-
-fn rng_text(rng: &RngConfig) -> String {
-    match rng.bytes.per_second {
-        0 => rng.id.clone(),
-        rate => format!("{}: {rate} bytes per second", rng.id),
-    }
-}
-
-fn disk_json(disk: &DiskConfig) -> Value {
-    json!({
-        "id": disk.id, "path": disk.path, "readonly": disk.readonly,
-        "serial": disk.serial, "queues": disk.queues,
-        "format": format_name(disk), "cache": cache_name(disk),
-        "backing_paths": disk.backing_paths, "max_size": disk.max_size,
-        "locked": !disk.unlocked,
-        "limits": {
-            "bytes": bucket_json(disk.limits.bytes.as_ref()),
-            "operations": bucket_json(disk.limits.operations.as_ref()),
-        },
-    })
-}
-
-fn disk_text(disk: &DiskConfig) -> String {
-    let mut text = format!("{}: {}", disk.id, disk.path);
-    if disk.readonly {
-        text.push_str(", read-only");
-    }
-    if format_name(disk) != "raw" {
-        text.push_str(&format!(", {}", format_name(disk)));
-    }
-    if cache_name(disk) != "none" {
-        text.push_str(&format!(", cache {}", cache_name(disk)));
-    }
-    if disk.unlocked {
-        text.push_str(", not locked");
-    }
-    for (bucket, unit) in [
-        (disk.limits.bytes.as_ref(), "bytes/s"),
-        (disk.limits.operations.as_ref(), "operations/s"),
-    ] {
-        if let Some(bucket) = bucket.filter(|b| b.per_second != 0) {
-            text.push_str(&format!(", {} {unit}", bucket.per_second));
-        }
-    }
-    text
 }
 
 /// What a process says it has limited itself to; null: it does not say, or left that as it was.
@@ -330,6 +167,8 @@ pub fn devices_json(devices: &DevicesResponse) -> Value {
                 "helper": device.helper,
                 "landlock_abi": device.landlock_abi,
                 "limits": limits_json(&device.limits),
+                "resources": device.resources.as_ref().map(resource_args::json),
+                "not_enforced": device.not_enforced,
             })
         })
         .collect();
@@ -359,7 +198,11 @@ fn device_row(device: &DeviceInfo) -> [String; 10] {
         clean(&device.pci_address),
         clean(&device.port),
         device.queues.to_string(),
-        format!("{:.1} ms", device.spawn_us as f64 / 1000.0),
+        match device.spawn_us {
+            // Not measured: nobody of ours started it.
+            0 => "-".to_owned(),
+            us => format!("{:.1} ms", us as f64 / 1000.0),
+        },
         clean(&device.version),
     ]
 }
@@ -450,6 +293,10 @@ fn utc(time_ns: u64) -> String {
         second % 60
     )
 }
+
+#[cfg(test)]
+#[path = "ctl_output_tests.rs"]
+mod fields;
 
 #[cfg(test)]
 mod tests {

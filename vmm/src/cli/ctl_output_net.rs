@@ -1,14 +1,21 @@
 //! What `ctl info` says of network devices and of other vhost-user devices, as text and as JSON.
 
 use bulkhead_proto::common::{NetLimits, TokenBucket};
+use bulkhead_proto::machine::tap_backend::Datapath;
+use bulkhead_proto::machine::user_backend::forward::Protocol;
 use bulkhead_proto::machine::{NetConfig, VhostUserConfig, net_config::Backend};
 use serde_json::{Value, json};
 
 use super::ctl_output::bucket_json;
+use super::ctl_output_config::resources;
 
 fn mac(bytes: &[u8]) -> String {
     let parts: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
     parts.join(":")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// What a network device is attached to: a kind and a name.
@@ -30,10 +37,41 @@ pub fn net_json(net: &NetConfig) -> Value {
     let (kind, name) = backend(net);
     json!({
         "id": net.id, "backend": kind, "name": name, "mac": mac(&net.mac),
+        "datapath": datapath(net), "server": net.vhost_user().server, "forwards": forwards(net),
         "queues": net.queues, "mtu": net.mtu, "required": !net.optional,
         "to_guest": limits_json(net.to_guest.as_ref()),
         "from_guest": limits_json(net.from_guest.as_ref()),
+        "resources": resources(net.resources.as_ref()),
     })
+}
+
+/// Who moves a tap's packets; null: it is none.
+fn datapath(net: &NetConfig) -> Option<&'static str> {
+    let Some(Backend::Tap(tap)) = &net.backend else {
+        return None;
+    };
+    Some(match tap.datapath.enum_value() {
+        Ok(Datapath::AUTO) => "auto",
+        Ok(Datapath::USER) => "user",
+        Ok(Datapath::VHOST_NET) => "vhost-net",
+        Err(_) => "unknown",
+    })
+}
+
+/// Ports of the host's that lead to the guest by passt.
+fn forwards(net: &NetConfig) -> Vec<Value> {
+    let each = net.user().forwards.iter().map(|forward| {
+        let protocol = match forward.protocol.enum_value() {
+            Ok(Protocol::TCP) => "tcp",
+            Ok(Protocol::UDP) => "udp",
+            Err(_) => "unknown",
+        };
+        json!({
+            "protocol": protocol, "address": forward.address,
+            "host_port": forward.host_port, "guest_port": forward.guest_port,
+        })
+    });
+    each.collect()
 }
 
 /// Limits of one direction for JSON.
@@ -85,6 +123,7 @@ pub fn vhost_user_json(device: &VhostUserConfig) -> Value {
         "id": device.id, "socket": device.socket, "server": device.server,
         "device_id": device.device_id, "queues": device.queues,
         "queue_size": device.queue_size, "required": !device.optional,
+        "config": hex(&device.config),
     })
 }
 

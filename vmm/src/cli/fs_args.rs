@@ -37,7 +37,13 @@ impl Fs {
 pub fn parse_fs(text: &str, index: usize) -> Result<Fs, String> {
     let option = format!("--fs {text}");
     let parts = split_option(text);
-    if parts.iter().any(|part| part.starts_with("socket=")) {
+    let names = |key: &str| parts.iter().any(|part| part.starts_with(key));
+    if names("socket=") && names("source=") {
+        return Err(format!(
+            "{option}: source= and socket= are both there: give source=DIR for a virtiofsd of bulkhead's own, or socket=PATH of one that runs"
+        ));
+    }
+    if names("socket=") {
         let device = parse_vhost_user(&format!("kind=fs,{text}"), index);
         let own = |why: String| why.replacen("--vhost-user kind=fs,", "--fs ", 1);
         return device.map_err(own).map(Fs::Socket);
@@ -141,6 +147,9 @@ mod tests {
             ("tag=a,source=/a,id=../x", "id=../x"),
             ("tag=a,source=/a,tag=b", "tag="),
             ("tag=a,socket=/a,readonly=on", "is unknown"),
+            ("tag=a,socket=/a,source=/a", "source= and socket= are both"),
+            ("source=/a,socket=/a,tag=a", "source= and socket= are both"),
+            ("tag=a\nb,source=/a", "the control character '\\n'"),
             ("home", "is unknown"),
         ] {
             let line = parse_fs(bad, 0).unwrap_err();

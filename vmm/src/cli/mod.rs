@@ -21,6 +21,7 @@ mod ctl_device;
 mod ctl_hotplug;
 mod ctl_operation;
 pub mod ctl_output;
+mod ctl_output_config;
 mod ctl_output_net;
 mod ctl_stats;
 pub mod disk_args;

@@ -13,7 +13,7 @@ use bulkhead_proto::machine::{
 
 use super::machine_args::{Keys, absolute, check_id, parse_size, parse_switch, split_option};
 use super::resource_args;
-use crate::api::check_interface_name;
+use crate::api::{check_interface_name, check_tag};
 use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_mac::MacAddress;
 use crate::machine::{fs, net_kinds};
@@ -26,8 +26,8 @@ const VHOST_USER_FORM: &str = "socket=PATH,device-id=N|kind=fs|gpu|…[,queues=N
 /// Most bytes of a configuration space.
 const MAX_CONFIG: usize = 256;
 
-/// Virtio device id of a file system, and the length of its tag (VIRTIO 1.2 section 5.11.4).
-const FILE_SYSTEM: (u32, usize) = (26, 36);
+/// Virtio device id of a file system (VIRTIO 1.2 section 5.11).
+const FILE_SYSTEM: u32 = 26;
 
 /// A network device from its option; `index` names it when the text does not.
 ///
@@ -358,8 +358,10 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
                     );
                 }
             },
-            "tag" if (1..=FILE_SYSTEM.1).contains(&value.len()) => tag = Some(value),
-            "tag" => return fail(key, value, "the name to mount it by, 1 to 36 bytes"),
+            "tag" => {
+                check_tag(value).map_err(|why| format!("{option}: tag={value}: {why}"))?;
+                tag = Some(value);
+            }
             "server" => device.server = parse_switch(&option, key, value)?,
             "required" => device.optional = !parse_switch(&option, key, value)?,
             "id" => device.id = value.to_owned(),
@@ -380,7 +382,7 @@ pub fn parse_vhost_user(text: &str, index: usize) -> Result<VhostUserConfig, Str
         ));
     }
     if let Some(tag) = tag {
-        if device.device_id != FILE_SYSTEM.0 || !device.config.is_empty() {
+        if device.device_id != FILE_SYSTEM || !device.config.is_empty() {
             return Err(format!("{option}: tag= goes with kind=fs, without config="));
         }
         device.config = fs::configuration(tag, device.queues);

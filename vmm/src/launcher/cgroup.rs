@@ -74,18 +74,22 @@ impl Least {
             true => (self.memory, ""),
             false => (self.data, ", where RLIMIT_DATA limits it,"),
         };
+        let mut wrong = Vec::new();
         if memory != 0 && memory < least {
-            return Err(format!(
+            wrong.push(format!(
                 "memory={memory}: its process needs {least} bytes{how} to start: give at least {least}, or 0 for no limit"
             ));
         }
         if pids != 0 && pids < self.pids {
-            return Err(format!(
+            wrong.push(format!(
                 "pids={pids}: its process needs {least} threads: give at least {least}, or 0 for no limit",
                 least = self.pids
             ));
         }
-        Ok(())
+        match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(wrong.join("; ")),
+        }
     }
 }
 
@@ -520,6 +524,8 @@ mod tests {
             ((20 << 20) - 1, 3, "at least 20971520"),
             (8 << 20, 0, "RLIMIT_DATA"),
             (0, 2, "at least 3"),
+            (1 << 20, 1, "at least 3"),
+            (1 << 20, 1, "at least 20971520"),
         ] {
             let refused = cgroups.place("d", &limits(memory, pids), "", unknown);
             let refused = refused.unwrap_err();

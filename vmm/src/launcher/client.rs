@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -34,8 +35,6 @@ use super::{MAX_ARG, MAX_ARGS, MAX_PATH, printable, valid_id};
 const PATH_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the launcher may take for the rest.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long the launcher has to end itself once its socket is closed.
-const END_DEADLINE: Duration = Duration::from_secs(3);
 /// Most events kept: one per spawn, and there are only so many devices.
 const MAX_EVENTS: usize = 1024;
 /// Longest last line of a process that is passed on, characters.
@@ -148,8 +147,10 @@ pub struct Launcher {
     epoll: Epoll,
     /// Readable while events are kept that arrived beside a reply.
     pending: EventFd,
-    /// Processes that [`Self::spawn`] has started and nobody has told of.
+    /// Processes that [`Self::spawn`] and [`Self::spawn_helper`] have started and nobody has told of.
     untold: Mutex<BTreeMap<(String, u64), i32>>,
+    /// It was waited for at its end.
+    seen_out: AtomicBool,
 }
 
 impl Launcher {
@@ -182,6 +183,7 @@ impl Launcher {
             epoll,
             pending,
             untold: Mutex::default(),
+            seen_out: AtomicBool::new(false),
         };
         launcher.greet()?;
         Ok(launcher)
@@ -285,7 +287,7 @@ impl Launcher {
         self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pid of a process that [`Self::spawn`] has started, the first time that this is asked:
+    /// The pid of a process that [`Self::spawn`] or [`Self::spawn_helper`] has started, the first time that this is asked:
     /// its start is to be told.
     pub fn take_untold(&self, device_id: &str, incarnation: u64) -> Option<i32> {
         self.untold().remove(&(device_id.to_owned(), incarnation))
@@ -517,40 +519,6 @@ impl AsFd for Launcher {
     }
 }
 
-impl Launcher {
-    /// Ends it, and with it every process and socket that is its own; waits for that, within
-    /// bounds. Whoever still asks for something is told that it is gone.
-    pub fn end(&self) {
-        // The end of its socket tells the launcher to end everything. A confined VMM may
-        // neither signal nor reap it; it watches the VMM's pidfd besides, and this process is
-        // about to end.
-        self.lock().socket = None;
-        self.see_out();
-    }
-
-    /// The same for a thread that must not wait for another's call: while there is one, the
-    /// launcher ends once this process has.
-    pub fn end_unless_busy(&self) {
-        match self.inner.try_lock() {
-            Ok(mut inner) => inner.socket = None,
-            Err(TryLockError::Poisoned(inner)) => inner.into_inner().socket = None,
-            Err(TryLockError::WouldBlock) => return,
-        }
-        self.see_out();
-    }
-
-    fn see_out(&self) {
-        let deadline = Instant::now() + END_DEADLINE;
-        let _ = sys::poll(&[(self.pidfd.as_fd(), libc::POLLIN)], Some(deadline));
-    }
-}
-
-impl Drop for Launcher {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
 /// A path as it goes into a request.
 fn path_text(path: &Path, role: &str) -> Result<String, LauncherError> {
     let refused = |why: &str| {
@@ -571,12 +539,14 @@ fn path_text(path: &Path, role: &str) -> Result<String, LauncherError> {
 
 mod beside;
 mod disks;
+mod ending;
 mod exchange;
 mod nets;
 mod resources;
 mod sockets;
 mod types;
 
+pub use ending::Outlives;
 pub use nets::{Linked, SpawnedHelper};
 pub use resources::Placed;
 pub use types::{Access, LauncherEvent, OpenedInfo, SpawnSpec, SpawnedDevice};

@@ -24,6 +24,9 @@ const READ: (u32, u32) = (1024 * 1024, 256 * 1024);
 /// How long what a new helper says is held back: of one that ends by then the last line is told
 /// with its end, by whoever knows whether that is news.
 const HOLD: Duration = Duration::from_secs(2);
+/// What a helper says though nothing is the matter: passt looks for its build for AVX2 beside its
+/// program, and is executed where nothing is; where that build is installed it was chosen already.
+const EXPECTED: &str = "Can't run AVX2 build";
 /// Most lines that are held back.
 const MAX_HELD: usize = 16;
 
@@ -85,6 +88,8 @@ pub struct LogSource {
     dropped: u64,
     /// Until when lines are held back, and those that are.
     held: Option<(Instant, Vec<String>)>,
+    /// Of a helper.
+    helper: bool,
 }
 
 impl LogSource {
@@ -101,6 +106,7 @@ impl LogSource {
             read: Bucket::new(READ, now),
             dropped: 0,
             held: None,
+            helper: false,
         })
     }
 
@@ -109,6 +115,7 @@ impl LogSource {
     pub fn holding(mut self) -> Self {
         let until = Instant::now().checked_add(HOLD);
         self.held = until.map(|until| (until, Vec::new()));
+        self.helper = true;
         self
     }
 
@@ -204,6 +211,9 @@ impl LogSource {
     fn end_line(&mut self, sink: &mut Sink) {
         let text = printable(&String::from_utf8_lossy(&self.line));
         self.line.clear();
+        if self.helper && text.starts_with(EXPECTED) {
+            return;
+        }
         match &mut self.held {
             Some((_, held)) if held.len() < MAX_HELD => held.push(text.clone()),
             Some(_) => self.dropped = self.dropped.saturating_add(1),
@@ -363,6 +373,17 @@ mod tests {
         };
         assert_eq!(said(false), "");
         assert_eq!(said(true), "disk0: one\ndisk0: two\ndisk0: three\n");
+    }
+
+    #[test]
+    fn a_passt_of_which_nothing_is_the_matter_says_nothing() {
+        let (source, write, mut sink) = source();
+        let mut source = source.holding();
+        let said = "Can't run AVX2 build, using non-AVX2 version: No such file or directory\nx\n";
+        sys::write(write.as_fd(), said.as_bytes()).unwrap();
+        source.on_readable(&mut sink);
+        source.tick(Instant::now() + HOLD, &mut sink);
+        assert_eq!(lines(&sink), ["disk0: x\n"]);
     }
 
     #[test]

@@ -54,8 +54,8 @@ mod watch;
 pub use cgroup::{CONTROLLERS, LEAF_PREFIX, Least, USAGE_FILES, VMM_LEAF};
 pub use cgroup_parent::Choice as CgroupChoice;
 pub use client::{
-    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Placed,
-    SpawnSpec, SpawnedDevice, SpawnedHelper,
+    Access, Launcher, LauncherConfig, LauncherError, LauncherEvent, Linked, OpenedInfo, Outlives,
+    Placed, SpawnSpec, SpawnedDevice, SpawnedHelper,
 };
 pub(crate) use confine::{
     DEVICE_LIMITS, HELPER_LIMITS, LAUNCHER_LIMITS, SHARE_LIMITS, SHARING_LAUNCHER_LIMITS,

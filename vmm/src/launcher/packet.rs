@@ -167,6 +167,17 @@ impl PacketSocket {
         if sent < 0 { Err(last_error()) } else { Ok(()) }
     }
 
+    /// Says no more: the peer hears the end of the connection, and is still heard.
+    pub fn say_no_more(&self) -> io::Result<()> {
+        // SAFETY: shutdown takes a descriptor, which is open, and a number.
+        let result = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
+        if result < 0 {
+            Err(last_error())
+        } else {
+            Ok(())
+        }
+    }
+
     /// Receives one packet; `None` at the end of the connection, `WouldBlock` when none is
     /// there. A packet or its descriptors beyond the bounds are an error, and nothing leaks.
     pub fn receive(&self) -> io::Result<Option<Packet>> {

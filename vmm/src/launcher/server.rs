@@ -472,6 +472,8 @@ impl Server {
         }
         self.cgroups.remove_all();
         self.paths.end_note();
+        // A VMM that has not ended itself hears how they ended.
+        let _ = self.flush();
     }
 }
 

@@ -29,7 +29,7 @@ use crate::ged::Ged;
 use crate::hotplug::HotplugRegisters;
 use crate::hypervisor::{Gsi, Hypervisor};
 use crate::kvm::KvmVm;
-use crate::launcher::{Access, Launcher};
+use crate::launcher::{Access, Launcher, LauncherError};
 use crate::memory::{self, GuestRam};
 use crate::pci::RootComplex;
 use crate::power;
@@ -265,7 +265,8 @@ impl Undo<'_> {
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        end_all(&self.devices, self.launcher);
+        // It has said so, and ends what is left when the VMM ends, at the latest.
+        let _ = end_all(&self.devices, self.launcher);
         if let Some(pci) = self.pci {
             pci.dismantle();
         }
@@ -280,12 +281,17 @@ pub fn serial_socket(config: &MachineConfig) -> Option<PathBuf> {
 }
 
 /// Ends the processes of devices that no guest has had, and removes their sockets.
-pub fn end_all(devices: &[Device], launcher: &Launcher) {
+///
+/// # Errors
+/// The launcher does not answer: it was not asked about the rest.
+pub fn end_all(devices: &[Device], launcher: &Launcher) -> Result<(), LauncherError> {
     for device in devices {
-        // The launcher ends what is left when the VMM ends, at the latest.
         if let Err(e) = device.forget(launcher) {
             log::warn!("device {}: {e}", device.id);
-            continue;
+            match e {
+                LauncherError::Refused(_) => continue,
+                silent => return Err(silent),
+            }
         }
         let incarnation = match &device.special {
             Special::Foreign(switch) => switch.running(),
@@ -299,6 +305,7 @@ pub fn end_all(devices: &[Device], launcher: &Launcher) {
             launcher.take_end(&device.id, incarnation, END_LIMIT);
         }
     }
+    Ok(())
 }
 
 /// What runs first on each thread of a machine.

@@ -30,7 +30,7 @@ use crate::arch::x86_64::acpi::AcpiConfig;
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::hypervisor::Hypervisor;
-use crate::launcher::{Launcher, Least, SpawnSpec};
+use crate::launcher::{Launcher, LauncherError, Least, SpawnSpec};
 use crate::memory::GuestRam;
 use crate::pci::{
     AddressRange, PciAddress, PciError, PciFunction, PortConfig, PortInfo, RootComplex, Windows,
@@ -206,7 +206,7 @@ impl Device {
     ///
     /// # Errors
     /// When the launcher is gone or does not answer.
-    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), LauncherError> {
         let Some(process) = &self.process else {
             return match &self.special {
                 Special::Foreign(switch) => switch.forget(launcher),
@@ -215,9 +215,9 @@ impl Device {
         };
         let ended = launcher.kill_and_forget(&self.id, process.incarnation);
         for path in self.special.sockets() {
-            launcher.forget(path).map_err(|e| e.to_string())?;
+            launcher.forget(path)?;
         }
-        ended.map_err(|e| e.to_string())
+        ended
     }
 }
 

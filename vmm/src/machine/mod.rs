@@ -26,6 +26,7 @@ pub mod life;
 pub mod mem;
 pub mod net;
 pub mod net_external;
+mod net_helper;
 pub mod net_kinds;
 mod net_links;
 pub mod net_mac;

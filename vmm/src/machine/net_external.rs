@@ -432,6 +432,7 @@ pub(super) fn start(
     let origin = Origin::Helper(kind, options.clone());
     let placed = device::place(site.launcher, id, &order.resources, "", order.least)?;
     let usage = Some(placed);
+    let begun = Instant::now();
     let started = site
         .launcher
         .spawn_helper(id, kind, 1, options)
@@ -445,10 +446,8 @@ pub(super) fn start(
             let how = how.unwrap_or_else(|| error.to_string());
             (format!("device {id}: {kind}: {how}"), hint)
         })?;
-        let process = HelperProcess {
-            pid: helper.pid,
-            pidfd: helper.pidfd,
-        };
+        let (pid, pidfd) = (helper.pid, helper.pidfd);
+        let process = HelperProcess::serving(pid, pidfd, begun, Instant::now());
         Ok((frontend, process))
     });
     let (cause, hint) = match first {

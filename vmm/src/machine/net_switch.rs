@@ -26,13 +26,14 @@ use bulkhead_proto::RpcStatus;
 use bulkhead_proto::device::{NetUpdate, net_update};
 use bulkhead_proto::machine::{DeviceInfo, DeviceStatsResponse, NetStatus};
 
+pub use super::net_helper::{EXITED, HelperProcess};
 use super::net_links::Links;
 use super::net_mac;
 pub use super::net_origin::Origin;
 use super::net_remedies::{bare, of_others};
 use super::net_told::Told;
 use super::usage::Usage;
-use crate::launcher::Launcher;
+use crate::launcher::{Launcher, LauncherError};
 use crate::virtio::{ReconnectError, VirtioPciFunction};
 
 /// First and longest pause before another attempt.
@@ -69,20 +70,12 @@ enum Phase {
     },
     Linking {
         ticket: u64,
+        begun: Instant,
         deadline: Instant,
         /// Our end of a helper's channel, where it does not come with the process.
         ours: Option<UnixStream>,
     },
     Adopting,
-}
-
-/// The running process of a helper.
-#[derive(Debug)]
-pub struct HelperProcess {
-    /// Host pid.
-    pub pid: i32,
-    /// Keeps the pid from being reused.
-    pub pidfd: OwnedFd,
 }
 
 /// What the launcher has brought: a connection, or a helper's pidfd and pid.
@@ -177,6 +170,17 @@ impl Switch {
         self.process.as_ref().map(|_| self.incarnation)
     }
 
+    /// Its helper's process and its number, if it serves.
+    pub fn serving(&self) -> Option<(&HelperProcess, u64)> {
+        let served = self.served == self.incarnation;
+        Some((self.process.as_ref().filter(|_| served)?, self.incarnation))
+    }
+
+    /// Its helper's process, if it runs.
+    pub fn process(&self) -> Option<&HelperProcess> {
+        self.process.as_ref()
+    }
+
     /// What its helper uses of the host; `None`: it has none.
     pub fn usage(&self) -> Option<&Arc<Usage>> {
         self.usage.as_ref()
@@ -191,6 +195,7 @@ impl Switch {
     pub fn describe(&self, info: &mut DeviceInfo) {
         if let Some(process) = &self.process {
             info.pid = process.pid;
+            info.spawn_us = process.ready_us();
             info.helper = self.origin.helper().unwrap_or_default().to_owned();
         }
         info.incarnation = self.incarnation;
@@ -220,7 +225,7 @@ impl Switch {
     ///
     /// # Errors
     /// When the launcher is gone or does not answer.
-    pub fn forget(&self, launcher: &Launcher) -> Result<(), String> {
+    pub fn forget(&self, launcher: &Launcher) -> Result<(), LauncherError> {
         let mut result = Ok(());
         if self.usage.is_some() {
             result = launcher.kill_and_forget(&self.id, self.incarnation);
@@ -228,7 +233,7 @@ impl Switch {
         if let Origin::Listen(path, _) = &self.origin {
             result = result.and(launcher.forget(path));
         }
-        result.map_err(|e| e.to_string())
+        result
     }
 
     /// Its back-end is gone. `hung_up`: it went by itself. True: the operator is to be told; how
@@ -264,6 +269,9 @@ impl Switch {
             rested: false,
         };
         self.served = self.incarnation;
+        if let Some(process) = &mut self.process {
+            process.ready = now.saturating_duration_since(process.begun);
+        }
         self.told.came(now)
     }
 
@@ -299,7 +307,7 @@ impl Switch {
         let line = format!("{}: {how}", self.origin);
         let news = self.given_up != incarnation && self.news(&line);
         if self.served == incarnation {
-            return Some(("device.exited", line, news));
+            return Some((EXITED, line, news));
         }
         news.then_some(("device.not-reconnected", line, true))
     }
@@ -432,6 +440,7 @@ impl Switch {
                 let deadline = now.checked_add(LINK_LIMIT).unwrap_or(now);
                 self.phase = Phase::Linking {
                     ticket,
+                    begun: now,
                     deadline,
                     ours,
                 };
@@ -458,7 +467,7 @@ impl Switch {
         now: Instant,
     ) -> Option<String> {
         let old = std::mem::replace(&mut self.phase, Phase::Adopting);
-        let Phase::Linking { ours, .. } = old else {
+        let Phase::Linking { ours, begun, .. } = old else {
             self.phase = old;
             return None;
         };
@@ -468,6 +477,8 @@ impl Switch {
                 self.process = Some(HelperProcess {
                     pid: linked.pid.unwrap_or_default(),
                     pidfd: linked.fd,
+                    begun,
+                    ready: Duration::ZERO,
                 });
                 // Without one it is as if it had closed it.
                 let made = linked.channel.map(UnixStream::from);

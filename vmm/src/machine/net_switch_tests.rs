@@ -160,15 +160,18 @@ fn a_launcher_that_refuses_or_is_silent_holds_nothing_up() {
 fn passt_is_started_again_as_another_incarnation_and_the_old_one_ended() {
     let fake = Fake::default();
     let mut now = Instant::now();
-    let process = HelperProcess {
-        pid: 77,
-        pidfd: came(None).fd,
-    };
+    let later = now + Duration::from_micros(1500);
+    let process = HelperProcess::serving(77, came(None).fd, now, later);
     let mut tie =
         switch(Origin::Helper("passt", vec!["mtu=1400".into()]), now).with_process(1, process);
     let mut info = DeviceInfo::new();
     tie.describe(&mut info);
     assert_eq!((info.pid, info.helper.as_str()), (77, "passt"));
+    assert_eq!(info.spawn_us, 1500);
+    assert_eq!(
+        tie.serving().map(|(process, n)| (process.pid, n)),
+        Some((77, 1))
+    );
     tie.lost(&fake, (GONE, true), now);
     pass(&mut tie, &fake, &mut now);
     assert_eq!(

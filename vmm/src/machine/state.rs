@@ -51,11 +51,11 @@ impl IllegalTransition {
     fn remedy(&self) -> &'static str {
         match (self.transition, self.state) {
             (_, MachineState::Stopped) => "start a new one",
+            (Transition::Boot, MachineState::Paused) => "it has booted already: resume it",
             (Transition::Boot, _) => "it has booted already",
             (Transition::Pause, MachineState::Created)
             | (Transition::Resume, MachineState::Created) => "boot it first",
-            (Transition::Pause, _) => "resume it first",
-            (Transition::Resume, _) => "pause it first",
+            (Transition::Pause | Transition::Resume, _) => "it is so already",
             (Transition::Stop, _) => "wait for it",
         }
     }

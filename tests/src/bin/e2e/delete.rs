@@ -1,13 +1,15 @@
-//! Machines that are given up before they boot: nothing of one stays, and the next is made as if it
-//! were the first.
+//! Machines that are given up: nothing of one stays, or who asked is told what does, and who watches
+//! is told the end of each process and of the machine. One that has not booted is followed by
+//! another as if that were the first.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{
-    Scratch, Vmm, bulkhead_processes, ctl, guest_file, nothing_left, patience,
+    Scratch, Vmm, bin, bulkhead, bulkhead_processes, ctl, guest_file, nothing_left, patience,
 };
 
 use super::bad_input::appears;
@@ -19,10 +21,154 @@ const MACHINES: usize = 12;
 
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
-    vec![Test::short("delete")(
-        "machines are given up before they boot, one after another, and leave nothing",
-        one_after_another,
-    )]
+    let test = Test::short("delete");
+    vec![
+        test(
+            "machines are given up before they boot, one after another, and leave nothing",
+            one_after_another,
+        ),
+        test(
+            "a machine is given up whose launcher is stopped: who asked is told, and again until nothing is left",
+            stopped_launcher,
+        ),
+        test(
+            "a machine that has booted is given up whose launcher is stopped: who asked is told",
+            stopped_launcher_booted,
+        ),
+        test(
+            "a machine that has booted is given up: who watches is told the end of its processes, and its own",
+            watched,
+        ),
+    ]
+}
+
+/// A VMM with a machine of a disk and an entropy device, and its socket.
+fn machine(scratch: &Scratch) -> Result<(Vmm, String), String> {
+    let (socket, disk) = (scratch.path("api"), scratch.path("disk"));
+    sh(&format!("truncate -s 4M {disk}"))?;
+    let vmm = Vmm::start(&["serve", "--api-socket", &socket])?;
+    appears(&socket)?;
+    create(&socket, &disk)?;
+    Ok((vmm, socket))
+}
+
+fn create(socket: &str, disk: &str) -> Verdict {
+    let (kernel, disk) = (guest_file("vmlinux"), format!("path={disk},id=root"));
+    let create = ["create", "--kernel", &kernel, "--memory", "128M"];
+    let more = ["--disk", &disk, "--rng", "--serial", "none"];
+    ctl(socket, &[create.as_slice(), &more].concat()).map(drop)
+}
+
+/// The launcher's pid, and the pid of the disk's process.
+fn pids(socket: &str) -> Result<(i64, i64), String> {
+    let info = ctl(socket, &["info"])?;
+    let devices = ctl(socket, &["devices"])?;
+    let disk = devices.as_array().into_iter().flatten();
+    let disk = disk
+        .filter(|d| d["id"] == "root")
+        .find_map(|d| d["pid"].as_i64());
+    info["launcher_pid"]
+        .as_i64()
+        .zip(disk)
+        .ok_or_else(|| format!("{info} {devices}"))
+}
+
+fn stopped_launcher() -> Verdict {
+    let scratch = Scratch::new("delete-stopped")?;
+    let (mut vmm, socket) = machine(&scratch)?;
+    let (launcher, disk) = pids(&socket)?;
+    sh(&format!("kill -STOP {launcher} {disk}"))?;
+    let told = format!("its launcher (pid {launcher}) does not end what it keeps of it");
+    let answer = ctl(&socket, &["delete"]);
+    refused(answer.clone(), &told)?;
+    let alive = format!("process {disk} of device root has not ended");
+    refused(answer, &alive)?;
+    // No other machine is made beside what is left.
+    refused(
+        create(&socket, &scratch.path("disk")).map(|()| serde_json::Value::Null),
+        &told,
+    )?;
+    sh(&format!("kill -CONT {launcher}"))?;
+    ctl(&socket, &["delete"])?;
+    check(!Path::new(&format!("/proc/{disk}")).exists(), || {
+        format!("process {disk} stays")
+    })?;
+    // Names and the lock on the disk's file are free.
+    create(&socket, &scratch.path("disk"))?;
+    ctl(&socket, &["delete"])?;
+    let events = bulkhead(&["ctl", "--socket", &socket, "--json", "events"])?;
+    let events = String::from_utf8_lossy(&events.stdout).into_owned();
+    let count = |kind: &str| events.matches(&format!("\"kind\":\"{kind}\"")).count();
+    let counts = (count("device.spawned"), count("device.exited"));
+    check(counts == (4, 4), || format!("{counts:?}: {events}"))?;
+    sh(&format!("kill {}", vmm.pid()))?;
+    vmm.ends_with(128 + 15, LIMIT)?;
+    nothing_left(LIMIT)
+}
+
+fn stopped_launcher_booted() -> Verdict {
+    let scratch = Scratch::new("delete-booted")?;
+    let (mut vmm, socket) = machine(&scratch)?;
+    let (launcher, disk) = pids(&socket)?;
+    ctl(&socket, &["boot"])?;
+    sh(&format!("kill -STOP {launcher} {disk}"))?;
+    let answer = ctl(&socket, &["delete"]);
+    let told = format!("the launcher (pid {launcher}) has not ended within");
+    refused(answer.clone(), &told)?;
+    refused(
+        answer.clone(),
+        &format!("process {disk} of device root has not ended"),
+    )?;
+    refused(answer, &format!("kill -KILL {launcher} "))?;
+    vmm.ends_with(0, LIMIT)?;
+    check(vmm.errors().contains(&told), || vmm.story("not said"))?;
+    sh(&format!("kill -KILL {launcher}"))?;
+    nothing_left(LIMIT)?;
+    bulkhead(&["reap"]).map(drop)
+}
+
+fn watched() -> Verdict {
+    let scratch = Scratch::new("delete-watched")?;
+    let (mut vmm, socket) = machine(&scratch)?;
+    ctl(&socket, &["boot"])?;
+    let mut follow = Command::new(bin("bulkhead"));
+    follow.args(["ctl", "--socket", &socket, "--json", "events", "--follow"]);
+    let mut watcher = Vmm::spawn(follow)?;
+    watcher.wait_for("machine.running", LIMIT)?;
+    ctl(&socket, &["delete"])?;
+    vmm.ends_with(0, LIMIT)?;
+    watcher.ends_with(0, LIMIT)?;
+    let lines = watcher.output();
+    let events: Vec<serde_json::Value> = lines
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let told: Vec<(&str, &str)> = events
+        .iter()
+        .filter_map(|e| Some((e["kind"].as_str()?, e["subject"].as_str()?)))
+        .collect();
+    let after = told
+        .iter()
+        .skip_while(|(kind, _)| *kind != "machine.stopped");
+    let mut after: Vec<&(&str, &str)> = after.skip(1).collect();
+    check(after.last() == Some(&&("machine.deleted", "")), || {
+        lines.clone()
+    })?;
+    after.pop();
+    after.sort_unstable();
+    let ends = [("device.exited", "rng0"), ("device.exited", "root")];
+    check(after.iter().copied().eq(&ends), || {
+        format!("{after:?}: {lines}")
+    })?;
+    let pids = |kind: &str| {
+        let of = events.iter().filter(|e| e["kind"] == kind);
+        let mut pids: Vec<i64> = of.filter_map(|e| e["what"]["pid"].as_i64()).collect();
+        pids.sort_unstable();
+        pids
+    };
+    let (began, ended) = (pids("device.spawned"), pids("device.exited"));
+    check(began == ended && began.len() == 2, || lines.clone())?;
+    nothing_left(LIMIT)
 }
 
 /// Descriptors and threads of a process.
@@ -74,7 +220,8 @@ fn one_after_another() -> Verdict {
         refused(ctl(&socket, &pinned), "host CPUs of pin= exist")?;
         ctl(&socket, &create)?;
         ctl(&socket, &["add-rng", "id=late"])?;
-        refused(ctl(&socket, &create), "has a machine already")?;
+        let other = [create.as_slice(), &["--cpus", "2"]].concat();
+        refused(ctl(&socket, &other), "has a machine already")?;
         let made = ctl(&socket, &["devices"])?.to_string();
         check(made.contains("late") && Path::new(&port).exists(), || made)?;
         ctl(&socket, &["delete"])?;

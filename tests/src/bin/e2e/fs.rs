@@ -371,6 +371,11 @@ fn without_a_guest() -> Verdict {
     audited(&socket, "virtiofsd")?;
     ctl(&socket, &["remove-device", "x"])?;
     ctl(&socket, &["remove-device", "fs1"])?;
+    for (id, lives) in [("fs0", 1), ("fs1", 0), ("x", 0)] {
+        told_from_start_to_end(&socket, id, lives)?;
+    }
+    let spawned = device(&socket, "fs0")?.unwrap_or_default()["spawn_us"].clone();
+    check(spawned.as_u64() > Some(0), || spawned.to_string())?;
     let left = ctl(&socket, &["info"])?["config"]["fs"].clone();
     check(left.as_array().map(Vec::len) == Some(1), || {
         left.to_string()
@@ -387,4 +392,41 @@ fn without_a_guest() -> Verdict {
             == ["file", "kernels", "link", "mixed", "one", "out", "two"],
         || left.clone(),
     )
+}
+
+/// Whether each process of a device is told from its start to its end by pid and incarnation, and
+/// so many live.
+fn told_from_start_to_end(socket: &str, id: &str, lives: usize) -> Verdict {
+    let output = bulkhead(&["ctl", "--socket", socket, "--json", "events"])?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut running = Vec::new();
+    let mut told = 0;
+    for line in text.lines() {
+        let event: serde_json::Value = serde_json::from_str(line).map_err(|e| e.to_string())?;
+        if event["subject"] != id {
+            continue;
+        }
+        let process = (
+            event["what"]["pid"].as_i64().unwrap_or(0),
+            event["what"]["incarnation"].as_u64().unwrap_or(0),
+        );
+        let known = running.iter().position(|p| *p == process);
+        match event["kind"].as_str().unwrap_or_default() {
+            "device.spawned" => {
+                let good = process.0 > 0 && process.1 > 0 && known.is_none();
+                check(good, || text.clone())?;
+                running.push(process);
+                told += 1;
+            }
+            "device.ready" => check(known.is_some(), || format!("{event}: {text}"))?,
+            "device.exited" => {
+                let at = known.ok_or_else(|| format!("{event}: {text}"))?;
+                running.remove(at);
+            }
+            _ => {}
+        }
+    }
+    check(running.len() == lives && told > lives, || {
+        format!("{id}: {running:?} of {told}: {text}")
+    })
 }

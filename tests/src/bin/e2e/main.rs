@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use bulkhead_tests::runner::{self, Test};
 
+mod again;
 mod api;
 mod api_access;
 mod api_fuzz;
@@ -107,6 +108,7 @@ fn main() -> ExitCode {
         tests.extend(attach::native());
         tests.extend(operations::native());
         tests.extend(delete::native());
+        tests.extend(again::native());
         tests.extend(net_native::native());
         tests.extend(net_faults::native());
         tests.extend(vsock::native());

@@ -22,6 +22,7 @@ mod consoles;
 mod devices;
 mod end;
 mod limits;
+mod page;
 mod roles;
 mod streams;
 mod vm;

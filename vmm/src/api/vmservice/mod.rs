@@ -46,7 +46,7 @@ pub(super) fn parse(method: &str, payload: &[u8]) -> Result<ApiRequest, RpcStatu
     let empty = |request| message::<Empty>(payload).map(|_| request);
     match method {
         "CreateVM" => create::machine(message::<CreateVMRequest>(payload)?)
-            .map(|config| ApiRequest::Create(Box::new(config))),
+            .map(|config| ApiRequest::CreateVm(Box::new(config))),
         "TeardownVM" => empty(ApiRequest::Teardown),
         "PauseVM" => empty(ApiRequest::Pause),
         "ResumeVM" => empty(ApiRequest::Go),

@@ -135,6 +135,7 @@ impl Launcher {
         let vhost = ours.or(made.map(UnixStream::from));
         match (reply.result, fds.pop(), fds.pop(), pid, vhost) {
             (Some(wire::reply::Result::Spawned(_)), Some(pidfd), None, Some(pid), Some(vhost)) => {
+                self.untold().insert((id.to_owned(), incarnation), pid);
                 Ok(SpawnedHelper { pid, pidfd, vhost })
             }
             _ => Err(LauncherError::Protocol(

@@ -2,12 +2,16 @@
 //! booted, another one may be made in this process. Where it has, the process has narrowed its
 //! confinement for good by then, and ends with the machine.
 
-use bulkhead_proto::RpcStatus;
+use std::time::Duration;
+
+use bulkhead_proto::{Code, RpcStatus};
 
 use super::interrupt::interruptible;
+use super::remnants::Remnants;
 use super::{Host, Machine, SERIAL_LIMIT, VCPU_LIMIT, memory};
 use crate::api::{ApiRequest, ApiResponse, ReplyHandle};
 use crate::machine::build;
+use crate::machine::device::END_LIMIT;
 use crate::machine::state::MachineState;
 use crate::machine::stop::StopReason;
 
@@ -30,9 +34,7 @@ impl Host {
         if self.deleted.is_empty() {
             return;
         }
-        self.machine = None;
-        // Device processes, sockets, cgroups.
-        self.launcher.end();
+        let outcome = self.leave_nothing();
         self.requests.clear();
         while let Some((request, reply)) = self.requests.try_next() {
             if request == ApiRequest::Delete {
@@ -40,13 +42,47 @@ impl Host {
             }
         }
         for reply in self.deleted.drain(..) {
-            reply.complete(Ok(ApiResponse::Done));
+            reply.complete(outcome.clone().map(|()| ApiResponse::Done));
         }
+    }
+
+    /// Ends what is left of a machine that has stopped, with the launcher, and tells it.
+    ///
+    /// # Errors
+    /// What has not ended.
+    pub(super) fn leave_nothing(&mut self) -> Result<(), RpcStatus> {
+        let had_machine = self.machine.is_some();
+        let devices = self.machine.iter().flat_map(|m| m.parts.devices.iter());
+        let mut remnants = Remnants::of(devices, None);
+        self.machine = None;
+        // Device processes, sockets, cgroups.
+        let ended = self.launcher.end();
+        self.on_launcher();
+        remnants.look(Duration::ZERO);
+        let outcome = ended.map_err(|outlives| {
+            let alive: Vec<String> = remnants.alive();
+            let alive = match alive.is_empty() {
+                true => String::new(),
+                false => format!(" ({})", alive.join(", ")),
+            };
+            let line =
+                format!("the machine has ended, but not all that is its own{alive}: {outlives}");
+            RpcStatus::new(Code::DeadlineExceeded, line)
+        });
+        if let Err(status) = &outcome {
+            log::warn!("{}", status.message);
+        }
+        if had_machine {
+            let left = outcome.as_ref().err().map(|status| status.message.as_str());
+            self.log
+                .publish("machine.deleted", "", left.unwrap_or_default());
+        }
+        outcome
     }
 
     fn delete_created(&mut self) -> Result<(), RpcStatus> {
         let Some(machine) = &self.machine else {
-            return Ok(());
+            return self.end_remnants();
         };
         // What is under way would find another machine at its end.
         if let Some(what) = self.hotplug.under_way() {
@@ -65,9 +101,11 @@ impl Host {
         let Some(Machine { mut parts, .. }) = self.machine.take() else {
             return Ok(());
         };
+        let mut remnants = Remnants::of(devices.iter(), serial.clone());
         let launcher = &self.launcher;
+        let mut answered = Ok(());
         let mut end = || {
-            build::end_all(&devices, launcher);
+            answered = build::end_all(&devices, launcher);
             if let Err(e) = parts.vcpus.stop(VCPU_LIMIT) {
                 log::error!("{e}");
             }
@@ -80,23 +118,29 @@ impl Host {
             log::warn!("{why}");
             end();
         }
-        if let Some(path) = serial
-            && let Err(e) = launcher.forget(&path)
-        {
-            log::warn!("serial: its socket stays: {e}");
+        if let (Some(path), Ok(())) = (serial, &answered) {
+            answered = launcher.forget(&path);
+        }
+        if let Err(why) = &answered {
+            remnants.unanswered(launcher, why);
         }
         drop((devices, parts));
+        remnants.look(END_LIMIT);
         self.hotplug.forget_machine();
         self.placements.clear();
         self.memory = memory::Progress::default();
         self.unseen = None;
         self.heartbeat = None;
+        self.remnants = remnants;
         self.on_launcher();
-        self.log.publish("machine.deleted", "", "");
+        let outcome = self.remnants.status(&self.launcher);
+        let left = outcome.as_ref().err().map(|status| status.message.as_str());
+        self.log
+            .publish("machine.deleted", "", left.unwrap_or_default());
         for waiter in self.calls.take_waiters() {
             let line = "the machine was given up before it booted: create another";
             waiter.complete(Err(RpcStatus::failed_precondition(line)));
         }
-        Ok(())
+        outcome
     }
 }

@@ -276,6 +276,10 @@ impl Host {
             ref outcome,
             ref last_line,
         } = ended;
+        self.remnants.note_end(id, incarnation);
+        if self.machine.is_none() {
+            return self.tell_exited(id, &ended);
+        }
         if self.hotplug_exited(id, &ended)
             || self.foreign_exited(id, incarnation, outcome, last_line)
         {

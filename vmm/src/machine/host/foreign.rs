@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
 
+use super::devices::tell_spawned;
 use super::{Host, Source};
 use crate::launcher::ExitOutcome;
 use crate::machine::device::{Device, Special};
-use crate::machine::net_switch::{Came, Switch};
+use crate::machine::net_switch::{Came, EXITED, Switch};
+use crate::machine::told;
 use crate::vhost_user::VhostUserError;
 use crate::virtio::{FailReason, ReconnectError};
 
@@ -61,11 +63,19 @@ impl Host {
         Some(("device.disconnected", news))
     }
 
-    /// A back-end has come. Where from, and whether that is to be logged.
+    /// A back-end has come. Where from, and whether that is to be logged. Only now is it told that
+    /// a helper was started: attempts that fail may be without number.
     pub(super) fn foreign_came(&mut self, index: usize) -> Option<(String, bool)> {
-        let switch = self.device(index).and_then(switch)?;
+        let device = self.device(index)?;
+        let id = device.id.clone();
+        let switch = switch(device)?;
         let news = switch.reconnected(Instant::now());
-        Some((switch.origin().to_string(), news))
+        let came = (switch.origin().to_string(), news);
+        let helper = switch.serving();
+        if let Some(process) = helper.map(|(process, incarnation)| (process.pid, incarnation)) {
+            tell_spawned(&self.log, &id, process);
+        }
+        Some(came)
     }
 
     /// A back-end that came did not take over.
@@ -102,7 +112,9 @@ impl Host {
         };
         let how = outcome.with_last_line("", last_line);
         if let Some((kind, line, news)) = switch.exited(incarnation, &how, Instant::now()) {
-            self.log.publish(kind, id, &line);
+            let ended = kind == EXITED;
+            let what = ended.then(|| told::exited(incarnation, outcome));
+            self.log.publish_typed(kind, id, &line, what);
             if news {
                 let next = if given_up {
                     ""

@@ -270,10 +270,13 @@ impl Host {
         for adding in &self.hotplug.adding {
             adding.what.enter(&mut beside, "");
         }
+        let devices = &machine.parts.devices;
+        let taken = devices.position(|d| d.id == addition.id()).is_some();
         addition.validate(&beside).map_err(|why| {
             // Those that are on their way may take the last ports.
             match why.ends_with(BUS_IS_FULL) {
                 true => precondition(NO_PORT),
+                false if taken => RpcStatus::new(Code::AlreadyExists, why),
                 false => RpcStatus::invalid_argument(why),
             }
         })?;
@@ -415,7 +418,7 @@ impl Host {
     /// Takes a device that was made into the machine, and tells the guest.
     fn admit(&mut self, mut device: Device, what: &Addition) -> Result<usize, String> {
         let Some(machine) = &mut self.machine else {
-            return Err("the machine is gone".to_owned());
+            return Err("the machine was given up meanwhile: create another".to_owned());
         };
         if let Some(process) = &mut device.process {
             process.life = Life::new(self.restarts);
@@ -565,7 +568,12 @@ impl Host {
 pub(super) fn announce(log: &EventLog, launcher: &Launcher, device: &Device) {
     if let Special::Foreign(switch) = &device.special {
         let (kind, detail) = switch.announcement();
-        log.publish(kind, &device.id, &detail);
+        let what = switch.serving().map(|(process, incarnation)| {
+            let _ = launcher.take_untold(&device.id, incarnation);
+            tell_spawned(log, &device.id, (process.pid, incarnation));
+            told::ready(process.pid, incarnation, process.ready_us())
+        });
+        log.publish_typed(kind, &device.id, &detail, what);
         return;
     }
     let how = match &device.process {

@@ -17,7 +17,7 @@ use super::stop::StopReason;
 use super::supervise::Budget;
 use super::told;
 use super::trial::Ended;
-use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services};
+use crate::api::{ApiResponse, ApiServer, EventLog, ReplyHandle, Services, note_end};
 use crate::confine;
 use crate::events::{self, EventReceiver, EventSender, MachineEvent};
 use crate::kvm;
@@ -34,6 +34,7 @@ mod foreign;
 mod hotplug;
 mod interrupt;
 mod memory;
+mod remnants;
 mod requests;
 mod reset;
 mod resources;
@@ -175,6 +176,7 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
         calls: vmservice::Calls::default(),
         resets: reset::Resets::default(),
         deleted: Vec::new(),
+        remnants: remnants::Remnants::default(),
         heartbeat: None,
         wakeups: 0,
         heartbeat_wakeups: 0,
@@ -223,6 +225,9 @@ fn millis_until(deadline: Option<Instant>, now: Instant) -> i32 {
 
 /// A machine and its state.
 struct Machine {
+    /// As it was asked for.
+    asked: MachineConfig,
+    /// As it is.
     config: MachineConfig,
     state: MachineState,
     parts: Parts,
@@ -275,6 +280,8 @@ struct Host {
     resets: reset::Resets,
     /// Who is told when nothing of the machine is left.
     deleted: Vec<ReplyHandle>,
+    /// What is left of a machine that was given up before it booted.
+    remnants: remnants::Remnants,
     /// When devices are next asked for their health; `None` while the machine does not run.
     heartbeat: Option<Instant>,
     /// Wake-ups of the manager, and those for nothing but devices' health.
@@ -499,6 +506,7 @@ impl Host {
             }
             self.end_operations();
             let what = told::stopped(&reason);
+            note_end(&reason.to_string());
             self.log
                 .publish_typed("machine.stopped", "", &reason.to_string(), Some(what));
             self.stop = Some(reason);

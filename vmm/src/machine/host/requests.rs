@@ -28,11 +28,12 @@ impl Host {
             return;
         };
         let result = match request {
-            ApiRequest::Create(config) => self.create(*config).map(|()| ApiResponse::Done),
+            ApiRequest::Create(config) => self.create_once(*config).map(|()| ApiResponse::Done),
+            ApiRequest::CreateVm(config) => self.create(*config).map(|()| ApiResponse::Done),
             ApiRequest::Delete => return self.delete(reply),
-            ApiRequest::Boot => self.boot().map(|()| ApiResponse::Done),
-            ApiRequest::Pause => self.pause().map(|()| ApiResponse::Done),
-            ApiRequest::Resume => self.resume().map(|()| ApiResponse::Done),
+            ApiRequest::Boot => self.lead_to(MachineState::Running, Self::boot),
+            ApiRequest::Pause => self.lead_to(MachineState::Paused, Self::pause),
+            ApiRequest::Resume => self.lead_to(MachineState::Running, Self::resume),
             ApiRequest::Shutdown { force, timeout } => return self.shutdown(force, timeout, reply),
             ApiRequest::Reset => return self.reset(reply),
             ApiRequest::Reboot { timeout } => return self.reboot(timeout, reply),
@@ -94,6 +95,35 @@ impl Host {
         reply.complete(result);
     }
 
+    /// Makes the machine, unless it is the one that is there: a client may ask again that has
+    /// missed the first answer.
+    fn create_once(&mut self, config: MachineConfig) -> Result<(), RpcStatus> {
+        match &self.machine {
+            Some(machine) if machine.asked == config => Ok(()),
+            Some(_) => Err(RpcStatus::new(
+                Code::AlreadyExists,
+                "this VMM has a machine already, of another configuration (see Info): delete that first, or start another VMM for another machine",
+            )),
+            None => self.create(config),
+        }
+    }
+
+    /// Takes the step that leads to a state, unless the machine is in it: the same.
+    fn lead_to(
+        &mut self,
+        state: MachineState,
+        step: fn(&mut Self) -> Result<(), RpcStatus>,
+    ) -> Result<ApiResponse, RpcStatus> {
+        if self
+            .machine
+            .as_ref()
+            .is_none_or(|machine| machine.state != state)
+        {
+            step(self)?;
+        }
+        Ok(ApiResponse::Done)
+    }
+
     /// Makes the machine.
     pub(super) fn create(&mut self, mut config: MachineConfig) -> Result<(), RpcStatus> {
         if self.machine.is_some() {
@@ -102,9 +132,12 @@ impl Host {
             ));
         }
         api::config::validate(&config).map_err(RpcStatus::invalid_argument)?;
+        // Its devices may have the names of those that have not ended.
+        self.end_remnants()?;
         // Processes of a machine that could not be made have ended: that is told before there are
         // others with the same names.
         self.on_launcher();
+        let asked = config.clone();
         build::fill_defaults(&mut config);
         let prepared = Arc::clone(&self.prepared);
         let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -152,6 +185,7 @@ impl Host {
         }
         let devices = parts.devices.slots();
         self.machine = Some(Machine {
+            asked,
             config,
             state: MachineState::Created,
             parts,
@@ -229,6 +263,11 @@ impl Host {
 
     fn shutdown(&mut self, force: bool, timeout: Duration, reply: ReplyHandle) {
         let state = self.machine.as_ref().map(|m| m.state);
+        if state.is_none() {
+            return reply.complete(Err(RpcStatus::failed_precondition(
+                "cannot shut down: no machine: create one; a bulkhead without one ends by SIGTERM or Ctrl-C",
+            )));
+        }
         if force || state != Some(MachineState::Paused) {
             self.give_up_reboot("overtaken by a shutdown");
         }

@@ -205,9 +205,9 @@ impl Host {
         last.halt_reason = self.stop.as_ref().map(ToString::to_string);
         let had_machine = self.machine.is_some();
         self.teardown();
+        // Device processes, sockets, cgroups.
+        let outcome = self.leave_nothing();
         let Self {
-            machine,
-            launcher,
             requests,
             signals,
             stop,
@@ -215,9 +215,6 @@ impl Host {
             deleted,
             ..
         } = self;
-        drop(machine);
-        // Device processes, sockets, cgroups.
-        launcher.end();
         let leaves = matches!(
             stop,
             None | Some(StopReason::Signal(_) | StopReason::LauncherDied(_))
@@ -230,8 +227,11 @@ impl Host {
             (true, false) => Some(AFTER_TEARDOWN),
         };
         let all = calls.teardown.into_iter().chain(calls.waiters);
-        for reply in all.chain(calls.quit).chain(deleted) {
+        for reply in all.chain(calls.quit) {
             reply.complete(Ok(ApiResponse::Done));
+        }
+        for reply in deleted {
+            reply.complete(outcome.clone().map(|()| ApiResponse::Done));
         }
         if let Some(stay) = stay {
             linger(&requests, &signals, &last, stay, clients);

@@ -124,7 +124,7 @@ fn kata() -> CreateVMRequest {
 
 fn create(request: &CreateVMRequest) -> Result<MachineConfig, RpcStatus> {
     match parse("CreateVM", &request.write_to_bytes().unwrap())? {
-        ApiRequest::Create(config) => Ok(*config),
+        ApiRequest::CreateVm(config) => Ok(*config),
         other => panic!("{other:?}"),
     }
 }

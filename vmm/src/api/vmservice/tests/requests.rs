@@ -32,7 +32,7 @@ fn a_reset_by_the_guest_restarts_it_where_that_is_wanted() {
         let actions = actions.mut_or_insert_default();
         (actions.reset, actions.crash) = (reset.into(), crash.into());
         match parse("CreateVM", &request.write_to_bytes().unwrap()) {
-            Ok(ApiRequest::Create(config)) => Ok(config.on_reset == OnReset::RESTART.into()),
+            Ok(ApiRequest::CreateVm(config)) => Ok(config.on_reset == OnReset::RESTART.into()),
             Ok(other) => panic!("{other:?}"),
             Err(status) => Err(status.message),
         }
@@ -179,7 +179,7 @@ proptest! {
         if cuts {
             bytes.truncate(cut.index(bytes.len()));
         }
-        if let Ok(ApiRequest::Create(config)) = parse("CreateVM", &bytes) {
+        if let Ok(ApiRequest::CreateVm(config)) = parse("CreateVM", &bytes) {
             // What passes is a configuration that the manager takes.
             prop_assert_eq!(crate::api::config::validate(&config), Ok(()));
         }
