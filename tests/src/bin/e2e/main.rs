@@ -11,6 +11,7 @@ use bulkhead_tests::runner::{self, Test};
 mod api;
 mod api_access;
 mod api_fuzz;
+mod api_obeyed;
 mod attach;
 mod audit;
 mod audit_native;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
         tests.extend(config::native());
         tests.extend(api_access::native());
         tests.extend(api_fuzz::native());
+        tests.extend(api_obeyed::native());
         tests.extend(death::native());
         tests.extend(events::native());
         tests.extend(faults::native());
