@@ -18,10 +18,11 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
 
 use super::api_obeyed::{self, OBEYED};
+use super::assault::{assault, create, resident};
 use super::bad_input::appears;
 use super::block::sha256;
 use super::disk::LIMIT;
-use super::kata_native::{self as kata, assault, resident};
+use super::kata_native as kata;
 use super::shell::guest;
 
 /// Requests of each message.
@@ -413,7 +414,8 @@ fn beside_a_guest() -> Verdict {
     })?;
     let bent = api_obeyed::bent(&socket, &play, &[machine], ROUNDS_BESIDE_A_GUEST)?;
     check(bent == 7, || format!("{bent} messages that are obeyed"))?;
-    let held = assault(&socket, &kata::request_of(&scratch)?)?;
+    let creates = [create()?, kata::request_of(&scratch)?];
+    let held = assault(&socket, guest.vmm.pid(), &creates)?;
     let after = resident(guest.vmm.pid())?;
     drop(held);
     check(after < before + MAY_GROW, || {

@@ -12,6 +12,7 @@ mod api;
 mod api_access;
 mod api_fuzz;
 mod api_obeyed;
+mod assault;
 mod attach;
 mod audit;
 mod audit_native;
