@@ -44,6 +44,7 @@ mod hotplug_order;
 mod hotplug_paused;
 mod kata;
 mod kata_native;
+mod kata_vhost_user;
 mod mapped;
 mod net;
 mod net_bad;
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
         tests.extend(hotplug_kinds::native());
         tests.extend(hotplug_memory::native());
         tests.extend(kata_native::native());
+        tests.extend(kata_vhost_user::native());
         tests.extend(resources::native());
         tests.extend(rng::native());
         tests.extend(console::native());
