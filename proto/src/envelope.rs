@@ -56,34 +56,67 @@ pub enum ResponseView<'a> {
     Failed(RpcStatus),
 }
 
-enum Value<'a> {
+/// A field's value.
+pub(crate) enum Value<'a> {
     Varint(u64),
     Bytes(&'a [u8]),
     Fixed,
+    /// The beginning or the end of a group, which is not proto3.
+    Group(Edge),
+}
+
+/// Where a group begins or ends.
+pub(crate) enum Edge {
+    Begin,
+    End,
 }
 
 /// The fields of one message, in the order of the wire.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     rest: &'a [u8],
-    seen: usize,
+    /// Fields that there may still be.
+    left: usize,
 }
 
 impl<'a> Fields<'a> {
     fn new(message: &'a [u8]) -> Self {
+        Self::of(message, MAX_FIELDS)
+    }
+
+    /// At most `most` of them.
+    pub(crate) fn of(message: &'a [u8], most: usize) -> Self {
         Self {
             rest: message,
-            seen: 0,
+            left: most,
         }
     }
 
+    /// How many more there may be.
+    pub(crate) fn left(&self) -> usize {
+        self.left
+    }
+
+    /// So many, when others have had some.
+    pub(crate) fn leave(&mut self, left: usize) {
+        self.left = left.min(self.left);
+    }
+
     fn next(&mut self) -> Result<Option<(u64, Value<'a>)>, EnvelopeError> {
+        match self.next_of_any() {
+            Ok(Some((_, Value::Group(_)))) => Err(EnvelopeError::WrongType),
+            other => other,
+        }
+    }
+
+    /// The next one, groups included.
+    pub(crate) fn next_of_any(&mut self) -> Result<Option<(u64, Value<'a>)>, EnvelopeError> {
         if self.rest.is_empty() {
             return Ok(None);
         }
-        self.seen = self.seen.saturating_add(1);
-        if self.seen > MAX_FIELDS {
-            return Err(EnvelopeError::TooManyFields);
-        }
+        self.left = self
+            .left
+            .checked_sub(1)
+            .ok_or(EnvelopeError::TooManyFields)?;
         let tag = self.varint()?;
         let number = tag >> 3;
         if number == 0 {
@@ -97,7 +130,9 @@ impl<'a> Fields<'a> {
                 Value::Bytes(self.take(length)?)
             }
             5 => self.take(4).map(|_| Value::Fixed)?,
-            // Groups (3, 4) are not proto3; 6 and 7 do not exist.
+            3 => Value::Group(Edge::Begin),
+            4 => Value::Group(Edge::End),
+            // There are no others.
             _ => return Err(EnvelopeError::WrongType),
         };
         Ok(Some((number, value)))

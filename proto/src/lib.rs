@@ -24,6 +24,7 @@ pub mod client;
 pub mod envelope;
 pub mod frame;
 pub mod outbox;
+pub mod payload;
 pub mod server;
 pub mod status;
 pub mod sys;

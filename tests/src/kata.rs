@@ -189,6 +189,15 @@ pub fn file_system(socket: &str, tag: &str) -> Kind {
     Kind::VhostUser(device)
 }
 
+/// A disk of a back-end that listens at this socket.
+pub fn vhost_user_disk(socket: &str, queues: Option<u32>, queue_size: Option<u32>) -> Kind {
+    let mut device = VhostUser::new();
+    device.socket_path = socket.into();
+    let disk = device.device.mut_or_insert_default().mut_blk();
+    (disk.num_queues, disk.queue_size) = (queues, queue_size);
+    Kind::VhostUser(device)
+}
+
 /// A socket device.
 pub fn vsock(path: &str) -> Kind {
     let mut vsock = VirtioVsock::new();

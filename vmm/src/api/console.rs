@@ -86,7 +86,7 @@ impl Attachment {
                 _ => Ok(Next::More),
             };
         }
-        self.on_message(request::message(&frame.body)?)
+        self.on_message(request::console_input(&frame.body)?)
     }
 
     /// The only message of a client that will not type.

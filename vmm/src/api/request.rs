@@ -11,8 +11,8 @@ use bulkhead_proto::machine::{
     ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
     UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
+use bulkhead_proto::payload::{decode, decode_bytes};
 use bulkhead_proto::protobuf::Message;
-use bulkhead_proto::server::decode;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus, VM_SERVICE};
 
 use super::{
@@ -327,7 +327,7 @@ pub(super) fn parse(
             }));
         }
         "AttachConsole" => {
-            let first = (!payload.is_empty()).then(|| message(payload));
+            let first = (!payload.is_empty()).then(|| console_input(payload));
             return first.transpose().map(Call::Console);
         }
         _ => return Err(RpcStatus::unimplemented(service, &short(method))),
@@ -335,8 +335,16 @@ pub(super) fn parse(
     Ok(Call::Unary(request))
 }
 
-pub(super) fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
-    let message: M = decode(payload)?;
+fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
+    known(decode(payload)?)
+}
+
+/// What a client at a console sends: bytes of any kind.
+pub(super) fn console_input(payload: &[u8]) -> Result<ConsoleInput, RpcStatus> {
+    known(decode_bytes(payload)?)
+}
+
+fn known<M: Message>(message: M) -> Result<M, RpcStatus> {
     config::known(M::NAME, &message).map_err(RpcStatus::invalid_argument)?;
     Ok(message)
 }

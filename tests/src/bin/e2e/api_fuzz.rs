@@ -5,20 +5,24 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use bulkhead_proto::RpcStatus;
 use bulkhead_proto::envelope::{self, ResponseView};
 use bulkhead_proto::frame::{self, FLAG_REMOTE_OPEN, TYPE_DATA, TYPE_REQUEST};
 use bulkhead_proto::protobuf::reflect::{
-    FileDescriptor, MessageDescriptor, ReflectValueBox, RuntimeFieldType, RuntimeType,
+    FileDescriptor, MessageDescriptor, MethodDescriptor, ReflectValueBox, RuntimeFieldType,
+    RuntimeType,
 };
 use bulkhead_proto::protobuf::{MessageDyn, UnknownValue};
 use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
 
+use super::api_obeyed::{self, OBEYED};
+use super::assault::{assault, create, resident};
 use super::bad_input::appears;
 use super::block::sha256;
 use super::disk::LIMIT;
-use super::kata_native::{self as kata, assault, resident};
+use super::kata_native as kata;
 use super::shell::guest;
 
 /// Requests of each message.
@@ -28,25 +32,9 @@ const ROUNDS_BESIDE_A_GUEST: u64 = 60;
 /// What they may add to the VMM's memory, KiB.
 const MAY_GROW: u64 = 16 << 10;
 /// Longest answer that is waited for: a switch that nobody serves is waited for itself.
-const PATIENCE: Duration = Duration::from_secs(40);
+pub(super) const PATIENCE: Duration = Duration::from_secs(40);
 /// How long a stream is listened to.
-const MOMENT: Duration = Duration::from_millis(50);
-/// What a stranger may well do to a machine, and then it is done.
-const OBEYED: [&str; 12] = [
-    "Boot",
-    "Delete",
-    "Pause",
-    "Reset",
-    "Reboot",
-    "Resume",
-    "Shutdown",
-    "TeardownVM",
-    "PauseVM",
-    "ResumeVM",
-    "WaitVM",
-    "Quit",
-];
-
+pub(super) const MOMENT: Duration = Duration::from_millis(50);
 /// Those that need no guest.
 pub fn native() -> Vec<Test> {
     vec![Test::short("api-fuzz")(
@@ -64,13 +52,21 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// Fills messages by their descriptors.
-struct Filler {
+pub(super) struct Filler {
     state: u64,
     scratch: String,
 }
 
 impl Filler {
-    fn below(&mut self, end: u64) -> u64 {
+    /// One that names files beneath this directory.
+    pub(super) fn new(scratch: &str) -> Self {
+        Self {
+            state: 0x5eed,
+            scratch: scratch.to_owned(),
+        }
+    }
+
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.state = self.state.wrapping_mul(6_364_136_223_846_793_005);
         self.state = self.state.wrapping_add(1_442_695_040_888_963_407);
         (self.state >> 33) % end.max(1)
@@ -154,7 +150,7 @@ impl Filler {
     }
 
     /// A request of this message; in every second case as no encoder would make it.
-    fn request(&mut self, kind: &MessageDescriptor) -> Vec<u8> {
+    pub(super) fn request(&mut self, kind: &MessageDescriptor) -> Vec<u8> {
         let mut bytes = self
             .message(kind, 0)
             .write_to_bytes_dyn()
@@ -175,6 +171,17 @@ impl Filler {
     }
 }
 
+/// What becomes of a call.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Obeyed,
+    Refused(RpcStatus),
+    /// The connection was ended.
+    HungUp,
+    /// Nothing came in time.
+    Silent,
+}
+
 /// Answers by their kind.
 #[derive(Default)]
 struct Answers {
@@ -186,12 +193,7 @@ struct Answers {
 
 /// Attaches to the serial port, and then sends something else: whatever that leads to, the next
 /// call is answered.
-fn converse(
-    socket: &str,
-    service: &str,
-    method: &str,
-    payload: &[u8],
-) -> Result<Option<bool>, String> {
+fn converse(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Answer, String> {
     let say = |what: &str, e: std::io::Error| format!("{service}.{method}: {what}: {e}");
     let mut stream = UnixStream::connect(socket).map_err(|e| say("connect", e))?;
     let limited = stream.set_read_timeout(Some(PATIENCE));
@@ -227,21 +229,25 @@ fn converse(
     limited.map_err(|e| say("limit", e))?;
     // Either it was typed, or it is refused.
     match stream.read_exact(&mut header) {
-        Ok(()) => Ok(Some(false)),
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => Ok(Some(true)),
-        Err(_) => Ok(None),
+        Ok(()) => Ok(Answer::Refused(RpcStatus::invalid_argument(""))),
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => Ok(Answer::Silent),
+        Err(_) => Ok(Answer::HungUp),
     }
 }
 
-fn call(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Option<bool>, String> {
+/// Calls, and waits so long for the answer.
+pub(super) fn call(
+    socket: &str,
+    service: &str,
+    method: &str,
+    payload: &[u8],
+    limit: Duration,
+) -> Result<Answer, String> {
     let say = |what: &str, e: std::io::Error| format!("{service}.{method}: {what}: {e}");
     let mut stream = UnixStream::connect(socket).map_err(|e| say("connect", e))?;
-    // A stream of events may well begin with events that are yet to come.
-    let stream_of_events = method == "Events";
-    let limit = Some(if stream_of_events { MOMENT } else { PATIENCE });
-    let limited = stream.set_read_timeout(limit);
+    let limited = stream.set_read_timeout(Some(limit));
     limited
-        .and_then(|()| stream.set_write_timeout(limit))
+        .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
         .map_err(|e| say("limit", e))?;
     let mut body = Vec::new();
     let request = envelope::RequestView {
@@ -258,24 +264,37 @@ fn call(socket: &str, service: &str, method: &str, payload: &[u8]) -> Result<Opt
     let mut header = [0; 10];
     match stream.read_exact(&mut header) {
         Ok(()) => {}
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => {
-            if stream_of_events {
-                return Ok(Some(true));
-            }
-            return Err(say("no answer", e));
-        }
-        Err(_) => return Ok(None),
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => return Ok(Answer::Silent),
+        Err(_) => return Ok(Answer::HungUp),
     }
     let [a, b, c, d, ..] = header;
     let length = u32::from_be_bytes([a, b, c, d]) as usize;
     check(length <= 4 << 20, || format!("{method}: {length} bytes"))?;
     let mut answer = vec![0; length];
     stream
-        .read_exact(&mut answer)
+        .set_read_timeout(Some(PATIENCE))
+        .and_then(|()| stream.read_exact(&mut answer))
         .map_err(|e| say("half an answer", e))?;
     // An event of a stream is no answer's envelope.
-    let parsed = envelope::parse_response(&answer);
-    Ok(Some(!matches!(parsed, Ok(ResponseView::Failed(_)))))
+    Ok(match envelope::parse_response(&answer) {
+        Ok(ResponseView::Failed(status)) => Answer::Refused(status),
+        _ => Answer::Obeyed,
+    })
+}
+
+/// The methods of these services: each with its service's full name.
+pub(super) fn methods(services: &[&FileDescriptor]) -> Vec<(String, MethodDescriptor)> {
+    let mut all = Vec::new();
+    for file in services {
+        for service in file.services() {
+            let name = match file.proto().package() {
+                "" => service.proto().name().to_owned(),
+                package => format!("{package}.{}", service.proto().name()),
+            };
+            all.extend(service.methods().map(|method| (name.clone(), method)));
+        }
+    }
+    all
 }
 
 /// Every request message of these services, so many times.
@@ -285,34 +304,31 @@ fn bombard(
     services: &[&FileDescriptor],
     rounds: u64,
 ) -> Result<(usize, Answers), String> {
-    let mut filler = Filler {
-        state: 0x5eed,
-        scratch: scratch.to_owned(),
-    };
+    let mut filler = Filler::new(scratch);
     let mut all = Answers::default();
     let mut messages = 0;
-    for file in services {
-        for service in file.services() {
-            let name = match file.proto().package() {
-                "" => service.proto().name().to_owned(),
-                package => format!("{package}.{}", service.proto().name()),
+    for (name, method) in methods(services) {
+        let named = method.proto().name().to_owned();
+        if OBEYED.contains(&named.as_str()) {
+            continue;
+        }
+        messages += 1;
+        // A stream of events may well begin with events that are yet to come.
+        let limit = if named == "Events" { MOMENT } else { PATIENCE };
+        for round in 0..rounds {
+            let request = filler.request(&method.input_type());
+            let speaks = method.proto().client_streaming() && round % 4 == 0;
+            let answer = match speaks {
+                true => converse(socket, &name, &named, &request)?,
+                false => call(socket, &name, &named, &request, limit)?,
             };
-            for method in service.methods() {
-                let named = method.proto().name().to_owned();
-                if OBEYED.contains(&named.as_str()) {
-                    continue;
+            match answer {
+                Answer::Silent if !speaks && limit == PATIENCE => {
+                    return Err(format!("{name}.{named}: no answer"));
                 }
-                messages += 1;
-                for round in 0..rounds {
-                    let request = filler.request(&method.input_type());
-                    let speaks = method.proto().client_streaming() && round % 4 == 0;
-                    let ask = if speaks { converse } else { call };
-                    match ask(socket, &name, &named, &request)? {
-                        Some(true) => all.obeyed += 1,
-                        Some(false) => all.refused += 1,
-                        None => all.hung_up += 1,
-                    }
-                }
+                Answer::Obeyed | Answer::Silent => all.obeyed += 1,
+                Answer::Refused(_) => all.refused += 1,
+                Answer::HungUp => all.hung_up += 1,
             }
         }
     }
@@ -396,7 +412,10 @@ fn beside_a_guest() -> Verdict {
     check(messages >= 15 && all.refused > all.obeyed, || {
         "the requests are not what they should be".to_owned()
     })?;
-    let held = assault(&socket, &kata::request_of(&scratch)?)?;
+    let bent = api_obeyed::bent(&socket, &play, &[machine], ROUNDS_BESIDE_A_GUEST)?;
+    check(bent == 7, || format!("{bent} messages that are obeyed"))?;
+    let creates = [create()?, kata::request_of(&scratch)?];
+    let held = assault(&socket, guest.vmm.pid(), &creates)?;
     let after = resident(guest.vmm.pid())?;
     drop(held);
     check(after < before + MAY_GROW, || {

@@ -1,7 +1,7 @@
 //! Consoles through the API's socket: several clients at the serial port, one at a port of a console
 //! device, what each is refused, and clients and processes that vanish in the middle.
 
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::sh;
@@ -45,6 +45,40 @@ fn console(socket: &str, args: &[&str]) -> Result<Vmm, String> {
     Vmm::spawn(command)
 }
 
+/// A client at a console, who reads nothing of what comes; killed with the value.
+struct Deaf(Child);
+
+impl Deaf {
+    fn new(scratch: &Scratch, socket: &str, args: &[&str]) -> Result<Self, String> {
+        let said = scratch.path("deaf");
+        let errors = std::fs::File::create(&said).map_err(|e| format!("{said}: {e}"))?;
+        let mut command = Command::new(bin("bulkhead"));
+        command
+            .args(["ctl", "--socket", socket, "console"])
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors);
+        let deaf = Self(command.spawn().map_err(|e| e.to_string())?);
+        let end = Instant::now() + patience(LIMIT);
+        loop {
+            let said = std::fs::read_to_string(&said).unwrap_or_default();
+            if said.contains("[attached") {
+                return Ok(deaf);
+            }
+            check(Instant::now() < end, || format!("not let in: {said}"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// It is not let in, and told why.
 fn kept_out(socket: &str, args: &[&str], why: &str) -> Verdict {
     let said = bulkhead(&[&["ctl", "--socket", socket, "console"], args].concat())?;
@@ -68,6 +102,22 @@ fn comes_in(socket: &str, args: &[&str], text: &str) -> Result<Vmm, String> {
     }
 }
 
+/// One that says nothing, likewise.
+fn comes_in_silent(socket: &str, args: &[&str]) -> Result<Vmm, String> {
+    let end = Instant::now() + patience(LIMIT);
+    loop {
+        let mut client = console(socket, args)?;
+        while client.ended().is_none() {
+            if client.errors().contains("[attached") {
+                return Ok(client);
+            }
+            check(Instant::now() < end, || client.story("not let in"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        check(Instant::now() < end, || client.story("turned away"))?;
+    }
+}
+
 fn in_a_guest() -> Verdict {
     let scratch = Scratch::new("attach")?;
     let (socket, hvc0, agent) = (scratch.path("api"), scratch.path("0"), scratch.path("a"));
@@ -86,9 +136,18 @@ fn in_a_guest() -> Verdict {
     second.wait_for("TYPED-BY-THE-FIRST", LIMIT)?;
     // One that vanishes costs the others nothing, nor does one that reads nothing.
     second.kill();
+    let deaf = Deaf::new(&scratch, &socket, &[])?;
     guest.run("head -c 200000 /dev/zero | tr '\\0' x")?;
     first.type_text("echo STILL-'THERE'\n")?;
     first.wait_for("STILL-THERE", LIMIT)?;
+    // It leaves with all of that unread: who comes next has the newest of it, in order.
+    drop(deaf);
+    let mut next = console(&socket, &["--history", "1000"])?;
+    next.wait_for("STILL-THERE", LIMIT)?;
+    check(next.output().len() <= 2000, || {
+        next.story("more than was asked for")
+    })?;
+    drop(next);
 
     guest.run("modprobe -q virtio_console; until [ -e /dev/hvc0 ]; do sleep 0.1; done")?;
     answers(&mut guest, "agent.0")?;
@@ -101,12 +160,20 @@ fn in_a_guest() -> Verdict {
     kill_process(&socket, "con")?;
     client.ends_with(0, LIMIT)?;
     let mut client = comes_in(&socket, &port, "after-a-crash")?;
-    let mut other = console(&socket, &["con"])?;
+    // One at a console that reads nothing, and leaves: the guest goes on, and who comes next has nothing
+    // of what was there for the other.
+    let deaf = Deaf::new(&scratch, &socket, &["con"])?;
+    guest.run("head -c 2000000 /dev/zero | tr '\\0' y >/dev/hvc0")?;
+    drop(deaf);
+    let mut other = comes_in_silent(&socket, &["con"])?;
     // What nobody looks at yet is dropped.
     guest.run(
         "(while :; do echo BY-THE-'CONSOLE' >/dev/hvc0; sleep 0.2; done) & echo $! >/tmp/says",
     )?;
     other.wait_for("BY-THE-CONSOLE", LIMIT)?;
+    check(!other.output().contains('y'), || {
+        other.story("another client's bytes")
+    })?;
     guest.run("kill $(cat /tmp/says)")?;
     guest.ends()?;
     for client in [&mut first, &mut client, &mut other] {

@@ -95,6 +95,51 @@ fn converses(guest: &mut Shell, path: &str, round: usize) -> Verdict {
     })
 }
 
+/// Says this and waits for it to come back: the program in the guest may send what it had read before.
+fn marked(mut client: &UnixStream, mark: &str) -> Verdict {
+    client.write_all(mark.as_bytes()).map_err(io("write"))?;
+    let mut heard = Vec::new();
+    while !heard.ends_with(mark.as_bytes()) {
+        let mut byte = [0];
+        client.read_exact(&mut byte).map_err(io("read"))?;
+        heard.extend(byte);
+        check(heard.len() < 1 << 20, || {
+            "what was not read comes again".to_owned()
+        })?;
+    }
+    Ok(())
+}
+
+/// Clients that leave with bytes unread, at a console and at a named port: the guest goes on.
+fn leaves_unread(guest: &mut Shell, console: &str, named: &str, at_named: &UnixStream) -> Verdict {
+    let deaf = join(console)?;
+    // More than is kept for it: a console holds nothing back.
+    guest.run("head -c 1000000 /dev/zero | tr '\\0' z >/dev/hvc0")?;
+    drop(deaf);
+    // A named port does, and lets go when its client leaves: so much is said that neither it nor the
+    // guest's program can go on.
+    at_named.set_nonblocking(true).map_err(io("limit"))?;
+    let (mut said, block) = (0, pattern(64 << 10, 4));
+    let end = Instant::now() + patience(Duration::from_secs(20));
+    let mut stuck = 0;
+    while stuck < 20 && Instant::now() < end {
+        match (&*at_named).write(&block) {
+            Ok(count) => (said, stuck) = (said + count, 0),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                stuck += 1;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) => return Err(format!("{named}: {e}")),
+        }
+    }
+    check(stuck == 20 && said > 256 << 10, || {
+        format!("{named}: {said} bytes are taken of a client that reads nothing")
+    })?;
+    at_named
+        .shutdown(std::net::Shutdown::Both)
+        .map_err(io("shutdown"))
+}
+
 fn in_a_guest() -> Verdict {
     let scratch = Scratch::new("console")?;
     let socket = scratch.path("api");
@@ -127,6 +172,10 @@ fn in_a_guest() -> Verdict {
     let mut before = join(&agent)?;
     echo(&before, &pattern(300_000, 1))?;
     converses(&mut guest, &hvc0, 1)?;
+    leaves_unread(&mut guest, &hvc0, &agent, &before)?;
+    before = join(&agent)?;
+    marked(&before, "AFTER-IT-LEFT.")?;
+    converses(&mut guest, &hvc0, 2)?;
     ctl(&socket, &["resize-console", "con", "132x43"])?;
     sized(&mut guest, "hvc0", "43 132")?;
     ctl(&socket, &["resize-console", "alone", "100x50"])?;
@@ -145,15 +194,7 @@ fn in_a_guest() -> Verdict {
         // An end or a reset.
         let _ = before.read_to_end(&mut rest);
         before = join(&agent)?;
-        // The program in the guest may send what it had read before.
-        let mark = format!("MARK-{round}.");
-        (&before).write_all(mark.as_bytes()).map_err(io("write"))?;
-        let mut heard = Vec::new();
-        while !heard.ends_with(mark.as_bytes()) {
-            let mut byte = [0];
-            before.read_exact(&mut byte).map_err(io("read"))?;
-            heard.extend(byte);
-        }
+        marked(&before, &format!("MARK-{round}."))?;
         echo(&before, &pattern(100_000, round))?;
         converses(&mut guest, &hvc0, round)?;
         sized(

@@ -188,7 +188,7 @@ fn serve(host: &Namespace, socket: &str, passt: &str) -> Result<Vmm, String> {
 }
 
 /// Where its cgroup is, if cgroup v2 is mounted.
-fn group(socket: &str) -> Result<Option<PathBuf>, String> {
+pub(super) fn group(socket: &str) -> Result<Option<PathBuf>, String> {
     let info = ctl(socket, &["info"])?;
     let path = info["cgroup"].as_str().unwrap_or_default();
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| e.to_string())?;

@@ -6,7 +6,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use bulkhead_proto::Code;
+use bulkhead_proto::protobuf::well_known_types::empty::Empty;
+use bulkhead_proto::vmservice::VMState;
 use bulkhead_tests::host::sh;
+use bulkhead_tests::kata::{self, Client, QUIT};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{
     Scratch, Vmm, bin, bulkhead, bulkhead_processes, ctl, guest_file, nothing_left, patience,
@@ -38,6 +42,10 @@ pub fn native() -> Vec<Test> {
         test(
             "a machine that has booted is given up: who watches is told the end of its processes, and its own",
             watched,
+        ),
+        test(
+            "a machine that CreateVM made is given up by ctl delete, before it runs and when it does",
+            of_vmservice,
         ),
     ]
 }
@@ -256,4 +264,59 @@ fn one_after_another() -> Verdict {
     ctl(&socket, &["shutdown", "--force"])?;
     vmm.ends_with(0, LIMIT)?;
     nothing_left(LIMIT)
+}
+
+/// By the other service of the socket that `vmservice.VM` is on.
+fn of_vmservice() -> Verdict {
+    let scratch = Scratch::new("delete-kata")?;
+    let (socket, serial) = (scratch.path("vm.sock"), scratch.path("serial"));
+    let (vsock, disk) = (scratch.path("vsock"), scratch.path("disk"));
+    sh(&format!("truncate -s 4M {disk}"))?;
+    let create = kata::create(
+        (&guest_file("vmlinux"), "", "console=ttyS0"),
+        (128, 2),
+        &serial,
+        vec![
+            ("rootfs", 1, kata::disk(&disk, false)),
+            ("vsock", 3, kata::vsock(&vsock)),
+        ],
+    );
+    let mut vmm = kata::start(&[], &socket)?;
+    let mut client = Client::connect(&socket)?;
+    // Nothing to do.
+    ctl(&socket, &["delete"])?;
+    for _ in 0..3 {
+        client.tell("CreateVM", &create)?;
+        client.add("hp0", kata::rng())?;
+        ctl(&socket, &["delete"])?;
+        let state = client.properties()?.state;
+        check(state == VMState::UNINITIALIZED.into(), || {
+            format!("{state:?}")
+        })?;
+        let none = Empty::new();
+        client.refused("ResumeVM", &none, Code::FailedPrecondition, "no machine")?;
+        for path in [&serial, &vsock] {
+            check(!Path::new(path).exists(), || format!("{path} stays"))?;
+        }
+        let left = bulkhead_processes();
+        let serves = |name: &str| !matches!(name, "bulkhead" | "bulkhead-launch");
+        check(!left.iter().any(|(_, name)| serves(name)), || {
+            format!("{left:?}")
+        })?;
+    }
+    // One that runs: who waits for its end is told of it, and the process does not stay for a client.
+    client.tell("CreateVM", &create)?;
+    client.plain("ResumeVM")?;
+    let other = socket.clone();
+    let waiter = std::thread::spawn(move || Client::connect(&other)?.plain("WaitVM"));
+    std::thread::sleep(Duration::from_millis(300));
+    check(!waiter.is_finished(), || "WaitVM did not wait".into())?;
+    ctl(&socket, &["delete"])?;
+    waiter.join().map_err(|_| "WaitVM panicked")??;
+    vmm.ends_with(0, QUIT)?;
+    nothing_left(QUIT)?;
+    for path in [&serial, &vsock, &socket] {
+        check(!Path::new(path).exists(), || format!("{path} stays"))?;
+    }
+    Ok(())
 }

@@ -8,24 +8,27 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::Code;
+use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::vmservice::{ModifyResourceRequest, ModifyType, VMState};
+use bulkhead_proto::{Code, VM_SERVICE};
 use bulkhead_tests::host::{Namespace, rootfs, sh};
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left, patience};
 
+use super::assault::{assault, frame_of, resident};
 use super::disk::LIMIT;
 use super::hotplug_memory::reaches;
+use super::kata_native::{MAY_GROW, request_of};
 use super::vsock::{accept, connect, echo, pattern};
-use crate::net_modes::tool;
+use crate::net_modes::{storage_daemon, tool};
 
 /// The tests.
 pub fn tests() -> Vec<Test> {
     let test = Test::short("kata");
     vec![
         test(
-            "Kata's calls: a disk added at once is at 08/00, a tap in a namespace carries traffic, virtiofsd's tree is there, and nothing is left",
+            "Kata's calls: a disk added at once is at 08/00, a tap in a namespace carries traffic, virtiofsd's tree is there, hostile clients cost nothing, and a kill leaves nothing",
             replay,
         ),
         test(
@@ -33,7 +36,7 @@ pub fn tests() -> Vec<Test> {
             by_itself,
         ),
         test(
-            "ModifyResource adds and takes processors and memory of a machine that Machine.Create made with room, on the same process",
+            "ModifyResource adds and takes processors and memory of a machine that Machine.Create made with room, on the same process, and TeardownVM leaves nothing",
             modified,
         ),
     ]
@@ -111,6 +114,10 @@ fn virtiofsd(scratch: &Scratch) -> Result<(Vmm, String), String> {
     Ok((running, socket))
 }
 
+fn bytes(message: &impl Message) -> Result<Vec<u8>, String> {
+    message.write_to_bytes().map_err(|e| e.to_string())
+}
+
 fn sum(path: &str) -> Result<String, String> {
     sh(&format!("sha256sum <{path} | cut -d' ' -f1")).map(|sum| sum.trim().to_owned())
 }
@@ -135,6 +142,7 @@ until [ -e /sys/bus/pci/devices/0000:00:09.0/*:00.0/virtio*/net/* ]; do sleep 0.
 ip link set eth1 up; ip addr add 10.7.0.2/24 dev eth1
 echo "SECOND=$(cat /sys/class/net/eth1/address) $(socat -u TCP:10.7.0.1:7001,retry=50,interval=0.2 - | sha256sum | cut -d' ' -f1)"
 echo "LAST=$(sum 1f)"
+echo "THEIRS=$(sum 0b)"
 echo TURN-1; read -r line
 [ -z "$(disk 08)" ] && ! [ -e /sys/class/net/eth1 ] && echo FIRST-IS-GONE
 echo TURN-2; read -r line
@@ -225,7 +233,12 @@ fn replay() -> Verdict {
     // Into a guest that runs, at the far end.
     client.add("hp23", disk(&last, true))?;
     console.wait_for(&format!("LAST={}", sum(&last)?), &vmm)?;
+    // A disk of another program's.
+    let theirs = scratch.path("blk.sock");
+    let daemon = storage_daemon(&again, &theirs)?;
+    client.add("hp3", kata::vhost_user_disk(&theirs, Some(1), Some(64)))?;
     console.wait_for(&second, &vmm)?;
+    console.wait_for(&format!("THEIRS={}", sum(&again)?), &vmm)?;
     console.wait_for("TURN-1", &vmm)?;
     let back = scratch.path("share/back");
     let back = std::fs::read_to_string(&back).map_err(|e| format!("{back}: {e}"))?;
@@ -272,23 +285,45 @@ fn replay() -> Verdict {
     let none = bulkhead_proto::protobuf::well_known_types::empty::Empty::new();
     client.refused("ResumeVM", &none, Code::FailedPrecondition, "running")?;
 
-    let began = Instant::now();
-    client.plain("TeardownVM")?;
-    kata::alone(vmm.pid())?;
-    client.plain("Quit")?;
-    vmm.ends_with(0, LIMIT)?;
-    check(began.elapsed() < QUIT, || {
-        format!("it took {:?}", began.elapsed())
+    // Whatever others do at the socket, and beside them.
+    let before = resident(vmm.pid())?;
+    let creates = [
+        request_of(&scratch)?,
+        frame_of(VM_SERVICE, 1, "CreateVM", &bytes(&create)?),
+    ];
+    let held = assault(&socket, vmm.pid(), &creates)?;
+    let after = resident(vmm.pid())?;
+    check(after < before + MAY_GROW, || {
+        format!("from {before} KiB to {after} KiB")
     })?;
-    nothing_left(QUIT)?;
-    for path in [&socket, &serial, &vsock] {
-        check(!Path::new(path).exists(), || format!("{path} is left"))?;
-    }
-    // The tap is Kata's, and free again; there is no other interface.
-    host.sh(
-        "ip link del tap0_kata && ip link del tap1_kata && [ $(ip -o link show | wc -l) = 1 ]",
+    echo(&vsock, &pattern(100_000, 8))?;
+    let after = client.properties()?;
+    check(
+        after.state == VMState::RUNNING.into() && ran(&after) > ran(&later),
+        || format!("{later}, and after the assault {after}"),
     )?;
-    drop(fs);
+
+    // It is killed in the middle of all of that.
+    let group = super::death::group(&socket)?;
+    let there = group.as_ref().is_none_or(|group| group.exists());
+    check(there, || format!("no {group:?}"))?;
+    vmm.kill();
+    nothing_left(QUIT)?;
+    let hvc = scratch.path("hvc");
+    let sockets = [&socket, &serial, &vsock, &hvc].map(|path| Path::new(path).to_path_buf());
+    for path in sockets.into_iter().chain(group) {
+        let end = Instant::now() + QUIT;
+        while path.exists() {
+            check(Instant::now() < end, || format!("{path:?} is left"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    drop(held);
+    // The taps are Kata's, and nobody's any more; there is no other interface.
+    host.sh(
+        "for tap in tap0_kata tap1_kata; do ip -o link show $tap | grep -q NO-CARRIER; ip link del $tap; done; [ $(ip -o link show | wc -l) = 1 ]",
+    )?;
+    drop((fs, daemon));
     Ok(())
 }
 
@@ -334,6 +369,9 @@ fn by_itself() -> Verdict {
 
 /// What the guest has of either, step by step.
 const SIZES: &str = r#"
+modprobe -q vmw_vsock_virtio_transport
+socat -t 60 VSOCK-LISTEN:1024,fork EXEC:cat &
+ip link set eth0 up
 total() { awk '/^MemTotal/ { print $2 }' /proc/meminfo; }
 first=$(total); f=/sys/devices/system/cpu/cpu1
 echo "CPUS-AT-FIRST=$(nproc)"; read -r line
@@ -355,8 +393,13 @@ fn modify(socket: &str, request: &ModifyResourceRequest) -> Verdict {
 fn modified() -> Verdict {
     let scratch = Scratch::new("kata-modify")?;
     let (socket, serial) = (scratch.path("vm.sock"), scratch.path("serial.sock"));
-    let mut vmm = kata::start(&[], &socket)?;
+    let host = Namespace::new("kata-modify")?;
+    host.tap("tap0_kata", "10.6.0.1/24", "user 0")?;
+    let enter = host.enter();
+    let by: Vec<&str> = enter.iter().map(String::as_str).collect();
+    let mut vmm = kata::start(&by, &socket)?;
     let mut client = Client::connect(&socket)?;
+    let (vsock, hvc) = (scratch.path("vm.vsock"), scratch.path("hvc"));
     let script = format!("export LC_ALL=C\n{SIZES}");
     let disks = [rootfs()?, scratch.script("script", &script)?]
         .map(|path| format!("path={path},readonly=on,queues=1"));
@@ -376,6 +419,12 @@ fn modified() -> Verdict {
             &disks[0],
             "--disk",
             &disks[1],
+            "--net",
+            "tap=tap0_kata",
+            "--vsock",
+            &format!("socket={vsock},cid=3"),
+            "--console",
+            &format!("socket={hvc}"),
             "--serial",
             &serial_at,
             "--cpus",
@@ -387,6 +436,15 @@ fn modified() -> Verdict {
     let mut console = Console::connect(&serial)?;
     client.plain("ResumeVM")?;
     console.wait_for("CPUS-AT-FIRST=1", &vmm)?;
+    let memory = |socket: &str| {
+        let properties = Client::connect(socket)?.properties()?;
+        let memory = properties.memory_stats.unwrap_or_default();
+        let sum = memory.working_set_bytes + memory.available_memory;
+        check(sum == memory.assigned_memory, || format!("{memory}"))?;
+        Ok::<_, String>((memory.assigned_memory >> 20, memory.reserved_memory >> 20))
+    };
+    let told = memory(&socket)?;
+    check(told == (384, 384), || format!("at first {told:?}"))?;
 
     let mut request = ModifyResourceRequest::new();
     request.mut_processor().processor_index = 1;
@@ -411,15 +469,30 @@ fn modified() -> Verdict {
         modify(&socket, &request)?;
         reaches(&socket, mib, &vmm)?;
         console.wait_for(wanted, &vmm)?;
+        let told = memory(&socket)?;
+        check(told == (mib, 768 - mib), || format!("{mib}: {told:?}"))?;
     }
     // Beyond what it was made with there is none.
     request.mut_memory().memory_mb = 770;
     let mut other = Client::connect(&socket)?;
     let wrong = Code::FailedPrecondition;
     other.refused("ModifyResource", &request, wrong, "at most 768 MiB")?;
+    echo(&vsock, &pattern(300_000, 9))?;
+
+    let began = Instant::now();
     let mut other = Client::connect(&socket)?;
     other.plain("TeardownVM")?;
+    kata::alone(vmm.pid())?;
     other.plain("Quit")?;
     vmm.ends_with(0, LIMIT)?;
-    nothing_left(QUIT)
+    check(began.elapsed() < QUIT, || {
+        format!("it took {:?}", began.elapsed())
+    })?;
+    nothing_left(QUIT)?;
+    for path in [&socket, &serial, &vsock, &hvc] {
+        check(!Path::new(path).exists(), || format!("{path} is left"))?;
+    }
+    // The tap is Kata's, and free again; there is no other interface.
+    host.sh("ip link del tap0_kata && [ $(ip -o link show | wc -l) = 1 ]")
+        .map(drop)
 }

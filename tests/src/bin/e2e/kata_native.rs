@@ -1,31 +1,28 @@
 //! vmservice.VM without a guest: what it makes, refuses and ends, and what hostile clients
 //! of it cannot do.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::frame::{self, TYPE_REQUEST};
-use bulkhead_proto::machine::{InfoRequest, InfoResponse};
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::protobuf::well_known_types::empty::Empty;
 use bulkhead_proto::vmservice::{
-    CapabilitiesVMResponse, CreateVMRequest, ModifyResourceRequest, ModifyType, VMState,
-    VirtioConsole, virtio_device::Kind,
+    CapabilitiesVMResponse, CreateVMRequest, ModifyResourceRequest, ModifyType,
+    PropertiesVMRequest, PropertiesVMResponse, VMState, VirtioConsole, virtio_device::Kind,
 };
-use bulkhead_proto::{BlockingClient, Code, MACHINE_SERVICE, VM_SERVICE, envelope};
-use bulkhead_tests::host::sh;
+use bulkhead_proto::{Code, VM_SERVICE};
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left};
 
+use super::assault::{assault, connect, create, frame_of, info, resident};
 use super::disk::sparse;
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 /// What hostile clients may add to the VMM's memory, KiB.
-const MAY_GROW: u64 = 16 << 10;
+pub const MAY_GROW: u64 = 16 << 10;
 
 /// The tests.
 pub fn native() -> Vec<Test> {
@@ -113,8 +110,23 @@ fn whole_life() -> Verdict {
         properties.state == VMState::PAUSED.into()
             && memory.assigned_memory == 256 * MIB
             && memory.working_set_bytes > MIB
-            && memory.working_set_bytes + memory.available_memory == 256 * MIB,
+            && memory.working_set_bytes + memory.available_memory == 256 * MIB
+            // It was made without room for more.
+            && memory.reserved_memory == 0
+            // No vCPU has begun: threads that wait have cost next to nothing.
+            && properties.processor_stats.total_runtime_ns < 500_000_000,
         || format!("{properties}"),
+    )?;
+    // Nothing is told that was not asked for.
+    let bare: PropertiesVMResponse = client
+        .call("PropertiesVM", &PropertiesVMRequest::new())
+        .map_err(|e| format!("{e:?}"))?;
+    check(
+        bare.memory_stats.is_none()
+            && bare.processor_stats.is_none()
+            && bare.state == VMState::PAUSED.into()
+            && bare.halt_reason.is_none(),
+        || format!("{bare}"),
     )?;
     let threads = kata::vcpu_threads(vmm.pid());
     check(threads == ["vp-0", "vp-1"], || format!("{threads:?}"))?;
@@ -166,14 +178,6 @@ fn whole_life() -> Verdict {
     client.plain("Quit")?;
     ends(&mut vmm, 0)?;
     nothing_left(QUIT)
-}
-
-/// What bulkhead.v1.Machine says on the same socket.
-fn info(socket: &str) -> Result<InfoResponse, String> {
-    let mut client = BlockingClient::new(connect(socket)?, 1 << 20);
-    let request = InfoRequest::new();
-    let info = client.call(MACHINE_SERVICE, "Info", &request, LIMIT);
-    info.map_err(|e| e.to_string())
 }
 
 /// Devices come and go behind the ports that are for it, and no others.
@@ -248,122 +252,47 @@ fn quit() -> Verdict {
     Ok(())
 }
 
-/// A call as bytes.
-fn frame_of(stream_id: u32, method: &str, payload: &[u8]) -> Vec<u8> {
-    let mut body = Vec::new();
-    let request = envelope::RequestView {
-        service: VM_SERVICE,
-        method,
-        payload,
-        timeout_nano: 0,
-    };
-    envelope::encode_request(&mut body, &request);
-    let mut bytes = Vec::new();
-    // Far shorter than a frame may be.
-    let _ = frame::encode(&mut bytes, TYPE_REQUEST, stream_id, 0, &body);
-    bytes
-}
-
-fn connect(socket: &str) -> Result<UnixStream, String> {
-    UnixStream::connect(socket).map_err(|e| format!("{socket}: {e}"))
-}
-
 fn vanish() -> Verdict {
     let scratch = Scratch::new("kata-vanish")?;
-    let socket = scratch.path("vm.sock");
-    let mut vmm = kata::start(&[], &socket)?;
-    drop(Client::connect(&socket)?);
-    let create = machine(&scratch)?
-        .write_to_bytes()
-        .map_err(|e| e.to_string())?;
-    let mut gone = connect(&socket)?;
-    gone.write_all(&frame_of(1, "CreateVM", &create))
-        .map_err(|e| e.to_string())?;
-    drop(gone);
-    // Begun or not, the next client has a VMM that answers.
-    let mut client = Client::connect(&socket)?;
-    let state = client.properties()?.state;
-    if state == VMState::UNINITIALIZED.into() {
-        client.tell("CreateVM", &machine(&scratch)?)?;
+    // All of it, of either service, part of it, and all of it again and again.
+    let whole = request_of(&scratch)?;
+    let part = whole.get(..whole.len() / 2).unwrap_or_default().to_vec();
+    for (number, requests) in [
+        vec![whole.clone()],
+        vec![create()?],
+        vec![part],
+        vec![whole; 20],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let socket = scratch.path(&format!("vm{number}.sock"));
+        let mut vmm = kata::start(&[], &socket)?;
+        drop(Client::connect(&socket)?);
+        for request in requests {
+            let mut gone = connect(&socket)?;
+            gone.write_all(request).map_err(|e| e.to_string())?;
+        }
+        // Begun or not, the next client has a VMM that answers.
+        let mut client = Client::connect(&socket)?;
+        let state = client.properties()?.state;
+        if state == VMState::UNINITIALIZED.into() {
+            client.tell("CreateVM", &machine(&scratch)?)?;
+        }
+        client.plain("TeardownVM")?;
+        // It goes without Quit: the process has nobody left to stay for.
+        drop(client);
+        ends(&mut vmm, 0)?;
+        nothing_left(QUIT)?;
     }
-    client.plain("TeardownVM")?;
-    // It goes without Quit: the process has nobody left to stay for.
-    drop(client);
-    ends(&mut vmm, 0)?;
-    nothing_left(QUIT)
-}
-
-/// Resident memory of a process, KiB.
-pub fn resident(pid: u32) -> Result<u64, String> {
-    let kib = sh(&format!(
-        "awk '/^RssAnon/ {{ print $2 }}' /proc/{pid}/status"
-    ))?;
-    kib.trim().parse().map_err(|e| format!("{kib:?}: {e}"))
+    Ok(())
 }
 
 /// A CreateVM as Kata's.
 pub fn request_of(scratch: &Scratch) -> Result<Vec<u8>, String> {
     let request = machine(scratch)?.write_to_bytes();
     let request = request.map_err(|e| e.to_string())?;
-    Ok(frame_of(1, "CreateVM", &request))
-}
-
-/// What hostile clients do to a server's socket; `create` is a request to vanish in. Returns those
-/// that are still there.
-pub fn assault(socket: &str, create: &[u8]) -> Result<Vec<UnixStream>, String> {
-    let io = |e: std::io::Error| e.to_string();
-    // A whole frame of 4 MiB of empty metadata entries, again and again.
-    let entries: Vec<u8> = [0x2a, 0].repeat(2 << 20);
-    let mut big = Vec::new();
-    frame::encode(&mut big, TYPE_REQUEST, 1, 0, &entries).map_err(|e| format!("{e:?}"))?;
-    for _ in 0..8 {
-        let mut stream = connect(socket)?;
-        stream.set_read_timeout(Some(LIMIT)).map_err(io)?;
-        // It may be cut off while it still writes.
-        let _ = stream.write_all(&big);
-        let mut answer = [0; 512];
-        let got = stream.read(&mut answer).unwrap_or(0);
-        let text = String::from_utf8_lossy(answer.get(..got).unwrap_or_default()).into_owned();
-        check(text.contains("262144 are allowed"), || {
-            format!("an oversize frame: {text:?}")
-        })?;
-    }
-    // Frames that promise more than comes, and noise.
-    let mut held = Vec::new();
-    for length in [1_u32, 200 << 10, 256 << 10] {
-        let mut stream = connect(socket)?;
-        let mut start = length.to_be_bytes().to_vec();
-        start.extend_from_slice(&[0, 0, 0, 1, TYPE_REQUEST, 0, 1, 2, 3]);
-        stream.write_all(&start).map_err(io)?;
-        held.push(stream);
-    }
-    for seed in 0..64_u8 {
-        let mut stream = connect(socket)?;
-        let noise: Vec<u8> = (0..=255_u8).map(|n| n.wrapping_mul(seed) ^ seed).collect();
-        let _ = stream.write_all(&noise);
-    }
-    // A client that never reads.
-    let mut deaf = connect(socket)?;
-    deaf.set_write_timeout(Some(Duration::from_millis(500)))
-        .map_err(io)?;
-    for id in 0..20_000_u32 {
-        let call = frame_of(id * 2 + 1, "PropertiesVM", &[0x08, 0, 0x08, 1]);
-        if deaf.write_all(&call).is_err() {
-            break;
-        }
-    }
-    // A thousand that come and go, in parts of a CreateVM; and waiters that give up.
-    for number in 0..1000 {
-        let mut stream = connect(socket)?;
-        let cut = create.len() * (number % 10) / 10;
-        let _ = stream.write_all(create.get(..cut).unwrap_or_default());
-    }
-    for _ in 0..300 {
-        let mut stream = connect(socket)?;
-        let _ = stream.write_all(&frame_of(1, "WaitVM", &[]));
-    }
-    held.push(deaf);
-    Ok(held)
+    Ok(frame_of(VM_SERVICE, 1, "CreateVM", &request))
 }
 
 fn abuse() -> Verdict {
@@ -374,7 +303,8 @@ fn abuse() -> Verdict {
     client.tell("CreateVM", &machine(&scratch)?)?;
     client.properties()?;
     let before = resident(vmm.pid())?;
-    let held = assault(&socket, &request_of(&scratch)?)?;
+    let creates = [request_of(&scratch)?, create()?];
+    let held = assault(&socket, vmm.pid(), &creates)?;
     // The machine's own client was not touched by any of it.
     let state = client.properties()?.state;
     check(state == VMState::PAUSED.into(), || format!("{state:?}"))?;

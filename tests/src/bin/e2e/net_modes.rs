@@ -497,7 +497,7 @@ fn passt() -> Verdict {
 }
 
 /// qemu-storage-daemon with this disk at this socket.
-fn storage_daemon(disk: &str, socket: &str) -> Result<Vmm, String> {
+pub(super) fn storage_daemon(disk: &str, socket: &str) -> Result<Vmm, String> {
     let _ = std::fs::remove_file(socket);
     let mut command = std::process::Command::new("qemu-storage-daemon");
     command

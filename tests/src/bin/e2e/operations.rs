@@ -1,7 +1,7 @@
 //! Operations by their numbers: what became of one, waits for its end, and one that ends with the
 //! machine.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::host::sh;
 use bulkhead_tests::runner::{Test, Verdict, check};
@@ -40,7 +40,13 @@ fn by_number() -> Verdict {
         "there has been no operation 1: the last one is 0",
     )?;
     let kernel = sh(&format!("realpath {}", guest_file("vmlinux")))?;
-    let create = ["create", "--kernel", kernel.trim(), "--memory", "96M"];
+    let create = [
+        "create",
+        "--kernel",
+        kernel.trim(),
+        "--memory",
+        "size=128M,max=256M",
+    ];
     let more = ["--serial", "none", "--hotplug-ports", "2"];
     ctl(&socket, &[create.as_slice(), &more].concat())?;
     ctl(&socket, &["add-rng", "id=more"])?;
@@ -60,37 +66,44 @@ fn by_number() -> Verdict {
             )?;
         }
     }
-    // One that goes on until a switch comes, which does not.
-    let switch = scratch.path("switch");
-    let late = format!("vhost-user={switch},server=on,id=late");
+    // One that waits for a guest, and there is none.
+    ctl(&socket, &["resize-memory", "192M", "--timeout", "600"])?;
+    let running = ctl(
+        &reading,
+        &["operations", "--running", "--subject", "memory"],
+    )?;
+    check(running["operations"][0]["operation"] == 2, || {
+        running.to_string()
+    })?;
+    let (code, one) = operation(&socket, &["2", "--wait", "1"])?;
+    check(code == Some(1) && one["state"] == "running", || {
+        one.to_string()
+    })?;
+    let all = ctl(&reading, &["operations"])?;
+    let states = |n: usize| all["operations"][n]["state"].clone();
+    check(states(0) == "done" && states(1) == "running", || {
+        all.to_string()
+    })?;
+    // And one that waits for a switch, which does not come: its end is far enough for two calls.
+    let late = format!("vhost-user={},server=on,id=late", scratch.path("switch"));
     let (add, wait) = std::thread::scope(|scope| {
+        let wait = scope.spawn(|| operation(&socket, &["2", "--wait", "60"]));
+        // Time to ask: where it has not, it finds nobody any more.
+        std::thread::sleep(Duration::from_millis(500));
         let add = scope.spawn(|| ctl(&socket, &["add-net", &late]));
         let end = Instant::now() + patience(LIMIT);
-        loop {
-            let running = ctl(&socket, &["operations", "--running", "--subject", "late"])?;
-            match running["operations"][0]["operation"].as_u64() {
-                Some(2) => break,
-                Some(other) => return Err(format!("operation {other} is late")),
-                None => check(Instant::now() < end, || vmm.story("it does not begin"))?,
-            }
+        while ctl(&reading, &["operations", "--running"])?["operations"][1]["subject"] != "late" {
+            check(Instant::now() < end && !add.is_finished(), || {
+                vmm.story("it does not begin")
+            })?;
         }
-        let (code, one) = operation(&socket, &["2", "--wait", "1"])?;
-        check(code == Some(1) && one["state"] == "running", || {
-            one.to_string()
-        })?;
-        let wait = scope.spawn(|| operation(&socket, &["2", "--wait", "600"]));
-        let all = ctl(&reading, &["operations"])?;
-        let states = |n: usize| all["operations"][n]["state"].clone();
-        check(states(0) == "done" && states(1) == "running", || {
-            all.to_string()
-        })?;
+        check(!wait.is_finished(), || "it did not wait".to_owned())?;
         ctl(&socket, &["shutdown", "--force"])?;
         let add = add.join().map_err(|_| "the adder".to_owned())?;
         let wait = wait.join().map_err(|_| "who waits".to_owned())?;
-        Ok((add, wait))
+        Ok::<_, String>((add, wait))
     })?;
     check(add.is_err(), || format!("{add:?}"))?;
-    // Who came too late to wait found nobody any more.
     if let Ok((code, one)) = wait {
         check(
             code == Some(1) && one["state"] == "failed" && one["detail"] == "the machine stopped",

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::host::debian;
+use bulkhead_tests::host::{debian, sh};
 use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, patience};
 
@@ -31,7 +31,7 @@ pub fn tests() -> Vec<Test> {
     };
     vec![
         test(
-            "a socket device that is added joins the guest to whoever listens on the host and to nobody else, is killed, removed and added again",
+            "a socket device that is added joins the guest to whoever listens on the host and to nobody else, peers and then itself are killed, and it is removed and added again",
             false,
             from_the_guest,
         ),
@@ -118,6 +118,70 @@ fn converse(guest: &mut Shell, path: &str, more: bool) -> Verdict {
     guest.run("kill $(cat /tmp/pid)")
 }
 
+/// Host programs that are killed in the middle of a stream: the guest's end of it ends at once, as if
+/// they had closed it, and the streams of others go on.
+fn peers_killed(guest: &mut Shell, scratch: &Scratch, path: &str) -> Verdict {
+    guest.run(&format!("rm -f /tmp/lines /tmp/lines.done; ((for i in $(seq 3000); do echo line-$i; sleep 0.01; [ -e /tmp/all-cut ] && break; done; echo last) | tee /tmp/said | socat -t 60 - VSOCK-CONNECT:2:{ECHO} >/tmp/lines; touch /tmp/lines.done) & (socat -t 60 VSOCK-LISTEN:1024,fork EXEC:cat 2>/dev/null & echo $! >/tmp/pid); sleep 0.5"))?;
+    let told = scratch.path("told");
+    // What the host's program does, what the guest does meanwhile, and how the guest sees the end.
+    let ends = "socat -u OPEN:/dev/zero VSOCK-CONNECT:2:1240 2>/dev/null";
+    let reads = "socat -u VSOCK-CONNECT:2:1240 OPEN:/dev/null";
+    let listen = format!("UNIX-LISTEN:{path}_1240");
+    for (peer, guests) in [
+        // It takes what the guest sends, or leaves it lying.
+        (format!("socat -u {listen} CREATE:{told}"), ends),
+        (
+            format!("socat -u {listen} SYSTEM:'head -c 65536 >{told}; sleep 600'"),
+            ends,
+        ),
+        (
+            format!(
+                "socat -u SYSTEM:'head -c 65536 /dev/zero; echo x >{told}; exec cat /dev/zero' {listen}"
+            ),
+            reads,
+        ),
+        (
+            format!(
+                "bash -c '(echo connect 1024; exec cat /dev/zero) | exec socat - UNIX-CONNECT:{path} >{told}'"
+            ),
+            "until pgrep -x cat >/dev/null; do sleep 0.05; done; until ! pgrep -x cat >/dev/null; do sleep 0.05; done",
+        ),
+    ] {
+        let _ = std::fs::remove_file(&told);
+        let _ = std::fs::remove_file(format!("{path}_1240"));
+        let mut command = Command::new("setsid");
+        command.args(["bash", "-c", &format!("exec {peer}")]);
+        let mut running = Vmm::spawn(command)?;
+        let end = Instant::now() + patience(LIMIT);
+        while !Path::new(&format!("{path}_1240")).exists() && peer.contains("LISTEN") {
+            check(Instant::now() < end, || running.story("nobody listens"))?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        guest.run(&format!(
+            "rm -f /tmp/cut; ({guests}; touch /tmp/cut) & true"
+        ))?;
+        // In the middle: a good deal has gone.
+        while std::fs::metadata(&told).is_ok_and(|file| file.len() < 1)
+            || !Path::new(&told).exists()
+        {
+            check(Instant::now() < end, || {
+                running.story(&format!("{peer}: nothing goes"))
+            })?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        guest.run("sleep 0.3; [ ! -e /tmp/cut ]")?;
+        sh(&format!("kill -9 -- -{}", running.pid()))?;
+        running.wait(LIMIT)?;
+        let began = Instant::now();
+        guest.run("until [ -e /tmp/cut ]; do sleep 0.05; done")?;
+        check(began.elapsed() < patience(Duration::from_secs(5)), || {
+            format!("{peer}: killed, and seen after {:?}", began.elapsed())
+        })?;
+    }
+    let _ = std::fs::remove_file(format!("{path}_1240"));
+    guest.run("[ ! -e /tmp/lines.done ]; touch /tmp/all-cut; until [ -e /tmp/lines.done ]; do sleep 0.1; done; rm /tmp/all-cut; cmp /tmp/said /tmp/lines; tail -n 1 /tmp/lines | grep -x last; kill $(cat /tmp/pid)")
+}
+
 fn from_the_guest() -> Verdict {
     let scratch = Scratch::new("vsock-guest")?;
     let socket = scratch.path("api");
@@ -143,6 +207,7 @@ fn from_the_guest() -> Verdict {
         // Linux gives up after two seconds, which a busy host may take.
         guest.run(&format!("rm -f /tmp/bad; for i in $(seq 100); do (for t in 1 2 3 4 5; do [ \"$(echo $i-x | socat -t 60 - VSOCK-CONNECT:2:{ECHO} 2>/dev/null)\" = $i-x ] && exit; done; echo $i >>/tmp/bad) & done; wait; ! cat /tmp/bad 2>/dev/null"))?;
         if round == 0 {
+            peers_killed(&mut guest, &scratch, &path)?;
             // Its process dies while a stream is open: the guest's end of it ends, the host's
             // listeners stay, and so does the port of its own.
             guest.run(&format!("(socat -t 1 - VSOCK-CONNECT:2:{ECHO} </dev/zero >/dev/null 2>&1; touch /tmp/ended) & sleep 0.5"))?;

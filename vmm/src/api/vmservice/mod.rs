@@ -16,9 +16,9 @@
 
 use std::time::Duration;
 
+use bulkhead_proto::payload::decode;
 use bulkhead_proto::protobuf::MessageFull;
 use bulkhead_proto::protobuf::well_known_types::empty::Empty;
-use bulkhead_proto::server::decode;
 use bulkhead_proto::vmservice::{
     AddPcieDeviceRequest, CreateVMRequest, PropertiesType, PropertiesVMRequest,
     RemovePcieDeviceRequest,
