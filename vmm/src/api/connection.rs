@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bulkhead_proto::frame::{self, Frame, FrameError, FrameReader};
+use bulkhead_proto::frame::{self, Frame, FrameError, FrameReader, Header};
 use bulkhead_proto::outbox::Outbox;
-use bulkhead_proto::{Code, RpcStatus, envelope, sys};
+use bulkhead_proto::{Code, RpcStatus, VM_SERVICE, envelope, sys};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,6 +25,7 @@ use super::access::Role;
 use super::console::{self, Attachment};
 use super::events::EventLog;
 use super::limits::Limits;
+use super::refused_calls::RefusedCalls;
 use super::reply::{ApiResponse, CallKey, Replies};
 use super::request::{self, ApiRequest, Call, Services};
 
@@ -38,6 +39,7 @@ pub(super) struct Context<'a> {
     pub(super) events: &'a EventLog,
     pub(super) limits: &'a Limits,
     pub(super) services: Services,
+    pub(super) refused: &'a RefusedCalls,
     pub(super) now: Instant,
 }
 
@@ -50,8 +52,8 @@ use streams::Subscription;
 
 struct InFlight {
     call: u64,
-    /// Of `vmservice.VM`.
-    vm: bool,
+    /// The method, of `vmservice.VM`.
+    vm: Option<String>,
     deadline: Instant,
     abandoned: Arc<AtomicBool>,
 }
@@ -195,10 +197,14 @@ impl Connection {
         outcome: Result<ApiResponse, RpcStatus>,
         bell: &Arc<EventFd>,
         limits: &Limits,
+        refused: &RefusedCalls,
     ) {
         let due = self.calls.get(&key.stream_id);
-        if let Some(vm) = due.filter(|call| call.call == key.call).map(|call| call.vm) {
-            self.calls.remove(&key.stream_id);
+        if due.is_some_and(|call| call.call == key.call) {
+            let vm = self.calls.remove(&key.stream_id).and_then(|call| call.vm);
+            if let (Some(method), Err(status)) = (&vm, &outcome) {
+                refused.tell(method, status, Instant::now());
+            }
             if let Ok(ApiResponse::Console(client)) = outcome {
                 if let Some(console) = self.consoles.get_mut(&key.stream_id) {
                     console.open(client, bell);
@@ -208,8 +214,8 @@ impl Connection {
             }
             self.consoles.remove(&key.stream_id);
             let encoded = outcome.and_then(|response| match vm {
-                true => response.encode_for_vm(),
-                false => response.encode(),
+                Some(_) => response.encode_for_vm(),
+                None => response.encode(),
             });
             self.reply(key.stream_id, encoded, limits);
         }
@@ -334,6 +340,23 @@ impl Connection {
             Ok(nanos) => Some(Duration::from_nanos(nanos)),
             Err(_) => return Err(RpcStatus::invalid_argument("timeout_nano is negative")),
         };
+        let begun = self.call(header, &request, timeout, context);
+        if let Err(status) = &begun
+            && context.services == Services::Vm
+            && request.service == VM_SERVICE
+        {
+            context.refused.tell(request.method, status, context.now);
+        }
+        begun
+    }
+
+    fn call(
+        &mut self,
+        header: Header,
+        request: &envelope::RequestView<'_>,
+        timeout: Option<Duration>,
+        context: &Context<'_>,
+    ) -> Result<(), RpcStatus> {
         self.role.allows(request.service, request.method)?;
         let services = context.services;
         let call = request::parse(services, request.service, request.method, request.payload)?;
@@ -344,10 +367,11 @@ impl Connection {
             ));
         }
         match call {
-            Call::Unary(request) => self.submit(header.stream_id, request, false, timeout, context),
-            Call::Vm(request) => {
+            Call::Unary(asked) => self.submit(header.stream_id, asked, None, timeout, context),
+            Call::Vm(asked) => {
                 self.stays = true;
-                self.submit(header.stream_id, request, true, timeout, context)
+                let method = Some(request.method.to_owned());
+                self.submit(header.stream_id, asked, method, timeout, context)
             }
             Call::Events(wanted) => self.subscribe(header.stream_id, wanted, timeout, context),
             Call::Console(first) => self.attach(header.stream_id, first, open, timeout, context),
@@ -358,7 +382,7 @@ impl Connection {
         &mut self,
         stream_id: u32,
         request: ApiRequest,
-        vm: bool,
+        vm: Option<String>,
         timeout: Option<Duration>,
         context: &Context<'_>,
     ) -> Result<(), RpcStatus> {

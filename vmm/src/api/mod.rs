@@ -30,6 +30,7 @@ mod connection;
 mod console;
 pub mod events;
 mod limits;
+mod refused_calls;
 mod reply;
 mod request;
 mod request_hotplug;

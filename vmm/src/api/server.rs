@@ -21,6 +21,7 @@ use super::access::{Door, Refusals, Role, TOLD_FOR};
 use super::connection::{Connection, Context};
 use super::events::EventLog;
 use super::limits::Limits;
+use super::refused_calls::RefusedCalls;
 use super::reply::Replies;
 use super::request::Services;
 use crate::threads::{self, ThreadHook};
@@ -83,6 +84,7 @@ impl ApiServer {
             epoll,
             doors,
             refusals: Refusals::default(),
+            refused_calls: RefusedCalls::default(),
             full_told: None,
             accept_again: None,
             replies: Arc::new(Replies::new(Arc::clone(&bell))),
@@ -151,6 +153,7 @@ struct Server {
     epoll: Epoll,
     doors: Vec<Door>,
     refusals: Refusals,
+    refused_calls: RefusedCalls,
     /// When it was told that there is no room.
     full_told: Option<Instant>,
     /// When to listen again after an accept failed.
@@ -231,6 +234,7 @@ impl Server {
                     completion.outcome,
                     self.replies.bell(),
                     &self.limits,
+                    &self.refused_calls,
                 );
             }
         }
@@ -244,6 +248,7 @@ impl Server {
             events: &self.events,
             limits: &self.limits,
             services: self.services,
+            refused: &self.refused_calls,
             now,
         };
         let epoll = &self.epoll;

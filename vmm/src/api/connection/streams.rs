@@ -122,7 +122,7 @@ impl Connection {
         context: &Context<'_>,
     ) {
         let done = match next {
-            Some(Ok(Next::Ask(request))) => self.submit(stream_id, request, false, None, context),
+            Some(Ok(Next::Ask(request))) => self.submit(stream_id, request, None, None, context),
             Some(Err(status)) => Err(status),
             Some(Ok(Next::More)) | None => Ok(()),
         };

@@ -128,10 +128,12 @@ fn resources_are_modified_where_a_request_of_ours_does_it() {
 fn empty_requests_and_strangers() {
     assert_eq!(parse("ResumeVM", &[]), Ok(ApiRequest::Go));
     assert_eq!(parse("WaitVM", &[]), Ok(ApiRequest::Wait));
-    assert_eq!(
-        parse("ResumeVM", &[0x08, 1]).unwrap_err().code,
-        Code::Unimplemented
-    );
+    for (method, name) in [("ResumeVM", "Empty"), ("CreateVM", "CreateVMRequest")] {
+        let status = parse(method, &[0x90, 0x06, 1]).unwrap_err();
+        assert_eq!(status.code, Code::Unimplemented);
+        let start = format!("field 98 of {name} is not offered: this version");
+        assert!(status.message.starts_with(&start), "{status}");
+    }
     assert_eq!(
         parse("resumeVM", &[]).unwrap_err().code,
         Code::Unimplemented
