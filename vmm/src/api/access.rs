@@ -10,6 +10,7 @@ use bulkhead_proto::{Code, MACHINE_SERVICE, RpcStatus};
 
 use super::events::EventLog;
 use super::request::short;
+use crate::cli::OVERFLOW_ID;
 
 /// Methods of a socket that only tells.
 const TELLING: [&str; 6] = [
@@ -148,9 +149,14 @@ impl Refusals {
             Role::Operator => ("API socket", "--api-uid"),
             Role::Reader => ("reading API socket", "--api-read-uid"),
         };
+        let remedy = match peer.uid {
+            // It cannot be named.
+            OVERFLOW_ID => format!("run it as another user, whom {option} can name"),
+            uid => format!("{option} {uid} at the start lets it in"),
+        };
         let mut line = format!(
-            "process {} of uid {} and gid {} was hung up on at the {socket}: {option} {} at the start lets it in",
-            peer.pid, peer.uid, peer.gid, peer.uid
+            "process {} of uid {} and gid {} was hung up on at the {socket}: {remedy}",
+            peer.pid, peer.uid, peer.gid
         );
         match std::mem::take(&mut self.untold) {
             0 => {}
@@ -220,6 +226,23 @@ mod tests {
                     .starts_with(&format!("{method} is not for this socket"))
             );
             assert_eq!(Role::Operator.allows(service, method), Ok(()));
+        }
+    }
+
+    #[test]
+    fn who_cannot_be_named_is_told_what_helps() {
+        for (role, option) in [
+            (Role::Operator, "--api-uid"),
+            (Role::Reader, "--api-read-uid"),
+        ] {
+            let (events, mut refusals) = (EventLog::new(), Refusals::default());
+            refusals.tell(role, &peer(OVERFLOW_ID, 5), &events, Instant::now());
+            let Lookup::Event(bytes) = events.get(1) else {
+                panic!("it was not told")
+            };
+            let told = Event::parse_from_bytes(&bytes).unwrap().detail;
+            let end = format!("socket: run it as another user, whom {option} can name");
+            assert!(told.ends_with(&end), "{told}");
         }
     }
 

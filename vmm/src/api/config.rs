@@ -14,11 +14,29 @@ use crate::machine::mem;
 const MAX_PATH: usize = 4095;
 /// Linux's own limit on x86-64 is 2047 characters (COMMAND_LINE_SIZE); other kernels and
 /// architectures take more.
-const MAX_CMDLINE: usize = 8192;
+pub(super) const MAX_CMDLINE: usize = 8192;
 /// Devices behind root ports on bus 0.
 pub(super) const MAX_DEVICES: usize = 31;
 /// How a refusal of more devices ends.
 pub const BUS_IS_FULL: &str = "devices and empty ports fit on the bus";
+
+/// Subjects of operations beside devices: what the machine itself does.
+const SUBJECTS: [&str; 3] = ["machine", mem::ID, "vcpus"];
+
+/// Checks the name of a device: operations on it are told from those on the machine.
+///
+/// # Errors
+///
+/// What it takes.
+pub(super) fn check_device_id(id: &str) -> Result<(), String> {
+    check_id(id)?;
+    match SUBJECTS.contains(&id) {
+        false => Ok(()),
+        true => Err(format!(
+            "{id} is what operations call a part of the machine itself: give another name, such as {id}0"
+        )),
+    }
+}
 
 /// Checks the form of a configuration.
 ///
@@ -117,11 +135,10 @@ pub fn validate(config: &MachineConfig) -> Result<(), String> {
     super::config_console::validate(config, &mut ids)?;
     super::config_fs::validate(config, &mut ids)?;
     super::config_ports::validate(config, &ids)?;
-    super::config_sockets::validate(config)?;
     if let Some(serial) = config.serial.as_ref() {
         check_serial(serial)?;
     }
-    Ok(())
+    super::config_sockets::validate(config)
 }
 
 /// Names of empty root ports: unlike each other and those of the ports that devices are behind
@@ -178,7 +195,7 @@ pub(super) fn text(field: &str, text: &str, max: usize) -> Result<(), String> {
         ));
     }
     if text.contains('\0') {
-        return Err(format!("{field} contains a zero byte"));
+        return Err(format!("{field} contains a zero byte: leave it out"));
     }
     Ok(())
 }
@@ -285,6 +302,22 @@ mod tests {
         assert!(serial(Mode::STDIO.into(), "/x").starts_with("config.serial.path"));
         let unknown = bulkhead_proto::protobuf::EnumOrUnknown::from_i32(9);
         assert!(serial(unknown, "").starts_with("config.serial.mode"));
+    }
+
+    #[test]
+    fn no_device_has_a_name_of_the_machines_own() {
+        for id in ["machine", "memory", "vcpus"] {
+            let disk = refused(|c| c.disks[0].id = id.into());
+            let start = format!("config.disks[0].id: {id} is what operations call");
+            assert!(disk.starts_with(&start), "{disk}");
+            let rng = refused(|c| {
+                let mut rng = bulkhead_proto::machine::RngConfig::new();
+                rng.id = id.into();
+                c.rngs.push(rng);
+            });
+            assert!(rng.ends_with(&format!("such as {id}0")), "{rng}");
+        }
+        assert_eq!(check_device_id("memory0"), Ok(()));
     }
 
     #[test]

@@ -8,9 +8,9 @@ use bulkhead_proto::common::DiskLimits;
 use bulkhead_proto::machine::DiskConfig;
 use bulkhead_proto::machine::disk_config::Format;
 
-use super::config::{known, path, text};
+use super::config::{check_device_id, known, path, text};
 use super::config_net::check_bucket;
-use crate::cli::machine_args::{MAX_CPUS, check_id};
+use crate::cli::machine_args::MAX_CPUS;
 
 /// VIRTIO 1.2 section 5.2.6: the serial number of a disk.
 const MAX_SERIAL: usize = 20;
@@ -28,7 +28,7 @@ const MAX_SIZE: u64 = i64::MAX as u64 / SECTOR * SECTOR;
 /// One line that names the field and what it takes.
 pub(super) fn check_disk(name: &str, disk: &DiskConfig) -> Result<(), String> {
     known(name, disk)?;
-    check_id(&disk.id).map_err(|error| format!("{name}.id: {error}"))?;
+    check_device_id(&disk.id).map_err(|error| format!("{name}.id: {error}"))?;
     path(&format!("{name}.path"), &disk.path)?;
     check_serial(&format!("{name}.serial"), &disk.serial)?;
     if disk.queues > MAX_CPUS {

@@ -9,9 +9,8 @@ use bulkhead_proto::machine::{
     MachineConfig, NetConfig, TapBackend, VhostUserConfig, net_config, tap_backend::Datapath,
 };
 
-use super::config::{known, path};
+use super::config::{check_device_id, known, path};
 use super::config_user::{check_listeners, check_user};
-use crate::cli::machine_args::check_id;
 use crate::launcher::MAX_QUEUE_PAIRS;
 use crate::machine::net_mac::MacAddress;
 
@@ -83,7 +82,7 @@ pub(super) fn take_id<'a>(
     id: &'a str,
     ids: &mut BTreeSet<&'a str>,
 ) -> Result<(), String> {
-    check_id(id).map_err(|error| format!("{name}.id: {error}"))?;
+    check_device_id(id).map_err(|error| format!("{name}.id: {error}"))?;
     if ids.insert(id) {
         return Ok(());
     }

@@ -1,9 +1,10 @@
-//! That no two devices of a configuration want one socket that Bulkhead makes: the part of
-//! `config` that knows it. Called on the `api` thread for every Create.
+//! That no two devices of a configuration, the serial port among them, want one socket that
+//! Bulkhead makes, and that the serial port's file is no disk: the part of `config` that knows it.
+//! Called on the `api` thread for every Create.
 
 use std::collections::BTreeMap;
 
-use bulkhead_proto::machine::{MachineConfig, net_config};
+use bulkhead_proto::machine::{MachineConfig, net_config, serial_config::Mode};
 
 /// A socket that the configuration names.
 struct Named<'a> {
@@ -16,6 +17,9 @@ struct Named<'a> {
 fn sockets(config: &MachineConfig) -> Vec<Named<'_>> {
     let mut all = Vec::new();
     let mut add = |field: String, path, made| all.push(Named { field, path, made });
+    if config.serial.mode == Mode::SOCKET.into() {
+        add("config.serial.path".to_owned(), &config.serial.path, true);
+    }
     for (index, net) in config.nets.iter().enumerate() {
         if let Some(net_config::Backend::VhostUser(switch)) = &net.backend {
             let field = format!("config.nets[{index}].vhost_user.socket");
@@ -38,7 +42,7 @@ fn sockets(config: &MachineConfig) -> Vec<Named<'_>> {
     all
 }
 
-/// Checks all sockets of a configuration, whose paths are valid.
+/// Checks all sockets of a configuration, whose paths are valid, and the serial port's file.
 ///
 /// # Errors
 ///
@@ -56,14 +60,24 @@ pub(super) fn validate(config: &MachineConfig) -> Result<(), String> {
         }
         seen.entry(socket.path).or_insert(socket);
     }
-    Ok(())
+    if config.serial.mode != Mode::FILE.into() {
+        return Ok(());
+    }
+    let path = config.serial.path.as_str();
+    match config.disks.iter().position(|disk| disk.path == path) {
+        None => Ok(()),
+        Some(index) => Err(format!(
+            "config.serial.path: {path} is the disk of config.disks[{index}].path: give the serial port a file of its own"
+        )),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use bulkhead_proto::machine::{
-        ConsoleConfig, ConsolePort, NetConfig, VhostUserBackend, VhostUserConfig, VsockConfig,
+        ConsoleConfig, ConsolePort, DiskConfig, NetConfig, SerialConfig, VhostUserBackend,
+        VhostUserConfig, VsockConfig,
     };
 
     fn net(path: &str, server: bool) -> NetConfig {
@@ -80,6 +94,28 @@ mod tests {
         device
     }
 
+    fn serial(mode: Mode, path: &str) -> SerialConfig {
+        let mut serial = SerialConfig::new();
+        (serial.mode, serial.path) = (mode.into(), path.into());
+        serial
+    }
+
+    #[test]
+    fn the_serial_ports_file_is_no_disk() {
+        let mut config = MachineConfig::new();
+        for path in ["/srv/root", "/srv/data"] {
+            let mut disk = DiskConfig::new();
+            disk.path = path.into();
+            config.disks.push(disk);
+        }
+        config.serial = Some(serial(Mode::FILE, "/srv/log")).into();
+        assert_eq!(validate(&config), Ok(()));
+        config.serial.mut_or_insert_default().path = "/srv/data".into();
+        let told = validate(&config).unwrap_err();
+        let start = "config.serial.path: /srv/data is the disk of config.disks[1].path: ";
+        assert!(told.starts_with(start), "{told}");
+    }
+
     #[test]
     fn a_socket_that_is_made_is_one_devices() {
         let mut config = MachineConfig::new();
@@ -94,6 +130,7 @@ mod tests {
         let mut console = ConsoleConfig::new();
         console.ports = vec![port];
         config.consoles = vec![console];
+        config.serial = Some(serial(Mode::SOCKET, "/run/s")).into();
         assert_eq!(validate(&config), Ok(()));
         for (path, server, other) in [
             ("/run/a", true, "config.nets[0].vhost_user.socket"),
@@ -109,7 +146,7 @@ mod tests {
             );
             assert_eq!(told, expected);
         }
-        for path in ["/run/a", "/run/v", "/run/c"] {
+        for path in ["/run/a", "/run/v", "/run/c", "/run/s"] {
             let mut config = config.clone();
             config.consoles.push(config.consoles[0].clone());
             config.consoles[1].ports[0].socket = path.into();

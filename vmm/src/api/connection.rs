@@ -28,6 +28,7 @@ use super::limits::Limits;
 use super::refused_calls::RefusedCalls;
 use super::reply::{ApiResponse, CallKey, Replies};
 use super::request::{self, ApiRequest, Call, Services};
+use super::vmservice;
 
 /// How long a call takes that waits for the machine's end: ten years.
 const ENDLESS: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
@@ -202,9 +203,12 @@ impl Connection {
         let due = self.calls.get(&key.stream_id);
         if due.is_some_and(|call| call.call == key.call) {
             let vm = self.calls.remove(&key.stream_id).and_then(|call| call.vm);
-            if let (Some(method), Err(status)) = (&vm, &outcome) {
-                refused.tell(method, status, Instant::now());
-            }
+            let outcome = match &vm {
+                Some(method) => outcome
+                    .map_err(vmservice::remedy::in_its_words)
+                    .inspect_err(|status| refused.tell(method, status, Instant::now())),
+                None => outcome,
+            };
             if let Ok(ApiResponse::Console(client)) = outcome {
                 if let Some(console) = self.consoles.get_mut(&key.stream_id) {
                     console.open(client, bell);

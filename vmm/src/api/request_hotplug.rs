@@ -7,6 +7,7 @@ use bulkhead_proto::machine::{
     add_device_request,
 };
 
+use super::config::check_device_id;
 use super::request::{ApiRequest, device_id, wait};
 use crate::cli::machine_args::{MAX_CPUS, check_id};
 
@@ -27,7 +28,7 @@ pub(super) fn add(request: AddDeviceRequest) -> Result<ApiRequest, RpcStatus> {
             );
         }
     };
-    if let Err(why) = check_id(id) {
+    if let Err(why) = check_device_id(id) {
         return invalid(&format!("the device's id: {why}"));
     }
     if !request.port.is_empty()

@@ -86,6 +86,8 @@ impl ApiServer {
             refusals: Refusals::default(),
             refused_calls: RefusedCalls::default(),
             full_told: None,
+            trouble_told: None,
+            troubled: false,
             accept_again: None,
             replies: Arc::new(Replies::new(Arc::clone(&bell))),
             bell: Arc::clone(&bell),
@@ -156,6 +158,10 @@ struct Server {
     refused_calls: RefusedCalls,
     /// When it was told that there is no room.
     full_told: Option<Instant>,
+    /// When it was told that no client could be accepted.
+    trouble_told: Option<Instant>,
+    /// None has been accepted since.
+    troubled: bool,
     /// When to listen again after an accept failed.
     accept_again: Option<Instant>,
     replies: Arc<Replies>,
@@ -292,6 +298,7 @@ impl Server {
             self.accept_again = None;
         }
         let listening = open && self.accept_again.is_none();
+        let mut trouble = None;
         for (token, door) in (FIRST_DOOR..).zip(&mut self.doors) {
             if listening == door.listening {
                 continue;
@@ -304,11 +311,11 @@ impl Server {
             match self.epoll.ctl(operation, door.listener.as_raw_fd(), event) {
                 Ok(()) => door.listening = listening,
                 // Out of memory or watches: as when accept is.
-                Err(error) => {
-                    log::warn!("API: cannot listen: {error}; trying again");
-                    self.accept_again = now.checked_add(ACCEPT_PAUSE);
-                }
+                Err(error) => trouble = Some(error),
             }
+        }
+        if let Some(error) = trouble {
+            self.pause(&error, now);
         }
     }
 
@@ -322,7 +329,10 @@ impl Server {
                 return;
             };
             match door.listener.accept() {
-                Ok((socket, _)) => self.admit(index, socket, now),
+                Ok((socket, _)) => {
+                    self.troubled = false;
+                    self.admit(index, socket, now);
+                }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return,
                     // The client gave up in the queue.
@@ -330,13 +340,29 @@ impl Server {
                     // Most likely EMFILE, ENFILE or ENOMEM: the client stays in the queue,
                     // and the listener stays readable, so do not look for a while.
                     _ => {
-                        log::warn!("API: cannot accept a client: {error}; trying again");
-                        self.accept_again = now.checked_add(ACCEPT_PAUSE);
+                        self.pause(&error, now);
                         return;
                     }
                 },
             }
         }
+    }
+
+    /// Leaves the listeners alone for a while, and says why: once until a client has been accepted
+    /// again, and not often even then.
+    fn pause(&mut self, error: &io::Error, now: Instant) {
+        self.accept_again = now.checked_add(ACCEPT_PAUSE);
+        let told = self.trouble_told;
+        let lately = told.is_some_and(|at| now.saturating_duration_since(at) < TOLD_FOR);
+        let known = std::mem::replace(&mut self.troubled, true);
+        if known || lately {
+            return;
+        }
+        self.trouble_told = Some(now);
+        log::warn!(
+            "API: cannot accept a client: {error}; it waits until that works: {}",
+            remedy(error)
+        );
     }
 
     fn admit(&mut self, door: usize, socket: UnixStream, now: Instant) {
@@ -394,6 +420,16 @@ impl Server {
             })
             .min();
         idlest.is_some_and(|(_, _, token)| self.connections.remove(&token).is_some())
+    }
+}
+
+/// What to do about a client that cannot be accepted.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "end some clients, or start bulkhead with a larger `ulimit -n`",
+        Some(libc::ENFILE) => "end some of the host's processes, or raise its fs.file-max",
+        Some(libc::ENOSPC) => "raise the host's fs.epoll.max_user_watches",
+        _ => "free some of the host's memory",
     }
 }
 

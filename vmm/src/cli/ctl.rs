@@ -477,7 +477,7 @@ fn connect(path: &Path) -> Result<BlockingClient, Failure> {
                 "{name}: nobody listens there: the bulkhead that made it has ended; start it again"
             ),
             ErrorKind::PermissionDenied => format!(
-                "{name}: no permission to connect: run this as the user who started bulkhead, as root, or as one whom --api-uid names"
+                "{name}: no permission to connect: run this as the user who started bulkhead, as root, or as one whom --api-uid names, or --api-read-uid where the socket is that of --api-read-only"
             ),
             ErrorKind::InvalidInput => {
                 format!("{name}: too long for a socket's path: at most 107 bytes are allowed")
@@ -494,7 +494,8 @@ fn explain(path: &Path, error: &ClientError) -> Failure {
         ClientError::Status(status) => status.message.clone(),
         ClientError::Closed => format!(
             "{name}: bulkhead closed the connection without an answer: it has ended, or you are \
-             neither its user nor root nor named by --api-uid"
+             neither its user nor root nor named by --api-uid, or by --api-read-uid where the \
+             socket is that of --api-read-only"
         ),
         ClientError::Timeout(span) => {
             format!(

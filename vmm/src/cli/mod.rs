@@ -36,7 +36,7 @@ pub mod run;
 pub mod vsock_args;
 
 /// What ids of other user namespaces show as (/proc/sys/kernel/overflowuid).
-const OVERFLOW_ID: u32 = 65534;
+pub(crate) const OVERFLOW_ID: u32 = 65534;
 /// Exit code of a wrong command line.
 pub const EXIT_USAGE: u8 = 2;
 

@@ -2,6 +2,7 @@
 //! socket that only tells. As root.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -32,6 +33,10 @@ pub fn native() -> Vec<Test> {
         test(
             "the reading socket tells all there is and changes nothing",
             reading,
+        ),
+        test(
+            "clients for whom there is no descriptor wait, are told of once, and are served when others have left",
+            exhausted,
         ),
     ]
 }
@@ -295,6 +300,47 @@ fn callers() -> Verdict {
     }
     check(events.matches("api.refused").count() == 3, || {
         events.clone()
+    })
+}
+
+fn exhausted() -> Verdict {
+    let scratch = Scratch::new("exhausted")?;
+    let served = Served::new(&scratch, "api", &[])?;
+    ctl(&served.socket, &["info"])?;
+    let fds = format!("/proc/{}/fd", served.vmm.pid());
+    let highest = std::fs::read_dir(&fds)
+        .map_err(|e| format!("{fds}: {e}"))?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
+        .max()
+        .unwrap_or(2);
+    // Room for three more than there are, and for those between.
+    let room = highest + 4;
+    sh(&format!(
+        "prlimit --pid {} --nofile={room}:",
+        served.vmm.pid()
+    ))?;
+    let most = room as usize;
+    check(most < 60, || format!("{room} descriptors: too many"))?;
+    let connect = |_| UnixStream::connect(&served.socket).map_err(|e| e.to_string());
+    let others = (0..most).map(connect).collect::<Result<Vec<_>, _>>()?;
+    let told = "cannot accept a client: Too many open files";
+    let end = Instant::now() + patience(LIMIT);
+    while !served.vmm.errors().contains(told) {
+        check(Instant::now() < end, || "no client was too many".into())?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let socket = served.socket.clone();
+    let late = std::thread::spawn(move || ctl(&socket, &["info"]));
+    // Time for several attempts.
+    std::thread::sleep(Duration::from_secs(2));
+    check(!late.is_finished(), || "there was room for one more".into())?;
+    drop(others);
+    late.join().map_err(|_| "ctl panicked")??;
+    ctl(&served.socket, &["info"])?;
+    let log = served.vmm.errors();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains(told)).collect();
+    check(lines.len() == 1 && lines[0].contains("`ulimit -n`"), || {
+        log.clone()
     })
 }
 

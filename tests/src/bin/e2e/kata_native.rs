@@ -150,7 +150,17 @@ fn whole_life() -> Verdict {
     )?;
     more.type_ = ModifyType::UPDATE.into();
     more.mut_memory().memory_mb = 512;
-    client.refused("ModifyResource", &more, precondition, "memory")?;
+    client.refused("ModifyResource", &more, precondition, "CreateVM makes it")?;
+    let paused = client.plain("PauseVM").err().unwrap_or_default();
+    check(paused.contains("call ResumeVM first"), || paused)?;
+    let log = vmm.errors();
+    for told in [
+        "vmservice.VM: CreateVM was refused: ",
+        "vmservice.VM: ModifyResource was refused: no memory can be plugged",
+        "vmservice.VM: PauseVM was refused: cannot pause",
+    ] {
+        check(log.contains(told), || format!("no {told:?} in {log}"))?;
+    }
     ports(&scratch, &socket, &mut client)?;
 
     // A second client waits for the end.

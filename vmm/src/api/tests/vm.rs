@@ -72,6 +72,16 @@ fn answers_are_empty_but_for_those_that_are_not() {
 }
 
 #[test]
+fn a_refusal_of_the_managers_is_in_this_services_words() {
+    let fixture = Fixture::new(Prompt, Limits::default(), EventLog::new());
+    let refused = plain(&mut fixture.client(), "PauseVM").unwrap_err();
+    let ClientError::Status(status) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(status.message, "call ResumeVM first");
+}
+
+#[test]
 fn its_client_is_not_closed_to_make_room() {
     let limits = Limits {
         connections: 2,

@@ -10,11 +10,24 @@ use bulkhead_proto::vmservice::{
 };
 
 use super::{not_offered, topology, wrong};
-use crate::api::config::{self, path};
+use crate::api::config::{self, MAX_CMDLINE, path, text};
 use crate::cli::machine_args::MAX_CPUS;
 
 /// Bytes in the unit of `memory_mb`.
-pub(super) const MIB: u64 = 1 << 20;
+const MIB: u64 = 1 << 20;
+/// The most that `memory_mb` can mean: an x86-64 processor has at most 52 address bits.
+const MAX_MEMORY_MB: u64 = (1 << 52) / MIB;
+
+/// Memory in bytes, from its field in MiB; `whose` says what the number is of.
+pub(super) fn memory_bytes(field: &str, whose: &str, mib: u64) -> Result<u64, RpcStatus> {
+    let fits = (1..=MAX_MEMORY_MB).contains(&mib);
+    let bytes = mib.checked_mul(MIB).filter(|_| fits);
+    bytes.ok_or_else(|| {
+        wrong(format!(
+            "{field} is {mib}: give {whose} in MiB, up to what the host has and at most {MAX_MEMORY_MB}"
+        ))
+    })
+}
 
 /// The machine that a request describes.
 pub(super) fn machine(request: CreateVMRequest) -> Result<MachineConfig, RpcStatus> {
@@ -76,6 +89,8 @@ fn boot(from: Option<Boot_config>, config: &mut MachineConfig) -> Result<(), Rpc
             if !boot.initrd_path.is_empty() {
                 path("config.direct_boot.initrd_path", &boot.initrd_path).map_err(wrong)?;
             }
+            let cmdline = &boot.kernel_cmdline;
+            text("config.direct_boot.kernel_cmdline", cmdline, MAX_CMDLINE).map_err(wrong)?;
             config.kernel = boot.kernel_path;
             config.initrd = boot.initrd_path;
             config.cmdline = boot.kernel_cmdline;
@@ -117,13 +132,8 @@ fn memory(from: Option<&MemoryConfig>, config: &mut MachineConfig) -> Result<(),
             ));
         }
     }
-    let bytes = from.memory_mb.checked_mul(MIB).filter(|bytes| *bytes != 0);
-    config.memory_bytes = bytes.ok_or_else(|| {
-        wrong(format!(
-            "config.memory_config.memory_mb is {}: give the guest's memory in MiB",
-            from.memory_mb
-        ))
-    })?;
+    let field = "config.memory_config.memory_mb";
+    config.memory_bytes = memory_bytes(field, "the guest's memory", from.memory_mb)?;
     Ok(())
 }
 

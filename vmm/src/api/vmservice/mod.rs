@@ -12,6 +12,7 @@
 //! | `topology` | root complexes and root ports |
 //! | `device` | one device behind a root port |
 //! | `modify` | ModifyResourceRequest |
+//! | `remedy` | nothing: it puts the manager's remedies in this service's words |
 //! | `unknown` | fields that no message here has |
 
 use std::time::Duration;
@@ -31,6 +32,7 @@ use crate::cli::machine_args::check_id;
 mod create;
 mod device;
 mod modify;
+pub(super) mod remedy;
 mod topology;
 mod unknown;
 

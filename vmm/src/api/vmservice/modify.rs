@@ -4,7 +4,7 @@
 use bulkhead_proto::RpcStatus;
 use bulkhead_proto::vmservice::{ModifyResourceRequest, ModifyType, modify_resource_request};
 
-use super::create::MIB;
+use super::create::memory_bytes;
 use super::{not_offered, wrong};
 use crate::api::request::{ApiRequest, WAIT_DEFAULT};
 
@@ -18,13 +18,8 @@ pub(super) fn request(from: ModifyResourceRequest) -> Result<ApiRequest, RpcStat
     let hotplug = "give AddPcieDevice and RemovePcieDevice";
     match (from.resource, kind) {
         (Some(Resource::Memory(memory)), ModifyType::UPDATE) => {
-            let size = memory.memory_mb.checked_mul(MIB).filter(|size| *size != 0);
-            let size = size.ok_or_else(|| {
-                wrong(format!(
-                    "memory.memory_mb is {}: give all of the guest's memory in MiB",
-                    memory.memory_mb
-                ))
-            })?;
+            let whose = "all of the guest's memory";
+            let size = memory_bytes("memory.memory_mb", whose, memory.memory_mb)?;
             Ok(ApiRequest::ResizeMemory {
                 size,
                 timeout: WAIT_DEFAULT,

@@ -443,7 +443,7 @@ fn what_is_wrong_is_refused_by_its_name() {
         ),
         (
             |r| config(r).mut_direct_boot().kernel_cmdline = "x".repeat(9000),
-            "config.cmdline",
+            "config.direct_boot.kernel_cmdline has 9000",
         ),
         (
             |r| config(r).memory_config = MessageField::none(),

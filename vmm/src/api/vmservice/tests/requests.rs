@@ -120,8 +120,36 @@ fn resources_are_modified_where_a_request_of_ours_does_it() {
         assert_eq!(status.code, Code::Unimplemented, "{status}");
         assert!(status.message.starts_with(name), "{status}");
     }
-    let status = of(ModifyType::UPDATE, memory(0)).unwrap_err();
-    assert_eq!(status.code, Code::InvalidArgument);
+    for wrong in [0, (1 << 32) + 1, 1 << 50, u64::MAX] {
+        let status = of(ModifyType::UPDATE, memory(wrong)).unwrap_err();
+        assert_eq!(status.code, Code::InvalidArgument);
+        let told = format!("memory.memory_mb is {wrong}: give all of the guest's memory in MiB");
+        assert!(status.message.starts_with(&told), "{status}");
+        assert!(status.message.ends_with("at most 4294967296"), "{status}");
+    }
+    assert!(of(ModifyType::UPDATE, memory(1 << 32)).is_ok());
+}
+
+#[test]
+fn a_command_line_is_told_of_by_its_own_field() {
+    let mut request = kata();
+    config(&mut request).mut_direct_boot().kernel_cmdline = "a\0b".into();
+    let told = create(&request).unwrap_err().message;
+    let wanted = "config.direct_boot.kernel_cmdline contains a zero byte: leave it out";
+    assert_eq!(told, wanted);
+}
+
+#[test]
+fn remedies_are_what_this_services_client_can_do() {
+    use crate::machine::state::{MachineState, Transition};
+    let pause = MachineState::Created.apply(Transition::Pause).unwrap_err();
+    let status = RpcStatus::failed_precondition(pause.to_string());
+    let told = remedy::in_its_words(status);
+    assert_eq!(told.code, Code::FailedPrecondition);
+    let wanted = "cannot pause a machine that is created: call ResumeVM first";
+    assert_eq!(told.message, wanted);
+    let other = RpcStatus::failed_precondition("boot it first, or not");
+    assert_eq!(remedy::in_its_words(other.clone()), other);
 }
 
 #[test]

@@ -95,7 +95,7 @@ pub enum BootError {
     },
     /// The command line is too long.
     #[error(
-        "the kernel command line has {len} bytes, but the kernel takes {max}: shorten --cmdline"
+        "the kernel command line has {len} bytes, but the kernel takes {max}: shorten the command line"
     )]
     CommandLineLength {
         /// Its length.
@@ -104,7 +104,7 @@ pub enum BootError {
         max: u64,
     },
     /// The command line holds a NUL.
-    #[error("the kernel command line holds a NUL byte: remove it from --cmdline")]
+    #[error("the kernel command line holds a NUL byte: remove it from the command line")]
     CommandLineNul,
     /// A structure did not fit into RAM.
     #[error("the boot structures do not fit into the guest's memory: give it more --memory")]

@@ -259,7 +259,7 @@ fn the_command_line_has_bounds() {
     assert!(load_checked(ram, &source(&vmlinux, None, &longest)).is_ok());
     let text = line(load_checked(ram, &source(&vmlinux, None, &(longest + "y"))));
     assert!(
-        text.contains("2048 bytes") && text.contains("--cmdline"),
+        text.contains("2048 bytes") && text.contains("shorten the command line"),
         "{text}"
     );
     assert!(load_checked(ram, &source(&bzimage, None, &"x".repeat(100))).is_ok());
