@@ -37,7 +37,7 @@ pub fn net_json(net: &NetConfig) -> Value {
     let (kind, name) = backend(net);
     json!({
         "id": net.id, "backend": kind, "name": name, "mac": mac(&net.mac),
-        "datapath": datapath(net), "server": net.vhost_user().server, "forwards": forwards(net),
+        "fds": net.tap().fds, "datapath": datapath(net), "server": net.vhost_user().server, "forwards": forwards(net),
         "queues": net.queues, "mtu": net.mtu, "required": !net.optional,
         "to_guest": limits_json(net.to_guest.as_ref()),
         "from_guest": limits_json(net.from_guest.as_ref()),

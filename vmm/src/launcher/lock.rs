@@ -17,8 +17,7 @@ pub const PATIENCE: Duration = Duration::from_millis(1000);
 /// When to ask again meanwhile.
 pub const PAUSE: Duration = Duration::from_millis(20);
 /// What is said of a file that somebody else has locked.
-pub const HELD: &str =
-    "is in use by another process (locked): end that process, or open it read-only in both";
+pub const HELD: &str = "is in use by another process, or by another disk of this machine (locked): end that, or open it read-only in both";
 
 /// Locks a file, or says [`HELD`].
 ///
@@ -83,7 +82,7 @@ mod tests {
         let another = temp.open(true);
         let error = take(&another, true).unwrap_err();
         assert!(
-            error.starts_with("is in use by another process (locked): "),
+            error.starts_with("is in use by another process, or by another disk "),
             "{error}"
         );
     }

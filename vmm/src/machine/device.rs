@@ -238,7 +238,7 @@ impl MemoryMap for SharedRam {
             .collect()
     }
 
-    fn memory(&self) -> &vm_memory::GuestMemoryMmap {
+    fn memory(&self) -> &crate::memory::MappedMemory {
         self.0.all()
     }
 }

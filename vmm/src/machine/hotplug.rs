@@ -309,7 +309,7 @@ mod tests {
 
     fn disk(id: &str) -> DiskConfig {
         let mut disk = DiskConfig::new();
-        (disk.id, disk.path) = (id.into(), "/d".into());
+        (disk.id, disk.path) = (id.into(), format!("/{id}"));
         disk
     }
 

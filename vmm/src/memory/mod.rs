@@ -6,9 +6,11 @@
 //! (`arch::x86_64::layout`), so it is one region or two. Memory that can be plugged lies above
 //! them, in regions that come and go ([`Pluggable`]).
 
+mod owner;
 mod pluggable;
 mod sys;
 
+pub use owner::Owner;
 pub use pluggable::Pluggable;
 
 use std::collections::BTreeMap;
@@ -97,14 +99,19 @@ pub struct RamRegion {
     pub file_offset: u64,
 }
 
-/// The guest's RAM. Clones share it.
+/// The guest's bytes: mapped for as long as anybody has a clone of it or of a region.
+pub type MappedMemory = GuestMemoryMmap<Owner>;
+/// A region of them.
+type MappedRegion = GuestRegionMmap<Owner>;
+
+/// The guest's RAM. Clones share it; it goes with the last of them.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
-    memory: GuestMemoryMmap,
+    memory: MappedMemory,
     regions: Arc<[RamRegion]>,
     size: u64,
     /// With what can be plugged.
-    all: GuestMemoryMmap,
+    all: MappedMemory,
     pluggable: Option<Arc<Pluggable>>,
 }
 
@@ -163,12 +170,12 @@ pub fn check_size(size: u64, max: u64, host_total: u64, phys_bits: u8) -> Result
     Ok(())
 }
 
-/// Makes and maps a region for good.
-fn map_region(slot: u32, guest_base: u64, size: u64) -> io::Result<(RamRegion, GuestRegionMmap)> {
+/// Makes and maps a region.
+fn map_region(slot: u32, guest_base: u64, size: u64) -> io::Result<(RamRegion, MappedRegion)> {
     let file = sys::sealed_memfd(size)?;
     let copy = file.try_clone()?;
     let bytes = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
-    let mapping = sys::map_for_good(copy, bytes)?;
+    let mapping = sys::map(copy, bytes)?;
     // Best effort: without huge pages for shared memory the guest only faults more.
     let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::HugePages);
     let _ = sys::advise(mapping.as_ptr(), bytes, sys::Advice::NotInCoreDumps);
@@ -201,9 +208,8 @@ impl GuestRam {
             regions.push(region);
             mapped.push(Arc::new(mapping));
         }
-        let join = |mapped: Vec<Arc<GuestRegionMmap>>| {
-            GuestMemoryMmap::from_arc_regions(mapped)
-                .map_err(|error| failed(io::Error::other(error)))
+        let join = |mapped: Vec<Arc<MappedRegion>>| {
+            MappedMemory::from_arc_regions(mapped).map_err(|error| failed(io::Error::other(error)))
         };
         let memory = join(mapped.clone())?;
         let end = regions
@@ -250,7 +256,7 @@ impl GuestRam {
     }
 
     /// Access to the guest's bytes, those of memory that can be plugged among them.
-    pub fn all(&self) -> &GuestMemoryMmap {
+    pub fn all(&self) -> &MappedMemory {
         &self.all
     }
 
@@ -268,7 +274,7 @@ impl GuestRam {
     }
 
     /// Access to the guest's bytes that are there from the start.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &MappedMemory {
         &self.memory
     }
 
@@ -396,6 +402,30 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn memory_stays_mapped_for_as_long_as_anybody_has_it_and_no_longer() {
+        let ram = GuestRam::with_pluggable(MIN_MEMORY, MIN_MEMORY + GIB).unwrap();
+        let inodes: Vec<String> = ram
+            .regions()
+            .iter()
+            .chain(ram.pluggable().unwrap().region(0))
+            .map(|region| format!(" {} ", region.file.metadata().unwrap().ino()))
+            .collect();
+        let mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            let ours = |line: &&str| inodes.iter().any(|inode| line.contains(inode));
+            maps.lines().filter(ours).count()
+        };
+        assert_eq!(mapped(), inodes.len());
+        let memory = ram.memory().clone();
+        memory.write_obj(7u8, GuestAddress(5)).unwrap();
+        drop(ram);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(5)).unwrap(), 7);
+        assert_eq!(mapped(), 1);
+        drop(memory);
+        assert_eq!(mapped(), 0);
+    }
 
     proptest! {
         #[test]

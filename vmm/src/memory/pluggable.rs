@@ -11,9 +11,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_proto::block_map::MAX_BLOCKS;
-use vm_memory::GuestRegionMmap;
 
-use super::{RamRegion, map_region, sys};
+use super::{MappedRegion, RamRegion, map_region, sys};
 
 /// Linux makes memory usable in pieces of this size, or of more.
 const STEP: u64 = 128 << 20;
@@ -52,7 +51,7 @@ impl Pluggable {
         slot: u32,
         start: u64,
         size: u64,
-    ) -> io::Result<(Self, Vec<Arc<GuestRegionMmap>>)> {
+    ) -> io::Result<(Self, Vec<Arc<MappedRegion>>)> {
         let (each, block) = divide(size);
         let (mut regions, mut mapped) = (Vec::new(), Vec::new());
         let mut offset = 0;

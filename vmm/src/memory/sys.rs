@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
+use super::owner::Owner;
+
 /// memfd_create(2) of `size` bytes, sealed against a change of size by anyone who is later
 /// given the descriptor, and never executable where the kernel can promise it.
 pub(super) fn sealed_memfd(size: u64) -> io::Result<File> {
@@ -39,35 +41,21 @@ pub(super) fn sealed_memfd(size: u64) -> io::Result<File> {
 /// The size and alignment of a huge page.
 pub(super) const HUGE_PAGE: usize = 2 << 20;
 
-/// Maps all `len` bytes of `file`, shared, at an address that huge pages can start at. The
-/// mapping stays until the process ends: whoever holds a clone of the guest's memory can
-/// never see it go, and the process has one machine only.
-pub(super) fn map_for_good(file: File, len: usize) -> io::Result<MmapRegion> {
+/// Maps all `len` bytes of `file`, shared, at an address that huge pages can start at.
+pub(super) fn map(file: File, len: usize) -> io::Result<MmapRegion<Owner>> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let reserved = len
         .checked_add(HUGE_PAGE)
         .ok_or(io::ErrorKind::OutOfMemory)?;
-    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-    let room = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            reserved,
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            -1,
-            0,
-        )
-    };
-    if room == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
+    let owner = Owner::reserve(reserved)?;
+    let room = owner.start();
     let start = room.wrapping_byte_add(room.align_offset(HUGE_PAGE) % HUGE_PAGE);
     // SAFETY: start is less than HUGE_PAGE above `room`, so start + len lies inside what was
     // reserved just above and is used by nobody; MAP_FIXED replaces only that.
     let mapped = unsafe {
         libc::mmap(
-            start,
+            start.cast(),
             len,
             protection,
             flags | libc::MAP_FIXED,
@@ -78,11 +66,12 @@ pub(super) fn map_for_good(file: File, len: usize) -> io::Result<MmapRegion> {
     if mapped == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let region = MmapRegionBuilder::new(len)
+    let region = MmapRegionBuilder::new_with_bitmap(len, owner)
         .with_mmap_prot(protection)
         .with_mmap_flags(flags)
         .with_file_offset(FileOffset::new(file, 0));
-    // SAFETY: `len` bytes are mapped at `mapped`, and never unmapped.
+    // SAFETY: `len` bytes are mapped at `mapped`, and are until the region, and `owner` in it, is
+    // dropped; the region itself unmaps nothing that it has not mapped.
     unsafe { region.with_raw_mmap_pointer(mapped.cast()) }
         .build()
         .map_err(io::Error::other)

@@ -108,6 +108,8 @@ pub struct VcpuManager {
     threads: Vec<JoinHandle<()>>,
     /// The first state of every vCPU is known.
     resettable: bool,
+    /// Whose memory the threads reach.
+    vm: Arc<KvmVm>,
 }
 
 /// How long `drop` waits for the threads.
@@ -178,6 +180,7 @@ impl VcpuManager {
             counters: Vec::new(),
             threads: Vec::new(),
             resettable: vcpus.iter().all(|(_, first)| first.is_some()),
+            vm: Arc::clone(vm),
         };
         for (index, (vcpu, first)) in (0u32..).zip(vcpus) {
             let counters = Arc::new(Counters::default());
@@ -325,7 +328,10 @@ impl VcpuManager {
 
 impl Drop for VcpuManager {
     fn drop(&mut self) {
-        let _ = self.stop(DROP_TIMEOUT);
+        if self.stop(DROP_TIMEOUT).is_err() {
+            // One that has not come out of the guest reaches the guest's memory, which stays.
+            std::mem::forget(Arc::clone(&self.vm));
+        }
     }
 }
 

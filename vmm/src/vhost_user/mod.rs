@@ -23,11 +23,11 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::memory::MappedMemory;
 pub use backend_channel::{BackendChannel, Drained};
 pub use error::{VhostUserError, Violation};
 pub use frontend::{Frontend, RingAddresses};
 pub use inflight::{Geometry, InflightRegion};
-use vm_memory::GuestMemoryMmap;
 
 /// A point in time by which an operation must have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,7 +73,7 @@ pub trait MemoryMap: Send + Sync {
 
     /// The same memory in the VMM's own address space: for ring indices after a device
     /// process has died, and for the control queues that the VMM serves itself.
-    fn memory(&self) -> &GuestMemoryMmap;
+    fn memory(&self) -> &MappedMemory;
 }
 
 /// Guest-physical address 0 in the address space of the messages. Not zero, so that no

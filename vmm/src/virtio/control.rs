@@ -12,8 +12,9 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::memory::MappedMemory;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::backend::{Backend, Shape};
 use super::common::{self, CommonConfig};
@@ -125,7 +126,7 @@ impl NetControl {
     }
 
     /// Goes on where whoever served the ring before has come to.
-    pub fn go_on(&mut self, memory: &GuestMemoryMmap) {
+    pub fn go_on(&mut self, memory: &MappedMemory) {
         let Some(ring) = &mut self.ring else { return };
         match ring.used_idx(memory, Ordering::Acquire) {
             Ok(used) => {
@@ -147,7 +148,7 @@ impl NetControl {
     /// succeeded.
     pub fn serve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &MappedMemory,
         act: &mut dyn FnMut(Command) -> bool,
     ) -> Result<Served, Malformed> {
         let served = self.turn(memory, act);
@@ -159,7 +160,7 @@ impl NetControl {
 
     fn turn(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &MappedMemory,
         act: &mut dyn FnMut(Command) -> bool,
     ) -> Result<Served, Malformed> {
         let mut used = false;
@@ -238,7 +239,7 @@ pub(super) fn ring_of(queue: &common::Queue, accepted: u64) -> Option<Queue> {
 }
 
 /// What the driver says where event indices are not used (section 2.7.7).
-pub(super) fn wants_interrupts(ring: &Queue, memory: &GuestMemoryMmap) -> Result<bool, Malformed> {
+pub(super) fn wants_interrupts(ring: &Queue, memory: &MappedMemory) -> Result<bool, Malformed> {
     let flags: u16 = memory
         .load(GuestAddress(ring.avail_ring()), Ordering::Acquire)
         .map_err(|_| Malformed)?;
@@ -247,8 +248,8 @@ pub(super) fn wants_interrupts(ring: &Queue, memory: &GuestMemoryMmap) -> Result
 
 /// The first bytes of a command and where its status goes.
 fn read(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&MappedMemory>,
+    memory: &MappedMemory,
 ) -> Result<(Vec<u8>, GuestAddress), Malformed> {
     let mut request = Vec::with_capacity(LOOKED_AT);
     let mut status = None;

@@ -1,7 +1,8 @@
 //! The control queue under a driver that keeps to the rules, and under any other.
 
+use crate::memory::MappedMemory;
 use proptest::prelude::*;
-use vm_memory::{GuestMemoryMmap, Le16, Le32, Le64};
+use vm_memory::{Le16, Le32, Le64};
 
 use super::*;
 use crate::virtio::registers::{F_VERSION_1, common as reg};
@@ -20,7 +21,7 @@ const TABLE_FLAG: u16 = 4;
 const ALL: u64 = F_VERSION_1 | net::F_CTRL_VQ | net::F_MQ | net::F_GUEST_ANNOUNCE;
 
 struct Bed {
-    memory: GuestMemoryMmap,
+    memory: MappedMemory,
     control: NetControl,
     next: u16,
     acted: Vec<Command>,
@@ -28,7 +29,7 @@ struct Bed {
 
 /// A control queue for four pairs whose driver accepted `features`.
 fn bed(features: u64) -> Bed {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
+    let memory = MappedMemory::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
     let mut common = CommonConfig::new(ALL | 1 << 28, 9, 256, 10);
     for (which, half) in [(0_u32, features as u32), (1, (features >> 32) as u32)] {
         common.write(reg::DRIVER_FEATURE_SELECT, &which.to_le_bytes());

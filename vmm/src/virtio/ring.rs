@@ -4,7 +4,8 @@
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use crate::memory::MappedMemory;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::vhost_user::RingAddresses;
 
@@ -21,7 +22,7 @@ pub struct Indices {
 }
 
 /// Reads them; `None` when the ring is not in memory.
-pub fn indices(memory: &GuestMemoryMmap, ring: &RingAddresses) -> Option<Indices> {
+pub fn indices(memory: &MappedMemory, ring: &RingAddresses) -> Option<Indices> {
     let read = |at: u64| {
         let address = GuestAddress(at.checked_add(INDEX)?);
         let index: u16 = memory.load(address, Ordering::Acquire).ok()?;

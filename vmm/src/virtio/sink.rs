@@ -7,8 +7,8 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::memory::MappedMemory;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 
 use super::common::CommonConfig;
 use super::control::{BATCH, Malformed, Served, ring_of, wants_interrupts};
@@ -21,7 +21,7 @@ pub struct Sinks {
 impl Sinks {
     /// Goes on where whoever served these rings before has come to. Where the rings lie has been
     /// checked.
-    pub fn new(common: &CommonConfig, memory: &GuestMemoryMmap) -> Self {
+    pub fn new(common: &CommonConfig, memory: &MappedMemory) -> Self {
         let queues = common.queues().filter_map(|(index, queue)| {
             // Every second one is a port's, or the control queue, from the driver.
             if !queue.enabled || index.is_multiple_of(2) {
@@ -44,7 +44,7 @@ impl Sinks {
     }
 
     /// A turn at each.
-    pub fn serve(&mut self, memory: &GuestMemoryMmap) -> Vec<(u16, Result<Served, Malformed>)> {
+    pub fn serve(&mut self, memory: &MappedMemory) -> Vec<(u16, Result<Served, Malformed>)> {
         let mut all = Vec::new();
         self.queues.retain_mut(|(index, ring)| {
             let served = turn(ring, memory);
@@ -55,7 +55,7 @@ impl Sinks {
     }
 }
 
-fn turn(ring: &mut Queue, memory: &GuestMemoryMmap) -> Result<Served, Malformed> {
+fn turn(ring: &mut Queue, memory: &MappedMemory) -> Result<Served, Malformed> {
     let (mut used, mut more) = (false, true);
     ring.disable_notification(memory).map_err(|_| Malformed)?;
     for _ in 0..BATCH {

@@ -11,8 +11,8 @@ const SIZE: u16 = 16;
 const RING: [u64; 3] = [0x1000, 0x2000, 0x3000];
 const NEXT_RING: u64 = 0x8000;
 
-fn memory() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+fn memory() -> MappedMemory {
+    MappedMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
 }
 
 /// A console with four queues, all of which the driver uses.
@@ -38,7 +38,7 @@ fn console() -> CommonConfig {
 }
 
 /// Makes the chain that begins at `head` available as the one with this number.
-fn send(memory: &GuestMemoryMmap, ring: u64, number: u16, head: u16) {
+fn send(memory: &MappedMemory, ring: u64, number: u16, head: u16) {
     let table = GuestAddress(RING[0] + ring + u64::from(head) * 16);
     memory.write_obj(Le64::from(0x9_0000), table).unwrap();
     let len = GuestAddress(table.0 + 8);
@@ -51,7 +51,7 @@ fn send(memory: &GuestMemoryMmap, ring: u64, number: u16, head: u16) {
         .unwrap();
 }
 
-fn used(memory: &GuestMemoryMmap, ring: u64) -> u16 {
+fn used(memory: &MappedMemory, ring: u64) -> u16 {
     let index: Le16 = memory.read_obj(GuestAddress(RING[2] + ring + 2)).unwrap();
     index.into()
 }

@@ -45,7 +45,7 @@ fn given_a_disk_then_it_is_one_vms_alone_and_grows_while_its_process_lives_or_no
             assert_eq!(
                 refused,
                 format!(
-                    "disk {}: is in use by another process (locked): end that process, or open it read-only in both",
+                    "disk {}: is in use by another process, or by another disk of this machine (locked): end that, or open it read-only in both",
                     path.display()
                 )
             );

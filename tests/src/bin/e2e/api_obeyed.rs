@@ -138,14 +138,14 @@ fn expected(method: &str, state: State) -> Expect {
     use State::{STATE_CREATED as CREATED, STATE_NONE as NONE};
     use State::{STATE_PAUSED as PAUSED, STATE_RUNNING as RUNNING};
     match (method, state) {
-        ("Boot", CREATED) | ("ResumeVM", CREATED | PAUSED) => Expect::Done(RUNNING),
-        ("Resume", PAUSED) => Expect::Done(RUNNING),
-        ("Pause" | "PauseVM", RUNNING) => Expect::Done(PAUSED),
+        ("Boot", CREATED | RUNNING) | ("ResumeVM", CREATED | PAUSED) => Expect::Done(RUNNING),
+        ("Resume", PAUSED | RUNNING) => Expect::Done(RUNNING),
+        ("Pause" | "PauseVM", RUNNING | PAUSED) => Expect::Done(PAUSED),
         ("Reset", RUNNING | PAUSED) => Expect::Done(state),
         ("Reboot", RUNNING) => Expect::Later,
         ("Delete", NONE | CREATED) => Expect::Done(NONE),
         ("WaitVM", CREATED | RUNNING | PAUSED) => Expect::Waits,
-        ("Delete" | "Quit" | "Shutdown", _) | ("TeardownVM", CREATED | RUNNING | PAUSED) => {
+        ("Delete" | "Quit", _) | ("Shutdown" | "TeardownVM", CREATED | RUNNING | PAUSED) => {
             Expect::Ends
         }
         _ => Expect::Refused,

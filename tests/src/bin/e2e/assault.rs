@@ -249,12 +249,17 @@ fn crowd(socket: &str, pid: u32) -> Verdict {
         // Who has asked for nothing makes room for others.
         let mut another = info(socket);
         let end = Instant::now() + patience(LIMIT);
-        // Those of whom nothing has been read yet would make room, too.
+        // One of whom nothing had been read yet may have made room: another one takes the place.
         while !makes_room && another.is_ok() && Instant::now() < end {
+            let mut stream = connect(socket)?;
+            let _ = stream.write_all(&follow);
+            all.push(stream);
+            std::thread::sleep(Duration::from_millis(50));
             another = info(socket);
         }
         check(another.is_ok() == makes_room, || {
-            format!("beside {CROWD} clients: {another:?}")
+            let served = another.map(|info| info.version);
+            format!("beside {CROWD} clients: {served:?}")
         })?;
         drop(all);
         served(socket)?;

@@ -163,7 +163,7 @@ fn in_a_guest() -> Verdict {
     // One at a console that reads nothing, and leaves: the guest goes on, and who comes next has nothing
     // of what was there for the other.
     let deaf = Deaf::new(&scratch, &socket, &["con"])?;
-    guest.run("head -c 2000000 /dev/zero | tr '\\0' y >/dev/hvc0")?;
+    guest.run("head -c 700000 /dev/zero | tr '\\0' y >/dev/hvc0")?;
     drop(deaf);
     let mut other = comes_in_silent(&socket, &["con"])?;
     // What nobody looks at yet is dropped.

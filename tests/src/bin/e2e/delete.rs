@@ -179,6 +179,13 @@ fn watched() -> Verdict {
     nothing_left(LIMIT)
 }
 
+/// No memory of a guest is mapped in this process.
+pub fn no_memory(pid: u32) -> Verdict {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|e| e.to_string())?;
+    let ours = maps.lines().find(|line| line.contains("guest-ram"));
+    check(ours.is_none(), || format!("{ours:?} stays"))
+}
+
 /// Descriptors and threads of a process.
 fn held(pid: u32) -> Result<(usize, usize), String> {
     let count = |what: &str| {
@@ -243,6 +250,7 @@ fn one_after_another() -> Verdict {
         check(!left.iter().any(|(_, name)| serves(name)), || {
             format!("{left:?}")
         })?;
+        no_memory(vmm.pid())?;
         // Threads end by themselves when nothing needs them.
         let end = Instant::now() + patience(LIMIT);
         loop {

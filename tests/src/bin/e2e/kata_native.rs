@@ -14,10 +14,13 @@ use bulkhead_proto::vmservice::{
 use bulkhead_proto::{Code, VM_SERVICE};
 use bulkhead_tests::kata::{self, Client, QUIT, disk};
 use bulkhead_tests::runner::{Test, Verdict, check};
-use bulkhead_tests::vmm::{Scratch, Vmm, guest_file, nothing_left};
+use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
 
 use super::assault::{assault, connect, create, frame_of, info, resident};
+use super::delete::no_memory;
 use super::disk::sparse;
+use super::net_bad::until_event;
+use super::rng::refused;
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -101,6 +104,14 @@ fn whole_life() -> Verdict {
         .mut_direct_boot()
         .kernel_path = "/absent/k".into();
     client.refused("CreateVM", &absent, precondition, "/absent/k")?;
+    // Refused when its memory is there already.
+    absent
+        .config
+        .mut_or_insert_default()
+        .mut_direct_boot()
+        .kernel_path = scratch.path("image");
+    client.refused("CreateVM", &absent, precondition, "is not a kernel")?;
+    no_memory(vmm.pid())?;
     client.tell("CreateVM", &good)?;
     client.refused("CreateVM", &good, precondition, "already")?;
 
@@ -169,7 +180,20 @@ fn whole_life() -> Verdict {
     let waiter = std::thread::spawn(move || Client::connect(&other)?.plain("WaitVM"));
     std::thread::sleep(Duration::from_millis(300));
     check(!waiter.is_finished(), || "WaitVM did not wait".into())?;
+    // And a third for a back-end that nobody starts: its call ends with the machine.
+    let (absent, other) = (scratch.path("absent"), socket.clone());
+    let adder = std::thread::spawn(move || {
+        let device = format!("socket={absent},kind=fs,tag=x,id=late,queues=1,server=on");
+        ctl(&other, &["add-vhost-user", &device])
+    });
+    until_event(&socket, "operation.began", "late")?;
+    let began = Instant::now();
     client.plain("TeardownVM")?;
+    let added = adder.join().map_err(|_| "a client panicked")?;
+    refused(added, "the machine is gone")?;
+    check(began.elapsed() < QUIT, || {
+        format!("a call was held for {:?}", began.elapsed())
+    })?;
     waiter.join().map_err(|_| "WaitVM panicked")??;
     let properties = client.properties()?;
     check(

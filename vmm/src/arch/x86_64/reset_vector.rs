@@ -4,7 +4,8 @@
 //! There is no firmware here; the code does what firmware would, and resets the machine.
 //! Written by the manager thread before the guest starts.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use crate::memory::MappedMemory;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
 
@@ -17,7 +18,7 @@ const _: () = assert!(layout::RESET_PORT <= u16::MAX as u64 && layout::ACPI_STAR
 ///
 /// # Errors
 /// When there is no RAM at the vector, which no machine of ours lacks.
-pub fn write(ram: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
+pub fn write(ram: &MappedMemory) -> Result<(), vm_memory::GuestMemoryError> {
     let [low, high, ..] = layout::RESET_PORT.to_le_bytes();
     let code = [
         0xba,
@@ -39,7 +40,7 @@ mod tests {
 
     #[test]
     fn the_code_fits_between_the_vector_and_the_end_of_the_first_mebibyte() {
-        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let ram = MappedMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write(&ram).unwrap();
         let first: u8 = ram.read_obj(GuestAddress(RESET_VECTOR)).unwrap();
         assert_eq!(first, 0xba);

@@ -213,8 +213,15 @@ impl Host {
             stop,
             calls,
             deleted,
+            hotplug,
+            resize,
+            memory,
+            placements,
+            attached,
             ..
         } = self;
+        // Whose call is under way is told at once that the machine has ended.
+        drop((hotplug, resize, memory, placements, attached));
         let leaves = matches!(
             stop,
             None | Some(StopReason::Signal(_) | StopReason::LauncherDied(_))

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use crate::memory::MappedMemory;
+use vm_memory::{FileOffset, GuestAddress};
 
 use super::super::VirtioPciFunction;
 use crate::arch::x86_64::layout;
@@ -39,7 +40,7 @@ pub const BAR: u64 = layout::PCI_MEM32_START + 0x10_0000;
 #[derive(Clone)]
 pub struct Ram {
     pub file: Arc<File>,
-    pub memory: GuestMemoryMmap,
+    pub memory: MappedMemory,
     /// Regions that come and go, by address.
     pub more: Arc<Mutex<Vec<u64>>>,
 }
@@ -53,7 +54,7 @@ impl Ram {
         let file = Arc::new(file);
         let offset = FileOffset::from_arc(Arc::clone(&file), 0);
         let range = (GuestAddress(0), RAM as usize, Some(offset));
-        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let memory = MappedMemory::from_ranges_with_files([range]).unwrap();
         let more = Arc::default();
         Self { file, memory, more }
     }
@@ -73,7 +74,7 @@ impl MemoryMap for Ram {
             .collect()
     }
 
-    fn memory(&self) -> &GuestMemoryMmap {
+    fn memory(&self) -> &MappedMemory {
         &self.memory
     }
 }

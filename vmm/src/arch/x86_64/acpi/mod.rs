@@ -9,6 +9,7 @@ mod hotplug;
 
 use std::ops::Range;
 
+use crate::memory::MappedMemory;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -19,7 +20,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
 
@@ -90,7 +91,7 @@ impl Placer {
 }
 
 /// Writes all tables into the guest's BIOS area and returns the RSDP's address.
-pub fn write_tables(memory: &GuestMemoryMmap, config: &AcpiConfig<'_>) -> Result<u64, AcpiError> {
+pub fn write_tables(memory: &MappedMemory, config: &AcpiConfig<'_>) -> Result<u64, AcpiError> {
     let (rsdp, tables) = build(config);
     let room = layout::RESET_VECTOR - layout::ACPI_START;
     let size = tables.len() as u64;
