@@ -3,6 +3,7 @@
 //! has a deadline.
 
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -473,6 +474,10 @@ fn connect(path: &Path) -> Result<BlockingClient, Failure> {
             ErrorKind::NotFound => format!(
                 "{name}: no such socket: start bulkhead with --api-socket {name}, or name the right one"
             ),
+            // The kernel says the same of what never was one.
+            ErrorKind::ConnectionRefused if !is_socket(path) => format!(
+                "{name}: no socket: name that of bulkhead's --api-socket or --api-read-only"
+            ),
             ErrorKind::ConnectionRefused => format!(
                 "{name}: nobody listens there: the bulkhead that made it has ended; start it again"
             ),
@@ -486,6 +491,11 @@ fn connect(path: &Path) -> Result<BlockingClient, Failure> {
         })
     })?;
     Ok(BlockingClient::new(stream, MAX_FRAME))
+}
+
+/// Unless it is known to be something else.
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).map_or(true, |found| found.file_type().is_socket())
 }
 
 fn explain(path: &Path, error: &ClientError) -> Failure {

@@ -423,6 +423,14 @@ fn errors_name_the_socket_and_the_remedy() {
     std::fs::remove_file(&stale).unwrap();
     assert!(line.contains("nobody listens there"), "{line}");
 
+    for no_socket in ["/", "/proc/self/exe"] {
+        let (_, line) = refused(&["info", "--socket", no_socket]);
+        assert!(
+            line.starts_with(&format!("{no_socket}: no socket: name that of")),
+            "{line}"
+        );
+    }
+
     let closing = std::env::temp_dir().join(format!("bulkhead-shut-{}.sock", std::process::id()));
     let listener = UnixListener::bind(&closing).unwrap();
     let door = std::thread::spawn(move || drop(listener.accept()));

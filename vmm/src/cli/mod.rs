@@ -242,19 +242,29 @@ fn usage(error: &clap::Error) -> ExitCode {
             "give a command: run, serve, ctl, audit or reap (see `bulkhead --help`)",
         ),
         _ => {
-            let text = error.to_string();
-            let what: Vec<&str> = text
-                .lines()
-                .map(str::trim)
-                .take_while(|l| !l.starts_with("Usage:"))
-                .filter(|l| !l.is_empty() && !l.starts_with("For more information"))
-                .collect();
-            let what = what.join(" ");
-            let what = what.strip_prefix("error: ").unwrap_or(&what);
+            let what = one_line(&error.to_string());
             let command = asked(std::env::args_os().skip(1));
             fail(EXIT_USAGE, &format!("{what} (see `{command} --help`)"))
         }
     }
+}
+
+/// What clap says before its usage, in one line; its tips are sentences of their own.
+fn one_line(text: &str) -> String {
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|l| !l.starts_with("Usage:"))
+        .filter(|l| !l.is_empty() && !l.starts_with("For more information"));
+    let mut what = String::new();
+    for line in lines {
+        match (what.is_empty(), line.strip_prefix("tip: ")) {
+            (true, _) => what.push_str(line.strip_prefix("error: ").unwrap_or(line)),
+            (false, Some(tip)) => what.push_str(&format!("; {tip}")),
+            (false, None) => what.push_str(&format!(" {line}")),
+        }
+    }
+    what
 }
 
 /// The command whose help lists the options that were given.
@@ -281,4 +291,23 @@ pub fn fail(code: u8, what: &str) -> ExitCode {
     let line = format!("bulkhead: {line}\n");
     let _ = std::io::stderr().write_all(line.as_bytes());
     ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tip_of_claps_is_a_sentence_of_its_own() {
+        let given = "bulkhead ctl resize-console c 1x1 --port 1".split(' ');
+        let error = Cli::try_parse_from(given).unwrap_err();
+        assert_eq!(
+            one_line(&error.to_string()),
+            "unexpected argument '--port' found; to pass '--port' as a value, use '-- --port'"
+        );
+        let missing = Cli::try_parse_from(["bulkhead", "audit", "--pid"]).unwrap_err();
+        let line = one_line(&missing.to_string());
+        assert!(!line.contains('\n') && !line.starts_with("error"), "{line}");
+        assert!(line.contains("a value is required for"), "{line}");
+    }
 }

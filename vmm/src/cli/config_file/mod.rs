@@ -73,7 +73,7 @@ impl ConfigFile {
             .map_err(|error| fail(format!("{error}: name a file that can be read")))?;
         if bytes.len() as u64 > MAX_FILE {
             return Err(fail(format!(
-                "is longer than {MAX_FILE} bytes: a configuration is not"
+                "is longer than {MAX_FILE} bytes: a configuration is not; name the right file, or take out what is not needed"
             )));
         }
         let text = String::from_utf8(bytes).map_err(|error| {

@@ -399,7 +399,10 @@ fn a_refusal_names_the_file_or_the_option_that_it_is_of() {
 fn a_file_is_bounded_and_of_text() {
     let long = vec![b'#'; 1 + (1 << 20)];
     let line = Bed::new("long", &long).machine(&[]).unwrap_err();
-    assert!(line.contains("longer than 1048576 bytes"), "{line}");
+    assert!(
+        line.contains("longer than 1048576 bytes: a configuration is not; name the right file"),
+        "{line}"
+    );
     // What just fits is read.
     let line = Bed::new("fits", &long[1..]).machine(&[]).unwrap_err();
     assert!(line.contains("kernel is missing"), "{line}");
