@@ -186,8 +186,8 @@ fn obeyed() -> Verdict {
         lived.map_err(|why| vmm.story(&why))?;
         if vmm.ended().is_none() {
             // It may be about to end by itself.
-            if ctl(&socket, &["shutdown", "--force"]).is_err() {
-                // Without a machine.
+            let answer = ctl(&socket, &["shutdown", "--force"]);
+            if answer.is_err_and(|why| why.contains("no machine")) {
                 let _ = Client::connect(&socket).and_then(|mut client| client.plain("Quit"));
             }
         }
