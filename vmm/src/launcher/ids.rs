@@ -40,7 +40,7 @@ impl FromStr for IdRange {
         let range = Self { first, count };
         if first < FIRST_ID {
             return Err(format!(
-                "ids below {FIRST_ID} are root's and the host's own services': begin there or above"
+                "ids below {FIRST_ID} are root's and the host's own services': begin at {FIRST_ID} or above"
             ));
         }
         if count < BLOCK {

@@ -201,10 +201,22 @@ pub fn run(options: HostOptions) -> Result<StopReason, String> {
 /// What to do about a /dev/kvm that does not open.
 fn no_kvm(error: &std::io::Error) -> String {
     let remedy = match error.kind() {
-        std::io::ErrorKind::PermissionDenied => "run as root or as a member of its group",
+        std::io::ErrorKind::PermissionDenied if groups_may_open() => {
+            "run as root or as a member of its group"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "run as root, or give its group the right (chmod g+rw /dev/kvm) and run as a member of it"
+        }
         _ => "enable virtualization in the firmware and load kvm_intel or kvm_amd",
     };
     format!("/dev/kvm: {error}: {remedy}")
+}
+
+/// Whether a member of /dev/kvm's group may open it.
+fn groups_may_open() -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata("/dev/kvm").map(|found| found.permissions().mode());
+    mode.is_ok_and(|mode| mode & 0o060 == 0o060)
 }
 
 /// A descriptor of our own for one of the standard streams.
