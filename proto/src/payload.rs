@@ -20,22 +20,22 @@ const MAX_DEPTH: u32 = 100;
 ///
 /// INVALID_ARGUMENT: it is malformed, or has more.
 pub fn decode<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
-    within(payload, MAX_DEPTH)
+    beside(payload, None)
 }
 
-/// The same of a message that holds bytes of any kind and no messages in a list: they are not looked at.
+/// The same of a message whose field of this number holds bytes of any kind, which are not looked at.
 ///
 /// # Errors
 ///
 /// As [`decode`].
-pub fn decode_bytes<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
-    within(payload, 0)
+pub fn decode_beside<M: Message>(payload: &[u8], bytes: u64) -> Result<M, RpcStatus> {
+    beside(payload, Some(bytes))
 }
 
-fn within<M: Message>(payload: &[u8], depth: u32) -> Result<M, RpcStatus> {
+fn beside<M: Message>(payload: &[u8], bytes: Option<u64>) -> Result<M, RpcStatus> {
     let malformed =
         |why: &str| RpcStatus::invalid_argument(format!("malformed {}: {why}", M::NAME));
-    left(payload, MAX_FIELDS, depth).ok_or_else(|| {
+    left(payload, MAX_FIELDS, MAX_DEPTH, bytes).ok_or_else(|| {
         malformed(&format!(
             "it has more than {MAX_FIELDS} fields: send less at a time"
         ))
@@ -43,15 +43,16 @@ fn within<M: Message>(payload: &[u8], depth: u32) -> Result<M, RpcStatus> {
     M::parse_from_bytes(payload).map_err(|error| malformed(&error.to_string()))
 }
 
-/// How many of `most` fields are left when this message has had its own; `None`: it has more.
-fn left(message: &[u8], most: usize, depth: u32) -> Option<usize> {
+/// How many of `most` fields are left when this message has had its own; `None`: it has more. Its field
+/// of the number `bytes` is no message.
+fn left(message: &[u8], most: usize, depth: u32, bytes: Option<u64>) -> Option<usize> {
     let mut fields = Fields::of(message, most);
     let mut groups = 0_usize;
     loop {
         match fields.next_of_any() {
             Ok(None) => return Some(fields.left()),
-            Ok(Some((_, Value::Bytes(inner)))) if depth > 0 => {
-                let rest = left(inner, fields.left(), depth.saturating_sub(1))?;
+            Ok(Some((number, Value::Bytes(inner)))) if depth > 0 && bytes != Some(number) => {
+                let rest = left(inner, fields.left(), depth.saturating_sub(1), None)?;
                 fields.leave(rest);
             }
             // The decoder passes groups over, and stops where one ends that has not begun.
@@ -122,6 +123,11 @@ mod tests {
         let mut typed = ConsoleInput::new();
         typed.set_typed([0x0a, 0].repeat(MAX_FIELDS + 1));
         let bytes = typed.write_to_bytes().unwrap();
-        assert_eq!(decode_bytes::<ConsoleInput>(&bytes), Ok(typed));
+        assert_eq!(decode_beside::<ConsoleInput>(&bytes, 2), Ok(typed));
+        // What is beside them is looked at.
+        let mut attach = vec![0x0a, 0x84, 0x80, 0x02];
+        attach.extend([0x78, 0].repeat(MAX_FIELDS + 2));
+        let error = decode_beside::<ConsoleInput>(&attach, 2).unwrap_err();
+        assert!(error.message.contains("more than"), "{error:?}");
     }
 }

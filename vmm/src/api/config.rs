@@ -184,6 +184,9 @@ pub(super) fn path(field: &str, path: &str) -> Result<(), String> {
     if !path.starts_with('/') {
         return Err(format!("{field} is {path:?}: give an absolute path"));
     }
+    if path.contains(char::is_control) {
+        return Err(format!("{field} contains control characters: rename it"));
+    }
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use bulkhead_proto::machine::{
     ResumeDeviceRequest, ResumeRequest, ShutdownRequest, UpdateConsoleRequest, UpdateDeviceRequest,
     UpdateDiskRequest, UpdateNetRequest, UpdateResourcesRequest, update_net_request,
 };
-use bulkhead_proto::payload::{decode, decode_bytes};
+use bulkhead_proto::payload::{decode, decode_beside};
 use bulkhead_proto::protobuf::Message;
 use bulkhead_proto::{MACHINE_SERVICE, RpcStatus, VM_SERVICE};
 
@@ -341,7 +341,14 @@ fn message<M: Message>(payload: &[u8]) -> Result<M, RpcStatus> {
 
 /// What a client at a console sends: bytes of any kind.
 pub(super) fn console_input(payload: &[u8]) -> Result<ConsoleInput, RpcStatus> {
-    known(decode_bytes(payload)?)
+    use bulkhead_proto::machine::console_input::What;
+    /// `typed`.
+    const TYPED: u64 = 2;
+    let input: ConsoleInput = known(decode_beside(payload, TYPED)?)?;
+    if let Some(What::Attach(attach)) = &input.what {
+        config::known("attach", attach).map_err(RpcStatus::invalid_argument)?;
+    }
+    Ok(input)
 }
 
 fn known<M: Message>(message: M) -> Result<M, RpcStatus> {

@@ -97,6 +97,8 @@ pub struct RamRegion {
     pub file: Arc<File>,
     /// Where in the memfd the region begins.
     pub file_offset: u64,
+    /// Keeps the mapping at `host_base`.
+    pub mapping: Owner,
 }
 
 /// The guest's bytes: mapped for as long as anybody has a clone of it or of a region.
@@ -186,6 +188,7 @@ fn map_region(slot: u32, guest_base: u64, size: u64) -> io::Result<(RamRegion, M
         host_base: mapping.as_ptr() as u64,
         file: Arc::new(file),
         file_offset: 0,
+        mapping: mapping.bitmap().clone(),
     };
     let mapped = GuestRegionMmap::new(mapping, GuestAddress(guest_base))
         .ok_or(io::ErrorKind::OutOfMemory)?;
@@ -354,7 +357,7 @@ impl GuestRam {
                 let last = (last & !(PAGE - 1)).max(first);
                 for (pages, len) in self.parts(at, first.saturating_sub(at), 1) {
                     // SAFETY: `parts` are of RAM's own mappings, which are shared and live as long
-                    // as the process; all access to them is by volatile slices.
+                    // as `self.memory`; all access to them is by volatile slices.
                     unsafe { sys::remove(pages, len) }?;
                 }
                 at = first;

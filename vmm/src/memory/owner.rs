@@ -17,8 +17,9 @@ struct Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `reserve`, and what is mapped there since is reached by a
-        // region only, which is dropped before what owns this ([`Owner`]).
+        // SAFETY: the range was mapped by `reserve`, and what is mapped there since is reached only by
+        // who has an `Owner`: vm-memory's region, which drops it last, and a `RamRegion`, whose address
+        // KVM has too, for as long as `KvmVm` keeps the memory beside the VM's descriptor.
         unsafe { libc::munmap(self.start as *mut libc::c_void, self.len) };
     }
 }

@@ -154,7 +154,7 @@ impl Pluggable {
             };
             let base = region.host_base as *mut u8;
             // SAFETY: `own` has the region's blocks, so that offset and length lie in its
-            // mapping, which is shared and lives as long as the process; all access to it is by
+            // mapping, which is shared and which the region keeps; all access to it is by
             // volatile slices.
             unsafe { sys::remove(base.wrapping_add(offset), len) }?;
         }

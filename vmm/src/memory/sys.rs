@@ -1,5 +1,6 @@
 //! The memory system calls behind `GuestRam`: sealed memfds, advice, populating.
-//! Called by the manager thread while the machine is being built.
+//! Called by the manager thread while the machine is being built, and by those that reset it and
+//! plug memory.
 #![allow(unsafe_code)] // memfd_create, fcntl seals and madvise have no safe wrapper in libc.
 
 use std::fs::File;

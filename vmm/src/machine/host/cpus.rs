@@ -149,13 +149,16 @@ impl Host {
 
     /// When the change is to be looked at: what the guest does about it is an event.
     pub(super) fn resize_timer(&self) -> Option<Instant> {
-        let resize = self.resize.as_ref()?;
+        let resize = self.resize.as_ref().filter(|_| !self.is_resetting())?;
         let answer = resize.answer_by.unwrap_or(resize.until);
         Some(resize.until.min(answer))
     }
 
-    /// Looks whether the change has come to an end. True: there is none.
+    /// Looks whether the change has come to an end, which it does with a reset. True: there is none.
     pub(super) fn look_at_resize(&mut self, now: Instant) -> bool {
+        if self.is_resetting() {
+            return true;
+        }
         if self.resize.is_some() {
             self.stop_ejected_cpus();
         }

@@ -80,7 +80,7 @@ impl Host {
         outcome
     }
 
-    fn delete_created(&mut self) -> Result<(), RpcStatus> {
+    pub(super) fn delete_created(&mut self) -> Result<(), RpcStatus> {
         let Some(machine) = &self.machine else {
             return self.end_remnants();
         };

@@ -190,10 +190,14 @@ impl Host {
             state: MachineState::Created,
             parts,
         });
-        for index in 0..devices {
-            self.watch_device(index).map_err(RpcStatus::internal)?;
+        let watched = (0..devices).try_for_each(|index| self.watch_device(index));
+        if let Err(why) = watched.and_then(|()| self.start_plugger()) {
+            // Half of a machine is none, for whoever asks again.
+            if let Err(left) = self.delete_created() {
+                log::warn!("{}", left.message);
+            }
+            return Err(RpcStatus::internal(why));
         }
-        self.start_plugger().map_err(RpcStatus::internal)?;
         self.log.publish("machine.created", "", "");
         Ok(())
     }
@@ -243,11 +247,11 @@ impl Host {
 
     fn pause(&mut self) -> Result<(), RpcStatus> {
         let (machine, next) = self.prepare(Transition::Pause)?;
-        machine
-            .parts
-            .vcpus
-            .pause(VCPU_LIMIT)
-            .map_err(|e| RpcStatus::new(Code::DeadlineExceeded, e.to_string()))?;
+        if let Err(error) = machine.parts.vcpus.pause(VCPU_LIMIT) {
+            // It is not paused: the others go on, and this one when it can.
+            machine.parts.vcpus.resume();
+            return Err(RpcStatus::new(Code::DeadlineExceeded, error.to_string()));
+        }
         machine.state = next;
         self.log.publish("machine.paused", "", "");
         Ok(())
@@ -297,6 +301,10 @@ impl Host {
         });
         pending.deadline = pending.deadline.min(deadline);
         pending.replies.push(reply);
+        if self.is_resting() {
+            // The guest has come to its end by itself.
+            self.end(StopReason::Forced);
+        }
     }
 
     /// Ends a machine whose guest did not heed the power button in time. True: there was

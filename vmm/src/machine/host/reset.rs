@@ -9,7 +9,8 @@
 //! `resting`: a guest of its own accord begins anew once a second at most, and not before each of its
 //! vCPUs has come out.
 //!
-//! Nothing here waits but for vCPUs to park, as a pause does. Requests that would change the machine
+//! Nothing here waits but for vCPUs to park, as a pause does, and to begin anew, and for a thread to
+//! start, all with limits. Requests that would change the machine
 //! are held meanwhile and carried out afterwards; what tells goes on, and so does its end.
 
 use std::sync::Arc;
@@ -119,7 +120,7 @@ fn goes_on(request: &ApiRequest) -> bool {
     matches!(
         request,
         ApiRequest::Delete
-            | ApiRequest::Shutdown { force: true, .. }
+            | ApiRequest::Shutdown { .. }
             | ApiRequest::Reset
             | ApiRequest::Info
             | ApiRequest::Devices
@@ -140,6 +141,16 @@ fn refused(line: impl Into<String>) -> RpcStatus {
 }
 
 impl Host {
+    /// No guest runs, since the machine is reset.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.resets.is_resetting()
+    }
+
+    /// A guest is over, and the next one is not due yet.
+    pub(super) fn is_resting(&self) -> bool {
+        self.resets.resting.is_some()
+    }
+
     /// The request, unless it is held until the machine has been reset.
     pub(super) fn unless_resetting(
         &mut self,
@@ -298,6 +309,9 @@ impl Host {
 
     /// Parks the vCPUs and begins.
     fn begin_reset(&mut self, cause: Cause, reply: Option<ReplyHandle>) {
+        if self.stop.is_some() {
+            return;
+        }
         let replies = Vec::from_iter(reply);
         let Some(machine) = &self.machine else { return };
         let rested = self.resets.resting.map(|resting| resting.cause);
@@ -389,13 +403,18 @@ impl Host {
         why: &str,
     ) {
         let line = format!("the machine cannot begin anew: {why}");
+        if over {
+            let reboot = self.resets.reboot.take();
+            let reboot = reboot.into_iter().flat_map(|reboot| reboot.replies);
+            for reply in replies.into_iter().chain(reboot) {
+                reply.complete(Err(RpcStatus::new(Code::Aborted, line.clone())));
+            }
+            return self.end(StopReason::HostError(line));
+        }
         for reply in replies {
             reply.complete(Err(refused(line.clone())));
         }
         self.give_up_reboot(&line);
-        if over {
-            return self.end(StopReason::HostError(line));
-        }
         self.guest_goes_on();
         for event in early {
             self.on_machine_event(event);
@@ -415,7 +434,7 @@ impl Host {
         // What the guest that is gone asked for; a vCPU that KVM gave up on counts.
         while let Some(event) = self.vcpu_events.try_recv() {
             if let MachineEvent::VcpuFailed { vcpu, fault } = event {
-                self.end(StopReason::HostError(format!("vCPU {vcpu}: {fault}")));
+                return self.end(StopReason::HostError(format!("vCPU {vcpu}: {fault}")));
             }
         }
         self.on_ejected();
@@ -430,6 +449,9 @@ impl Host {
 
     /// The thread has come further.
     pub(super) fn on_reset_progress(&mut self, progress: Progress) {
+        if self.stop.is_some() {
+            return;
+        }
         match progress {
             Progress::Checked(Ok(())) => self.begin_stopping(),
             Progress::Checked(Err(why)) => {
@@ -466,6 +488,9 @@ impl Host {
 
     /// Looks what is due. True: nothing was.
     pub(super) fn look_at_reset(&mut self, now: Instant) -> bool {
+        if self.stop.is_some() {
+            return true;
+        }
         if let Some(resting) = self.resets.resting.filter(|r| r.until <= now) {
             self.begin_reset(resting.cause, None);
             return false;
@@ -542,6 +567,10 @@ impl Host {
         }
         if machine.state == MachineState::Running {
             parts.vcpus.start();
+            if self.shutdown.is_some() {
+                // Who waits for the machine's end asked the guest that is gone.
+                parts.ged.press_power_button();
+            }
         }
         self.wait_for_drivers_anew(Instant::now());
         self.resets.count = self.resets.count.saturating_add(1);
