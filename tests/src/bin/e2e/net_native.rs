@@ -118,11 +118,21 @@ impl Served {
 
     /// Ends it while another one serves.
     fn end_beside(self) -> Verdict {
-        ctl(&self.socket, &["shutdown", "--force"]).map(drop)
+        self.ends()
+    }
+
+    /// By its machine's end, or by a signal where it has none.
+    fn ends(&self) -> Verdict {
+        match ctl(&self.socket, &["shutdown", "--force"]) {
+            Err(why) if why.contains("no machine") => {
+                sh(&format!("kill {}", self.vmm.pid())).map(drop)
+            }
+            other => other.map(drop),
+        }
     }
 
     pub fn end(self) -> Verdict {
-        ctl(&self.socket, &["shutdown", "--force"])?;
+        self.ends()?;
         drop(self.vmm);
         nothing_left(Duration::from_secs(20))
     }
