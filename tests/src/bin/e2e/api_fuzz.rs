@@ -18,7 +18,7 @@ use bulkhead_tests::runner::{Test, Verdict, check};
 use bulkhead_tests::vmm::{Scratch, Vmm, ctl, guest_file, nothing_left};
 
 use super::api_obeyed::{self, OBEYED};
-use super::assault::{assault, create, resident};
+use super::assault::{assault, create, encoded, resident};
 use super::bad_input::appears;
 use super::block::sha256;
 use super::disk::LIMIT;
@@ -249,16 +249,7 @@ pub(super) fn call(
     limited
         .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
         .map_err(|e| say("limit", e))?;
-    let mut body = Vec::new();
-    let request = envelope::RequestView {
-        service,
-        method,
-        payload,
-        timeout_nano: 0,
-    };
-    envelope::encode_request(&mut body, &request);
-    let mut bytes = Vec::new();
-    frame::encode(&mut bytes, TYPE_REQUEST, 1, 0, &body).map_err(|e| format!("{e:?}"))?;
+    let bytes = encoded(service, 1, method, payload)?;
     // It may be cut off while it still writes.
     let _ = stream.write_all(&bytes);
     let mut header = [0; 10];

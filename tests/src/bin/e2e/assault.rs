@@ -25,7 +25,15 @@ const OTHERS: usize = 16;
 const ENTRIES: usize = 120_000;
 
 /// A call as bytes.
-pub fn frame_of(service: &str, stream_id: u32, method: &str, payload: &[u8]) -> Vec<u8> {
+///
+/// # Errors
+/// It is longer than a frame may be.
+pub fn encoded(
+    service: &str,
+    stream_id: u32,
+    method: &str,
+    payload: &[u8],
+) -> Result<Vec<u8>, String> {
     let mut body = Vec::new();
     let request = envelope::RequestView {
         service,
@@ -35,9 +43,14 @@ pub fn frame_of(service: &str, stream_id: u32, method: &str, payload: &[u8]) -> 
     };
     envelope::encode_request(&mut body, &request);
     let mut bytes = Vec::new();
-    // Far shorter than a frame may be.
-    let _ = frame::encode(&mut bytes, TYPE_REQUEST, stream_id, 0, &body);
-    bytes
+    frame::encode(&mut bytes, TYPE_REQUEST, stream_id, 0, &body)
+        .map_err(|e| format!("{service}.{method}: {e:?}"))?;
+    Ok(bytes)
+}
+
+/// One that is far shorter than a frame may be.
+pub fn frame_of(service: &str, stream_id: u32, method: &str, payload: &[u8]) -> Vec<u8> {
+    encoded(service, stream_id, method, payload).unwrap_or_default()
 }
 
 /// Create of a machine without a device, as a frame.

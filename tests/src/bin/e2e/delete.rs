@@ -179,6 +179,15 @@ fn watched() -> Verdict {
     nothing_left(LIMIT)
 }
 
+/// There is no process but a VMM and its launcher.
+fn no_device_process() -> Verdict {
+    let left = bulkhead_processes();
+    let serves = |name: &str| !matches!(name, "bulkhead" | "bulkhead-launch");
+    check(!left.iter().any(|(_, name)| serves(name)), || {
+        format!("{left:?}")
+    })
+}
+
 /// No memory of a guest is mapped in this process, once threads that had it have ended.
 pub fn no_memory(pid: u32) -> Verdict {
     let end = Instant::now() + patience(LIMIT);
@@ -252,11 +261,7 @@ fn one_after_another() -> Verdict {
         for path in [&port, &vsock, &serial] {
             check(!Path::new(path).exists(), || format!("{path} stays"))?;
         }
-        let left = bulkhead_processes();
-        let serves = |name: &str| !matches!(name, "bulkhead" | "bulkhead-launch");
-        check(!left.iter().any(|(_, name)| serves(name)), || {
-            format!("{left:?}")
-        })?;
+        no_device_process()?;
         no_memory(vmm.pid())?;
         // Threads end by themselves when nothing needs them.
         let end = Instant::now() + patience(LIMIT);
@@ -313,11 +318,7 @@ fn of_vmservice() -> Verdict {
         for path in [&serial, &vsock] {
             check(!Path::new(path).exists(), || format!("{path} stays"))?;
         }
-        let left = bulkhead_processes();
-        let serves = |name: &str| !matches!(name, "bulkhead" | "bulkhead-launch");
-        check(!left.iter().any(|(_, name)| serves(name)), || {
-            format!("{left:?}")
-        })?;
+        no_device_process()?;
     }
     // One that runs: who waits for its end is told of it, and the process does not stay for a client.
     client.tell("CreateVM", &create)?;
